@@ -1,0 +1,28 @@
+"""Digests of files out of digests of blocks: the same on reader and worker, whatever the buffers.
+
+A file's digest is the xxh3_128 of its blocks' xxh3_128 digests, so it needs no second pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import xxhash
+
+from packcast.packed.plan import BLOCK, DIGEST_NBYTES, Block
+
+
+class BlockDigests:
+    """The digests of every block of every file, recorded as they come."""
+
+    def __init__(self, file_nbytes: Sequence[int]) -> None:
+        self._tables = [bytearray(DIGEST_NBYTES * -(-nbytes // BLOCK)) for nbytes in file_nbytes]
+
+    def record(self, block: Block, digest: bytes) -> None:
+        """Remember a block's digest; from many threads, each block once."""
+        at = block.offset // BLOCK * DIGEST_NBYTES
+        self._tables[block.file][at : at + DIGEST_NBYTES] = digest
+
+    def of_files(self) -> list[str]:
+        """The digest of each file, in hex; right once every block is recorded."""
+        return [xxhash.xxh3_128_hexdigest(bytes(table)) for table in self._tables]

@@ -1,0 +1,220 @@
+"""The consumer's end: chunks go from slots through staging to a sink, each block proven on the way.
+
+Threads compare every block with its digest in the chunk's trailer before the sink sees it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+import xxhash
+
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.ends.digests import BlockDigests
+from packcast.ends.staging import Lease, PinnedStaging, SlotStaging, make_staging, piece_nbytes
+from packcast.errors import PackcastError, TransferError, as_packcast_error
+from packcast.packed.counters import Stage
+from packcast.packed.lanes import Mark
+from packcast.packed.plan import DIGEST_NBYTES, Block, Chunk, Piece, blocks_of, pieces_of
+from packcast.packed.ring import Ring, Slot
+from packcast.packed.trailer import read_trailer
+
+
+class Sink(Protocol):
+    """Where a worker's bytes go: write, verify, discard."""
+
+    @property
+    def stage(self) -> Stage:
+        """The name under which its work is counted."""
+
+    def prepare(self) -> None:
+        """Before READY: check and reserve; raises DestinationError or CheckpointError."""
+
+    def put(self, file: int, offset: int, data: memoryview) -> None:
+        """Take a proven run of bytes; from many threads at once, disjoint runs."""
+
+    def finish(self) -> None:
+        """After the last `put`: make it durable."""
+
+    def publish(self) -> None:
+        """After COMMIT: make it appear."""
+
+    def abort(self) -> None:
+        """Leave nothing behind; from any thread, at any time before `publish`."""
+
+    def result(self) -> dict[str, object]:
+        """What there is to report."""
+
+
+class _Arrival:
+    """A received chunk until the last of its pieces is done: they share its trailer."""
+
+    def __init__(self, chunk: Chunk, trailer: Lease, num_pieces: int) -> None:
+        self.chunk = chunk
+        self._trailer = trailer
+        self._left = num_pieces
+        self._lock = threading.Lock()
+        self._digests: bytes | None = None
+
+    def digests(self, tag: bytes) -> bytes:
+        """The block digests; valid once a piece's mark has passed, which follows the trailer's."""
+        with self._lock:
+            if self._digests is None:
+                num_blocks = sum(1 for _ in blocks_of(self.chunk))
+                self._digests = read_trailer(self._trailer.view, tag, self.chunk, num_blocks)
+            return self._digests
+
+    def piece_done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._trailer.release()
+
+
+class Landing:
+    """Takes chunks out of slots and puts their blocks into `sink`, with `num_threads` threads."""
+
+    def __init__(
+        self,
+        sink: Sink,
+        files: Sequence[FileSpec],
+        *,
+        ring: Ring,
+        buffer_size: int,
+        num_buffers: int,
+        staging_nbytes: int,
+        num_threads: int,
+        tag: bytes,
+    ) -> None:
+        self.digests = BlockDigests([spec.nbytes for spec in files])
+        self._sink = sink
+        self._files = files
+        self._ring = ring
+        self._counters = ring.counters
+        self._tag = tag
+        self._piece_nbytes = piece_nbytes(buffer_size)
+        count = max(1, staging_nbytes // self._piece_nbytes)
+        self._staging = make_staging(ring, self._piece_nbytes, count)
+        self._trailers = make_staging(ring, ring.trailer_nbytes, max(count, num_buffers) + 1)
+        self._queue: SimpleQueue[tuple[_Arrival, Piece, Lease, Mark] | None] = SimpleQueue()
+        self._failure: PackcastError | None = None
+        self._threads = [
+            threading.Thread(target=self._work, name=f"packcast-{sink.stage}-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Pinned memory that this end holds."""
+        return self._staging.pinned_nbytes + self._trailers.pinned_nbytes
+
+    @property
+    def stage(self) -> Stage:
+        """The sink's stage: what the loop waits for when it waits here."""
+        return self._sink.stage
+
+    def drain(self, chunk: Chunk, slot: Slot) -> None:
+        """Give the chunk to the drain lane, and each piece to the threads once it is copied."""
+        ring = self._ring
+        self._raise_failure()
+        with ring.drain:
+            ring.drain.wait(slot.arrived)
+            begin = ring.drain.mark()
+            pieces = list(pieces_of(chunk, self._piece_nbytes))
+            offset = ring.trailer_offset(chunk)
+            trailer = self._lease(self._trailers, chunk, offset, ring.trailer_nbytes)
+            trailer.copy_from(slot, offset)
+            arrival = _Arrival(chunk, trailer, len(pieces))
+            for piece in pieces:
+                lease = self._lease(self._staging, chunk, piece.slot_offset, piece.nbytes)
+                lease.copy_from(slot, piece.slot_offset)
+                slot.drained = ring.drain.mark()
+                self._queue.put((arrival, piece, lease, slot.drained))
+        self._counters.newest = pieces[-1].blocks[-1]
+        if not ring.is_host and slot.drained is not None:
+            ring.clock.span("d2h", chunk.index, chunk.nbytes, begin, slot.drained)
+
+    def finish(self) -> None:
+        """Block until every piece is in the sink; raises the first thing that went wrong."""
+        self._end_threads()
+        with self._counters.waiting_on(self.stage):
+            for thread in self._threads:
+                thread.join()
+        self._raise_failure()
+
+    def close(self) -> None:
+        """End the threads; after a failure what is queued is dropped."""
+        over = TransferError("the transfer is over")
+        self._staging.close(over)
+        self._trailers.close(over)
+        self._end_threads()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+
+    def _end_threads(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def _lease(
+        self, staging: PinnedStaging | SlotStaging, chunk: Chunk, offset: int, nbytes: int
+    ) -> Lease:
+        with self._counters.waiting_on(self.stage):
+            return staging.lease(chunk, offset, nbytes)
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self) -> None:
+        if not self._ring.is_host:
+            torch.cuda.set_device(self._ring.device)
+        while (item := self._queue.get()) is not None:
+            arrival, piece, lease, mark = item
+            try:
+                if self._failure is None:
+                    mark.synchronize()
+                    self._land(arrival, piece, lease)
+            except Exception as error:
+                self._fail(as_packcast_error(error, self.stage))
+            finally:
+                lease.release()
+                arrival.piece_done()
+
+    def _land(self, arrival: _Arrival, piece: Piece, lease: Lease) -> None:
+        begin = time.perf_counter()
+        expected = arrival.digests(self._tag)
+        for i, block in enumerate(piece.blocks, piece.first_block):
+            at = block.slot_offset - piece.slot_offset
+            part = lease.view[at : at + block.nbytes]
+            digest = xxhash.xxh3_128_digest(part)
+            if digest != expected[i * DIGEST_NBYTES : (i + 1) * DIGEST_NBYTES]:
+                raise TransferError(self._damage(arrival.chunk, block))
+            self._sink.put(block.file, block.offset, part)
+            self.digests.record(block, digest)
+        self._counters.add(
+            self.stage, arrival.chunk.index, piece.nbytes, begin, time.perf_counter()
+        )
+
+    def _damage(self, chunk: Chunk, block: Block) -> str:
+        spec = self._files[block.file]
+        tensor = spec.header.tensor_at(block.offset) if spec.header else None
+        inside = f" (tensor {tensor.name})" if tensor else ""
+        end = block.offset + block.nbytes
+        return (
+            f"{spec.name}: bytes {block.offset} to {end}{inside} were damaged on the way, "
+            f"chunk {chunk.index}"
+        )
+
+    def _fail(self, error: PackcastError) -> None:
+        if self._failure is None:
+            self._failure = error
+        # The loop may be waiting for memory that only a healthy sink would give back.
+        self._staging.close(error)

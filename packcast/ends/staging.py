@@ -1,0 +1,120 @@
+"""Host memory between files and slots: pinned beside a GPU, the slot itself on a CPU.
+
+Both are lent in pieces, by chunk and place in its slot, in chunk order, once there is room.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from packcast.errors import PackcastError
+from packcast.packed.lanes import Mark
+from packcast.packed.plan import BLOCK, Chunk
+from packcast.packed.ring import Ring, Slot, host_view
+
+MAX_PIECE = 8 << 20  # large enough that Python's cost per piece vanishes, small enough to overlap
+
+
+def piece_nbytes(buffer_size: int) -> int:
+    """The size of a staging buffer: a power of two, since pinned allocations are rounded to one."""
+    largest = min(buffer_size, MAX_PIECE)
+    return max(BLOCK, 1 << (largest.bit_length() - 1))
+
+
+class Lease:
+    """Host memory lent until `release`; `view` is its bytes, `tensor` the same for copies."""
+
+    __slots__ = ("_give_back", "in_slot", "tensor", "view")
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        view: memoryview,
+        in_slot: bool,
+        give_back: Callable[[Mark | None], None],
+    ) -> None:
+        self.tensor = tensor
+        self.view = view
+        self.in_slot = in_slot
+        self._give_back = give_back
+
+    def copy_to(self, slot: Slot, offset: int) -> None:
+        """Give the copy into the slot to the current lane; on a CPU there is none to make."""
+        if not self.in_slot:
+            slot.memory[offset : offset + len(self.view)].copy_(self.tensor, non_blocking=True)
+
+    def copy_from(self, slot: Slot, offset: int) -> None:
+        """Give the copy out of the slot to the current lane; on a CPU there is none to make."""
+        if not self.in_slot:
+            self.tensor.copy_(slot.memory[offset : offset + len(self.view)], non_blocking=True)
+
+    def release(self, after: Mark | None = None) -> None:
+        """Give the memory back; it is lent again once `after` has passed."""
+        self._give_back(after)
+
+
+class PinnedStaging:
+    """`count` pinned buffers of `nbytes`, made once; the bound on this rank's pinned memory."""
+
+    def __init__(self, nbytes: int, count: int) -> None:
+        self._memory = [
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(count)
+        ]
+        self._free: deque[tuple[torch.Tensor, memoryview, Mark | None]] = deque(
+            (tensor, host_view(tensor), None) for tensor in self._memory
+        )
+        self._changed = threading.Condition()
+        self._closed_by: PackcastError | None = None
+        self.pinned_nbytes = nbytes * count
+
+    def lease(self, chunk: Chunk, offset: int, nbytes: int) -> Lease:
+        """Any free buffer's first `nbytes`; blocks until there is one and its last copy is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed_by or self._free)
+            if self._closed_by:
+                raise self._closed_by
+            tensor, view, after = self._free.popleft()
+        if after is not None:
+            after.synchronize()
+
+        def give_back(mark: Mark | None) -> None:
+            with self._changed:
+                self._free.append((tensor, view, mark))
+                self._changed.notify()
+
+        return Lease(tensor[:nbytes], view[:nbytes], False, give_back)
+
+    def close(self, error: PackcastError) -> None:
+        """Wake everyone who waits for a buffer with `error`; the first one counts."""
+        with self._changed:
+            self._closed_by = self._closed_by or error
+            self._changed.notify_all()
+
+
+class SlotStaging:
+    """On a CPU: the place in the slot itself, lent once the slot belongs to the chunk."""
+
+    pinned_nbytes = 0
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+
+    def lease(self, chunk: Chunk, offset: int, nbytes: int) -> Lease:
+        """The slot's bytes from `offset`; blocks until the slot's former use is over."""
+        slot = self._ring.await_turn(chunk)
+        self._ring.hold(slot)
+        tensor = slot.memory[offset : offset + nbytes]
+        return Lease(tensor, host_view(tensor), True, lambda _: self._ring.let_go(slot))
+
+    def close(self, error: PackcastError) -> None:
+        """Wake everyone who waits for a slot with `error`; the first one counts."""
+        self._ring.stop(error)
+
+
+def make_staging(ring: Ring, nbytes: int, count: int) -> PinnedStaging | SlotStaging:
+    """Staging in buffers of `nbytes`, `count` of them beside a GPU."""
+    return SlotStaging(ring) if ring.is_host else PinnedStaging(nbytes, count)

@@ -1,0 +1,94 @@
+"""Every error a user can meet, each with its exit code. Knows nothing of the rest.
+
+PackcastError                 1   (a bug, where nothing better is known)
++-- UsageError                2
++-- CheckpointError           3   what is on disk is not a checkpoint, or changed under us
++-- RendezvousError           4   who takes part: nobody there, too many, not fitting together
++-- TransferError             5   the way itself: lost ranks, damage, time-outs
++-- VerificationError         6   a difference was found
++-- DestinationError          7   exists, no space, no permission
++-- Interrupted         130/143   SIGINT / SIGTERM, SIGHUP
+"""
+
+from __future__ import annotations
+
+
+class PackcastError(Exception):
+    """What went wrong, where, and (as `hint`) the next thing to do; one or two lines in all."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(PackcastError):
+    """The command line, or a library call's arguments, cannot be meant."""
+
+    exit_code = 2
+
+
+class CheckpointError(PackcastError):
+    """The checkpoint is missing, malformed, or changed while it was being read."""
+
+    exit_code = 3
+
+
+class RendezvousError(PackcastError):
+    """The ranks did not all come, or do not fit together."""
+
+    exit_code = 4
+
+
+class TransferError(PackcastError):
+    """A rank was lost, bytes were damaged on the way, or time ran out."""
+
+    exit_code = 5
+
+
+class VerificationError(PackcastError):
+    """The bytes compared with differ."""
+
+    exit_code = 6
+
+
+class DestinationError(PackcastError):
+    """The target exists, has no space or may not be written."""
+
+    exit_code = 7
+
+
+class Interrupted(PackcastError):
+    """A signal asked this process to stop; `exit_code` is 128 plus the signal's number."""
+
+    def __init__(self, message: str, *, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def as_packcast_error(error: Exception, doing: str) -> PackcastError:
+    """`error` itself where it is one of ours, else a report of a bug while `doing` something."""
+    if isinstance(error, PackcastError):
+        return error
+    wrapped = PackcastError(f"{doing} failed: {error!r}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def error_from_code(exit_code: int, message: str, hint: str | None = None) -> PackcastError:
+    """The error that another rank reported, made again here from what travels on the wire."""
+    for kind in (
+        UsageError,
+        CheckpointError,
+        RendezvousError,
+        TransferError,
+        VerificationError,
+        DestinationError,
+    ):
+        if kind.exit_code == exit_code:
+            return kind(message, hint=hint)
+    return (
+        TransferError(message, hint=hint) if exit_code > 128 else PackcastError(message, hint=hint)
+    )

@@ -1,0 +1,215 @@
+"""The sender's description of a transfer, as it travels, and the receiver's distrust of it.
+
+Everything that a worker does follows from an Offer that passed `Offer.from_json`: names stay inside
+the target, counts and sizes are bounded, headers are parsed again, and the plan is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from packcast.checkpoint.header import Header, parse_header
+from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.errors import PackcastError, TransferError
+from packcast.packed.plan import Chunk, check_buffers, plan_chunks, plan_digest
+
+MAX_FILES = 100_000
+MAX_NBYTES = 1 << 50
+MAX_CHUNKS = 1 << 24
+MAX_MTIME_NS = (1 << 63) - 1
+MAX_RANKS = 1 << 20
+MAX_SAMPLES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which files and tensors of the sender's checkpoint go; the other readers choose the same."""
+
+    sidecars: bool
+    all_files: bool
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A block that every reader must see as the sender does."""
+
+    file: int
+    offset: int
+    nbytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What will be sent and how. `rank` and `device` are the addressee's own."""
+
+    files: tuple[FileSpec, ...]
+    buffer_size: int
+    num_buffers: int
+    staging: int
+    readers: tuple[int, ...]
+    plan: str
+    selection: Selection
+    samples: tuple[Sample, ...]
+    world_size: int
+    backend: str
+    reason: str
+    loud: bool
+    rank: int
+    device: str
+
+    @property
+    def nbytes(self) -> int:
+        """All files together."""
+        return sum(spec.nbytes for spec in self.files)
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors in all shards."""
+        return sum(len(spec.header.tensors) for spec in self.files if spec.header)
+
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The plan, made here; TransferError unless it is the offered one."""
+        sizes = [spec.nbytes for spec in self.files]
+        chunks = plan_chunks(sizes, self.buffer_size, self.readers)
+        if plan_digest(sizes, self.buffer_size, chunks) != self.plan:
+            raise TransferError("the sender's plan is not the one this rank makes of its offer")
+        return chunks
+
+    def to_json(self) -> dict[str, object]:
+        """The OFFER message."""
+        return {
+            "kind": "OFFER",
+            "files": [_file_to_json(spec) for spec in self.files],
+            "buffer_size": self.buffer_size,
+            "num_buffers": self.num_buffers,
+            "staging": self.staging,
+            "readers": list(self.readers),
+            "plan": self.plan,
+            "digest": "xxh3_128",
+            "selection": {
+                "sidecars": self.selection.sidecars,
+                "all_files": self.selection.all_files,
+                "include": list(self.selection.include),
+                "exclude": list(self.selection.exclude),
+            },
+            "samples": [[s.file, s.offset, s.nbytes, s.digest] for s in self.samples],
+            "world_size": self.world_size,
+            "backend": self.backend,
+            "reason": self.reason,
+            "loud": self.loud,
+            "rank": self.rank,
+            "device": self.device,
+        }
+
+    @staticmethod
+    def from_json(message: Mapping[str, object]) -> Offer:
+        """Check a message that may be hostile; TransferError says what is wrong with it."""
+        try:
+            return _checked(message)
+        except (PackcastError, ValueError, TypeError, KeyError, OverflowError) as error:
+            raise TransferError(f"the sender's offer is refused: {error}") from error
+
+
+def _file_to_json(spec: FileSpec) -> list[object]:
+    header = spec.header.json_bytes.decode() if spec.header else None
+    return [spec.name, spec.nbytes, spec.mtime_ns, spec.executable, header]
+
+
+def _checked(message: Mapping[str, object]) -> Offer:
+    if message["digest"] != "xxh3_128":
+        raise ValueError("its digests are of an unknown kind")
+    buffer_size = _count(message["buffer_size"], MAX_NBYTES)
+    num_buffers = _count(message["num_buffers"], MAX_CHUNKS)
+    check_buffers(buffer_size, num_buffers)
+    world_size = _count(message["world_size"], MAX_RANKS)
+    files = tuple(_file(entry) for entry in _list(message["files"], MAX_FILES))
+    clash = clash_of(spec.name for spec in files)
+    if clash:
+        raise ValueError(f"two files cannot both be there: {clash[0]!r} and {clash[1]!r}")
+    nbytes = sum(spec.nbytes for spec in files)
+    if nbytes > MAX_NBYTES or nbytes // buffer_size > MAX_CHUNKS:
+        raise ValueError(f"{nbytes} bytes in buffers of {buffer_size} are too many")
+    readers = tuple(_count(rank, world_size - 1) for rank in _list(message["readers"], world_size))
+    if not readers or len(set(readers)) != len(readers):
+        raise ValueError("its readers are not a list of ranks")
+    return Offer(
+        files=files,
+        buffer_size=buffer_size,
+        num_buffers=num_buffers,
+        staging=_count(message["staging"], MAX_NBYTES),
+        readers=readers,
+        plan=_text(message["plan"]),
+        selection=_selection(message["selection"]),
+        samples=tuple(_sample(entry, files) for entry in _list(message["samples"], MAX_SAMPLES)),
+        world_size=world_size,
+        backend=_one_of(message["backend"], ("nccl", "gloo")),
+        reason=_text(message["reason"]),
+        loud=message["loud"] is True,
+        rank=_count(message["rank"], world_size - 1),
+        device=_text(message["device"]),
+    )
+
+
+def _file(entry: object) -> FileSpec:
+    name, nbytes, mtime_ns, executable, header_text = _list(entry, 5)
+    if not isinstance(name, str):
+        raise ValueError("a file's name is not a text")
+    fault = name_fault(name)
+    if fault:
+        raise ValueError(f"the name {name!r}: {fault}")
+    size = _count(nbytes, MAX_NBYTES)
+    header: Header | None = None
+    if header_text is not None:
+        if not isinstance(header_text, str):
+            raise ValueError(f"{name}: its header is not a text")
+        header = parse_header(header_text.encode(), size, name)
+    return FileSpec(name, size, _count(mtime_ns, MAX_MTIME_NS), executable is True, header)
+
+
+def _selection(value: object) -> Selection:
+    if not isinstance(value, dict):
+        raise ValueError("its selection is not an object")
+    include, exclude = (
+        tuple(_text(glob) for glob in _list(value[key], MAX_FILES))
+        for key in ("include", "exclude")
+    )
+    return Selection(value["sidecars"] is True, value["all_files"] is True, include, exclude)
+
+
+def _sample(entry: object, files: Sequence[FileSpec]) -> Sample:
+    file, offset, nbytes, digest = _list(entry, 4)
+    return Sample(
+        _count(file, len(files) - 1),
+        _count(offset, MAX_NBYTES),
+        _count(nbytes, 1 << 20),
+        _text(digest),
+    )
+
+
+def _count(value: object, limit: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
+        raise ValueError(f"{value!r:.40} is not a number from 0 to {limit}")
+    return value
+
+
+def _list(value: object, limit: int) -> list[object]:
+    if not isinstance(value, list) or len(value) > limit:
+        raise ValueError(f"not a list of at most {limit}")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 1000 or not value.isprintable():
+        raise ValueError(f"{value!r:.40} is not a short printable text")
+    return value
+
+
+def _one_of(value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{value!r:.40} is none of {', '.join(choices)}")
+    return str(value)

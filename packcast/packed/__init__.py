@@ -1,0 +1,1 @@
+"""The packed broadcast: plan, slots, streams, the one loop. Knows torch; no files."""

@@ -1,0 +1,121 @@
+"""Streams and events, also for the CPU, where the caller's own thread is the lane.
+
+A lane does its work in order; a mark is a point in it that another lane or the host waits for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from types import TracebackType
+
+import torch
+
+from packcast.packed.counters import Counters, Stage
+
+
+class Mark:
+    """A point in a lane. On a CPU it has been passed when it exists."""
+
+    __slots__ = ("_event", "_passed_at")
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._passed_at = 0.0
+        if stream is None:
+            self._passed_at = time.perf_counter()
+        else:
+            # blocking: a host thread that waits sleeps; spinning would take cores from the readers.
+            self._event = torch.cuda.Event(enable_timing=True, blocking=True)
+            self._event.record(stream)
+
+    @property
+    def event(self) -> torch.cuda.Event | None:
+        return self._event
+
+    @property
+    def passed_at(self) -> float:
+        """When it was passed, by `time.perf_counter()`; for a CPU's mark only."""
+        return self._passed_at
+
+    def passed(self) -> bool:
+        """Has the lane got here? Never blocks."""
+        return self._event is None or bool(self._event.query())
+
+    def synchronize(self) -> None:
+        """Block this host thread until the lane has got here."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class Lane:
+    """A CUDA stream; used as a context manager it is the current stream of the calling thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._entered: list[torch.cuda.StreamContext] = []
+
+    def __enter__(self) -> Lane:
+        if self._stream is not None:
+            context = torch.cuda.stream(self._stream)
+            context.__enter__()
+            self._entered.append(context)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._stream is not None:
+            self._entered.pop().__exit__(kind, error, traceback)
+
+    def mark(self) -> Mark:
+        """Mark the end of what has been given to the lane so far."""
+        return Mark(self._stream)
+
+    def wait(self, mark: Mark | None) -> None:
+        """What is given to this lane from now on begins after `mark`; the host does not wait."""
+        if self._stream is not None and mark is not None and mark.event is not None:
+            self._stream.wait_event(mark.event)
+
+    def wait_for_caller(self, device: torch.device) -> None:
+        """Begin after everything already on the caller's current stream."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def synchronize(self) -> None:
+        """Block this host thread until the lane is empty."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+class LaneClock:
+    """Turns pairs of marks into counted stages, without ever making the host wait in the loop."""
+
+    def __init__(self, device: torch.device, counters: Counters) -> None:
+        self._counters = counters
+        self._open: deque[tuple[Stage, int, int, Mark, Mark]] = deque()
+        self._base: Mark | None = None
+        if device.type == "cuda":
+            self._base = Mark(torch.cuda.current_stream(device))
+            self._base.synchronize()
+        self._base_at = time.perf_counter()
+
+    def span(self, stage: Stage, chunk: int, nbytes: int, begin: Mark, end: Mark) -> None:
+        """Count `stage` from `begin` to `end` once the lane has passed them."""
+        self._open.append((stage, chunk, nbytes, begin, end))
+        self.collect()
+
+    def collect(self, *, wait: bool = False) -> None:
+        """Count the spans that are over; with `wait`, all of them."""
+        while self._open and (wait or self._open[0][4].passed()):
+            stage, chunk, nbytes, begin, end = self._open.popleft()
+            end.synchronize()
+            self._counters.add(stage, chunk, nbytes, self._when(begin), self._when(end))
+
+    def _when(self, mark: Mark) -> float:
+        if self._base is None or self._base.event is None or mark.event is None:
+            return mark.passed_at
+        return self._base_at + float(self._base.event.elapsed_time(mark.event)) / 1e3

@@ -1,0 +1,74 @@
+"""The one loop: every rank runs it over the same chunks, and each chunk names who sends it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from packcast.errors import TransferError
+from packcast.packed.counters import Stage
+from packcast.packed.plan import Chunk
+from packcast.packed.ring import Broadcast, Ring, Slot
+
+
+class Source(Protocol):
+    """Where the producer's bytes come from."""
+
+    def fill(self, chunk: Chunk, slot: Slot) -> None:
+        """Give the chunk and its trailer to the fill lane; leaves `slot.filled`."""
+
+    def close(self) -> None:
+        """End its threads; idempotent, also after a failure."""
+
+
+class Drain(Protocol):
+    """Where the consumer's bytes go."""
+
+    @property
+    def stage(self) -> Stage:
+        """What the loop waits for when it waits here."""
+
+    def drain(self, chunk: Chunk, slot: Slot) -> None:
+        """Give the chunk to the drain lane and to whoever uses it then; leaves `slot.drained`."""
+
+    def finish(self) -> None:
+        """Block until every byte is where it belongs; raises what went wrong on the way."""
+
+    def close(self) -> None:
+        """End its threads; idempotent, also after a failure."""
+
+
+def run_pipeline(
+    chunks: Iterable[Chunk],
+    *,
+    rank: int,
+    ring: Ring,
+    broadcast: Broadcast,
+    source: Source | None,
+    drain: Drain | None,
+) -> None:
+    """Move `chunks` through the ring; all ranks call this with the same chunks.
+
+    A rank that is nobody's root needs no source; one without a drain drops what it receives.
+    Read, copy, broadcast and write overlap, as far as there are slots and staging. Returns when
+    the last byte is through on this rank. Errors of source and drain are raised as they are; the
+    other ranks are then left waiting, so the caller has to tell them.
+    """
+    try:
+        for chunk in chunks:
+            with ring.counters.waiting_on(drain.stage if drain is not None else "read"):
+                slot = ring.take(chunk)
+            if chunk.root == rank and source is not None:
+                source.fill(chunk, slot)
+            ring.broadcast(chunk, slot, broadcast)
+            if drain is not None:
+                drain.drain(chunk, slot)
+            ring.release(slot)
+        ring.synchronize()
+        if drain is not None:
+            drain.finish()
+    finally:
+        ring.stop(TransferError("the transfer is over"))
+        for end in (source, drain):
+            if end is not None:
+                end.close()

@@ -1,0 +1,173 @@
+"""Which bytes ride in which chunk: pure functions over frozen dataclasses.
+
+Made before any byte moves, from nothing but sizes: every rank makes the same from one offer.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from packcast.errors import UsageError
+from packcast.units import MIB, format_exact_size
+
+BLOCK = MIB  # the unit of digests, at multiples of itself in a file
+PAGE = 4096
+DIGEST_NBYTES = 16  # xxh3_128
+TRAILER_HEAD_NBYTES = 64
+MAX_BUFFER_SIZE = 16 << 30
+# Beside the whole blocks that fill a buffer a chunk may carry this many short ones (ends of files);
+# 64 keep the trailer within one page for every buffer up to 188 MiB.
+_SPARE_BLOCKS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes of one outgoing file, from a multiple of BLOCK to one or to the end."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one collective carries: extents, laid one after the other from the slot's first byte."""
+
+    index: int
+    root: int
+    extents: tuple[Extent, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A block, or a file's short last one, and where in the slot it lies."""
+
+    slot_offset: int
+    file: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Whole blocks of one chunk, together at most one staging buffer: the unit of host I/O."""
+
+    slot_offset: int
+    nbytes: int
+    first_block: int  # position of blocks[0] among the chunk's blocks, as in the trailer
+    blocks: tuple[Block, ...]
+
+
+def align_up(nbytes: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `nbytes`."""
+    return -(-nbytes // unit) * unit
+
+
+def check_buffers(buffer_size: int, num_buffers: int) -> None:
+    """Raise UsageError unless the ring could be built: sizes in bytes."""
+    if buffer_size % BLOCK or not BLOCK <= buffer_size <= MAX_BUFFER_SIZE:
+        raise UsageError(
+            f"buffer size {format_exact_size(buffer_size)} is not a multiple of 1MiB up to 16GiB",
+            hint="try --buffer-size 16MiB",
+        )
+    if not 1 <= num_buffers <= 1024:
+        raise UsageError(f"{num_buffers} buffers: the count must be from 1 to 1024")
+
+
+def max_blocks(buffer_size: int) -> int:
+    """How many blocks, whole and short, one chunk may carry."""
+    return buffer_size // BLOCK + _SPARE_BLOCKS
+
+
+def trailer_nbytes(buffer_size: int) -> int:
+    """Room for a trailer behind the payload: one page up to 188 MiB of buffer, then more pages."""
+    return align_up(TRAILER_HEAD_NBYTES + DIGEST_NBYTES * max_blocks(buffer_size), PAGE)
+
+
+def ring_nbytes(buffer_size: int, num_buffers: int) -> int:
+    """Device memory of the ring: `num_buffers x (buffer_size + a page)`, in bytes."""
+    return num_buffers * (buffer_size + trailer_nbytes(buffer_size))
+
+
+def plan_chunks(
+    file_nbytes: Sequence[int], buffer_size: int, roots: Sequence[int]
+) -> tuple[Chunk, ...]:
+    """Cut files, given by their sizes, into chunks of at most `buffer_size` bytes.
+
+    Files go in order, one after the other; a chunk takes the end of one and the beginning of the
+    next where whole blocks fit. Chunk i has root `roots[i % len(roots)]`. Empty files have no
+    extent: they are made from the offer alone.
+    """
+    chunks: list[Chunk] = []
+    extents: list[Extent] = []
+    used = num_blocks = 0
+    block_limit = max_blocks(buffer_size)
+
+    def close() -> None:
+        nonlocal used, num_blocks
+        index = len(chunks)
+        chunks.append(Chunk(index, roots[index % len(roots)], tuple(extents), used))
+        extents.clear()
+        used = num_blocks = 0
+
+    for file, size in enumerate(file_nbytes):
+        offset = 0
+        while offset < size:
+            room = min(buffer_size - used, (block_limit - num_blocks) * BLOCK)
+            take = min(size - offset, room)
+            if take < size - offset:
+                take -= take % BLOCK
+            if take <= 0:
+                close()
+                continue
+            extents.append(Extent(file, offset, take))
+            used += take
+            num_blocks += -(-take // BLOCK)
+            offset += take
+            if used == buffer_size:
+                close()
+    if extents:
+        close()
+    return tuple(chunks)
+
+
+def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Sequence[Chunk]) -> str:
+    """A digest over every number in the plan; equal on two ranks iff their plans are the same."""
+    digest = xxhash.xxh3_128()
+    digest.update(struct.pack(f"<QQ{len(file_nbytes)}Q", buffer_size, len(chunks), *file_nbytes))
+    for chunk in chunks:
+        numbers = [chunk.index, chunk.root, chunk.nbytes, len(chunk.extents)]
+        for extent in chunk.extents:
+            numbers += (extent.file, extent.offset, extent.nbytes)
+        digest.update(struct.pack(f"<{len(numbers)}Q", *numbers))
+    return digest.hexdigest()
+
+
+def blocks_of(chunk: Chunk) -> Iterator[Block]:
+    """The chunk's blocks in the order of their digests in the trailer."""
+    slot_offset = 0
+    for extent in chunk.extents:
+        end = extent.offset + extent.nbytes
+        for offset in range(extent.offset, end, BLOCK):
+            nbytes = min(BLOCK, end - offset)
+            yield Block(slot_offset, extent.file, offset, nbytes)
+            slot_offset += nbytes
+
+
+def pieces_of(chunk: Chunk, piece_nbytes: int) -> Iterator[Piece]:
+    """The chunk in pieces of at most `piece_nbytes` (at least BLOCK), each of whole blocks."""
+    blocks: list[Block] = []
+    used = first = 0
+    for position, block in enumerate(blocks_of(chunk)):
+        if used + block.nbytes > piece_nbytes:
+            yield Piece(blocks[0].slot_offset, used, first, tuple(blocks))
+            blocks, used, first = [], 0, position
+        blocks.append(block)
+        used += block.nbytes
+    if blocks:
+        yield Piece(blocks[0].slot_offset, used, first, tuple(blocks))

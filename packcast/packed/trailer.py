@@ -1,0 +1,53 @@
+"""The page behind each chunk that proves it: transfer, sequence, size, block digests.
+
+A stale slot, a reordered or damaged chunk, or one of another transfer does not pass `read_trailer`.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import xxhash
+
+from packcast.errors import TransferError
+from packcast.packed.plan import DIGEST_NBYTES, TRAILER_HEAD_NBYTES, Chunk
+
+_MAGIC = b"packcast"
+_HEAD = struct.Struct(
+    "<8s16sQQI4x16s"
+)  # magic, transfer, index, nbytes, blocks, digest of the rest
+
+assert _HEAD.size == TRAILER_HEAD_NBYTES
+
+
+def transfer_tag(transfer_id: str) -> bytes:
+    """Sixteen bytes that tell this transfer's chunks from any other's."""
+    return xxhash.xxh3_128_digest(transfer_id.encode())
+
+
+def write_trailer(into: memoryview, tag: bytes, chunk: Chunk, digests: bytes) -> None:
+    """Write the trailer of `chunk`, whose block digests are `digests`, to the start of `into`."""
+    num_blocks = len(digests) // DIGEST_NBYTES
+    head = (_MAGIC, tag, chunk.index, chunk.nbytes, num_blocks)
+    seal = xxhash.xxh3_128_digest(_HEAD.pack(*head, b"") + digests)
+    into[: _HEAD.size] = _HEAD.pack(*head, seal)
+    into[_HEAD.size : _HEAD.size + len(digests)] = digests
+
+
+def read_trailer(page: memoryview, tag: bytes, chunk: Chunk, num_blocks: int) -> bytes:
+    """The digests of the chunk's `num_blocks` blocks; TransferError if this is not its trailer."""
+    magic, its_tag, index, nbytes, its_blocks, seal = _HEAD.unpack_from(page)
+    where = f"chunk {chunk.index}"
+    if magic != _MAGIC or its_tag != tag:
+        raise TransferError(f"{where} is not of this transfer: its trailer is missing or foreign")
+    if index != chunk.index:
+        raise TransferError(f"{where} came out of order: its trailer says chunk {index}")
+    if nbytes != chunk.nbytes or its_blocks != num_blocks:
+        raise TransferError(
+            f"{where} has {chunk.nbytes} bytes by the plan, {nbytes} by its trailer"
+        )
+    digests = bytes(page[_HEAD.size : _HEAD.size + num_blocks * DIGEST_NBYTES])
+    unsealed = _HEAD.pack(magic, its_tag, index, nbytes, its_blocks, b"")
+    if xxhash.xxh3_128_digest(unsealed + digests) != seal:
+        raise TransferError(f"the trailer of {where} was damaged on the way")
+    return digests

@@ -1,0 +1,66 @@
+"""Sizes (binary: MiB, GiB), rates (GB/s = 1e9 bytes per second) and durations, read and written."""
+
+from __future__ import annotations
+
+import re
+
+from packcast.errors import UsageError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_SIZE_UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
+_TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+_NUMBER_AND_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> int:
+    """`64MiB`, `1.5GiB` or a plain number of bytes; raises UsageError."""
+    match = _NUMBER_AND_UNIT.fullmatch(text)
+    unit = match and _SIZE_UNITS.get(match[2].upper())
+    if not match or not unit:
+        raise UsageError(f"{text!r} is not a size", hint="write sizes as 64MiB or 1GiB")
+    return round(float(match[1]) * unit)
+
+
+def format_size(nbytes: int) -> str:
+    """The size to two significant places in the largest binary unit that fits: `1.2 GiB`."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(value) < 1024:
+            break
+        value /= 1024
+    else:
+        unit = "TiB"
+    return f"{nbytes} B" if unit == "B" else f"{value:.{0 if value >= 100 else 1}f} {unit}"
+
+
+def format_exact_size(nbytes: int) -> str:
+    """The size as it is written on the command line, without rounding: `64MiB`, `4096`."""
+    for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if nbytes and nbytes % factor == 0:
+            return f"{nbytes // factor}{unit}"
+    return str(nbytes)
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """Decimal, as the field writes bandwidth: `43.6 GB/s`."""
+    return f"{bytes_per_second / 1e9:.{1 if bytes_per_second >= 10e9 else 2}f} GB/s"
+
+
+def parse_duration(text: str) -> float:
+    """`5min`, `3s`, `500ms` or a plain number of seconds; raises UsageError."""
+    match = _NUMBER_AND_UNIT.fullmatch(text)
+    unit = match and _TIME_UNITS.get(match[2])
+    if not match or not unit:
+        raise UsageError(f"{text!r} is not a duration", hint="write durations as 3s or 5min")
+    return float(match[1]) * unit
+
+
+def format_duration(seconds: float) -> str:
+    """`0.42 s`, `12.3 s`, `3 min 05 s`."""
+    if seconds < 60:
+        return f"{seconds:.{2 if seconds < 10 else 1}f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -1,0 +1,70 @@
+"""What a transfer tells whoever watches it: an interface whose methods do nothing here.
+
+A display subclasses View; the transfer never knows which one it has, nor whether there is one.
+Every method but `progress` is called from the main thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Phase = Literal["join", "offer", "start", "data", "finish", "publish", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where this rank is, read from the counters at any time and from any thread.
+
+    `stages` maps a stage (read, h2d, broadcast, d2h, write, verify, discard) to bytes so far;
+    `workers` maps a rank to the bytes it has written or checked (on the sender only).
+    """
+
+    nbytes_done: int
+    nbytes_total: int
+    stages: dict[str, int]
+    workers: dict[int, int]
+    at: str  # the file that the newest chunk belongs to
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The start line: what goes, to whom, over what and why."""
+
+    rank: int
+    is_sender: bool
+    num_files: int
+    num_tensors: int
+    nbytes: int
+    world_size: int
+    readers: tuple[int, ...]
+    backend: str
+    device: str
+    reason: str  # why this backend
+    loud: bool  # GPUs are there and not used
+    buffer_size: int
+    num_buffers: int
+    staging: int
+
+
+class View:
+    """The display's interface; this one shows nothing."""
+
+    def listening(self, recv_line: str) -> None:
+        """No launcher: the exact `packcast recv ...` line to run on each worker."""
+
+    def joined(self, label: str, joined: int, wanted: int) -> None:
+        """A rank has come; `joined` of `wanted` workers are there."""
+
+    def warn(self, text: str) -> None:
+        """Something to know that stops nothing (also from the control thread)."""
+
+    def phase(self, phase: Phase) -> None:
+        """The transfer has entered this phase."""
+
+    def started(self, start: Start, progress: Callable[[], Snapshot]) -> None:
+        """Bytes are about to move; `progress` may be polled until `close`."""
+
+    def close(self) -> None:
+        """Nothing more will come; restore the terminal. Idempotent, from any thread."""

@@ -1,0 +1,143 @@
+"""The plan: every byte once, within the bounds, the same everywhere."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packcast.errors import UsageError
+from packcast.packed.plan import (
+    BLOCK,
+    DIGEST_NBYTES,
+    PAGE,
+    TRAILER_HEAD_NBYTES,
+    align_up,
+    blocks_of,
+    check_buffers,
+    max_blocks,
+    pieces_of,
+    plan_chunks,
+    plan_digest,
+    ring_nbytes,
+    trailer_nbytes,
+)
+
+MIB = 1 << 20
+sizes = st.lists(
+    st.one_of(
+        st.integers(0, 3 * MIB),
+        st.integers(0, 40).map(lambda n: n * MIB),
+        st.integers(0, 40).map(lambda n: n * MIB + 1),
+        st.integers(0, 300),
+    ),
+    max_size=40,
+)
+buffers = st.integers(1, 16).map(lambda n: n * MIB)
+
+
+@given(sizes, buffers, st.integers(1, 3))
+def test_every_byte_of_every_file_rides_exactly_once_in_order(
+    files: list[int], buffer_size: int, num_readers: int
+) -> None:
+    chunks = plan_chunks(files, buffer_size, range(num_readers))
+    at = [0] * len(files)
+    for chunk in chunks:
+        for extent in chunk.extents:
+            assert extent.offset == at[extent.file]
+            assert extent.nbytes > 0
+            at[extent.file] += extent.nbytes
+    assert at == files
+
+
+@given(sizes, buffers)
+def test_chunks_stay_within_the_buffer_and_name_their_roots(
+    files: list[int], buffer_size: int
+) -> None:
+    roots = [4, 2, 7]
+    for i, chunk in enumerate(plan_chunks(files, buffer_size, roots)):
+        assert chunk.index == i
+        assert chunk.root == roots[i % 3]
+        assert 0 < chunk.nbytes <= buffer_size
+        assert chunk.nbytes == sum(extent.nbytes for extent in chunk.extents)
+        num_blocks = sum(1 for _ in blocks_of(chunk))
+        assert num_blocks <= max_blocks(buffer_size)
+        assert TRAILER_HEAD_NBYTES + num_blocks * DIGEST_NBYTES <= trailer_nbytes(buffer_size)
+        assert align_up(chunk.nbytes, PAGE) <= buffer_size
+
+
+@given(sizes, buffers)
+def test_blocks_lie_at_multiples_of_a_block_and_are_whole_but_for_a_files_last(
+    files: list[int], buffer_size: int
+) -> None:
+    for chunk in plan_chunks(files, buffer_size, [0]):
+        at = 0
+        for block in blocks_of(chunk):
+            assert block.slot_offset == at
+            assert block.offset % BLOCK == 0
+            assert block.nbytes == min(BLOCK, files[block.file] - block.offset)
+            at += block.nbytes
+        assert at == chunk.nbytes
+
+
+@given(sizes, buffers, st.sampled_from([1, 2, 8]))
+def test_pieces_are_the_chunk_cut_between_blocks(
+    files: list[int], buffer_size: int, piece_mib: int
+) -> None:
+    for chunk in plan_chunks(files, buffer_size, [0]):
+        pieces = list(pieces_of(chunk, piece_mib * MIB))
+        blocks = [block for piece in pieces for block in piece.blocks]
+        assert blocks == list(blocks_of(chunk))
+        for piece in pieces:
+            assert blocks[piece.first_block] == piece.blocks[0]
+            assert piece.nbytes == sum(block.nbytes for block in piece.blocks) <= piece_mib * MIB
+
+
+def test_a_large_file_is_split_at_full_buffers() -> None:
+    chunks = plan_chunks([10 * MIB + 5], 4 * MIB, [0])
+    assert [chunk.nbytes for chunk in chunks] == [4 * MIB, 4 * MIB, 2 * MIB + 5]
+
+
+def test_small_files_share_a_chunk() -> None:
+    (chunk,) = plan_chunks([100, 0, 200, 300], MIB, [0])
+    assert [extent.file for extent in chunk.extents] == [0, 2, 3]
+
+
+def test_thousands_of_tiny_files_never_outgrow_the_trailer() -> None:
+    chunks = plan_chunks([7] * 5000, MIB, [0])
+    assert sum(chunk.nbytes for chunk in chunks) == 35000
+    assert max(len(chunk.extents) for chunk in chunks) == max_blocks(MIB)
+
+
+def test_nothing_to_send_is_no_chunk() -> None:
+    assert plan_chunks([], MIB, [0]) == plan_chunks([0, 0], MIB, [0]) == ()
+
+
+def test_the_digest_tells_plans_apart() -> None:
+    files = [5 * MIB, 3]
+    plans = [
+        plan_digest(f, b, plan_chunks(f, b, roots))
+        for f, b, roots in [
+            (files, MIB, [0]),
+            (files, 2 * MIB, [0]),
+            (files, MIB, [0, 1]),
+            ([5 * MIB, 4], MIB, [0]),
+            ([3, 5 * MIB], MIB, [0]),
+            ([5 * MIB, 3, 0], MIB, [0]),
+        ]
+    ]
+    assert len(set(plans)) == len(plans)
+    assert plan_digest(files, MIB, plan_chunks(files, MIB, [0])) == plans[0]
+
+
+def test_the_ring_is_count_times_buffer_and_a_page() -> None:
+    assert ring_nbytes(64 * MIB, 4) == 4 * (64 * MIB + PAGE)
+    assert trailer_nbytes(188 * MIB) == PAGE < trailer_nbytes(189 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("buffer_size", "num_buffers"), [(0, 1), (MIB + 1, 1), (MIB // 2, 1), (MIB, 0), (32 << 30, 1)]
+)
+def test_buffers_that_cannot_be_are_refused(buffer_size: int, num_buffers: int) -> None:
+    with pytest.raises(UsageError):
+        check_buffers(buffer_size, num_buffers)

@@ -1,0 +1,57 @@
+"""The trailer: nothing but its own chunk's passes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from packcast.errors import TransferError
+from packcast.packed.plan import PAGE, Chunk, Extent
+from packcast.packed.trailer import read_trailer, transfer_tag, write_trailer
+
+TAG = transfer_tag("this transfer")
+CHUNK = Chunk(7, 0, (Extent(0, 0, 3 << 20),), 3 << 20)
+DIGESTS = os.urandom(48)
+
+
+def written() -> bytearray:
+    page = bytearray(os.urandom(PAGE))
+    write_trailer(memoryview(page), TAG, CHUNK, DIGESTS)
+    return page
+
+
+def test_digests_come_back_as_they_went() -> None:
+    assert read_trailer(memoryview(written()), TAG, CHUNK, 3) == DIGESTS
+
+
+@pytest.mark.parametrize(
+    ("tag", "chunk", "num_blocks", "says"),
+    [
+        (transfer_tag("another"), CHUNK, 3, "not of this transfer"),
+        (TAG, Chunk(11, 0, CHUNK.extents, CHUNK.nbytes), 3, "out of order.*chunk 7"),
+        (TAG, Chunk(7, 0, CHUNK.extents, 2 << 20), 3, "by its trailer"),
+        (TAG, CHUNK, 2, "by its trailer"),
+    ],
+)
+def test_another_chunks_trailer_is_refused(
+    tag: bytes, chunk: Chunk, num_blocks: int, says: str
+) -> None:
+    with pytest.raises(TransferError, match=says):
+        read_trailer(memoryview(written()), tag, chunk, num_blocks)
+
+
+def test_a_slot_that_was_never_written_is_refused() -> None:
+    with pytest.raises(TransferError, match="not of this transfer"):
+        read_trailer(memoryview(bytearray(os.urandom(PAGE))), TAG, CHUNK, 3)
+
+
+@pytest.mark.parametrize("byte", range(64 + 48))
+def test_any_flipped_bit_is_found(byte: int) -> None:
+    page = written()
+    page[byte] ^= 0x10
+    try:
+        assert read_trailer(memoryview(page), TAG, CHUNK, 3) == DIGESTS
+        assert 44 <= byte < 48, "only the unused bytes of the head may change unseen"
+    except TransferError:
+        pass
