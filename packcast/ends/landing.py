@@ -16,17 +16,27 @@ import xxhash
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.digests import BlockDigests
-from packcast.ends.staging import Lease, PinnedStaging, SlotStaging, make_staging, piece_nbytes
+from packcast.ends.staging import Buffers, Lease, Staging, make_staging
 from packcast.errors import PackcastError, TransferError, as_packcast_error
 from packcast.packed.counters import Stage
 from packcast.packed.lanes import Mark
-from packcast.packed.plan import DIGEST_NBYTES, Block, Chunk, Piece, blocks_of, pieces_of
-from packcast.packed.ring import Ring, Slot
+from packcast.packed.plan import (
+    DIGEST_NBYTES,
+    Block,
+    Chunk,
+    Piece,
+    blocks_of,
+    piece_nbytes,
+    pieces_of,
+)
+from packcast.packed.ring import Slot
 from packcast.packed.trailer import read_trailer
 
 
 class Sink(Protocol):
     """Where a worker's bytes go: write, verify, discard."""
+
+    notes: list[str]  # what a person should know although it went well
 
     @property
     def stage(self) -> Stage:
@@ -84,24 +94,18 @@ class Landing:
         self,
         sink: Sink,
         files: Sequence[FileSpec],
+        buffers: Buffers,
         *,
-        ring: Ring,
-        buffer_size: int,
-        num_buffers: int,
-        staging_nbytes: int,
         num_threads: int,
-        tag: bytes,
     ) -> None:
         self.digests = BlockDigests([spec.nbytes for spec in files])
         self._sink = sink
         self._files = files
-        self._ring = ring
-        self._counters = ring.counters
-        self._tag = tag
-        self._piece_nbytes = piece_nbytes(buffer_size)
-        count = max(1, staging_nbytes // self._piece_nbytes)
-        self._staging = make_staging(ring, self._piece_nbytes, count)
-        self._trailers = make_staging(ring, ring.trailer_nbytes, max(count, num_buffers) + 1)
+        self._ring = buffers.ring
+        self._counters = buffers.ring.counters
+        self._tag = buffers.tag
+        self._piece_nbytes = piece_nbytes(buffers.buffer_size)
+        self._staging, self._trailers = make_staging(buffers)
         self._queue: SimpleQueue[tuple[_Arrival, Piece, Lease, Mark] | None] = SimpleQueue()
         self._failure: PackcastError | None = None
         self._threads = [
@@ -163,9 +167,7 @@ class Landing:
         for _ in self._threads:
             self._queue.put(None)
 
-    def _lease(
-        self, staging: PinnedStaging | SlotStaging, chunk: Chunk, offset: int, nbytes: int
-    ) -> Lease:
+    def _lease(self, staging: Staging, chunk: Chunk, offset: int, nbytes: int) -> Lease:
         with self._counters.waiting_on(self.stage):
             return staging.lease(chunk, offset, nbytes)
 

@@ -20,10 +20,10 @@ import xxhash
 from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile
 from packcast.ends.digests import BlockDigests
-from packcast.ends.staging import Lease, make_staging, piece_nbytes
+from packcast.ends.staging import Buffers, Lease, make_staging
 from packcast.errors import CheckpointError, PackcastError, TransferError, as_packcast_error
-from packcast.packed.plan import Chunk, Piece, pieces_of
-from packcast.packed.ring import Ring, Slot
+from packcast.packed.plan import Chunk, Piece, piece_nbytes, pieces_of
+from packcast.packed.ring import Slot
 from packcast.packed.trailer import write_trailer
 
 
@@ -139,24 +139,18 @@ class FileSource:
     def __init__(
         self,
         chunks: Sequence[Chunk],
-        *,
         reader: FileReader,
-        ring: Ring,
-        buffer_size: int,
-        num_buffers: int,
-        staging_nbytes: int,
+        buffers: Buffers,
+        *,
         num_threads: int,
-        tag: bytes,
     ) -> None:
         self.digests = BlockDigests(reader.file_nbytes)
         self._reader = reader
-        self._ring = ring
-        self._counters = ring.counters
-        self._tag = tag
-        self._piece_nbytes = piece_nbytes(buffer_size)
-        count = max(1, staging_nbytes // self._piece_nbytes)
-        self._staging = make_staging(ring, self._piece_nbytes, count)
-        self._trailers = make_staging(ring, ring.trailer_nbytes, num_buffers + 1)
+        self._ring = buffers.ring
+        self._counters = buffers.ring.counters
+        self._tag = buffers.tag
+        self._piece_nbytes = piece_nbytes(buffers.buffer_size)
+        self._staging, self._trailers = make_staging(buffers)
         self._unread: dict[int, int] = {}
         for chunk in chunks:
             for extent in chunk.extents:

@@ -8,21 +8,24 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from packcast.errors import PackcastError
 from packcast.packed.lanes import Mark
-from packcast.packed.plan import BLOCK, Chunk
+from packcast.packed.plan import Chunk, piece_nbytes, staging_count
 from packcast.packed.ring import Ring, Slot, host_view
 
-MAX_PIECE = 8 << 20  # large enough that Python's cost per piece vanishes, small enough to overlap
 
+@dataclass(frozen=True, slots=True)
+class Buffers:
+    """What both ends of a rank share, and the share of pinned memory that each of them may take."""
 
-def piece_nbytes(buffer_size: int) -> int:
-    """The size of a staging buffer: a power of two, since pinned allocations are rounded to one."""
-    largest = min(buffer_size, MAX_PIECE)
-    return max(BLOCK, 1 << (largest.bit_length() - 1))
+    ring: Ring
+    buffer_size: int
+    staging_nbytes: int
+    tag: bytes
 
 
 class Lease:
@@ -115,6 +118,16 @@ class SlotStaging:
         self._ring.stop(error)
 
 
-def make_staging(ring: Ring, nbytes: int, count: int) -> PinnedStaging | SlotStaging:
-    """Staging in buffers of `nbytes`, `count` of them beside a GPU."""
-    return SlotStaging(ring) if ring.is_host else PinnedStaging(nbytes, count)
+Staging = PinnedStaging | SlotStaging
+
+
+def make_staging(buffers: Buffers) -> tuple[Staging, Staging]:
+    """Staging for pieces and for trailers; beside a GPU it is pinned here, once."""
+    ring = buffers.ring
+    if ring.is_host:
+        return SlotStaging(ring), SlotStaging(ring)
+    count = staging_count(buffers.buffer_size, buffers.staging_nbytes)
+    return (
+        PinnedStaging(piece_nbytes(buffers.buffer_size), count),
+        PinnedStaging(ring.trailer_nbytes, count),
+    )

@@ -18,6 +18,7 @@ BLOCK = MIB  # the unit of digests, at multiples of itself in a file
 PAGE = 4096
 DIGEST_NBYTES = 16  # xxh3_128
 TRAILER_HEAD_NBYTES = 64
+MAX_PIECE = 8 * MIB  # so large that Python's cost per piece vanishes, so small that pieces overlap
 MAX_BUFFER_SIZE = 16 << 30
 # Beside the whole blocks that fill a buffer a chunk may carry this many short ones (ends of files);
 # 64 keep the trailer within one page for every buffer up to 188 MiB.
@@ -92,6 +93,23 @@ def trailer_nbytes(buffer_size: int) -> int:
 def ring_nbytes(buffer_size: int, num_buffers: int) -> int:
     """Device memory of the ring: `num_buffers x (buffer_size + a page)`, in bytes."""
     return num_buffers * (buffer_size + trailer_nbytes(buffer_size))
+
+
+def piece_nbytes(buffer_size: int) -> int:
+    """The size of a staging buffer: a power of two, since pinned allocations are rounded to one."""
+    largest = min(buffer_size, MAX_PIECE)
+    return max(BLOCK, 1 << (largest.bit_length() - 1))
+
+
+def staging_count(buffer_size: int, staging_nbytes: int) -> int:
+    """How many staging buffers, each with a trailer of its own, `staging_nbytes` pay for."""
+    return max(1, staging_nbytes // (piece_nbytes(buffer_size) + trailer_nbytes(buffer_size)))
+
+
+def pinned_nbytes(buffer_size: int, staging_nbytes: int) -> int:
+    """Pinned memory that a rank with a GPU holds for one end: at most `staging_nbytes`, or one."""
+    each = piece_nbytes(buffer_size) + trailer_nbytes(buffer_size)
+    return staging_count(buffer_size, staging_nbytes) * each
 
 
 def plan_chunks(

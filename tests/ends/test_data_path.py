@@ -16,6 +16,7 @@ from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
 from packcast.ends.landing import Landing
 from packcast.ends.source import FileReader, FileSource
+from packcast.ends.staging import Buffers
 from packcast.errors import CheckpointError, DestinationError, PackcastError, TransferError
 from packcast.packed.counters import Counters, StageEvent
 from packcast.packed.pipeline import run_pipeline
@@ -97,31 +98,24 @@ def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...]
     def rank_body(rank: int, broadcast: Broadcast) -> Outcome:
         counters = Counters(trace=True)
         ring = Ring(torch.device("cpu"), setup.buffer_size, setup.num_buffers, counters)
+        buffers = Buffers(ring, setup.buffer_size, 0, transfer_tag("test"))
         source = drain = sink = None
         if rank < setup.readers:
             reader = SlowReader(files, checkpoint.files)
             reader.before_read = lambda file, offset: setup.before_read(rank, file, offset)
             source = FileSource(
                 [chunk for chunk in chunks if chunk.root == rank],
-                reader=reader,
-                ring=ring,
-                buffer_size=setup.buffer_size,
-                num_buffers=setup.num_buffers,
-                staging_nbytes=0,
+                reader,
+                buffers,
                 num_threads=setup.threads,
-                tag=transfer_tag("test"),
             )
         if rank > 0:
             sink = MemorySink(specs, lambda file, offset: setup.before_put(rank, file, offset))
             drain = Landing(
                 sink,
                 specs,
-                ring=ring,
-                buffer_size=setup.buffer_size,
-                num_buffers=setup.num_buffers,
-                staging_nbytes=0,
+                buffers,
                 num_threads=setup.threads,
-                tag=transfer_tag("test"),
             )
 
         def spoiled(tensor: torch.Tensor, root: int) -> None:
@@ -300,15 +294,11 @@ def run_one_worker_alone(
     files = outgoing_files(checkpoint)
     specs = [file.spec for file in files]
     chunks = plan_chunks([spec.nbytes for spec in specs], MIB, [0])
-    tag = transfer_tag("test")
-    counters = Counters()
-    ring = Ring(torch.device("cpu"), MIB, 2, counters)
-    common = {"ring": ring, "buffer_size": MIB, "num_buffers": 2, "staging_nbytes": 0}
-    source = FileSource(
-        chunks, reader=FileReader(files, checkpoint.files), num_threads=2, tag=tag, **common
-    )
+    ring = Ring(torch.device("cpu"), MIB, 2, Counters())
+    buffers = Buffers(ring, MIB, 0, transfer_tag("test"))
+    source = FileSource(chunks, FileReader(files, checkpoint.files), buffers, num_threads=2)
     sink = MemorySink(specs, lambda file, offset: before_put(0, file, offset))
-    drain = Landing(sink, specs, num_threads=2, tag=tag, **common)
+    drain = Landing(sink, specs, buffers, num_threads=2)
     run_pipeline(chunks, rank=0, ring=ring, broadcast=lambda t, r: None, source=source, drain=drain)
 
 

@@ -45,7 +45,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What will be sent and how. `rank` and `device` are the addressee's own."""
+    """What will be sent and how. The last three are the addressee's own."""
 
     files: tuple[FileSpec, ...]
     buffer_size: int
@@ -61,6 +61,7 @@ class Offer:
     loud: bool
     rank: int
     device: str
+    ranks_on_host: int
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +105,7 @@ class Offer:
             "loud": self.loud,
             "rank": self.rank,
             "device": self.device,
+            "ranks_on_host": self.ranks_on_host,
         }
 
     @staticmethod
@@ -152,6 +154,7 @@ def _checked(message: Mapping[str, object]) -> Offer:
         loud=message["loud"] is True,
         rank=_count(message["rank"], world_size - 1),
         device=_text(message["device"]),
+        ranks_on_host=max(1, _count(message["ranks_on_host"], world_size)),
     )
 
 

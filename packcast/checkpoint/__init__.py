@@ -1,0 +1,35 @@
+"""What is on disk: safetensors headers, checkpoints, and what will be sent of them.
+
+Imports neither torch nor numpy.
+"""
+
+from packcast.checkpoint.checkpoint import Checkpoint, SourceFile, open_checkpoint
+from packcast.checkpoint.header import DTYPE_BITS, Header, Tensor, parse_header, read_header
+from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.outgoing import (
+    FileSpec,
+    Literal,
+    OutgoingFile,
+    Run,
+    Segment,
+    outgoing_files,
+)
+
+__all__ = [
+    "DTYPE_BITS",
+    "Checkpoint",
+    "FileSpec",
+    "Header",
+    "Literal",
+    "OutgoingFile",
+    "Run",
+    "Segment",
+    "SourceFile",
+    "Tensor",
+    "clash_of",
+    "name_fault",
+    "open_checkpoint",
+    "outgoing_files",
+    "parse_header",
+    "read_header",
+]

@@ -1,0 +1,286 @@
+"""A path becomes a Checkpoint: which files belong, under which names, where their bytes are.
+
+Judges what `walk` found by the rules of Hugging Face directories; reads headers and indexes, never
+a tensor's bytes, and knows nothing of where the files will go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import posixpath
+import stat
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packcast.checkpoint.header import Header, read_header
+from packcast.checkpoint.index import Index, is_index, read_index
+from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.reading import open_regular, shown, shown_name, unreadable
+from packcast.checkpoint.walk import Entry, Kind, walk
+from packcast.errors import CheckpointError
+
+_SHOWN_NAMES = 3
+_INCOMPLETE = "the download or copy is probably incomplete"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file to read. `name` is logical (posix, relative), `path` has no symlink left in it.
+
+    Size, time and inode are as when the checkpoint was opened; `header` is None for a sidecar or
+    an index.
+    """
+
+    name: str
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    inode: int
+    executable: bool
+    header: Header | None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is on disk: `path` as it was given, the files that belong, by name, and warnings."""
+
+    path: Path
+    files: tuple[SourceFile, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def num_tensors(self) -> int:
+        return sum(len(file.header.tensors) for file in self.files if file.header)
+
+    @property
+    def shards(self) -> tuple[SourceFile, ...]:
+        return tuple(file for file in self.files if file.header)
+
+    def fingerprint(self) -> str:
+        """A hex digest that two hosts share iff names, sizes and headers of all files are equal."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            header = file.header.json_bytes if file.header else b""
+            name = file.name.encode()
+            kind = "shard" if file.header else "other"
+            digest.update(f"{kind} {len(name)} {file.nbytes} {len(header)} ".encode())
+            digest.update(name)
+            digest.update(header)
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: Path, *, sidecars: bool = True, all_files: bool = False) -> Checkpoint:
+    """The checkpoint at `path`: one safetensors file, or a directory of shards.
+
+    Without `sidecars` only shards and their indexes belong. With `all_files` the `.safetensors`
+    files that an index beside them does not name belong too. Raises CheckpointError.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        what = "a symlink that leads nowhere" if path.is_symlink() else "no such file or directory"
+        raise CheckpointError(f"{path}: {what}") from error
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+    if stat.S_ISDIR(mode):
+        return _open_directory(path, sidecars=sidecars, all_files=all_files)
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: neither a file nor a directory")
+    if is_index(path.name):
+        raise CheckpointError(
+            f"{path}: an index, not a checkpoint", hint=f"give its directory: {path.parent}"
+        )
+    _check_name(path.name)
+    return Checkpoint(path, (_shard(path.name, path),), ())
+
+
+def _open_directory(path: Path, *, sidecars: bool, all_files: bool) -> Checkpoint:
+    if (path / "snapshots").is_dir() and (path / "blobs").is_dir():
+        raise CheckpointError(
+            f"{path}: a Hugging Face cache folder, which may hold several revisions",
+            hint=f"give one of them: {path / 'snapshots' / '<revision>'}",
+        )
+    entries, warnings = walk(path)
+    of_kind = {kind: [entry for entry in entries if entry.kind is kind] for kind in Kind}
+    indexes = [_index(entry) for entry in of_kind[Kind.INDEX]]
+    chosen, left = _choose(of_kind[Kind.SHARD], indexes)
+    if all_files:
+        chosen, left = of_kind[Kind.SHARD], []
+    if not chosen:
+        raise _nothing_here(path, left, of_kind[Kind.OTHER_WEIGHTS])
+    for entry in left:
+        name = shown_name(entry.name)
+        warnings.append(f"{name}: not in the index beside it: left out (--all-files takes it)")
+    shards = [_shard(entry.name, _checked(entry)) for entry in chosen]
+    warnings += _compare(indexes, shards)
+    ruling = [_plain(entry.name, _checked(entry)) for entry in of_kind[Kind.INDEX]]
+    others: list[SourceFile] = []
+    if sidecars:
+        others, more = _sidecars(of_kind[Kind.SIDECAR])
+        warnings += more
+        if of_kind[Kind.OTHER_WEIGHTS]:
+            names = _some(shown_name(entry.name) for entry in of_kind[Kind.OTHER_WEIGHTS])
+            warnings.append(f"weights in other formats are left out: {names}")
+    files, more = _without_clashes([*shards, *ruling], others)
+    return Checkpoint(path, files, (*warnings, *more))
+
+
+def _nothing_here(
+    path: Path, left: Sequence[Entry], other_weights: Sequence[Entry]
+) -> CheckpointError:
+    if left:
+        what = "its index names none of the .safetensors files beside it"
+        return CheckpointError(f"{path}: {what}", hint="--all-files takes them all the same")
+    hint = "give the directory that holds the .safetensors files"
+    if other_weights:
+        names = _some(shown_name(entry.name) for entry in other_weights)
+        hint = f"convert {names} to safetensors first"
+    return CheckpointError(f"{path}: no .safetensors file in this directory", hint=hint)
+
+
+def _choose(shards: Sequence[Entry], indexes: Sequence[Index]) -> tuple[list[Entry], list[Entry]]:
+    """The shards that belong, and those that lie beside an index that does not name them."""
+    there = {entry.name for entry in shards}
+    named: set[str] = set()
+    for index in indexes:
+        wanted = set(index.shard_of.values())
+        missing = sorted(wanted - there)
+        if missing:
+            raise CheckpointError(
+                f"{index.name}: {len(missing)} of {len(wanted)} shards are not there: "
+                f"{_some(missing)}",
+                hint=_INCOMPLETE,
+            )
+        named |= wanted
+    ruled = {posixpath.dirname(index.name) for index in indexes}
+    chosen: list[Entry] = []
+    left: list[Entry] = []
+    for entry in shards:
+        belongs = entry.name in named or posixpath.dirname(entry.name) not in ruled
+        (chosen if belongs else left).append(entry)
+    return chosen, left
+
+
+def _compare(indexes: Sequence[Index], shards: Sequence[SourceFile]) -> list[str]:
+    """Each index against its shards: a tensor too few is an error, one too many a warning."""
+    tensors_in = {
+        file.name: {tensor.name for tensor in file.header.tensors} for file in shards if file.header
+    }
+    promised: defaultdict[str, set[str]] = defaultdict(set)
+    for index in indexes:
+        for tensor, shard in index.shard_of.items():
+            if tensor not in tensors_in[shard]:
+                raise CheckpointError(
+                    f"{index.name}: tensor {shown(tensor)} is not in {shard}, where it should be",
+                    hint=_INCOMPLETE,
+                )
+            promised[shard].add(tensor)
+    warnings = []
+    for shard, names in sorted(promised.items()):
+        extra = sorted(tensors_in[shard] - names)
+        if extra:
+            few = _some(map(shown, extra))
+            warnings.append(f"{shard}: {len(extra)} of its tensors are not in the index: {few}")
+    return warnings
+
+
+def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
+    files, warnings = [], []
+    for entry in entries:
+        fault = name_fault(entry.name)
+        if fault:
+            warnings.append(f"{shown(entry.name)}: the name {fault}: left out")
+        elif entry.found and not stat.S_ISREG(entry.found.st_mode):
+            warnings.append(f"{entry.name}: not a regular file: left out")
+        else:
+            files.append(_plain(entry.name, _checked(entry)))
+    return files, warnings
+
+
+def _without_clashes(
+    needed: Sequence[SourceFile], others: Sequence[SourceFile]
+) -> tuple[tuple[SourceFile, ...], list[str]]:
+    """All files by name; a sidecar that clashes with another file is left with a warning."""
+    by_name = {file.name: file for file in (*needed, *others)}
+    optional = {file.name for file in others}
+    warnings = []
+    while clash := clash_of(by_name):
+        first, second = clash
+        out = next((name for name in (second, first) if name in optional), None)
+        if out is None:
+            raise CheckpointError(
+                f"{first} and {second}: not every file system can hold both names"
+            )
+        kept = first if out == second else second
+        warnings.append(f"{out}: not every file system can hold it beside {kept}: left out")
+        del by_name[out]
+    return tuple(by_name[name] for name in sorted(by_name)), warnings
+
+
+def _index(entry: Entry) -> Index:
+    return read_index(_checked(entry), entry.name)
+
+
+def _checked(entry: Entry) -> Path:
+    """The path of a file that has to be there and to have a name that can travel."""
+    _check_name(entry.name)
+    if entry.found is None:
+        raise CheckpointError(
+            f"{entry.name}: a symlink that leads nowhere: {entry.path}", hint=_INCOMPLETE
+        )
+    return entry.path
+
+
+def _check_name(name: str) -> None:
+    fault = name_fault(name)
+    if fault:
+        raise CheckpointError(f"{shown(name)}: the name {fault}, so it cannot be sent")
+
+
+def _shard(name: str, path: Path) -> SourceFile:
+    resolved = _resolved(name, path)
+    return _source(name, resolved, read_header(resolved, name))
+
+
+def _plain(name: str, path: Path) -> SourceFile:
+    resolved = _resolved(name, path)
+    with open_regular(resolved, name):  # unreadable: better said now than in mid stream
+        return _source(name, resolved, None)
+
+
+def _resolved(name: str, path: Path) -> Path:
+    try:
+        return path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks, before 3.13
+        raise CheckpointError(f"{name}: its symlinks lead nowhere") from error
+
+
+def _source(name: str, resolved: Path, header: Header | None) -> SourceFile:
+    try:
+        found = os.stat(resolved)
+    except OSError as error:
+        raise unreadable(name, error) from error
+    if header and header.file_nbytes != found.st_size:
+        raise CheckpointError(f"{name}: changed size while it was being read")
+    return SourceFile(
+        name=name,
+        path=resolved,
+        nbytes=found.st_size,
+        mtime_ns=found.st_mtime_ns,
+        inode=found.st_ino,
+        executable=bool(found.st_mode & stat.S_IXUSR),
+        header=header,
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    few = list(names)
+    more = f" and {len(few) - _SHOWN_NAMES} more" if len(few) > _SHOWN_NAMES else ""
+    return ", ".join(few[:_SHOWN_NAMES]) + more

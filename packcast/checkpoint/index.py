@@ -1,0 +1,89 @@
+"""The index of a sharded checkpoint (`model.safetensors.index.json` and kin), read and rewritten.
+
+Knows one index at a time; whether it fits the shards is for `checkpoint` to say.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from packcast.checkpoint.names import name_fault
+from packcast.checkpoint.reading import open_regular, read_exactly, shown, strict_json, what_it_is
+from packcast.errors import CheckpointError
+
+SHARD_SUFFIX = ".safetensors"
+MAX_INDEX_NBYTES = 256 << 20
+
+# `model.safetensors.index.json`, `model.fp16.safetensors.index.json` and, as older libraries put
+# the variant, `model.safetensors.index.fp16.json`.
+_INDEX_NAME = re.compile(r".+\.safetensors\.index(\.[^./]+)?\.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """`shard_of` maps a tensor's name to its shard's logical name; `content` is the whole JSON."""
+
+    name: str
+    content: dict[str, object]
+    shard_of: dict[str, str]
+
+
+def is_index(name: str) -> bool:
+    """Whether a file of this logical name rules which shards of its folder belong."""
+    return _INDEX_NAME.fullmatch(posixpath.basename(name)) is not None
+
+
+def read_index(path: Path, name: str) -> Index:
+    """Reads the index at `path`, whose logical name is `name`. Raises CheckpointError."""
+    with open_regular(path, name) as (fd, nbytes):
+        if nbytes > MAX_INDEX_NBYTES:
+            raise CheckpointError(f"{name}: index of more than {MAX_INDEX_NBYTES} bytes")
+        data = read_exactly(fd, nbytes, 0, name)
+    known = what_it_is(data[:64])
+    if known and not data.lstrip().startswith((b"{", b"[")):
+        raise CheckpointError(f"{name}: not an index: {known[0]}", hint=known[1])
+    content = strict_json(data, name)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or not isinstance(weight_map, dict):
+        raise CheckpointError(f"{name}: not an index: it has no weight_map")
+    folder = posixpath.dirname(name)
+    checked = {shard: _shard_name(shard, folder, name) for shard in _distinct(weight_map, name)}
+    return Index(name, content, {tensor: checked[shard] for tensor, shard in weight_map.items()})
+
+
+def _distinct(weight_map: dict[str, object], where: str) -> set[str]:
+    shards: set[str] = set()
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{where}: tensor {shown(tensor)}: its shard is not a name")
+        shards.add(shard)
+    return shards
+
+
+def _shard_name(shard: str, folder: str, where: str) -> str:
+    fault = name_fault(shard)
+    if fault:
+        raise CheckpointError(f"{where}: the shard name {shown(shard)} {fault}")
+    if not shard.endswith(SHARD_SUFFIX):
+        raise CheckpointError(f"{where}: the shard {shown(shard)} is not a {SHARD_SUFFIX} file")
+    return posixpath.join(folder, shard)
+
+
+def rewritten(index: Index, kept: set[str], *, nbytes: int, num_elements: int) -> bytes:
+    """The index's JSON with only the `kept` tensors and the totals that go with them."""
+    weight_map = index.content["weight_map"]
+    metadata = index.content.get("metadata")
+    assert isinstance(weight_map, dict)
+    totals: dict[str, object] = dict(metadata) if isinstance(metadata, dict) else {}
+    totals["total_size"] = nbytes
+    if "total_parameters" in totals:
+        totals["total_parameters"] = num_elements
+    content = index.content | {
+        "metadata": totals,
+        "weight_map": {tensor: shard for tensor, shard in weight_map.items() if tensor in kept},
+    }
+    return json.dumps(content, indent=2).encode() + b"\n"

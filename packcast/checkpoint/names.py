@@ -1,0 +1,72 @@
+"""Which logical names may travel: relative, printable, the same on every file system.
+
+Pure functions over strings, used by the sender on what it found and by a receiver on what it was
+told; knows no files.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+MAX_COMPONENT_NBYTES = 255
+MAX_DEPTH = 8
+
+
+def name_fault(name: str) -> str | None:
+    """Why a logical name is not allowed on the wire, as the end of a sentence; None if it is."""
+    if not name:
+        return "is empty"
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "is not valid UTF-8"
+    components = name.split("/")
+    if not components[0]:
+        return "is not relative"
+    if len(components) > MAX_DEPTH:
+        return f"is more than {MAX_DEPTH} levels deep"
+    return next((fault for fault in map(_component_fault, components) if fault), None)
+
+
+def _component_fault(component: str) -> str | None:
+    if not component:
+        return "has an empty part"
+    if component in (".", ".."):
+        return f"has a part {component!r}"
+    if component[0] in ".-":
+        return f"has a part that begins with {component[0]!r}"
+    if "\\" in component:
+        return "has a backslash"
+    if not component.isprintable():
+        return "has a character that cannot be printed"
+    if not unicodedata.is_normalized("NFC", component):
+        return "is not in Unicode's composed form (NFC)"
+    if len(component.encode()) > MAX_COMPONENT_NBYTES:
+        return f"has a part of more than {MAX_COMPONENT_NBYTES} bytes"
+    return None
+
+
+def clash_of(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that cannot both exist on every file system, in the order met; or None.
+
+    Two names clash when they are equal but for case, or when one would have to be a directory of
+    the other.
+    """
+    by_folded: dict[str, str] = {}
+    for name in names:
+        folded = _folded(name)
+        if folded in by_folded:
+            return by_folded[folded], name
+        by_folded[folded] = name
+    for folded, name in by_folded.items():
+        parent = folded
+        while "/" in parent:
+            parent = parent.rpartition("/")[0]
+            if parent in by_folded:
+                return by_folded[parent], name
+    return None
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name.casefold())

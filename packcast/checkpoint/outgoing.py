@@ -1,0 +1,177 @@
+"""What will be sent: each file as a list of segments, verbatim or with a choice of tensors.
+
+Pure but for reading an index that has to be rewritten; knows nothing of chunks, ranks or targets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.header import LENGTH_NBYTES, Header, Tensor, parse_header
+from packcast.checkpoint.index import is_index, read_index, rewritten
+from packcast.errors import UsageError
+
+_HEADER_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpec:
+    """What an outgoing file will be: all that a receiver knows of it before its bytes come."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+    executable: bool
+    header: Header | None
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes that are in no source file."""
+
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run of bytes of `Checkpoint.files[source]`; never empty."""
+
+    source: int
+    offset: int
+    nbytes: int
+
+
+Segment = Literal | Run
+
+
+@dataclass(frozen=True, slots=True)
+class OutgoingFile:
+    """`segments` one after the other are the file; an empty file has none."""
+
+    spec: FileSpec
+    segments: tuple[Segment, ...]
+
+
+def outgoing_files(
+    checkpoint: Checkpoint, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[OutgoingFile, ...]:
+    """The files to send, by name.
+
+    `include` and `exclude` are globs over tensor names, as `fnmatch.fnmatchcase` reads them; no
+    `include` means all. A shard that loses some tensors gets a new header, one that loses all is
+    dropped, one that keeps all goes verbatim; indexes follow. Raises UsageError where no tensor
+    is left, CheckpointError where an index can no longer be read.
+    """
+    if not include and not exclude:
+        return tuple(_verbatim(source, file) for source, file in enumerate(checkpoint.files))
+
+    def selected(tensor: Tensor) -> bool:
+        return (not include or any(fnmatchcase(tensor.name, glob) for glob in include)) and not any(
+            fnmatchcase(tensor.name, glob) for glob in exclude
+        )
+
+    kept = {
+        file.name: tuple(filter(selected, file.header.tensors))
+        for file in checkpoint.files
+        if file.header
+    }
+    if not any(kept.values()):
+        raise UsageError(
+            "--include and --exclude leave no tensor to send",
+            hint="`packcast inspect` lists the tensors' names",
+        )
+    files = (_selected(source, file, kept) for source, file in enumerate(checkpoint.files))
+    return tuple(file for file in files if file)
+
+
+def _selected(
+    source: int, file: SourceFile, kept: dict[str, tuple[Tensor, ...]]
+) -> OutgoingFile | None:
+    if file.header is None:
+        return _index(source, file, kept) if is_index(file.name) else _verbatim(source, file)
+    tensors = kept[file.name]
+    if not tensors:
+        return None
+    if len(tensors) == len(file.header.tensors):
+        return _verbatim(source, file)
+    json_bytes = _header_json(file.header, tensors)
+    head = Literal(struct.pack("<Q", len(json_bytes)) + json_bytes)
+    nbytes = head.nbytes + sum(tensor.nbytes for tensor in tensors)
+    header = parse_header(json_bytes, nbytes, file.name)
+    return OutgoingFile(_spec(file, nbytes, header), (head, *_runs(source, tensors)))
+
+
+def _verbatim(source: int, file: SourceFile) -> OutgoingFile:
+    segments = (Run(source, 0, file.nbytes),) if file.nbytes else ()
+    return OutgoingFile(_spec(file, file.nbytes, file.header), segments)
+
+
+def _spec(file: SourceFile, nbytes: int, header: Header | None) -> FileSpec:
+    return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header)
+
+
+def _header_json(header: Header, tensors: Sequence[Tensor]) -> bytes:
+    """The JSON for a file of these tensors alone, padded so that its data begins aligned."""
+    content: dict[str, object] = {"__metadata__": header.metadata} if header.metadata else {}
+    begin = 0
+    for tensor in tensors:
+        offsets = [begin, begin + tensor.nbytes]
+        content[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "data_offsets": offsets,
+        }
+        begin = offsets[1]
+    data = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    return data + b" " * (-(LENGTH_NBYTES + len(data)) % _HEADER_ALIGNMENT)
+
+
+def _runs(source: int, tensors: Sequence[Tensor]) -> list[Run]:
+    """Where the tensors' bytes are, in order; neighbours in one run."""
+    runs: list[Run] = []
+    begin = end = 0
+    for tensor in tensors:
+        if tensor.begin != end:
+            if end > begin:
+                runs.append(Run(source, begin, end - begin))
+            begin = tensor.begin
+        end = tensor.end
+    if end > begin:
+        runs.append(Run(source, begin, end - begin))
+    return runs
+
+
+def _index(
+    source: int, file: SourceFile, kept: dict[str, tuple[Tensor, ...]]
+) -> OutgoingFile | None:
+    """The index of what is kept: verbatim where that is all of it, dropped where it is nothing."""
+    index = read_index(file.path, file.name)
+    names = {shard: {tensor.name for tensor in tensors} for shard, tensors in kept.items()}
+    left = {tensor for tensor, shard in index.shard_of.items() if tensor in names.get(shard, ())}
+    if not left:
+        return None
+    if len(left) == len(index.shard_of):
+        return _verbatim(source, file)
+    tensors = [
+        tensor
+        for shard in set(index.shard_of.values())
+        for tensor in kept.get(shard, ())
+        if tensor.name in left and index.shard_of[tensor.name] == shard
+    ]
+    data = rewritten(
+        index,
+        left,
+        nbytes=sum(tensor.nbytes for tensor in tensors),
+        num_elements=sum(math.prod(tensor.shape) for tensor in tensors),
+    )
+    return OutgoingFile(_spec(file, len(data), None), (Literal(data),))

@@ -1,0 +1,123 @@
+"""Regular files opened safely, JSON read strictly, and what a file is when it is none of ours.
+
+Every failure is a CheckpointError that begins with `where`. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from packcast.errors import CheckpointError
+
+_SHOWN_CHARACTERS = 120
+
+
+def shown(value: object) -> str:
+    """A value out of a file as it may appear in a message: escaped, and never long."""
+    if isinstance(value, list):  # one level only: a hostile list may nest too deeply for repr
+        inner = ("..." if isinstance(item, list | dict) else shown(item) for item in value[:9])
+        text = f"[{', '.join(inner)}{', ...' if len(value) > 9 else ''}]"
+    elif isinstance(value, dict):
+        text = "an object"
+    else:
+        text = repr(value[: _SHOWN_CHARACTERS + 1] if isinstance(value, str) else value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def shown_name(name: str) -> str:
+    """A file's name as it may appear in a message: as it is where that is harmless."""
+    return name if name.isprintable() else shown(name)
+
+
+@contextmanager
+def open_regular(path: Path, where: str) -> Iterator[tuple[int, int]]:
+    """The descriptor and size of a regular file; anything else is refused before it is opened."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError(f"{where}: not a regular file")
+        # O_NONBLOCK: a FIFO that takes the file's place just now must not make us wait.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise unreadable(where, error) from error
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{where}: not a regular file")
+        yield fd, found.st_size
+    finally:
+        os.close(fd)
+
+
+def read_exactly(fd: int, nbytes: int, offset: int, where: str) -> bytes:
+    """`nbytes` bytes from `offset` on. The caller has bounded `nbytes`."""
+    pieces: list[bytes] = []
+    while nbytes:
+        try:
+            piece = os.pread(fd, nbytes, offset)
+        except OSError as error:
+            raise unreadable(where, error) from error
+        if not piece:
+            raise CheckpointError(f"{where}: became shorter while it was being read")
+        pieces.append(piece)
+        nbytes -= len(piece)
+        offset += len(piece)
+    return b"".join(pieces)
+
+
+def unreadable(where: str, error: OSError) -> CheckpointError:
+    """The operating system's refusal as a sentence."""
+    return CheckpointError(f"{where}: cannot be read: {(error.strerror or str(error)).lower()}")
+
+
+def strict_json(data: bytes, where: str) -> object:
+    """JSON as the standard has it: UTF-8, no NaN, and (stricter) no key twice in one object.
+
+    The caller has bounded the size of `data`.
+    """
+
+    def to_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        content = dict(pairs)
+        if len(content) != len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise CheckpointError(f"{where}: names {shown(twice)} twice")
+        return content
+
+    def refuse_constant(constant: str) -> object:
+        raise CheckpointError(f"{where}: {constant} is not JSON")
+
+    try:
+        text = data.decode()
+        content: object = json.loads(
+            text, object_pairs_hook=to_dict, parse_constant=refuse_constant
+        )
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where}: not valid UTF-8 at byte {error.start}") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{where}: JSON nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise CheckpointError(f"{where}: has a number that is too long") from error
+    return content
+
+
+def what_it_is(head: bytes) -> tuple[str, str] | None:
+    """What a file that begins so really is, and what to do about it; None where we cannot tell."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself", "run `git lfs pull` where it was cloned"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")):
+        return "a web page, perhaps an error page saved in its place", "download it again"
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "a PyTorch (pickle) checkpoint", "convert it to safetensors first"
+    if head.startswith(b"GGUF"):
+        return "a GGUF file", "packcast sends safetensors only"
+    if text.startswith((b"{", b"[")):
+        return "JSON text", "give the checkpoint's directory, or one .safetensors file"
+    return None

@@ -1,0 +1,110 @@
+"""What lies in a checkpoint directory: every file that is not hidden, and what its name says it is.
+
+Looks at names and inodes only; opens no file and judges nothing but the walk's own bounds.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from packcast.checkpoint.index import SHARD_SUFFIX, is_index
+from packcast.checkpoint.reading import shown_name, unreadable
+from packcast.errors import CheckpointError
+
+MAX_ENTRIES = 100_000
+
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+
+
+class Kind(Enum):
+    """What a file is by its name."""
+
+    SHARD = "shard"
+    INDEX = "index"
+    SIDECAR = "sidecar"
+    OTHER_WEIGHTS = "other weights"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file met on the walk; `found` is None where it is a symlink that leads nowhere."""
+
+    name: str
+    path: Path
+    kind: Kind
+    found: os.stat_result | None
+
+
+def kind_of(name: str) -> Kind:
+    """What the file of this logical name is, by its name alone."""
+    if name.endswith(SHARD_SUFFIX):
+        return Kind.SHARD
+    if is_index(name):
+        return Kind.INDEX
+    return Kind.OTHER_WEIGHTS if name.endswith(_OTHER_WEIGHTS) else Kind.SIDECAR
+
+
+def walk(root: Path) -> tuple[list[Entry], list[str]]:
+    """All files under `root` by logical name, nested folders too, and warnings.
+
+    Symlinks are followed. A directory that is met again below itself is left with a warning; what
+    then remains is bounded by MAX_ENTRIES, so that no knot of links keeps us for ever. Raises
+    CheckpointError there, and where a directory cannot be read.
+    """
+    entries: list[Entry] = []
+    warnings: list[str] = []
+    num_met = 0
+    above: frozenset[tuple[int, int]] = frozenset()
+    todo = [("", root, above)]
+    while todo:
+        prefix, directory, above = todo.pop()
+        identity = _identity(directory, prefix)
+        if identity in above:
+            warnings.append(
+                f"{shown_name(prefix[:-1])}: leads back to a directory above it: left out"
+            )
+            continue
+        for file_name in _listing(directory, prefix):
+            num_met += 1
+            if num_met > MAX_ENTRIES:
+                raise CheckpointError(
+                    f"{root}: more than {MAX_ENTRIES} files: this is hardly a checkpoint",
+                    hint="give the directory that holds the .safetensors files",
+                )
+            name, path = prefix + file_name, directory / file_name
+            found = _stat(path, name)
+            if found is not None and stat.S_ISDIR(found.st_mode):
+                todo.append((name + "/", path, above | {identity}))
+            else:
+                entries.append(Entry(name, path, kind_of(name), found))
+    entries.sort(key=lambda entry: entry.name)
+    return entries, sorted(warnings)
+
+
+def _identity(directory: Path, prefix: str) -> tuple[int, int]:
+    try:
+        found = os.stat(directory)
+    except OSError as error:
+        raise unreadable(shown_name(prefix or str(directory)), error) from error
+    return found.st_dev, found.st_ino
+
+
+def _listing(directory: Path, prefix: str) -> list[str]:
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        raise unreadable(shown_name(prefix or str(directory)), error) from error
+    return [name for name in names if not name.startswith(".") and name != "__pycache__"]
+
+
+def _stat(path: Path, name: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        if path.is_symlink():
+            return None
+        raise unreadable(shown_name(name), error) from error

@@ -1,0 +1,333 @@
+"""The options of the command line, declared once: names, help, panels, environment variables.
+
+Knows nothing of what they are for; `cli/settings.py` reads and checks the values.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+ProgressMode = Literal["auto", "rich", "plain", "none"]
+
+DESTINATION = "Destination"
+SELECTION = "What is sent"
+LAUNCH = "Who takes part"
+TUNING = "Buffers and devices"
+LIMITS = "Time limits"
+OUTPUT = "Output"
+
+# A repeatable option's variable is split at spaces: PACKCAST_INCLUDE="a* b*".
+
+
+def _option(
+    *names: str,
+    panel: str,
+    help: str,
+    metavar: str | None = None,
+    min: int | None = None,
+    max: int | None = None,
+) -> Any:
+    """An option with its variable, which the epilog explains once for all of them."""
+    variable = "PACKCAST_" + names[0].removeprefix("--").replace("-", "_").upper()
+    return typer.Option(
+        *names,
+        envvar=variable,
+        show_envvar=False,
+        rich_help_panel=panel,
+        help=help,
+        metavar=metavar,
+        min=min,
+        max=max,
+    )
+
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="A .safetensors file, or a directory of shards, index and sidecars.",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    str | None,
+    _option(
+        "--out",
+        metavar="DIR",
+        panel=DESTINATION,
+        help="Write the copy to DIR. {rank}, {local_rank} and {host} are filled in.",
+    ),
+]
+Verify = Annotated[
+    str | None,
+    _option(
+        "--verify",
+        metavar="CKPT",
+        panel=DESTINATION,
+        help="Compare with the local checkpoint CKPT; write nothing.",
+    ),
+]
+Discard = Annotated[
+    bool,
+    _option(
+        "--discard",
+        panel=DESTINATION,
+        help="Check digests and drop the bytes.",
+    ),
+]
+Force = Annotated[
+    bool,
+    _option(
+        "--force",
+        panel=DESTINATION,
+        help="Replace an earlier copy in DIR. A directory that holds anything else is left alone.",
+    ),
+]
+
+NoSidecars = Annotated[
+    bool,
+    _option(
+        "--no-sidecars",
+        panel=SELECTION,
+        help="Only shards and their index: no config, no tokenizer.",
+    ),
+]
+AllFiles = Annotated[
+    bool,
+    _option(
+        "--all-files",
+        panel=SELECTION,
+        help="Also .safetensors files that the index does not name.",
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    _option(
+        "--include",
+        metavar="GLOB",
+        panel=SELECTION,
+        help="Only tensors whose names match. May be repeated.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    _option(
+        "--exclude",
+        metavar="GLOB",
+        panel=SELECTION,
+        help="Not the tensors whose names match. May be repeated.",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    _option(
+        "--dry-run",
+        panel=SELECTION,
+        help="Show what would be sent and the memory it needs, then stop.",
+    ),
+]
+
+Nproc = Annotated[
+    int | None,
+    _option(
+        "--nproc",
+        metavar="N",
+        min=2,
+        panel=LAUNCH,
+        help="Start N ranks on this machine: the sender and N-1 workers.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    _option(
+        "--workers",
+        metavar="N",
+        min=1,
+        panel=LAUNCH,
+        help="No launcher: wait for N `packcast recv`.",
+    ),
+]
+Listen = Annotated[
+    str | None,
+    _option(
+        "--listen",
+        metavar="HOST:PORT",
+        panel=LAUNCH,
+        help="No launcher: where the workers find the sender. Port 0: any free one.",
+    ),
+]
+Port = Annotated[
+    int | None,
+    _option(
+        "--port",
+        metavar="PORT",
+        min=1,
+        max=65535,
+        panel=LAUNCH,
+        help="Slurm: the port where rank 0 is met, instead of one derived from the job.",
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[HOST:PORT]",
+        help="No launcher: where the sender listens.",
+        show_default=False,
+    ),
+]
+Rank = Annotated[
+    int | None,
+    _option(
+        "--rank",
+        metavar="N",
+        min=1,
+        panel=LAUNCH,
+        help="No launcher: be this rank. Otherwise ranks go by host name, then arrival.",
+    ),
+]
+TokenFile = Annotated[
+    str | None,
+    _option(
+        "--token-file",
+        metavar="FILE",
+        panel=LAUNCH,
+        help="The secret that sender and workers share. Or set PACKCAST_TOKEN.",
+    ),
+]
+Readers = Annotated[
+    str,
+    _option(
+        "--readers",
+        metavar="N|all",
+        panel=LAUNCH,
+        help="How many `send` ranks read the checkpoint and share the sending.",
+    ),
+]
+
+BufferSize = Annotated[
+    str,
+    _option(
+        "--buffer-size",
+        metavar="SIZE",
+        panel=TUNING,
+        help="Most bytes in one broadcast; a multiple of 1MiB.",
+    ),
+]
+NumBuffers = Annotated[
+    int,
+    _option(
+        "--num-buffers",
+        metavar="N",
+        panel=TUNING,
+        help="Buffers on each device.",
+    ),
+]
+Staging = Annotated[
+    str,
+    _option(
+        "--staging",
+        metavar="SIZE",
+        panel=TUNING,
+        help="Most pinned host memory between files and buffers.",
+    ),
+]
+BackendChoice = Annotated[
+    Literal["auto", "nccl", "gloo"],
+    _option(
+        "--backend",
+        panel=TUNING,
+        help="auto: NCCL where every rank has a GPU of its own, else gloo.",
+    ),
+]
+Device = Annotated[
+    str,
+    _option(
+        "--device",
+        metavar="auto|cpu|cuda|cuda:N",
+        panel=TUNING,
+        help="Where this rank keeps its buffers.",
+    ),
+]
+
+JoinTimeout = Annotated[
+    str,
+    _option(
+        "--join-timeout",
+        metavar="TIME",
+        panel=LIMITS,
+        help="For all ranks to come.",
+    ),
+]
+HeartbeatTimeout = Annotated[
+    str,
+    _option(
+        "--heartbeat-timeout",
+        metavar="TIME",
+        panel=LIMITS,
+        help="Without a sign of life from a rank.",
+    ),
+]
+StallTimeout = Annotated[
+    str,
+    _option(
+        "--stall-timeout",
+        metavar="TIME",
+        panel=LIMITS,
+        help="Without a byte moved while all ranks are alive.",
+    ),
+]
+
+Json = Annotated[
+    str | None,
+    _option(
+        "--json",
+        metavar="FILE|-",
+        panel=OUTPUT,
+        help="Write the result as JSON. With {rank} in FILE every rank writes its own.",
+    ),
+]
+InspectJson = Annotated[
+    str | None,
+    _option(
+        "--json",
+        metavar="FILE|-",
+        panel=OUTPUT,
+        help="Write the listing as JSON, instead of the table.",
+    ),
+]
+Tensors = Annotated[
+    bool,
+    _option(
+        "--tensors",
+        panel=OUTPUT,
+        help="List every tensor.",
+    ),
+]
+Progress = Annotated[
+    ProgressMode,
+    _option(
+        "--progress",
+        panel=OUTPUT,
+        help="auto: rich on a terminal, else plain lines.",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    _option(
+        "--quiet",
+        "-q",
+        panel=OUTPUT,
+        help="Only errors (and the line to run on the workers).",
+    ),
+]
+Verbose = Annotated[
+    bool,
+    _option(
+        "--verbose",
+        "-v",
+        panel=OUTPUT,
+        help="Show the traceback of an error.",
+    ),
+]

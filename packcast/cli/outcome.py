@@ -1,0 +1,149 @@
+"""How a command ends: the error or the end line for people, the JSON result, the exit code.
+
+The one place that prints an error. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from packcast.cli.progress import Display
+from packcast.cli.report import end_line, report_document, to_json
+from packcast.cli.terminal import say
+from packcast.errors import DestinationError, Interrupted, PackcastError, error_from_code
+from packcast.group.launch import Launch
+from packcast.group.leave import record_failure
+from packcast.report import Report
+from packcast.settings import Settings, fill_in
+
+_TRY_VERBOSE = "run again with -v for the traceback"
+NOT_LAUNCHED = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+def as_packcast_error(error: BaseException) -> PackcastError:
+    """Every way in which a command can fail, as one of ours."""
+    if isinstance(error, PackcastError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted", signal_number=signal.SIGINT)
+    wrapped = PackcastError(
+        f"this is a bug: {type(error).__name__}: {error}",
+        hint=_TRY_VERBOSE,
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What is known, while a command runs, of how its end must be told."""
+
+    argv: list[str] = field(default_factory=list)
+    command: str = ""
+    verbose: bool = False
+    json: str | None = None
+    settings: Settings | None = None
+    launch: Launch = NOT_LAUNCHED
+    display: Display | None = None
+
+    def failed(self, error: PackcastError) -> None:
+        """Print the error and write the result; also on a thread other than the main one."""
+        if self.display:
+            self.display.close()
+        if self.verbose:
+            say("".join(traceback.format_exception(error)).rstrip())
+        _say_error(error, with_hint=not (self.verbose and error.hint == _TRY_VERBOSE))
+        try:
+            self._write_failure(error)
+        except PackcastError as second:
+            _say_error(second)
+
+    def finished(self, report: Report) -> int:
+        """Tell the result, which may be a failure that was survived; returns the exit code."""
+        if self.display:
+            self.display.close()
+            if report.ok:
+                self.display.ended(end_line(report))
+        if not report.ok:
+            error = error_from_code(report.exit_code, report.error or "failed", report.hint)
+            record_failure(error)
+            _say_error(error)
+        self._write_report(report)
+        return report.exit_code
+
+    def write_document(self, document: dict[str, object], rank: int | None = None) -> None:
+        """Write the JSON where --json says; nothing without it."""
+        if self.json is None:
+            return
+        text = to_json(document)
+        if self.json == "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            return
+        from packcast.group.devices import host_name
+
+        local_rank, host = self.launch.local_rank, host_name()
+        path = Path(fill_in(self.json, rank=rank or 0, local_rank=local_rank, host=host))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise DestinationError(f"--json: {path}: {error.strerror}") from error
+
+    def _write_report(self, report: Report) -> None:
+        # A file without {rank} in its name is the sender's, or belongs to a lone `recv`.
+        lone_recv = report.command == "recv" and self.launch.kind == "none"
+        if report.is_sender or lone_recv or (self.json and "{rank}" in self.json):
+            self.write_document(report_document(report), report.rank)
+
+    def _write_failure(self, error: PackcastError) -> None:
+        if self.settings:
+            self._write_report(failure_report(self.settings, self.launch, self.display, error))
+        elif self.launch.rank == 0 or (self.json and "{rank}" in self.json):
+            failure: dict[str, object] = {
+                "command": self.command,
+                "ok": False,
+                "exit_code": error.exit_code,
+            }
+            failure |= {"error": error.message, "hint": error.hint}
+            self.write_document(failure, self.launch.rank)
+
+
+def _say_error(error: PackcastError, *, with_hint: bool = True) -> None:
+    hint = f"\n  {error.hint}" if error.hint and with_hint else ""
+    say(f"packcast: error: {error.message}{hint}")
+
+
+def failure_report(
+    settings: Settings, launch: Launch, display: Display | None, error: PackcastError
+) -> Report:
+    """The result of a run that ended in `error`, as far as the display was told of it."""
+    report = Report(
+        command=settings.command,
+        is_sender=display.is_sender if display else settings.command == "send",
+        rank=settings.rank if launch.kind == "none" else launch.rank,
+        ok=False,
+        exit_code=error.exit_code,
+        error=error.message,
+        hint=error.hint,
+    )
+    start = display.start if display else None
+    if start is None:
+        return report
+    return replace(
+        report,
+        rank=start.rank,
+        num_files=start.num_files,
+        num_tensors=start.num_tensors,
+        nbytes=start.nbytes,
+        backend=start.backend,
+        reason=start.reason,
+        world_size=start.world_size,
+        buffer_size=start.buffer_size,
+        num_buffers=start.num_buffers,
+        staging=start.staging,
+    )

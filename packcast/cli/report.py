@@ -1,0 +1,85 @@
+"""A Report for machines (JSON, schema 1) and for people (one line). Pure functions."""
+
+from __future__ import annotations
+
+import json
+
+from packcast.report import RankReport, Report, StageReport
+from packcast.units import format_duration, format_rate, format_size
+
+SCHEMA = 1
+
+
+def to_json(document: dict[str, object]) -> str:
+    """One JSON document, ended by a line feed. Names that are no text become escapes."""
+    return json.dumps({"schema": SCHEMA, **document}, indent=2, allow_nan=False) + "\n"
+
+
+def report_document(report: Report) -> dict[str, object]:
+    """The result of `send` or `recv`: sizes in bytes, times in seconds."""
+    return {
+        "command": report.command,
+        "ok": report.ok,
+        "exit_code": report.exit_code,
+        "error": report.error,
+        "hint": report.hint,
+        "rank": report.rank,
+        "checkpoint": {
+            "files": report.num_files,
+            "tensors": report.num_tensors,
+            "bytes": report.nbytes,
+        },
+        "group": {
+            "backend": report.backend,
+            "reason": report.reason,
+            "world_size": report.world_size,
+            "ranks": [_rank(rank) for rank in report.ranks],
+        },
+        "buffers": {
+            "size": report.buffer_size,
+            "count": report.num_buffers,
+            "staging": report.staging,
+        },
+        "seconds": report.seconds,
+        "bytes_per_second": report.bytes_per_second,
+        "stages": {name: _stage(stage) for name, stage in report.stages.items()},
+        "peak_device_bytes": report.peak_device_nbytes,
+        "peak_pinned_bytes": report.peak_pinned_nbytes,
+        "digests": dict(report.digests),
+        "workers": {str(rank): dict(facts) for rank, facts in report.workers.items()},
+        "warnings": list(report.warnings),
+    }
+
+
+def _rank(rank: RankReport) -> dict[str, object]:
+    return {
+        "rank": rank.rank,
+        "role": rank.role,
+        "host": rank.host,
+        "device": rank.device,
+        "ok": rank.ok,
+        "error": rank.error,
+    }
+
+
+def _stage(stage: StageReport) -> dict[str, object]:
+    return {
+        "nbytes": stage.nbytes,
+        "seconds": stage.seconds,
+        "bytes_per_second": stage.bytes_per_second,
+        "waiting_seconds": stage.waiting_seconds,
+    }
+
+
+def count(number: int, noun: str) -> str:
+    """`1 file`, `3 files`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def end_line(report: Report) -> str:
+    """What a person reads when all went well."""
+    what = f"{count(report.num_files, 'file')}, {format_size(report.nbytes)}"
+    took = f"{format_duration(report.seconds)}, {format_rate(report.bytes_per_second)}"
+    if report.is_sender and report.world_size:
+        return f"sent {what} to {count(report.world_size - 1, 'worker')} in {took}"
+    return f"received {what} in {took}"

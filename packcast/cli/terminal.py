@@ -1,0 +1,62 @@
+"""The terminal that several ranks may share: safe text, and the right to draw on it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin with control characters shown as escapes, so that no tensor name,
+    file name or peer can move the cursor; line feeds stay."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def say(text: str) -> None:
+    """A line for people, on standard error."""
+    # One write: lines of several ranks on one terminal must not mix. A closed stderr is no error.
+    try:
+        sys.stderr.write(printable(text) + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def can_draw() -> bool:
+    """Standard error is a terminal that can move its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+class TerminalLock:
+    """The right to draw on this process's terminal; the kernel gives it back if we die."""
+
+    def __init__(self) -> None:
+        self._fd: int | None = None
+
+    def acquire(self) -> bool:
+        """True if nobody else draws here; also where standard error is no terminal."""
+        if self._fd is not None:
+            return True
+        try:
+            # An open file description of our own: a lock on inherited fd 2 would be the parent's
+            # and all its children's.
+            fd = os.open(os.ttyname(2), os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:
+            return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            return False
+        self._fd = fd
+        return True
+
+    def release(self) -> None:
+        """Let another process draw. Idempotent."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)

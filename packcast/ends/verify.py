@@ -1,0 +1,293 @@
+"""The sink that writes nothing: compares what arrives with a checkpoint that is there already.
+
+Knows local files and the offered headers; not where the bytes come from.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.header import Tensor
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.ends.descriptors import Descriptors, DescriptorsClosed, open_files_limit
+from packcast.ends.syscalls import address_of, first_difference
+from packcast.errors import CheckpointError
+from packcast.units import MIB
+
+_PIECE_NBYTES = MIB  # read and compared while it is in the core's cache
+_FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a local file and the offered one part."""
+
+    file: str
+    offset: int  # of the first byte that differs, in the file
+    tensor: str | None  # that the byte belongs to; None in a header or a sidecar
+    reason: str  # the rest of a sentence that begins with the file's name
+
+
+class VerifySink:
+    """Compares proven runs with the `local` checkpoint and records where they differ.
+
+    Calls as a sink's: prepare, put (many threads), finish, publish; abort at any time. A difference
+    is never raised; CheckpointError is, where the local checkpoint cannot be read or changes
+    meanwhile. Read `difference` after finish.
+    """
+
+    stage: Final = "verify"
+
+    def __init__(self, local: Checkpoint, files: Sequence[FileSpec]) -> None:
+        self._checkpoint = local
+        self._files = tuple(files)
+        self._locals = _counterparts(local, self._files)
+        self.notes: list[str] = []
+        self._lock = threading.Lock()
+        self._first: tuple[int, Difference] | None = None
+        self._differing_files: set[int] = set()
+        self._differing_tensors: set[tuple[int, int]] = set()
+        self._descriptors = Descriptors(self._open, open_files_limit(len(self._files)))
+        self._buffers = threading.local()
+
+    @property
+    def difference(self) -> Difference | None:
+        """The first difference known, in the order of the files and of their bytes."""
+        return self._first[1] if self._first else None
+
+    @property
+    def differing_tensors(self) -> int:
+        return len(self._differing_tensors)
+
+    @property
+    def differing_files(self) -> int:
+        return len(self._differing_files)
+
+    def prepare(self) -> None:
+        """Record what sizes tell already: files that are missing here, longer or shorter."""
+        for index, (spec, local) in enumerate(zip(self._files, self._locals, strict=True)):
+            if local is None or local.nbytes != spec.nbytes:
+                self._record_size(index, spec, local)
+        matched = {local.name for local in self._locals if local is not None}
+        extra = [
+            file.name
+            for file in self._checkpoint.files
+            if file.name.endswith(".safetensors") and file.name not in matched
+        ]
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            self.notes.append(f"{self._checkpoint.path} also has {extra[0]}{more}, not compared")
+
+    def put(self, file: int, offset: int, data: memoryview) -> None:
+        """Compare `data` with the local bytes at `offset`; any thread, runs that do not overlap."""
+        local = self._locals[file]
+        if local is None:
+            return
+        data = data.cast("B")
+        if data.readonly:  # an address can be had of writable memory only
+            data = memoryview(bytearray(data))
+        end = min(offset + len(data), local.nbytes)
+        try:
+            with self._descriptors.borrow(file) as fd:
+                for begin in range(offset, end, _PIECE_NBYTES):
+                    piece = data[begin - offset : min(begin + _PIECE_NBYTES, end) - offset]
+                    self._compare(file, fd, begin, piece)
+        except DescriptorsClosed:
+            return
+        except OSError as error:
+            raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
+
+    def finish(self) -> None:
+        """After the last put: make sure that what was compared with is still what is there."""
+        self._descriptors.close()
+        for local in self._locals:
+            if local is not None:
+                try:
+                    _check_unchanged(local, os.stat(local.path))
+                except OSError as error:
+                    raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
+
+    def publish(self) -> None:
+        """Nothing to name."""
+
+    def abort(self) -> None:
+        """Stop comparing; any thread, any number of times."""
+        self._descriptors.close()
+
+    def sentence(self) -> str | None:
+        """What differs, for people: the first difference and how many tensors or files do."""
+        found = self.difference
+        if found is None:
+            return None
+        num_tensors = sum(len(spec.header.tensors) for spec in self._files if spec.header)
+        if self._differing_tensors:
+            count = _count(self.differing_tensors, num_tensors, "tensor")
+        else:
+            count = _count(self.differing_files, len(self._files), "file")
+        return f"{found.file} {found.reason}; {count}"
+
+    def result(self) -> dict[str, object]:
+        found = self.difference
+        return {
+            "sink": "verify",
+            "checkpoint": str(self._checkpoint.path),
+            "equal": found is None,
+            "difference": None
+            if found is None
+            else {"file": found.file, "offset": found.offset, "tensor": found.tensor},
+            "sentence": self.sentence(),
+            "differing_tensors": self.differing_tensors,
+            "differing_files": self.differing_files,
+            "notes": list(self.notes),
+        }
+
+    def _open(self, index: int) -> int:
+        local = self._locals[index]
+        assert local is not None
+        fd = os.open(local.path, _FILE_FLAGS)
+        try:
+            _check_unchanged(local, os.fstat(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _compare(self, file: int, fd: int, begin: int, data: memoryview) -> None:
+        nbytes = len(data)
+        buffer = self._buffer()[:nbytes]
+        _read_exactly(fd, begin, buffer, self._files[file].name)
+        mine, theirs = address_of(buffer), address_of(data)
+        at = first_difference(mine, theirs, nbytes)
+        if at is None:
+            return
+        header = self._files[file].header
+        tensors = header.tensors if header else ()
+        differing = set()
+        # Tensors do not overlap, so those that reach into this run are neighbours.
+        index = bisect_right(tensors, begin + at, key=_end_of)
+        while index < len(tensors) and tensors[index].begin < begin + nbytes:
+            low = max(tensors[index].begin - begin, 0)
+            high = min(tensors[index].end - begin, nbytes)
+            if first_difference(mine + low, theirs + low, high - low) is not None:
+                differing.add((file, index))
+            index += 1
+        self._record(file, begin + at, differing, None)
+
+    def _buffer(self) -> memoryview:
+        buffer: memoryview | None = getattr(self._buffers, "piece", None)
+        if buffer is None:
+            buffer = self._buffers.piece = memoryview(bytearray(_PIECE_NBYTES))
+        return buffer
+
+    def _record_size(self, index: int, spec: FileSpec, local: SourceFile | None) -> None:
+        tensors = spec.header.tensors if spec.header else ()
+        num_here = -1 if local is None else local.nbytes
+        lost = {
+            (index, position) for position, tensor in enumerate(tensors) if tensor.end > num_here
+        }
+        reason = "is missing here"
+        if local is not None:
+            reason = f"has {local.nbytes:,} bytes here and {spec.nbytes:,} in the offer"
+        self._record(index, min(max(num_here, 0), spec.nbytes), lost, reason)
+
+    def _record(
+        self, file: int, offset: int, tensors: set[tuple[int, int]], reason: str | None
+    ) -> None:
+        with self._lock:
+            self._differing_files.add(file)
+            self._differing_tensors |= tensors
+            if self._first is None or (file, offset) < (self._first[0], self._first[1].offset):
+                self._first = file, self._describe(file, offset, reason)
+
+    def _describe(self, file: int, offset: int, reason: str | None) -> Difference:
+        spec, local = self._files[file], self._locals[file]
+        tensor = spec.header.tensor_at(offset) if spec.header and offset < spec.nbytes else None
+        if reason is None:
+            reason = f"differs at byte {offset:,}"
+            if tensor:
+                reason += f" (tensor {tensor.name}, its byte {offset - tensor.begin:,})"
+            elif spec.header:
+                reason += " (in its header)"
+            if local is not None and local.nbytes != spec.nbytes:
+                reason += f", and has {local.nbytes:,} bytes here, {spec.nbytes:,} in the offer"
+        return Difference(spec.name, offset, tensor.name if tensor else None, reason)
+
+
+def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
+    """What is at `path` of the offered files, by name and size only.
+
+    Headers are not parsed: a damaged copy must come out as different, not as unreadable. Shards
+    beside them that were not offered are listed too. Raises CheckpointError where nothing is.
+    """
+    if path.is_file():
+        return Checkpoint(path, (_local_file(path.name, path),), ())
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is nothing to compare with")
+    offered = {spec.name for spec in files}
+    folders = {str(PurePosixPath(name).parent) for name in offered}
+    beside = {
+        str(found.relative_to(path))
+        for folder in folders
+        for found in (path / folder).glob("*.safetensors")
+    }
+    found_files = (
+        _local_file(name, path / name)
+        for name in sorted(offered | beside)
+        if (path / name).is_file()
+    )
+    return Checkpoint(path, tuple(found_files), ())
+
+
+def _local_file(name: str, path: Path) -> SourceFile:
+    real = path.resolve()
+    status = real.stat()
+    return SourceFile(
+        name=name,
+        path=real,
+        nbytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        inode=status.st_ino,
+        executable=False,
+        header=None,
+    )
+
+
+def _counterparts(local: Checkpoint, files: Sequence[FileSpec]) -> tuple[SourceFile | None, ...]:
+    """The local file for each offered one: by name, but one single file stands for another."""
+    if len(files) == 1 and len(local.files) == 1 and local.path.is_file():
+        return (local.files[0],)
+    by_name = {file.name: file for file in local.files}
+    return tuple(by_name.get(spec.name) for spec in files)
+
+
+def _check_unchanged(local: SourceFile, found: os.stat_result) -> None:
+    is_same = (found.st_size, found.st_mtime_ns) == (local.nbytes, local.mtime_ns)
+    if not is_same or found.st_ino != local.inode:
+        raise CheckpointError(
+            f"{local.path} was changed while it was compared", hint="run it again"
+        )
+
+
+def _read_exactly(fd: int, offset: int, into: memoryview, name: str) -> None:
+    while into:
+        num_read = os.preadv(fd, [into], offset)
+        if not num_read:
+            raise CheckpointError(f"{name} was cut off while it was compared", hint="run it again")
+        offset += num_read
+        into = into[num_read:]
+
+
+def _end_of(tensor: Tensor) -> int:
+    return tensor.end
+
+
+def _count(number: int, total: int, noun: str) -> str:
+    plural = "" if total == 1 else "s"
+    return f"{number:,} of {total:,} {noun}{plural} {'differs' if number == 1 else 'differ'}"

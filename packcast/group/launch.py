@@ -1,0 +1,180 @@
+"""Who started this process, and which rank it is: torchrun, Slurm or nobody.
+
+Reads environments that are handed in, and asks the kernel for an address; knows no torch.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Literal
+
+from packcast.errors import RendezvousError
+
+# From here on Slurm's step ids are no steps of `srun` but the pending, extern, batch and
+# interactive ones (slurm.h): one process runs there, whatever the job's number of tasks says.
+_FIRST_SPECIAL_STEP = 0xFFFF_FFF0
+
+_SLURM_PORTS = range(20_000, 30_000)  # below every usual range of ephemeral ports
+
+# TEST-NET-1 and the documentation prefix: never a host, but routed like one, so the kernel picks
+# the source address that it would use towards the world. No packet is sent.
+_SOMEWHERE_ELSE = (("192.0.2.1", 9), ("2001:db8::1", 9))
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """This process's place: its rank of `world_size`, and among those of its host."""
+
+    kind: Literal["torchrun", "slurm", "none"]
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def detect_launch(environ: Mapping[str, str]) -> Launch:
+    """The launcher, from its variables; raises RendezvousError where they make no sense."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return _torchrun(environ)
+    if "SLURM_PROCID" in environ and _is_srun_step(environ):
+        launch = _slurm(environ)
+        # `srun --pty bash` is a step of one task: a place to type in, not a launch.
+        if launch.world_size > 1:
+            return launch
+    return Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a Slurm node list: `gpu[07-09,12],cpu3` -> `gpu07`."""
+    match = re.match(r"(?:[^,\[\]]+|\[[^\[\]]*\])+", nodelist)
+    host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", match[0]) if match else ""
+    if not host:
+        raise RendezvousError(f"Slurm's node list {nodelist!r} names no host")
+    return host
+
+
+def slurm_nodelist(environ: Mapping[str, str]) -> str:
+    """The step's hosts, in Slurm's notation; rank 0 runs on the first of them."""
+    nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST")
+    if not nodelist:
+        raise RendezvousError("neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set")
+    return nodelist
+
+
+def slurm_port(environ: Mapping[str, str]) -> int:
+    """The store's port, the same on every rank of a step and unlikely the same for another."""
+    job = _number(environ, "SLURM_JOB_ID" if "SLURM_JOB_ID" in environ else "SLURM_JOBID")
+    step = _number(environ, "SLURM_STEP_ID")
+    # 31: two jobs that run at once have near ids, and seldom as many as 31 steps.
+    return _SLURM_PORTS[(31 * job + step) % len(_SLURM_PORTS)]
+
+
+def reachable_host(toward: tuple[str, int] | None) -> str:
+    """The address of this host that a peer reaches, which is the one used towards that peer.
+
+    `toward` is an address that all ranks share (the launcher's master), or None. A master that
+    is this very host under a name may resolve to loopback (`127.0.1.1 myhost` in /etc/hosts),
+    which nobody else could use: then the address towards the rest of the world is taken.
+    """
+    if toward is not None:
+        local = _local_address(toward)
+        if local and (not ip_address(local).is_loopback or _says_loopback(toward[0])):
+            return local
+    return next(filter(None, map(_local_address, _SOMEWHERE_ELSE)), "127.0.0.1")
+
+
+def _torchrun(environ: Mapping[str, str]) -> Launch:
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not environ.get(name):
+            raise RendezvousError(
+                f"RANK and WORLD_SIZE are set, but {name} is not",
+                hint="start packcast with torchrun, or unset RANK and WORLD_SIZE",
+            )
+    rank = _number(environ, "RANK")
+    local_rank = _number(environ, "LOCAL_RANK", rank)  # absent where people set these by hand
+    return _checked(
+        Launch(
+            "torchrun",
+            rank=rank,
+            world_size=_number(environ, "WORLD_SIZE"),
+            local_rank=local_rank,
+            local_world_size=_number(environ, "LOCAL_WORLD_SIZE", local_rank + 1),
+        )
+    )
+
+
+def _is_srun_step(environ: Mapping[str, str]) -> bool:
+    return 0 <= _number(environ, "SLURM_STEP_ID", -1) < _FIRST_SPECIAL_STEP
+
+
+def _slurm(environ: Mapping[str, str]) -> Launch:
+    # The step's own count first: SLURM_NTASKS can be the whole job's.
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    local_rank = _number(environ, "SLURM_LOCALID", 0)
+    return _checked(
+        Launch(
+            "slurm",
+            rank=_number(environ, "SLURM_PROCID"),
+            world_size=_number(environ, tasks),
+            local_rank=local_rank,
+            local_world_size=max(_tasks_here(environ), local_rank + 1),
+        )
+    )
+
+
+def _tasks_here(environ: Mapping[str, str]) -> int:
+    """This node's count out of `2(x3),1`: two tasks on each of three nodes, then one."""
+    node = _number(environ, "SLURM_NODEID", 0)
+    for count, times in re.findall(
+        r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    ):
+        node -= int(times or 1)
+        if node < 0:
+            return int(count)
+    return 1
+
+
+def _checked(launch: Launch) -> Launch:
+    if not 0 <= launch.rank < launch.world_size:
+        raise RendezvousError(
+            f"the launcher gave rank {launch.rank} in a world of {launch.world_size}"
+        )
+    return launch
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        what = "is not set" if text is None else f"is {text!r}, not a number"
+        raise RendezvousError(f"the launcher's variable {name} {what}") from None
+
+
+def _says_loopback(host: str) -> bool:
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _local_address(toward: tuple[str, int]) -> str | None:
+    """The source address of a route; connecting a datagram socket sends nothing."""
+    try:
+        routes = socket.getaddrinfo(*toward, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    for family, kind, protocol, _, address in routes:
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)
+                return str(probe.getsockname()[0])
+        except OSError:
+            continue
+    return None

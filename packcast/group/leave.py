@@ -1,0 +1,171 @@
+"""The one way out of a process that a peer, a signal or an error ends, from whichever thread.
+
+Collectives, destroy and abort can hang for ever, so nobody waits for the main thread: what must
+be undone is registered here, and the end is `os._exit`. Imports no torch, not even late: another
+thread may hold the import lock for the seconds that torch takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import NoReturn
+
+from packcast.errors import Interrupted, PackcastError
+
+CLEAN_UP_LIMIT_S = 5.0
+_PRINT_LIMIT_S = 1.0
+_VERDICT_WAIT_S = 0.5
+_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+_PR_SET_PDEATHSIG = 1
+
+
+class Leaver:
+    """The process's exit. The first call of `leave` decides; it does not return, nor do others.
+
+    `error` is what it was called with, for clean-ups that pass it on.
+    """
+
+    def __init__(
+        self, printer: Callable[[PackcastError], None], *, limit_s: float = CLEAN_UP_LIMIT_S
+    ) -> None:
+        self.error: PackcastError | None = None
+        self._printer = printer
+        self._limit_s = limit_s
+        self._first = threading.Lock()
+        self._printing = threading.Lock()
+        self._leaving = threading.Event()
+        self._clean_ups: list[Callable[[], object]] = []
+        self.error: PackcastError | None = None  # why, for the clean-ups
+
+    def on_leave(self, clean_up: Callable[[], object]) -> None:
+        """Call this on the way out, the newest first; it may raise, but should be quick."""
+        self._clean_ups.append(clean_up)
+
+    def leave(self, error: PackcastError | None) -> NoReturn:
+        """Record the error, clean up, print it and end the process with its exit code.
+
+        Any thread. Without an error the exit code is 0. Clean-ups that take longer than the limit
+        are left behind.
+        """
+        if not self._first.acquire(blocking=False):
+            while True:
+                time.sleep(3600)
+        self.error = error
+        self.error = error
+        self._leaving.set()
+        if error is not None:
+            record_failure(error)
+        # If no thread can be started any more, clean-ups are trusted to end.
+        with contextlib.suppress(RuntimeError):
+            threading.Thread(target=self._overrun, args=(error,), daemon=True).start()
+        for clean_up in reversed(self._clean_ups):
+            with contextlib.suppress(BaseException):
+                clean_up()
+        self._print_and_exit(error)
+
+    def wait_leaving(self, timeout_s: float) -> bool:
+        """Whether some thread has called `leave`, waiting for that as long as `timeout_s`."""
+        return self._leaving.wait(timeout_s)
+
+    def _overrun(self, error: PackcastError | None) -> NoReturn:
+        time.sleep(self._limit_s)
+        # Standard error may be what hangs: a pipe that is full, its reader frozen.
+        threading.Thread(target=self._print_and_exit, args=(error,), daemon=True).start()
+        time.sleep(_PRINT_LIMIT_S)
+        os._exit(_exit_code(error))
+
+    def _print_and_exit(self, error: PackcastError | None) -> NoReturn:
+        if self._printing.acquire(blocking=False):
+            with contextlib.suppress(BaseException):
+                if error is not None:
+                    self._printer(error)
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(BaseException):
+                    stream.flush()
+        os._exit(_exit_code(error))
+
+
+def record_failure(error: PackcastError) -> None:
+    """Put the error where torchrun looks for root causes; nothing without a launcher.
+
+    What torch's `ErrorHandler.record_exception` writes (torch/distributed/elastic/multiprocessing/
+    errors/error_handler.py), with the sentence as the "call stack", since that is the part that
+    torchrun prints, and with the exit code, which torchrun flattens. A signal from outside is no
+    failure of this rank, and torchrun sends one to all victims: it is not recorded.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or isinstance(error, Interrupted):
+        return
+    sentence = f"{error.message} ({error.hint})" if error.hint else error.message
+    record = {
+        "message": {
+            "message": f"{type(error).__name__}: {error.message}",
+            "extraInfo": {
+                "py_callstack": sentence,
+                "timestamp": str(int(time.time())),
+                "exit_code": error.exit_code,
+            },
+        }
+    }
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file)
+
+
+def watch_signals(leaver: Leaver) -> None:
+    """Take SIGINT, SIGTERM and SIGHUP on a thread of its own, from now on.
+
+    Python's handlers run in the main thread only, which may be waiting inside a collective. Call
+    this from the main thread before any other thread is started: threads inherit the mask, and
+    one without it would be given the signal. So would a child process inherit it and ignore
+    SIGTERM: one that is started later must unblock these signals itself.
+    """
+    assert threading.current_thread() is threading.main_thread()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    threading.Thread(
+        target=_take_signals, args=(leaver,), name="packcast-signals", daemon=True
+    ).start()
+
+
+def die_with_parent(launcher_pid: int | None = None) -> None:
+    """Have the kernel send SIGTERM when the process that started this one ends.
+
+    For ranks of torchrun or --nproc, which leave their ranks behind when they are killed. Call it
+    in the main thread, early. With `launcher_pid` a launcher that has already gone is noticed
+    too. The kernel means the parent's *thread*: launchers start ranks from their main thread.
+    """
+    parent = launcher_pid or os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _take_signals(leaver: Leaver) -> NoReturn:
+    interrupts = 0
+    while True:
+        number = signal.sigwait(_SIGNALS)
+        if number == signal.SIGINT:
+            interrupts += 1
+            if interrupts == 2:  # a person who does not want to wait for the clean-up
+                os._exit(128 + number)
+        threading.Thread(target=_leave_on, args=(leaver, number), daemon=True).start()
+
+
+def _leave_on(leaver: Leaver, number: int) -> None:
+    # torchrun sends SIGTERM to all as soon as one rank has failed: the cause, which comes over
+    # the control channel at the same time, is the better answer.
+    if number == signal.SIGTERM and leaver.wait_leaving(_VERDICT_WAIT_S):
+        return
+    name = signal.Signals(number).name
+    leaver.leave(Interrupted(f"interrupted by {name}", signal_number=number))
+
+
+def _exit_code(error: PackcastError | None) -> int:
+    return 0 if error is None else error.exit_code

@@ -1,0 +1,76 @@
+"""What came out of one run on one rank: plain data between the transfer and the command line.
+
+Knows no torch, and not how it will be shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankReport:
+    """One rank of the group; `ok` is None where nobody knows how it ended."""
+
+    rank: int
+    role: Literal["sender", "worker"]
+    host: str
+    device: str
+    ok: bool | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """A stage's bytes, the seconds spent in it, and the seconds others spent waiting for it."""
+
+    nbytes: int
+    seconds: float
+    waiting_seconds: float
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Zero where nothing was measured."""
+        return self.nbytes / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The result of `packcast send` or `packcast recv` on one rank.
+
+    The sender's covers the whole group, a worker's itself. Sizes in bytes. `rank` is this
+    process's own, None where it failed before it had one. `workers` holds small JSON-able facts
+    per rank, such as where it wrote; `digests` maps a file's logical name to its hex digest.
+    """
+
+    command: Literal["send", "recv"]
+    rank: int | None = None
+    is_sender: bool = False
+    ok: bool = True
+    exit_code: int = 0
+    error: str | None = None
+    hint: str | None = None
+    num_files: int = 0
+    num_tensors: int = 0
+    nbytes: int = 0
+    backend: str | None = None
+    reason: str | None = None  # why this backend
+    world_size: int | None = None
+    ranks: tuple[RankReport, ...] = ()
+    buffer_size: int = 0
+    num_buffers: int = 0
+    staging: int = 0
+    seconds: float = 0.0
+    stages: Mapping[str, StageReport] = field(default_factory=dict)
+    peak_device_nbytes: int = 0
+    peak_pinned_nbytes: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
+    workers: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def bytes_per_second(self) -> float:
+        """Of the whole checkpoint, once, over the whole time; zero where nothing was measured."""
+        return self.nbytes / self.seconds if self.seconds > 0 else 0.0

@@ -1,0 +1,158 @@
+"""What the sender settles once all have joined: that they fit, who reads, what is offered."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+
+import xxhash
+
+from packcast.checkpoint.checkpoint import Checkpoint
+from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
+from packcast.ends.source import FileReader
+from packcast.errors import RendezvousError
+from packcast.group.devices import assign_devices
+from packcast.group.member import Member
+from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
+from packcast.settings import Settings
+from packcast.transfer.offer import Offer, Sample, Selection
+
+NUM_SAMPLES = 16
+
+
+def check_one_checkpoint(members: Sequence[Member], sender: Member) -> None:
+    """Raise RendezvousError if ranks that ran `send` mean different checkpoints.
+
+    Where a rank cannot see the checkpoint (it is on the sender's disk), the paths must be equal.
+    """
+    for member in members:
+        if member.role != "send":
+            continue
+        if member.fingerprint and member.fingerprint != sender.fingerprint:
+            what = "whose files have other sizes or headers"
+        elif not member.fingerprint and member.checkpoint != sender.checkpoint:
+            what = "which it cannot read"
+        else:
+            continue
+        raise RendezvousError(
+            f"two checkpoints: {sender.label} sends {sender.checkpoint}, but {member.label}"
+            f" names {member.checkpoint}, {what}"
+        )
+
+
+def choose_readers(
+    members: Sequence[Member], sender: Member, wanted: int | None
+) -> tuple[int, ...]:
+    """The sender, then the lowest other ranks that ran `send` and see the checkpoint.
+
+    `wanted` None means every rank that ran `send`. Raises RendezvousError if there are too few.
+    """
+    others = [m for m in members if m.role == "send" and m.rank != sender.rank]
+    able = [m for m in others if m.fingerprint == sender.fingerprint]
+    if wanted is None and len(able) < len(others):
+        blind = next(m for m in others if m not in able)
+        raise RendezvousError(
+            f"--readers all: {blind.label} cannot read {blind.checkpoint}",
+            hint="a reader needs the checkpoint where it runs; --readers 1 reads on the sender",
+        )
+    if wanted is not None and wanted > 1 + len(able):
+        raise RendezvousError(
+            f"--readers {wanted}: only {1 + len(able)} ranks ran `send` and can read the checkpoint"
+        )
+    count = len(able) if wanted is None else wanted - 1
+    return tuple(rank_of(m) for m in (sender, *able[:count]))
+
+
+def make_offers(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    files: Sequence[OutgoingFile],
+    members: Sequence[Member],
+    sender: Member,
+) -> dict[int, Offer]:
+    """One offer for each rank, the sender's own included: the same but for rank and device."""
+    check_one_checkpoint(members, sender)
+    readers = choose_readers(members, sender, settings.readers)
+    assignment = assign_devices(members, settings.backend)
+    sizes = [file.spec.nbytes for file in files]
+    chunks = plan_chunks(sizes, settings.buffer_size, readers)
+    samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
+    on_host = Counter(member.boot_id for member in members)
+    return {
+        rank_of(member): Offer(
+            files=tuple(file.spec for file in files),
+            buffer_size=settings.buffer_size,
+            num_buffers=settings.num_buffers,
+            staging=settings.staging,
+            readers=readers,
+            plan=plan_digest(sizes, settings.buffer_size, chunks),
+            selection=Selection(
+                settings.sidecars, settings.all_files, settings.include, settings.exclude
+            ),
+            samples=samples,
+            world_size=len(members),
+            backend=assignment.backend,
+            reason=assignment.reason,
+            loud=assignment.loud,
+            rank=rank_of(member),
+            device=assignment.devices[rank_of(member)],
+            ranks_on_host=on_host[member.boot_id],
+        )
+        for member in members
+    }
+
+
+def take_samples(checkpoint: Checkpoint, files: Sequence[OutgoingFile]) -> tuple[Sample, ...]:
+    """Digests of a few blocks, drawn at random, for the other readers to compare with."""
+    places = [(i, file.spec.nbytes) for i, file in enumerate(files) if file.spec.nbytes]
+    reader = FileReader(files, checkpoint.files)
+    samples = []
+    try:
+        for file, size in random.choices(places, [n for _, n in places], k=NUM_SAMPLES):
+            offset = random.randrange(-(-size // BLOCK)) * BLOCK
+            nbytes = min(BLOCK, size - offset)
+            samples.append(Sample(file, offset, nbytes, _digest(reader, file, offset, nbytes)))
+    finally:
+        reader.close()
+    return tuple(samples)
+
+
+def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[OutgoingFile, ...]:
+    """This reader's own outgoing files; RendezvousError unless they are the sender's."""
+    chosen = offer.selection
+    files = outgoing_files(checkpoint, include=chosen.include, exclude=chosen.exclude)
+    for mine, theirs in zip(files, offer.files, strict=False):
+        if _identity(mine.spec) != _identity(theirs):
+            raise RendezvousError(f"this reader's {mine.spec.name} is not the sender's")
+    if len(files) != len(offer.files):
+        raise RendezvousError(
+            f"this reader has {len(files)} files to send, the sender {len(offer.files)}"
+        )
+    reader = FileReader(files, checkpoint.files)
+    try:
+        for sample in offer.samples:
+            if _digest(reader, sample.file, sample.offset, sample.nbytes) != sample.digest:
+                raise RendezvousError(
+                    f"this reader's {offer.files[sample.file].name} differs from the sender's"
+                    f" at byte {sample.offset} or soon after"
+                )
+    finally:
+        reader.close()
+    return files
+
+
+def rank_of(member: Member) -> int:
+    """The member's rank, which it has once everybody has joined."""
+    assert member.rank is not None
+    return member.rank
+
+
+def _digest(reader: FileReader, file: int, offset: int, nbytes: int) -> str:
+    block = bytearray(nbytes)
+    reader.read(file, offset, memoryview(block))
+    return xxhash.xxh3_128_hexdigest(block)
+
+
+def _identity(spec: FileSpec) -> tuple[str, int, bytes | None]:
+    return spec.name, spec.nbytes, spec.header.json_bytes if spec.header else None

@@ -1,0 +1,213 @@
+"""The data phase on one rank: buffers made before it says READY, then the loop over the chunks.
+
+Knows the control channel only as the one to ask for the true cause when a collective breaks.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+from packcast.ends.landing import Landing, Sink
+from packcast.ends.source import FileReader, FileSource
+from packcast.ends.staging import Buffers
+from packcast.errors import PackcastError, TransferError
+from packcast.group.hub import Hub
+from packcast.group.leave import Leaver
+from packcast.group.line import Line
+from packcast.group.processgroup import close_process_group, open_process_group
+from packcast.packed.counters import Counters
+from packcast.packed.pipeline import run_pipeline
+from packcast.packed.plan import Chunk
+from packcast.packed.ring import Ring
+from packcast.packed.trailer import transfer_tag
+from packcast.transfer.offer import Offer
+from packcast.units import format_duration, format_exact_size, format_size
+from packcast.view import Snapshot
+
+# Backstops only: the control channel is faster in every case it was made for.
+_GROUP_TIMEOUT_S = 24 * 3600.0
+_CLOSE_LIMIT_S = 15.0
+_VERDICT_WAIT_S = 5.0
+
+_MAX_READ_THREADS = 24
+_MAX_SINK_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What the data phase left: when it began (`time.perf_counter()`), and proof of each file."""
+
+    began: float
+    digests: list[str] | None  # of every file, if this rank saw every block
+    peak_device_nbytes: int
+    pinned_nbytes: int
+    group_closed: bool  # False: the process must leave by os._exit
+
+
+class Mover:
+    """This rank's buffers and threads, made from an offer; a reader begins to read at once."""
+
+    def __init__(
+        self,
+        offer: Offer,
+        chunks: Sequence[Chunk],
+        transfer_id: str,
+        *,
+        reader: FileReader | None,
+        sink: Sink | None,
+    ) -> None:
+        self.counters = Counters()
+        self._offer = offer
+        self._chunks = chunks
+        self._device = torch.device(offer.device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        self._ring = self._make_ring()
+        ends = (reader is not None) + (sink is not None)
+        buffers = Buffers(
+            self._ring,
+            offer.buffer_size,
+            staging_nbytes=offer.staging // max(1, ends),
+            tag=transfer_tag(transfer_id),
+        )
+        self._landing: Landing | None = None
+        self._source: FileSource | None = None
+        if sink is not None:
+            threads = _threads(_MAX_SINK_THREADS, offer.ranks_on_host)
+            self._landing = Landing(sink, offer.files, buffers, num_threads=threads)
+        if reader is not None:
+            mine = [chunk for chunk in chunks if chunk.root == offer.rank]
+            threads = _threads(_MAX_READ_THREADS, len(offer.readers))
+            self._source = FileSource(mine, reader, buffers, num_threads=threads)
+
+    def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
+        """Make the process group, send or receive every chunk, take the group down. All ranks."""
+        offer = self._offer
+        try:
+            group = open_process_group(
+                "nccl" if offer.backend == "nccl" else "gloo",
+                rank=offer.rank,
+                world_size=offer.world_size,
+                store=store,
+                device=self._device,
+                timeout_s=_GROUP_TIMEOUT_S,
+                interface=interface,
+            )
+            channel.arm(self.position)
+            began = time.perf_counter()
+            run_pipeline(
+                self._chunks,
+                rank=offer.rank,
+                ring=self._ring,
+                broadcast=lambda tensor, root: dist.broadcast(tensor, src=root, group=group),
+                source=self._source,
+                drain=self._landing,
+            )
+        except PackcastError:
+            raise
+        except RuntimeError as error:  # torch's own, of a collective or a copy
+            # What broke it is often known on the control channel a moment later, by name.
+            raise channel.wait_verdict(_VERDICT_WAIT_S) or TransferError(
+                f"{offer.backend} failed at {self.position()}: {str(error).splitlines()[0]}"
+            ) from error
+        on_gpu = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_reserved(self._device) if on_gpu else 0
+        return Moved(
+            began=began,
+            digests=self._digests(),
+            peak_device_nbytes=peak,
+            pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
+            group_closed=close_process_group(group, _CLOSE_LIMIT_S),
+        )
+
+    def position(self) -> str:
+        """How far this rank is, for a sentence: the newest file and its bytes so far."""
+        newest = self.counters.newest
+        if newest is None:
+            return "the beginning"
+        spec = self._offer.files[newest.file]
+        done = format_size(newest.offset + newest.nbytes)
+        return f"{spec.name}, {done} of {format_size(spec.nbytes)}"
+
+    def snapshot(self, workers: dict[int, int]) -> Snapshot:
+        """Where this rank is; `workers` are the bytes that each worker has done, if known."""
+        newest = self.counters.newest
+        stage = self._landing.stage if self._landing else "broadcast"
+        return Snapshot(
+            nbytes_done=self.counters.nbytes(stage),
+            nbytes_total=self._offer.nbytes,
+            stages={name: total.nbytes for name, total in self.counters.totals().items()},
+            workers=workers,
+            at="" if newest is None else self._offer.files[newest.file].name,
+        )
+
+    def nbytes_done(self) -> int:
+        """Bytes that are where they belong on this rank; what its heartbeats carry."""
+        return self.counters.nbytes(self._landing.stage if self._landing else "broadcast")
+
+    def _digests(self) -> list[str] | None:
+        if self._landing is not None:
+            return self._landing.digests.of_files()
+        if self._source is not None and len(self._offer.readers) == 1:
+            return self._source.digests.of_files()
+        return None
+
+    def _make_ring(self) -> Ring:
+        offer = self._offer
+        try:
+            return Ring(self._device, offer.buffer_size, offer.num_buffers, self.counters)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is a plain one
+            raise TransferError(
+                f"{offer.device} has no room for {offer.num_buffers} buffers of"
+                f" {format_exact_size(offer.buffer_size)}",
+                hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
+            ) from error
+
+
+class StallWatch:
+    """Ends the process when no byte has moved anywhere for `timeout_s` although all are alive."""
+
+    def __init__(self, mover: Mover, channel: Hub | Line, leaver: Leaver, timeout_s: float) -> None:
+        self._mover = mover
+        self._channel = channel
+        self._leaver = leaver
+        self._timeout_s = timeout_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="packcast-stall", daemon=True)
+
+    def __enter__(self) -> StallWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(timeout=1.0)
+
+    def _watch(self) -> None:
+        last: object = None
+        since = time.monotonic()
+        while not self._over.wait(min(0.5, self._timeout_s / 4)):
+            now = (self._mover.counters.totals(), self._channel.progress())
+            if now != last:
+                last, since = now, time.monotonic()
+            elif time.monotonic() - since > self._timeout_s:
+                self._leaver.leave(
+                    TransferError(
+                        f"no byte has moved for {format_duration(self._timeout_s)}"
+                        f" at {self._mover.position()}, though every rank is alive",
+                        hint="--stall-timeout allows longer pauses",
+                    )
+                )
+
+
+def _threads(limit: int, sharing: int) -> int:
+    """How many I/O threads: this rank's share of the cores it may use, at least two."""
+    return max(2, min(limit, len(os.sched_getaffinity(0)) // sharing))

@@ -1,0 +1,168 @@
+"""What ranks tell each other at the end, and the report made of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from packcast.ends.landing import Sink
+from packcast.errors import PackcastError, TransferError, VerificationError, error_from_code
+from packcast.group.member import Member
+from packcast.packed.counters import Counters
+from packcast.report import RankReport, Report, StageReport
+from packcast.settings import Settings
+from packcast.transfer.agreement import rank_of
+from packcast.transfer.moving import Moved
+from packcast.transfer.offer import Offer
+
+
+def stage_reports(counters: Counters) -> dict[str, StageReport]:
+    """Each stage from its first beginning to its last end, and the loop's waiting for it."""
+    return {
+        stage: StageReport(
+            total.nbytes, max(0.0, total.last_end - total.first_begin), total.waiting_s
+        )
+        for stage, total in counters.totals().items()
+    }
+
+
+def agreed_digests(
+    offer: Offer, mine: list[str] | None, proofs: Mapping[int, Mapping[str, object]]
+) -> dict[str, str]:
+    """The digest of every file, which sender and workers must all have found to be the same."""
+    digests = mine
+    for rank, proof in sorted(proofs.items()):
+        theirs = proof.get("digests")
+        if not isinstance(theirs, list) or len(theirs) != len(offer.files):
+            raise TransferError(f"rank {rank} sent no digests of the {len(offer.files)} files")
+        if digests is None:
+            digests = [str(digest) for digest in theirs]
+        for spec, one, other in zip(offer.files, digests, theirs, strict=True):
+            if one != other:
+                raise TransferError(f"{spec.name}: rank {rank} has other bytes than the sender")
+    assert digests is not None, "there is at least one worker"
+    return {spec.name: digest for spec, digest in zip(offer.files, digests, strict=True)}
+
+
+def proof_of(
+    offer: Offer, moved: Moved, counters: Counters, sink: Sink, seconds: float
+) -> dict[str, object]:
+    """PROVED: every byte was received, compared with its digest, and made durable or compared."""
+    return {
+        "kind": "PROVED",
+        "digests": moved.digests,
+        "seconds": seconds,
+        "stages": {
+            name: {
+                "nbytes": stage.nbytes,
+                "seconds": stage.seconds,
+                "waiting_seconds": stage.waiting_seconds,
+            }
+            for name, stage in stage_reports(counters).items()
+        },
+        "peak_device_bytes": moved.peak_device_nbytes,
+        "pinned_bytes": moved.pinned_nbytes,
+        "device": offer.device,
+        "difference": sink.result().get("sentence"),
+    }
+
+
+def published_by(sink: Sink, fault: PackcastError | None) -> dict[str, object]:
+    """PUBLISHED: what this worker has at the end, or why not."""
+    return {
+        "kind": "PUBLISHED",
+        "result": sink.result(),
+        "error": fault.message if fault else None,
+        "code": fault.exit_code if fault else 0,
+    }
+
+
+def failures_of(
+    workers: Sequence[int],
+    proofs: Mapping[int, Mapping[str, object]],
+    published: Mapping[int, Mapping[str, object]],
+    lost: Mapping[int, str],
+) -> dict[int, PackcastError]:
+    """What went wrong on which worker, after the point of no return; empty if nothing did."""
+    failures: dict[int, PackcastError] = {}
+    for rank in workers:
+        last = published.get(rank)
+        if last is None:
+            failures[rank] = TransferError(lost.get(rank, "it left before it said PUBLISHED"))
+        elif last.get("error"):
+            failures[rank] = error_from_code(int(str(last["code"])), str(last["error"]))
+        elif proofs[rank].get("difference"):
+            failures[rank] = VerificationError(str(proofs[rank]["difference"]))
+    return failures
+
+
+def make_report(
+    settings: Settings,
+    offer: Offer,
+    moved: Moved,
+    counters: Counters,
+    *,
+    seconds: float,
+    ranks: Sequence[RankReport],
+    digests: Mapping[str, str],
+    workers: Mapping[int, Mapping[str, object]],
+    warnings: Sequence[str],
+    failures: Mapping[int, PackcastError],
+) -> Report:
+    """This rank's report of a transfer that reached its end.
+
+    A worker that could not publish weighs more than one that found a difference.
+    """
+    worst = min(failures, key=lambda rank: (failures[rank].exit_code == 6, rank), default=None)
+    exit_code = 0 if worst is None else failures[worst].exit_code
+    error = "; ".join(f"rank {rank}: {fault.message}" for rank, fault in failures.items())
+    return Report(
+        command=settings.command,
+        rank=offer.rank,
+        is_sender=offer.rank == offer.readers[0],
+        ok=exit_code == 0,
+        exit_code=exit_code,
+        error=error or None,
+        num_files=len(offer.files),
+        num_tensors=offer.num_tensors,
+        nbytes=offer.nbytes,
+        backend=offer.backend,
+        reason=offer.reason,
+        world_size=offer.world_size,
+        ranks=tuple(ranks),
+        buffer_size=offer.buffer_size,
+        num_buffers=offer.num_buffers,
+        staging=moved.pinned_nbytes,
+        seconds=seconds,
+        stages=stage_reports(counters),
+        peak_device_nbytes=moved.peak_device_nbytes,
+        peak_pinned_nbytes=moved.pinned_nbytes,
+        digests=dict(digests),
+        workers=workers,
+        warnings=tuple(warnings),
+    )
+
+
+def rank_reports(
+    members: Sequence[Member],
+    offers: Mapping[int, Offer],
+    sender: int,
+    failures: Mapping[int, PackcastError],
+) -> list[RankReport]:
+    """One line for each rank; `failures` says what went wrong on some."""
+    return [
+        RankReport(
+            rank=rank_of(member),
+            role="sender" if rank_of(member) == sender else "worker",
+            host=member.host,
+            device=offers[rank_of(member)].device if rank_of(member) in offers else "",
+            ok=rank_of(member) not in failures,
+            error=failures[rank_of(member)].message if rank_of(member) in failures else None,
+        )
+        for member in members
+    ]
+
+
+def since(began: float) -> float:
+    """Seconds from `began`, by the clock that `Moved.began` was read from."""
+    return time.perf_counter() - began

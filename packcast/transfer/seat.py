@@ -1,0 +1,219 @@
+"""Taking part: who started this process, who sends, and the control channel between them."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.errors import CheckpointError, PackcastError, RendezvousError, UsageError
+from packcast.group.devices import boot_id, host_name, visible_gpus
+from packcast.group.hub import Hub
+from packcast.group.launch import Launch, detect_launch, reachable_host
+from packcast.group.leave import Leaver
+from packcast.group.line import Line
+from packcast.group.member import Member
+from packcast.group.roster import Expected
+from packcast.group.store import (
+    await_address,
+    open_store,
+    publish_address,
+    publish_failure,
+    settle_sender,
+)
+from packcast.settings import Settings
+from packcast.view import View
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """This process's place in the group. The sender has a Hub and a checkpoint, others a Line.
+
+    `checkpoint` is there too on other ranks that ran `send` and can see it: they may be readers.
+    `store` is the launcher's; without one the sender hosts its own later.
+    """
+
+    launch: Launch
+    channel: Hub | Line
+    expected: Expected
+    transfer_id: str
+    store: Store | None
+    checkpoint: Checkpoint | None
+
+
+def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
+    """Find the others and open the control channel; every rank calls this first.
+
+    Raises CheckpointError on the sender whose checkpoint is none (the others are told), and
+    RendezvousError where the group cannot come about.
+    """
+    launch = detect_launch(os.environ)
+    checkpoint, fault = _open(settings)
+    if launch.kind == "none":
+        if fault:
+            raise fault
+        me = _introduce(settings, launch, checkpoint)
+        return _sit_without_launcher(settings, launch, me, checkpoint, view, leaver)
+    if settings.workers is not None or settings.address is not None:
+        raise UsageError(
+            f"{launch.kind} has started this rank: --workers, --listen and HOST:PORT are for"
+            " runs without a launcher"
+        )
+    if launch.world_size < 2:
+        raise RendezvousError(
+            "the group has one rank, so there is nobody to send to",
+            hint="start at least two, as with torchrun --nproc-per-node 2",
+        )
+    me = _introduce(settings, launch, checkpoint)
+    store = open_store(launch, os.environ, settings.join_timeout_s, settings.port)
+    sender = settle_sender(store, launch, settings.command, settings.join_timeout_s)
+    if sender != launch.rank:
+        address = await_address(store, settings.join_timeout_s)
+        line = _connect(settings, address, me, view, leaver)
+        return _seat(launch, line, line.transfer_id, store, checkpoint)
+    if fault:
+        publish_failure(store, fault)
+        raise fault
+    transfer_id = uuid.uuid4().hex
+    try:
+        host = reachable_host(_master(launch, os.environ))
+        hub = _listen((host, 0), settings, me, transfer_id, settings.token, view, leaver)
+    except PackcastError as error:
+        publish_failure(store, error)
+        raise
+    publish_address(store, hub.address)
+    return _seat(launch, hub, transfer_id, store, checkpoint)
+
+
+def _sit_without_launcher(
+    settings: Settings,
+    launch: Launch,
+    me: Member,
+    checkpoint: Checkpoint | None,
+    view: View,
+    leaver: Leaver,
+) -> Seat:
+    assert settings.address is not None, "the command line asks for it"
+    if settings.command == "recv":
+        line = _connect(settings, settings.address, me, view, leaver)
+        return _seat(launch, line, line.transfer_id, None, None)
+    assert settings.workers is not None, "the command line asks for it"
+    token = settings.token or secrets.token_urlsafe(18).encode()
+    transfer_id = uuid.uuid4().hex
+    hub = _listen(settings.address, settings, me, transfer_id, token, view, leaver)
+    view.listening(_recv_line(hub.address, None if settings.token else token.decode()))
+    return Seat(
+        launch=launch,
+        channel=hub,
+        expected=settings.workers,
+        transfer_id=transfer_id,
+        store=None,
+        checkpoint=checkpoint,
+    )
+
+
+def _seat(
+    launch: Launch,
+    channel: Hub | Line,
+    transfer_id: str,
+    store: Store | None,
+    checkpoint: Checkpoint | None,
+) -> Seat:
+    return Seat(
+        launch=launch,
+        channel=channel,
+        expected=frozenset(range(launch.world_size)),
+        transfer_id=transfer_id,
+        store=store,
+        checkpoint=checkpoint,
+    )
+
+
+def _open(settings: Settings) -> tuple[Checkpoint | None, CheckpointError | None]:
+    """The checkpoint to send, or why it is none: fatal only on the rank that turns out to send."""
+    if settings.checkpoint is None:
+        return None, None
+    try:
+        return (
+            open_checkpoint(
+                settings.checkpoint, sidecars=settings.sidecars, all_files=settings.all_files
+            ),
+            None,
+        )
+    except CheckpointError as fault:
+        return None, fault
+
+
+def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None) -> Member:
+    launched = launch.kind != "none"
+    path = settings.checkpoint
+    return Member(
+        role=settings.command,
+        rank=launch.rank if launched else settings.rank,
+        host=host_name(),
+        boot_id=boot_id(),
+        pid=os.getpid(),
+        local_rank=launch.local_rank if launched else None,
+        device=settings.device,
+        gpus=visible_gpus() if settings.device != "cpu" and settings.backend != "gloo" else (),
+        checkpoint=str(Path(path).resolve()) if path else None,
+        fingerprint=checkpoint.fingerprint() if checkpoint else None,
+    )
+
+
+def _listen(
+    address: tuple[str, int],
+    settings: Settings,
+    me: Member,
+    transfer_id: str,
+    token: bytes | None,
+    view: View,
+    leaver: Leaver,
+) -> Hub:
+    return Hub(
+        host=address[0],
+        port=address[1],
+        me=me,
+        transfer_id=transfer_id,
+        token=token,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        on_fatal=leaver.leave,
+        log=view.warn,
+    )
+
+
+def _connect(
+    settings: Settings, address: tuple[str, int], me: Member, view: View, leaver: Leaver
+) -> Line:
+    return Line.connect(
+        *address,
+        me=me,
+        token=settings.token,
+        join_timeout_s=settings.join_timeout_s,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        on_fatal=leaver.leave,
+        log=view.warn,
+    )
+
+
+def _master(launch: Launch, environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """An address that all ranks reach, to choose the interface that faces it."""
+    if launch.kind == "torchrun":
+        return environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    return None
+
+
+def _recv_line(address: tuple[str, int], token: str | None) -> str:
+    host = reachable_host(None) if address[0] in ("0.0.0.0", "::") else address[0]
+    where = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+    line = f"packcast recv {where} --out DIR"
+    return f"PACKCAST_TOKEN={shlex.quote(token)} {line}" if token else line

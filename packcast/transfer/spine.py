@@ -1,0 +1,258 @@
+"""The whole story of a transfer, in the order in which it happens: `send` beside `receive`.
+
+Each step is one call; what a step does is told where it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from packcast.checkpoint.outgoing import outgoing_files
+from packcast.ends.discard import DiscardSink
+from packcast.ends.landing import Sink
+from packcast.ends.source import FileReader
+from packcast.ends.verify import VerifySink, local_copy
+from packcast.ends.write import WriteSink
+from packcast.errors import PackcastError, TransferError
+from packcast.group.hub import Hub
+from packcast.group.launch import reachable_host
+from packcast.group.leave import Leaver
+from packcast.group.line import Line
+from packcast.group.member import Member
+from packcast.group.processgroup import interface_of
+from packcast.group.store import connect_store, serve_store
+from packcast.packed.plan import check_buffers
+from packcast.report import Report
+from packcast.settings import Settings, fill_in
+from packcast.transfer.agreement import make_offers, same_files_as_offered
+from packcast.transfer.moving import Mover, StallWatch
+from packcast.transfer.offer import Offer
+from packcast.transfer.results import (
+    agreed_digests,
+    failures_of,
+    make_report,
+    proof_of,
+    published_by,
+    rank_reports,
+    since,
+)
+from packcast.transfer.seat import Seat, take_seat
+from packcast.view import Start, View
+
+_PATIENCE_S = 30.0  # for the peers' last words, once their work is done
+
+
+def run(settings: Settings, view: View, leaver: Leaver) -> Report:
+    """Take part in one transfer, as `packcast send` or `packcast recv` does. Every rank calls it.
+
+    Returns this rank's report, whose exit code is 6 where a comparison found a difference. Raises
+    PackcastError after telling the other ranks; a verdict that comes from them, a lost peer or a
+    stall ends the process through `leaver`, since a collective may be hanging.
+    """
+    if settings.command == "send":
+        check_buffers(settings.buffer_size, settings.num_buffers)
+    view.phase("join")
+    seat = take_seat(settings, view, leaver)
+    leaver.on_leave(lambda: seat.channel.abort(leaver.error or TransferError("it left")))
+    try:
+        if isinstance(seat.channel, Hub):
+            return send(settings, seat, seat.channel, view, leaver)
+        return receive(settings, seat, seat.channel, view, leaver)
+    except PackcastError as error:
+        seat.channel.abort(error)
+        raise
+
+
+def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -> Report:
+    """The sender's side."""
+    checkpoint = seat.checkpoint
+    assert checkpoint is not None, "the sender has a checkpoint"
+    for warning in checkpoint.warnings:
+        view.warn(warning)
+    files = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
+
+    members = hub.join(
+        seat.expected,
+        settings.join_timeout_s,
+        lambda member, joined, wanted: view.joined(member.label, joined, wanted),
+    )
+    offers = make_offers(settings, checkpoint, files, members, members[seat.launch.rank])
+    offer = offers[seat.launch.rank]
+
+    view.phase("offer")
+    workers = [rank for rank in offers if rank != offer.rank]
+    for rank in workers:
+        hub.send(rank, offers[rank].to_json())
+    reader = FileReader(files, checkpoint.files)
+    mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
+    hub.gather("READY", settings.join_timeout_s)
+
+    view.phase("start")
+    host = _data_host(hub)
+    store, port = (seat.store, 0) if seat.store else serve_store(host, settings.join_timeout_s)
+    hub.broadcast({"kind": "GO", "host": host, "port": port})
+    view.started(
+        _start_of(offer, is_sender=True),
+        lambda: mover.snapshot({r: _nbytes_in(said) for r, said in hub.progress().items()}),
+    )
+
+    with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
+        view.phase("data")
+        moved = mover.move(store, interface_of(host), hub)
+        view.phase("finish")
+        proofs = hub.gather("PROVED", settings.stall_timeout_s)
+    seconds = since(moved.began)
+    digests = agreed_digests(offer, moved.digests, proofs)
+
+    view.phase("publish")
+    hub.committed()
+    hub.broadcast({"kind": "COMMIT"})
+    published = hub.gather("PUBLISHED", settings.stall_timeout_s)
+    hub.broadcast({"kind": "DONE"})
+    failures = failures_of(workers, proofs, published, hub.lost)
+    hub.close()
+
+    view.phase("done")
+    return make_report(
+        settings,
+        offer,
+        moved,
+        mover.counters,
+        seconds=seconds,
+        ranks=rank_reports(members, offers, offer.rank, failures),
+        digests=digests,
+        workers={rank: {**proofs[rank], **published.get(rank, {})} for rank in workers},
+        warnings=checkpoint.warnings,
+        failures=failures,
+    )
+
+
+def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leaver) -> Report:
+    """A worker's side, which may read too."""
+    me, _ = line.await_joined(settings.join_timeout_s + _PATIENCE_S)
+
+    view.phase("offer")
+    offer = Offer.from_json(line.expect("OFFER", settings.join_timeout_s + _PATIENCE_S))
+    chunks = offer.chunks()
+    sink = _make_sink(settings, seat, offer, me)
+    leaver.on_leave(sink.abort)
+    with _undone_on_error(sink):
+        sink.prepare()
+        mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
+        line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
+        line.send({"kind": "READY", "plan": offer.plan})
+
+        go = line.expect("GO", settings.join_timeout_s + _PATIENCE_S)
+        view.phase("start")
+        host, port = str(go.get("host")), int(str(go.get("port")))
+        store = seat.store or connect_store(host, port, settings.join_timeout_s)
+        view.started(_start_of(offer, is_sender=False), lambda: mover.snapshot({}))
+
+        with StallWatch(mover, line, leaver, settings.stall_timeout_s):
+            view.phase("data")
+            moved = mover.move(store, interface_of(reachable_host((host, port or 9))), line)
+            view.phase("finish")
+            sink.finish()
+        seconds = since(moved.began)
+        line.send(proof_of(offer, moved, mover.counters, sink, seconds))
+        line.expect("COMMIT", settings.stall_timeout_s)
+
+        view.phase("publish")
+        line.committed()
+        fault = _publish(sink)
+        line.send(published_by(sink, fault))
+    with suppress(TransferError):  # published is published, whatever became of the sender
+        line.expect("DONE", _PATIENCE_S)
+    if line.lost:
+        view.warn(f"{line.lost}, after this rank had published")
+    line.close()
+    for note in sink.notes:
+        view.warn(note)
+
+    view.phase("done")
+    proof = proof_of(offer, moved, mover.counters, sink, seconds)
+    failures = failures_of(
+        [offer.rank], {offer.rank: proof}, {offer.rank: published_by(sink, fault)}, {}
+    )
+    return make_report(
+        settings,
+        offer,
+        moved,
+        mover.counters,
+        seconds=seconds,
+        ranks=rank_reports([line.sender, me], {offer.rank: offer}, offer.readers[0], failures),
+        digests=dict(zip((spec.name for spec in offer.files), moved.digests or (), strict=False)),
+        workers={offer.rank: sink.result()},
+        warnings=sink.notes,
+        failures=failures,
+    )
+
+
+def _make_sink(settings: Settings, seat: Seat, offer: Offer, me: Member) -> Sink:
+    if settings.target is None:
+        return DiscardSink()
+    where = fill_in(
+        settings.target, rank=offer.rank, local_rank=seat.launch.local_rank, host=me.host
+    )
+    if settings.sink == "verify":
+        return VerifySink(local_copy(Path(where), offer.files), offer.files)
+    return WriteSink(Path(where), offer.files, transfer_id=seat.transfer_id, force=settings.force)
+
+
+def _own_reader(seat: Seat, offer: Offer) -> FileReader | None:
+    """What this worker reads itself, where the sender chose it as a reader."""
+    if offer.rank not in offer.readers:
+        return None
+    if seat.checkpoint is None:
+        raise TransferError("the sender chose this rank as a reader, but it has no checkpoint")
+    return FileReader(same_files_as_offered(seat.checkpoint, offer), seat.checkpoint.files)
+
+
+@contextmanager
+def _undone_on_error(sink: Sink) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        sink.abort()
+        raise
+
+
+def _publish(sink: Sink) -> PackcastError | None:
+    """After COMMIT a failure is this rank's own: it is reported, and stops nobody else."""
+    try:
+        sink.publish()
+    except PackcastError as error:
+        return error
+    return None
+
+
+def _data_host(hub: Hub) -> str:
+    """Where the ranks reach this host: the control channel's address, if that is a single one."""
+    host = hub.address[0]
+    return reachable_host(None) if host in ("0.0.0.0", "::") else host
+
+
+def _nbytes_in(progress: Mapping[str, object]) -> int:
+    nbytes = progress.get("nbytes")
+    return nbytes if isinstance(nbytes, int) else 0
+
+
+def _start_of(offer: Offer, *, is_sender: bool) -> Start:
+    return Start(
+        rank=offer.rank,
+        is_sender=is_sender,
+        num_files=len(offer.files),
+        num_tensors=offer.num_tensors,
+        nbytes=offer.nbytes,
+        world_size=offer.world_size,
+        readers=offer.readers,
+        backend=offer.backend,
+        device=offer.device,
+        reason=offer.reason,
+        loud=offer.loud,
+        buffer_size=offer.buffer_size,
+        num_buffers=offer.num_buffers,
+        staging=offer.staging,
+    )

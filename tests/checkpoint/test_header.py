@@ -1,0 +1,398 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+
+import numpy
+import pytest
+import safetensors
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from packcast.checkpoint import header as header_module
+from packcast.checkpoint.header import DTYPE_BITS, MAX_HEADER_NBYTES, parse_header, read_header
+from packcast.errors import CheckpointError
+from tests.checkpoint.handmade import entry, file_bytes, write
+
+NUMPY_DTYPES = {
+    "BOOL": "?",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "u2",
+    "I16": "i2",
+    "F16": "f2",
+    "U32": "u4",
+    "I32": "i4",
+    "F32": "f4",
+    "U64": "u8",
+    "I64": "i8",
+    "F64": "f8",
+    "C64": "c8",
+}
+
+
+def parse(header: object, data: bytes = b"") -> header_module.Header:
+    whole = file_bytes(header, data)
+    return parse_header(whole[8 : len(whole) - len(data)], len(whole), "x.safetensors")
+
+
+def refused(header: object, data: bytes = b"") -> str:
+    with pytest.raises(CheckpointError) as caught:
+        parse(header, data)
+    assert caught.value.message.startswith("x.safetensors: ")
+    assert len(caught.value.message) < 500
+    return caught.value.message
+
+
+def test_what_safetensors_writes_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
+    arrays = {
+        f"{name}.{n}": numpy.zeros((n, 3), t) for name, t in NUMPY_DTYPES.items() for n in (1, 5)
+    }
+    arrays |= {"scalar": numpy.float32(7).reshape(()), "empty": numpy.zeros((0, 4), "f2")}
+    arrays = {name: numpy.asarray(array) for name, array in arrays.items()}
+    for at, array in enumerate(arrays.values()):
+        array.view("u1" if array.ndim else array.dtype)[...] = at % 2
+    path = tmp_path / "model.safetensors"
+    save_file(arrays, path, metadata={"format": "pt", "note": "ü"})
+    header = read_header(path)
+    data = path.read_bytes()
+    assert header.metadata == {"format": "pt", "note": "ü"}
+    assert header.file_nbytes == len(data)
+    assert {tensor.name for tensor in header.tensors} == set(arrays)
+    for tensor in header.tensors:
+        array = arrays[tensor.name]
+        assert tensor.shape == array.shape
+        assert tensor.nbytes == array.nbytes
+        assert array.dtype == numpy.dtype(NUMPY_DTYPES[tensor.dtype])
+        assert data[tensor.begin : tensor.end] == array.tobytes()
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
+def test_every_dtype_has_the_size_that_safetensors_gives_it(dtype: str) -> None:
+    nbytes = DTYPE_BITS[dtype]  # of eight elements
+    whole = file_bytes({"t": entry(dtype, [8], 0, nbytes)}, bytes(nbytes))
+    [(name, found)] = safetensors.deserialize(whole)
+    assert (name, found["dtype"], len(found["data"])) == ("t", dtype, nbytes)
+    assert parse({"t": entry(dtype, [8], 0, nbytes)}, bytes(nbytes)).tensors[0].nbytes == nbytes
+    refused({"t": entry(dtype, [8], 0, nbytes - 1)}, bytes(nbytes - 1))
+
+
+LEGAL = {
+    "no tensors": ({}, b""),
+    "only metadata": ({"__metadata__": {"a": "b"}}, b""),
+    "null metadata": ({"__metadata__": None}, b""),
+    "leading white space": (b' \n\t{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"),
+    "trailing padding": (b'{"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}     ', b"x"),
+    "extra fields": ({"t": entry("U8", [1], 0, 1) | {"extra": [{"a": 1.5}]}}, b"x"),
+    "0-dim": ({"t": entry("F32", [], 0, 4)}, b"abcd"),
+    "empty": ({"t": entry("F32", [0, 7], 0, 0)}, b""),
+    "two empty at one offset": ({"t": entry("F32", [0], 0, 0), "u": entry("U8", [0], 0, 0)}, b""),
+    "empty between": (
+        {"a": entry("U8", [1], 0, 1), "z": entry("U8", [0], 1, 1), "b": entry("U8", [1], 1, 2)},
+        b"xy",
+    ),
+    "empty at the end": ({"a": entry("U8", [1], 0, 1), "z": entry("U8", [0], 1, 1)}, b"x"),
+    "unaligned": ({"a": entry("U8", [1], 0, 1), "b": entry("F64", [1], 1, 9)}, b"x" * 9),
+    "any order": ({"b": entry("U8", [1], 1, 2), "a": entry("U8", [1], 0, 1)}, b"xy"),
+    "half bytes": ({"t": entry("F4", [3, 2], 0, 3)}, b"xyz"),
+    "six bits": ({"t": entry("F6_E3M2", [4], 0, 3)}, b"xyz"),
+    "zero before huge": ({"t": entry("U8", [0, 1 << 40, 1 << 40], 0, 0)}, b""),
+    "ill-behaved name": ({"../../etc/passwd": entry("U8", [1], 0, 1)}, b"x"),
+}
+
+
+@pytest.mark.parametrize(("header", "data"), LEGAL.values(), ids=LEGAL)
+def test_what_the_format_allows_is_read(header: object, data: bytes) -> None:
+    theirs = safetensors.deserialize(file_bytes(header, data))
+    assert sorted(t.name for t in parse(header, data).tensors) == sorted(name for name, _ in theirs)
+
+
+T = entry("U8", [1], 0, 1)
+HOSTILE = {
+    "nothing": (b"", b""),
+    "only white space": (b"   ", b""),
+    "not JSON": (b"{]", b""),
+    "not UTF-8": (b'{"\xff":1}', b""),
+    "byte order mark": (b"\xef\xbb\xbf{}", b""),
+    "list": ([], b""),
+    "NaN": (b'{"t":NaN}', b""),
+    "cut short": (b'{"t":{"dtype":"U8"', b""),
+    "zero padding": (b"{}\0\0", b""),
+    "entry is a list": ({"t": []}, b""),
+    "entry is null": ({"t": None}, b""),
+    "no dtype": ({"t": {"shape": [1], "data_offsets": [0, 1]}}, b"x"),
+    "no shape": ({"t": {"dtype": "U8", "data_offsets": [0, 1]}}, b"x"),
+    "no offsets": ({"t": {"dtype": "U8", "shape": [1]}}, b"x"),
+    "unknown dtype": ({"t": entry("Q8", [1], 0, 1)}, b"x"),
+    "dtype in lower case": ({"t": entry("u8", [1], 0, 1)}, b"x"),
+    "dtype is a list": ({"t": T | {"dtype": [[["U8"]]]}}, b"x"),
+    "shape is a number": ({"t": T | {"shape": 1}}, b"x"),
+    "shape of bools": ({"t": T | {"shape": [True]}}, b"x"),
+    "shape of floats": ({"t": T | {"shape": [1.0]}}, b"x"),
+    "negative size": ({"t": T | {"shape": [-1]}}, b"x"),
+    "two negative sizes": ({"t": T | {"shape": [-1, -1]}}, b"x"),
+    "offsets of bools": ({"t": T | {"data_offsets": [False, True]}}, b"x"),
+    "offsets of floats": ({"t": T | {"data_offsets": [0.0, 1.0]}}, b"x"),
+    "negative offset": ({"t": T | {"data_offsets": [-1, 0]}}, b"x"),
+    "one offset": ({"t": T | {"data_offsets": [1]}}, b"x"),
+    "three offsets": ({"t": T | {"data_offsets": [0, 1, 1]}}, b"x"),
+    "end before begin": ({"t": T | {"data_offsets": [1, 0]}}, b"x"),
+    "huge number": ({"t": T | {"data_offsets": [0, 1 << 64]}}, b"x"),
+    "very long number": (b'{"t":{"dtype":"U8","shape":[' + b"9" * 5000 + b"]}}", b""),
+    "long number": (b'{"t":{"dtype":"U8","shape":[' + b"9" * 4000 + b"]}}", b""),
+    "overflow that wraps to fit": ({"t": entry("U8", [1 << 32, 1 << 32, 1], 0, 0)}, b""),
+    "overflow before a zero": ({"t": entry("U8", [1 << 32, 1 << 32, 0], 0, 0)}, b""),
+    "overflow of the bits": ({"t": entry("F64", [1 << 60], 0, 0)}, b""),
+    "shape larger than bytes": ({"t": entry("U8", [2], 0, 1)}, b"x"),
+    "shape smaller than bytes": ({"t": entry("U8", [1], 0, 2)}, b"xy"),
+    "three half bytes": ({"t": entry("F4", [3], 0, 2)}, b"xy"),
+    "three of six bits": ({"t": entry("F6_E2M3", [3], 0, 3)}, b"xyz"),
+    "hole at the begin": ({"t": entry("U8", [1], 1, 2)}, b"xy"),
+    "hole between": ({"t": T, "u": entry("U8", [1], 2, 3)}, b"xyz"),
+    "overlap": ({"t": entry("U8", [2], 0, 2), "u": entry("U8", [2], 1, 3)}, b"xyz"),
+    "the same bytes twice": ({"t": T, "u": T}, b"x"),
+    "empty inside another": ({"t": entry("U8", [2], 0, 2), "u": entry("U8", [0], 1, 1)}, b"xy"),
+    "data too short": ({"t": entry("U8", [2], 0, 2)}, b"x"),
+    "data too long": ({"t": T}, b"xy"),
+    "data without tensors": ({}, b"x"),
+    "metadata of numbers": ({"__metadata__": {"a": 1}}, b""),
+    "metadata is a string": ({"__metadata__": "a"}, b""),
+    "half a surrogate pair": (b'{"\\ud800":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"),
+    "half a pair in metadata": (b'{"__metadata__":{"a":"\\udfff"}}', b""),
+}
+
+
+@pytest.mark.parametrize(("header", "data"), HOSTILE.values(), ids=HOSTILE)
+def test_what_the_format_forbids_is_refused_as_safetensors_does(
+    header: object, data: bytes
+) -> None:
+    refused(header, data)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.deserialize(file_bytes(header, data))
+
+
+def test_a_name_that_occurs_twice_is_refused_even_where_the_offsets_agree() -> None:
+    one = json.dumps(T)
+    assert "names 'twin' twice" in refused(f'{{"twin":{one},"twin":{one}}}', b"x")
+    # Written differently, but the same name.
+    assert "names 'twin' twice" in refused(f'{{"twin":{one},"\\u0074win":{one}}}', b"x")
+    empty = json.dumps(entry("U8", [0], 0, 0))
+    assert "names 'e' twice" in refused(f'{{"e":{empty},"e":{empty}}}')
+    refused('{"t":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"x")
+    refused('{"__metadata__":{},"__metadata__":{}}')
+
+
+def test_messages_name_the_tensor() -> None:
+    assert "tensor 'layers.7.w': unknown dtype 'Q8'" in refused(
+        {"layers.7.w": entry("Q8", [1], 0, 1)}
+    )
+    assert "takes 8 bytes, its offsets 4" in refused({"t": entry("F32", [2], 0, 4)}, b"abcd")
+    assert "'u' overlaps" in refused({"t": T, "u": T}, b"x")
+    assert "'u' leaves a hole" in refused({"t": T, "u": entry("U8", [1], 2, 3)}, b"xyz")
+
+
+def test_a_message_never_carries_control_characters_or_a_long_name() -> None:
+    assert "\x1b" not in refused({"\x1b[2J": entry("Q8", [1], 0, 1)})
+    refused({"n" * 100_000: entry("Q" * 100_000, [1] * 60, 0, 1)})
+    refused({"t": entry("U8", [1 << 60] * 64, 0, 1)})
+    refused({"t": T | {"shape": [{"deep": []}] * 1000}}, b"x")
+
+
+def test_too_many_dimensions_are_refused() -> None:
+    assert parse({"t": entry("U8", [1] * 64, 0, 1)}, b"x")
+    assert "dimensions" in refused({"t": entry("U8", [1] * 65, 0, 1)}, b"x")
+
+
+def test_nesting_too_deep_for_a_parser_is_refused() -> None:
+    refused(b'{"t":' + b"[" * 200_000)
+    refused(b'{"t":' + b'{"a":' * 200_000)
+    for depth in (900, 950, 980, 990):  # deep, yet perhaps just parsed
+        refused(b'{"t":{"dtype":' + b"[" * depth + b"]" * depth + b"}}")
+
+
+def test_bounds_hold_before_anything_is_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> object:
+        raise AssertionError("parsed")
+
+    monkeypatch.setattr(header_module, "strict_json", never)
+    monkeypatch.setattr(header_module, "MAX_TENSORS", 3)
+    monkeypatch.setattr(header_module, "_MAX_SEPARATORS", 100)
+    assert "more than 3 tensors" in refused({str(n): T for n in range(4)})
+    refused(b"[" * 101)
+    refused(b"0," * 101)
+
+
+def test_a_million_tensors_are_the_bound_however_they_are_spelt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(header_module, "MAX_TENSORS", 3)
+    text = json.dumps({str(n): entry("U8", [0], 0, 0) for n in range(4)})
+    assert "more than 3 tensors" in refused(text.replace("data_offsets", "data\\u005foffsets"))
+
+
+def test_many_tensors_are_parsed_in_good_time() -> None:
+    content = {f"layers.{n}.weight": entry("U8", [1], n, n + 1) for n in range(50_000)}
+    begun = time.perf_counter()
+    header = parse(content, bytes(50_000))
+    assert time.perf_counter() - begun < 10
+    assert header.tensor_at(header.data_begin + 31_415) is header.tensors[31_415]
+
+
+def test_tensor_at_finds_the_tensor_of_each_byte() -> None:
+    header = parse(
+        {
+            "b": entry("U8", [2], 0, 2),
+            "z-empty": entry("U8", [0], 2, 2),
+            "a": entry("U8", [3], 2, 5),
+            "end-empty": entry("U8", [0], 5, 5),
+        },
+        b"xxyyy",
+    )
+    at = [header.tensor_at(offset) for offset in range(header.file_nbytes + 2)]
+    names = [tensor.name if tensor else None for tensor in at]
+    assert names == [None] * header.data_begin + ["b"] * 2 + ["a"] * 3 + [None] * 2
+    assert parse({}).tensor_at(0) is None
+    assert header.tensor_at(-1) is None
+
+
+NOT_SAFETENSORS = {
+    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
+    "a web page": b"\n <!DOCTYPE html><html><body>404</body></html>",
+    "pickle": b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00",
+    "(pickle) checkpoint": b"\x80\x02}q\x00(X\x06\x00\x00\x00",
+    "GGUF": b"GGUF\x03\x00\x00\x00\x01\x00\x00\x00",
+    "JSON": b'{"error": "not found"}',
+    "empty": b"",
+    "only 3 bytes": b"abc",
+    "no header length": b"\xff" * 100,
+    "begins with zeros": bytes(100),
+}
+
+
+@pytest.mark.parametrize(("what", "data"), NOT_SAFETENSORS.items(), ids=NOT_SAFETENSORS)
+def test_a_file_that_is_something_else_is_called_by_its_name(
+    what: str, data: bytes, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "model.safetensors", data)
+    with pytest.raises(CheckpointError, match="safetensors: not a safetensors file") as caught:
+        read_header(path)
+    assert what in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_truncated_file_is_named_with_both_sizes(tmp_path: Path) -> None:
+    whole = file_bytes({"t": entry("F32", [25], 0, 100)}, bytes(100))
+    for nbytes in range(9, len(whole)):
+        path = write(tmp_path / "model.safetensors", whole[:nbytes])
+        with pytest.raises(CheckpointError, match=f"shard 7: truncated: {nbytes} bytes") as caught:
+            read_header(path, "shard 7")
+        if nbytes > len(whole) - 100:
+            assert f"expected {len(whole)}" in caught.value.message
+    write(path, whole + b"!")
+    with pytest.raises(CheckpointError, match=f"{len(whole) + 1} bytes, expected {len(whole)}"):
+        read_header(path)
+
+
+def test_a_header_length_beyond_the_bound_is_refused_without_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", MAX_HEADER_NBYTES + 1) + b"{")
+        file.truncate(3 * MAX_HEADER_NBYTES)  # sparse
+    with pytest.raises(CheckpointError):
+        read_header(path)
+    with pytest.raises(CheckpointError, match="truncated"):
+        parse_header(b"{}", 9, "x.safetensors")
+
+
+def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            read_header(path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_header(tmp_path / "absent")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+SIZES = st.integers(0, 9) | st.sampled_from([-1, 1 << 32, 1 << 63, 1 << 64, True, 1.0])
+ENTRIES = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["U8", "F4", "F6_E2M3", "F32", "F64", "Q"]) | JSON,
+        "shape": st.lists(SIZES, max_size=4) | JSON,
+        "data_offsets": st.lists(SIZES, min_size=2, max_size=2) | JSON,
+    },
+    optional={"extra": JSON},
+)
+HEADERS = st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRIES | JSON, max_size=4)
+
+
+def only_refuses(json_bytes: bytes, file_nbytes: int) -> None:
+    try:
+        header = parse_header(json_bytes, file_nbytes, "x")
+    except CheckpointError:
+        return
+    data = bytes(file_nbytes - 8 - len(json_bytes))
+    theirs = dict(safetensors.deserialize(file_bytes(json_bytes, data)))
+    assert {t.name: (list(t.shape), t.dtype, t.nbytes) for t in header.tensors} == {
+        name: (found["shape"], found["dtype"], len(found["data"])) for name, found in theirs.items()
+    }
+
+
+@given(HEADERS, st.integers(0, 40))
+@settings(max_examples=300, deadline=None)
+def test_a_hostile_header_is_refused_or_read_as_safetensors_reads_it(
+    content: dict[str, object], data_nbytes: int
+) -> None:
+    json_bytes = json.dumps(content).encode()
+    only_refuses(json_bytes, 8 + len(json_bytes) + data_nbytes)
+
+
+GOOD = json.dumps({"a": entry("F32", [2, 3], 0, 24), "b": entry("F4", [2], 24, 25)}).encode()
+
+
+@given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.binary(max_size=2)), max_size=3))
+@settings(max_examples=300, deadline=None)
+@example([])
+def test_a_damaged_header_is_refused_or_read_as_safetensors_reads_it(
+    edits: list[tuple[int, bytes]],
+) -> None:
+    damaged = GOOD
+    for at, piece in edits:
+        damaged = damaged[:at] + piece + damaged[at + 1 :]
+    only_refuses(damaged, 8 + len(damaged) + 25)
+
+
+@given(st.binary(max_size=200), st.integers(-10, 1 << 65))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_refused_or_read(json_bytes: bytes, file_nbytes: int) -> None:
+    with suppress(CheckpointError):
+        parse_header(json_bytes, file_nbytes, "x")
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(DTYPE_BITS)), st.integers(0, 5)), max_size=8),
+    st.randoms(),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_legal_layout_is_accepted(layout: list[tuple[str, int]], random: Random) -> None:
+    entries, at = [], 0
+    for number, (dtype, eights) in enumerate(layout):
+        end = at + eights * DTYPE_BITS[dtype]
+        entries.append((f"t{number}", entry(dtype, [eights, 4, 2], at, end)))
+        at = end
+    random.shuffle(entries)
+    header = parse(dict(entries), bytes(at))
+    assert len(header.tensors) == len(layout)
+    assert sum(tensor.nbytes for tensor in header.tensors) == at

@@ -1,0 +1,225 @@
+"""The way out: from any thread, within a bound, whatever hangs. Each case is a small process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+PRELUDE = """
+import ctypes, os, signal, sys, threading, time
+from packcast.errors import *
+from packcast.group.leave import *
+forever = ctypes.CDLL(None).pause  # in C, without the GIL: what a collective looks like
+show = lambda error: print(error.message, file=sys.stderr)
+"""
+
+
+def start(script: str, **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"} | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=20)
+    return process.returncode, out, err
+
+
+def signalled(script: str, *numbers: signal.Signals) -> tuple[int, str, str]:
+    """What becomes of the script after it has printed a line and been sent these signals."""
+    process = start(script)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
+    return ended(process)
+
+
+def test_leaving_from_a_thread_ends_a_process_whose_main_thread_is_stuck() -> None:
+    code, _, err = ended(
+        start("""
+        error = TransferError("lost rank 3")
+        threading.Timer(0.1, Leaver(show).leave, [error]).start()
+        forever()
+        """)
+    )
+    assert (code, err) == (5, "lost rank 3\n")
+
+
+def test_clean_ups_run_newest_first_and_one_that_fails_stops_no_other() -> None:
+    code, out, err = ended(
+        start("""
+        leaver = Leaver(show)
+        leaver.on_leave(lambda: print("oldest", leaver.error.exit_code))
+        leaver.on_leave(lambda: 1 / 0)
+        leaver.on_leave(lambda: sys.exit(9))
+        leaver.on_leave(lambda: print("newest"))
+        leaver.leave(DestinationError("no space"))
+        """)
+    )
+    assert (code, out, err) == (7, "newest\noldest 7\n", "no space\n")
+
+
+def test_the_first_to_leave_decides_and_the_others_wait() -> None:
+    code, out, err = ended(
+        start("""
+        leaver = Leaver(show)
+        leaver.on_leave(lambda: time.sleep(0.3))
+        threading.Timer(0.1, lambda: (leaver.leave(UsageError("late")), print("back"))).start()
+        leaver.leave(CheckpointError("first"))
+        """)
+    )
+    assert (code, out, err) == (3, "", "first\n")
+
+
+def test_a_clean_up_that_hangs_is_left_behind_and_the_error_still_said() -> None:
+    started = time.monotonic()
+    code, _, err = ended(
+        start("""
+        leaver = Leaver(show, limit_s=0.3)
+        leaver.on_leave(forever)
+        leaver.leave(TransferError("lost rank 1"))
+        """)
+    )
+    assert (code, err) == (5, "lost rank 1\n")
+    assert time.monotonic() - started < 5
+
+
+def test_a_terminal_that_hangs_does_not_keep_the_process() -> None:
+    code, _, _ = ended(
+        start("""
+        Leaver(lambda error: forever(), limit_s=0.1).leave(TransferError("unheard"))
+        """)
+    )
+    assert code == 5
+
+
+def test_leaving_without_an_error_is_success() -> None:
+    code, out, err = ended(
+        start("""
+        leaver = Leaver(show)
+        leaver.on_leave(lambda: print("cleaned", end=""))
+        leaver.leave(None)
+        """)
+    )
+    assert (code, out, err) == (0, "cleaned", "")
+
+
+def test_the_way_out_never_imports_torch(tmp_path: Path) -> None:
+    _, out, _ = ended(
+        start(
+            """
+            leaver = Leaver(show)
+            leaver.on_leave(lambda: print("torch" in sys.modules))
+            leaver.leave(TransferError("x"))
+            """,
+            TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"),
+        )
+    )
+    assert out == "False\n"
+
+
+def test_the_error_is_put_on_record_for_torchrun(tmp_path: Path) -> None:
+    path = tmp_path / "error.json"
+    error = 'TransferError("lost rank 3", hint="look at host-b")'
+    ended(start(f"Leaver(show).leave({error})", TORCHELASTIC_ERROR_FILE=str(path)))
+    message = json.loads(path.read_text())["message"]
+    assert message["message"] == "TransferError: lost rank 3"
+    assert message["extraInfo"]["py_callstack"] == "lost rank 3 (look at host-b)"
+    assert message["extraInfo"]["exit_code"] == 5
+    assert abs(int(message["extraInfo"]["timestamp"]) - time.time()) < 30
+
+
+def test_a_victim_of_a_signal_is_not_put_on_record(tmp_path: Path) -> None:
+    path = tmp_path / "error.json"
+    error = 'Interrupted("interrupted by SIGTERM", signal_number=15)'
+    code, _, _ = ended(start(f"Leaver(show).leave({error})", TORCHELASTIC_ERROR_FILE=str(path)))
+    assert code == 143
+    assert not path.exists()
+
+
+STUCK = """
+leaver = Leaver(show)
+watch_signals(leaver)
+threading.Thread(target=forever, daemon=True).start()
+print("ready")
+forever()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_stuck_process_with_its_own_code(number: signal.Signals) -> None:
+    code, _, err = signalled(STUCK, number)
+    assert (code, err) == (128 + number, f"interrupted by {number.name}\n")
+
+
+def test_after_sigterm_the_cause_may_still_come_by_another_way() -> None:
+    code, _, err = signalled(
+        """
+        leaver = Leaver(show)
+        watch_signals(leaver)
+        threading.Timer(0.3, leaver.leave, [TransferError("lost rank 2")]).start()
+        print("ready")
+        forever()
+        """,
+        signal.SIGTERM,
+    )
+    assert (code, err) == (5, "lost rank 2\n")
+
+
+def test_a_second_ctrl_c_waits_for_no_clean_up() -> None:
+    started = time.monotonic()
+    code, _, _ = signalled(
+        """
+        leaver = Leaver(show)
+        leaver.on_leave(forever)
+        watch_signals(leaver)
+        print("ready")
+        forever()
+        """,
+        signal.SIGINT,
+        signal.SIGINT,
+    )
+    assert code == 130
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.chaos
+def test_a_rank_dies_with_its_launcher() -> None:
+    launcher = start("""
+    import subprocess
+    rank = subprocess.Popen([sys.executable, "-c",
+        "from packcast.group.leave import *; die_with_parent(); print('ready'); time.sleep(60)"])
+    print(rank.pid)
+    forever()
+    """)
+    assert launcher.stdout is not None
+    lines = {launcher.stdout.readline().strip() for _ in range(2)}
+    launcher.kill()
+    # The rank holds the other end of this pipe: it is closed when the rank is gone.
+    assert launcher.stdout.read() == ""
+    launcher.communicate()
+    pid = int((lines - {"ready"}).pop())
+    assert (
+        not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+
+
+def test_a_rank_whose_launcher_is_already_gone_dies_at_once() -> None:
+    code, _, _ = ended(start("die_with_parent(launcher_pid=1 << 22); forever()"))
+    assert code == -signal.SIGTERM

@@ -1,0 +1,108 @@
+"""The process group: two real ranks over gloo, and a way down that has a bound."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from packcast.group.launch import reachable_host
+from packcast.group.processgroup import close_process_group, interface_of
+
+REPOSITORY = Path(__file__).parents[2]
+
+# One process imports torch and forks, before torch has a thread: half the waiting.
+TWO_RANKS = """
+import os, sys, time
+import torch
+from packcast.errors import RendezvousError
+from packcast.group.processgroup import close_process_group, interface_of, open_process_group
+from packcast.group.store import connect_store, serve_store
+
+reader, writer = os.pipe()
+child = os.fork()
+rank = 0 if child else 1
+if rank == 0:
+    store, port = serve_store("127.0.0.1", 10.0)
+    os.write(writer, b"%d\\n" % port)
+else:
+    port = int(os.read(reader, 100))
+    store = connect_store("127.0.0.1", port, 10.0)
+group = open_process_group(
+    "gloo", rank=rank, world_size=2, store=store, device=torch.device("cpu"), timeout_s=20.0,
+    interface=interface_of("127.0.0.1"),
+)
+tensor = torch.full((4,), rank)
+torch.distributed.broadcast(tensor, 0, group=group)
+assert tensor.tolist() == [0, 0, 0, 0]
+assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
+started = time.monotonic()
+assert close_process_group(group, 5.0)
+assert time.monotonic() - started < 4.0
+assert not torch.distributed.is_initialized()
+if rank == 1:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+# And once more, with a peer that never comes.
+try:
+    open_process_group(
+        "gloo", rank=0, world_size=2, store=serve_store("127.0.0.1", 1.0)[0],
+        device=torch.device("cpu"), timeout_s=1.0, interface=None,
+    )
+except RendezvousError as error:
+    print(error.message)
+"""
+
+
+def test_two_ranks_make_a_group_broadcast_and_take_it_down() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", TWO_RANKS],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("the gloo process group could not be made: ")
+    assert len(ran.stdout.splitlines()) == 1
+
+
+def test_a_close_that_hangs_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    release = threading.Event()
+    monkeypatch.setattr(dist, "destroy_process_group", lambda group: release.wait(10))
+    started = time.monotonic()
+    assert not close_process_group(dist.ProcessGroup(dist.HashStore(), 0, 1), 0.2)
+    assert time.monotonic() - started < 2
+    release.set()
+
+
+def test_loopback_addresses_belong_to_the_loopback_interface() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("127.0.1.1") == "lo"
+    assert interface_of("::ffff:127.0.0.1") == "lo"
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="a kernel without IPv6")
+def test_the_ipv6_loopback_too() -> None:
+    if not Path("/proc/net/if_inet6").read_text():
+        pytest.skip("no IPv6 address on this host")
+    assert interface_of("::1") == "lo"
+
+
+def test_an_address_of_somebody_else_is_on_no_interface() -> None:
+    assert interface_of("203.0.113.7") is None
+    assert interface_of("2001:db8::7") is None
+
+
+def test_this_hosts_address_towards_the_world_has_an_interface() -> None:
+    name = interface_of(reachable_host(None))
+    assert name in {name for _, name in socket.if_nameindex()}
