@@ -25,15 +25,14 @@ def parse_size(text: str) -> int:
 
 
 def format_size(nbytes: int) -> str:
-    """The size to two significant places in the largest binary unit that fits: `1.2 GiB`."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            break
+    """The size in the largest binary unit that fits, for people: `1.2 GiB`."""
+    if nbytes < KIB:
+        return f"{nbytes} B"
+    value, units = nbytes / KIB, ["TiB", "GiB", "MiB", "KiB"]
+    while value >= 1024 and len(units) > 1:
         value /= 1024
-    else:
-        unit = "TiB"
-    return f"{nbytes} B" if unit == "B" else f"{value:.{0 if value >= 100 else 1}f} {unit}"
+        units.pop()
+    return f"{value:.{0 if value >= 100 else 1}f} {units[-1]}"
 
 
 def format_exact_size(nbytes: int) -> str:
@@ -63,4 +62,6 @@ def format_duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.{2 if seconds < 10 else 1}f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"

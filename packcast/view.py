@@ -60,6 +60,12 @@ class View:
     def warn(self, text: str) -> None:
         """Something to know that stops nothing (also from the control thread)."""
 
+    def note(self, text: str) -> None:
+        """Something on the way that is no cause for worry, as that the sender is waited for."""
+
+    def placed(self, rank: int, *, is_sender: bool) -> None:
+        """This process has learned its part; its rank may still change without a launcher."""
+
     def phase(self, phase: Phase) -> None:
         """The transfer has entered this phase."""
 

@@ -20,7 +20,8 @@ from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.group.launch import detect_launch
-from packcast.group.leave import Leaver, record_failure
+from packcast.group.leave import Leaver, die_with_parent, record_failure, watch_signals
+from packcast.group.nproc import LAUNCHER_PID_VARIABLE, run_nproc
 from packcast.settings import (
     DEFAULT_BUFFER_SIZE,
     DEFAULT_HEARTBEAT_TIMEOUT_S,
@@ -250,8 +251,6 @@ def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
 
 
 def _start_ranks(outcome: Outcome, nproc: int) -> int:
-    from packcast.group.nproc import run_nproc
-
     os.environ.pop("PACKCAST_NPROC", None)  # or every rank would start ranks of its own
     argv = given.without_nproc(outcome.argv)
     return run_nproc(argv, nproc, verbose=outcome.verbose, say=say)
@@ -261,8 +260,11 @@ def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet
     """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
-
     leaver = Leaver(outcome.failed)
+    if outcome.launch.kind == "torchrun":  # --nproc is one too, and says who it is
+        launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
+        die_with_parent(int(launcher) if launcher.isdecimal() else None)
+    watch_signals(leaver)  # before torch, whose threads must inherit the mask
     try:
         from packcast import transfer
 

@@ -63,6 +63,13 @@ class Display(View):
         if self.speaks():
             self._print(f"{label} joined, {joined} of {wanted}")
 
+    def note(self, text: str) -> None:
+        if self.speaks():
+            self._print(text)
+
+    def placed(self, rank: int, *, is_sender: bool) -> None:
+        self.is_sender = is_sender
+
     def warn(self, text: str) -> None:
         if not self._quiet:
             self._print(f"packcast: warning: {text}")

@@ -185,6 +185,10 @@ def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None
                 )
     if nproc is not None and settings.workers is not None:
         raise UsageError("--nproc starts the workers itself; --workers waits for others")
+    if settings.workers is not None and settings.address is None:
+        raise UsageError(
+            "--workers needs --listen HOST:PORT", hint="HOST is a name of this host that they reach"
+        )
     if settings.address is not None and settings.workers is None:
         raise UsageError("--listen needs --workers N: how many `packcast recv` will come")
     if not launched and nproc is None and settings.workers is None:
@@ -208,7 +212,7 @@ def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
     if not launched and settings.address is None:
         raise UsageError(
             "where is the sender? no HOST:PORT was given, and there is no launcher",
-            hint="`packcast send CKPT --workers N` prints the line to run",
+            hint="`packcast send --workers N --listen HOST:PORT` prints the line to run",
         )
     if settings.address is not None and settings.address[1] == 0:
         raise UsageError("port 0 is not a place to connect to")

@@ -175,11 +175,14 @@ class Endpoint:
         self._watch_for_more(peer)
 
     def _read(self, peer: Peer) -> None:
+        before = peer.num_received
         more = peer.receive()
-        peer.heard = self._clock.read()
+        if peer.num_received > before:
+            peer.heard = self._clock.read()
         try:
             while peer.is_open and (message := peer.reader.next_message()) is not None:
                 self._on_message(peer, message)
+                self._beat_if_due()  # large messages of many peers take longer than a beat
         except WireError as error:
             self._lose(peer, f"it broke the protocol: {error}")
         # Last, so that whatever was said before the end still counts, an ABORT above all.
@@ -247,15 +250,25 @@ class Endpoint:
             self._say(peer, encode_frame({"kind": "ARMED"}, self._outgoing))
 
     def _tick(self) -> None:
+        self._beat_if_due()
+        for peer in list(self._peers):
+            if self._is_silent(peer):
+                # This thread may have been busy with others: what has come by now counts.
+                self._read(peer)
+            if peer.is_open and self._is_silent(peer):
+                self._lose_silent(peer)
+        self._settle()
+
+    def _is_silent(self, peer: Peer) -> bool:
+        if not (self._armed and peer.armed):
+            return False
+        return self._clock.read() - peer.heard > self._heartbeat_timeout_s
+
+    def _beat_if_due(self) -> None:
         now = self._clock.read()
         if now >= self._next_beat:
             self._next_beat = now + HEARTBEAT_INTERVAL_S
             self._beat()
-        for peer in list(self._peers):
-            silent_s = now - peer.heard
-            if self._armed and peer.armed and silent_s > self._heartbeat_timeout_s:
-                self._lose_silent(peer)
-        self._settle()
 
     def _lose_silent(self, peer: Peer) -> None:
         error = self._loss_of(peer, f"no sign of life for {self._heartbeat_timeout_s:g} s")

@@ -42,11 +42,11 @@ class Leaver:
         self._first = threading.Lock()
         self._printing = threading.Lock()
         self._leaving = threading.Event()
+        self._shielded = threading.Event()
         self._clean_ups: list[Callable[[], object]] = []
-        self.error: PackcastError | None = None  # why, for the clean-ups
 
     def on_leave(self, clean_up: Callable[[], object]) -> None:
-        """Call this on the way out, the newest first; it may raise, but should be quick."""
+        """Call this on the way out, in the order given here; it may raise, but should be quick."""
         self._clean_ups.append(clean_up)
 
     def leave(self, error: PackcastError | None) -> NoReturn:
@@ -59,17 +59,28 @@ class Leaver:
             while True:
                 time.sleep(3600)
         self.error = error
-        self.error = error
         self._leaving.set()
         if error is not None:
             record_failure(error)
         # If no thread can be started any more, clean-ups are trusted to end.
         with contextlib.suppress(RuntimeError):
             threading.Thread(target=self._overrun, args=(error,), daemon=True).start()
-        for clean_up in reversed(self._clean_ups):
+        for clean_up in list(self._clean_ups):
             with contextlib.suppress(BaseException):
                 clean_up()
         self._print_and_exit(error)
+
+    def shield(self) -> None:
+        """From now on signals end the process no more: what is left is short, and worth ending.
+
+        For the time after the point of no return. A second SIGINT still leaves at once.
+        """
+        self._shielded.set()
+
+    @property
+    def is_shielded(self) -> bool:
+        """Whether a signal comes too late to stop anything."""
+        return self._shielded.is_set()
 
     def wait_leaving(self, timeout_s: float) -> bool:
         """Whether some thread has called `leave`, waiting for that as long as `timeout_s`."""
@@ -162,6 +173,8 @@ def _leave_on(leaver: Leaver, number: int) -> None:
     # torchrun sends SIGTERM to all as soon as one rank has failed: the cause, which comes over
     # the control channel at the same time, is the better answer.
     if number == signal.SIGTERM and leaver.wait_leaving(_VERDICT_WAIT_S):
+        return
+    if leaver.is_shielded:
         return
     name = signal.Signals(number).name
     leaver.leave(Interrupted(f"interrupted by {name}", signal_number=number))

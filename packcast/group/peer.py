@@ -49,6 +49,7 @@ class Peer:
         self.said_bye = False
         self.progress: Message = {}
         self.queues: dict[str, deque[tuple[Message, int]]] = {}
+        self.num_received = 0
         self.num_unread = 0
         self.unread_nbytes = 0
         self.overrun = False
@@ -125,6 +126,7 @@ class Peer:
         except OSError:
             return False
         self.reader.feed(data)
+        self.num_received += len(data)
         return bool(data)
 
     def discard_received(self) -> None:

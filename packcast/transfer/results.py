@@ -96,6 +96,16 @@ def failures_of(
     return failures
 
 
+def facts_of(
+    proof: Mapping[str, object], published: Mapping[str, object] | None
+) -> dict[str, object]:
+    """What a worker told of itself, for the sender's report."""
+    names = ("device", "seconds", "stages", "peak_device_bytes", "pinned_bytes")
+    facts = {name: proof.get(name) for name in names}
+    result = (published or {}).get("result")
+    return facts | (result if isinstance(result, dict) else {})
+
+
 def make_report(
     settings: Settings,
     offer: Offer,
@@ -132,7 +142,7 @@ def make_report(
         ranks=tuple(ranks),
         buffer_size=offer.buffer_size,
         num_buffers=offer.num_buffers,
-        staging=moved.pinned_nbytes,
+        staging=offer.staging,
         seconds=seconds,
         stages=stage_reports(counters),
         peak_device_nbytes=moved.peak_device_nbytes,

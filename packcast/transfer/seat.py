@@ -76,6 +76,7 @@ def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
     me = _introduce(settings, launch, checkpoint)
     store = open_store(launch, os.environ, settings.join_timeout_s, settings.port)
     sender = settle_sender(store, launch, settings.command, settings.join_timeout_s)
+    view.placed(launch.rank, is_sender=sender == launch.rank)
     if sender != launch.rank:
         address = await_address(store, settings.join_timeout_s)
         line = _connect(settings, address, me, view, leaver)
@@ -187,7 +188,7 @@ def _listen(
         token=token,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         on_fatal=leaver.leave,
-        log=view.warn,
+        log=view.note,
     )
 
 
@@ -201,7 +202,7 @@ def _connect(
         join_timeout_s=settings.join_timeout_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         on_fatal=leaver.leave,
-        log=view.warn,
+        log=view.note,
     )
 
 

@@ -31,6 +31,7 @@ from packcast.transfer.moving import Mover, StallWatch
 from packcast.transfer.offer import Offer
 from packcast.transfer.results import (
     agreed_digests,
+    facts_of,
     failures_of,
     make_report,
     proof_of,
@@ -107,6 +108,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
     digests = agreed_digests(offer, moved.digests, proofs)
 
     view.phase("publish")
+    leaver.shield()
     hub.committed()
     hub.broadcast({"kind": "COMMIT"})
     published = hub.gather("PUBLISHED", settings.stall_timeout_s)
@@ -123,7 +125,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
         seconds=seconds,
         ranks=rank_reports(members, offers, offer.rank, failures),
         digests=digests,
-        workers={rank: {**proofs[rank], **published.get(rank, {})} for rank in workers},
+        workers={rank: facts_of(proofs[rank], published.get(rank)) for rank in workers},
         warnings=checkpoint.warnings,
         failures=failures,
     )
@@ -160,6 +162,7 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
         line.expect("COMMIT", settings.stall_timeout_s)
 
         view.phase("publish")
+        leaver.shield()
         line.committed()
         fault = _publish(sink)
         line.send(published_by(sink, fault))

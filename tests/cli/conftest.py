@@ -25,10 +25,14 @@ Runner = Callable[[Settings, View], Report]
 
 @dataclass
 class FakeTransfer:
-    """Stands in for packcast.transfer; `does` is what `run` does, `settings` what it was given."""
+    """Stands in for packcast.transfer; `does` is what `run` does, `settings` what it was given.
+
+    `parents` are the processes that this one promised to die with.
+    """
 
     does: Runner | None = None
     settings: list[Settings] = field(default_factory=list)
+    parents: list[int | None] = field(default_factory=list)
 
     def run(self, settings: Settings, view: View, leaver: object) -> Report:
         self.settings.append(settings)
@@ -77,6 +81,8 @@ def transfer(monkeypatch: pytest.MonkeyPatch) -> FakeTransfer:
     monkeypatch.setitem(sys.modules, "packcast.transfer", module)
     monkeypatch.setattr(packcast, "transfer", module, raising=False)
     monkeypatch.setattr(app, "Leaver", FakeLeaver)
+    monkeypatch.setattr(app, "watch_signals", lambda leaver: None)
+    monkeypatch.setattr(app, "die_with_parent", fake.parents.append)
     return fake
 
 

@@ -20,6 +20,7 @@ from packcast.view import View
 
 from .conftest import FakeTransfer, snapshot_of, start_of
 
+SEND = ("send", "c", "--listen", "h:1")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -75,8 +76,9 @@ def test_recv_hands_its_options_to_the_transfer(
 
 
 def test_the_defaults_are_those_of_settings(transfer: FakeTransfer) -> None:
-    assert run(["send", "c", "--workers", "1"]) == 0
-    assert transfer.settings == [Settings(command="send", checkpoint=Path("c"), workers=1)]
+    assert run([*SEND, "--workers", "1"]) == 0
+    expected = Settings(command="send", checkpoint=Path("c"), workers=1, address=("h", 1))
+    assert transfer.settings == [expected]
 
 
 def test_options_are_read_from_the_environment(
@@ -84,7 +86,7 @@ def test_options_are_read_from_the_environment(
 ) -> None:
     for name, value in {"WORKERS": "2", "FORCE": "1", "INCLUDE": "a* b*", "OUT": "d"}.items():
         monkeypatch.setenv(f"PACKCAST_{name}", value)
-    assert run(["send", "c"]) == 0
+    assert run([*SEND]) == 0
     (settings,) = transfer.settings
     assert (settings.workers, settings.force, settings.target) == (2, True, "d")
     assert settings.include == ("a*", "b*")
@@ -97,10 +99,11 @@ def test_options_are_read_from_the_environment(
         (["sned"], "sned"),
         (["send"], "CKPT"),
         (["send", "c", "--bogus"], "--bogus"),
-        (["send", "c", "--workers", "0"], "--workers"),
+        ([*SEND, "--workers", "0"], "--workers"),
         (["send", "c", "--backend", "mpi"], "--backend"),
-        (["send", "c", "--workers", "1", "--buffer-size", "x"], "--buffer-size"),
+        ([*SEND, "--workers", "1", "--buffer-size", "x"], "--buffer-size"),
         (["send", "c"], "nobody"),
+        (["send", "c", "--workers", "1"], "--listen"),
         (["recv", "h:1"], "--discard"),
         (["recv", "--discard"], "HOST:PORT"),
     ],
@@ -128,7 +131,7 @@ def test_an_error_is_its_sentence_its_hint_and_its_code(
     transfer.does = fail
     file = tmp_path / "r.json"
     with pytest.raises(SystemExit) as left:
-        run(["send", "c", "--workers", "1", "--json", str(file)])
+        run([*SEND, "--workers", "1", "--json", str(file)])
     assert left.value.code == 4
     expected = "packcast: error: nobody came\\x1b[2J\n  start them\n"
     assert capsys.readouterr().err == expected
@@ -146,7 +149,7 @@ def test_a_failure_in_the_middle_reports_what_was_known(
 
     transfer.does = fail
     with pytest.raises(SystemExit):
-        run(["send", "c", "--workers", "3", "--json", "-"])
+        run([*SEND, "--workers", "3", "--json", "-"])
     result = json.loads(capsys.readouterr().out)
     assert result["checkpoint"] == {"files": 2, "tensors": 7, "bytes": 1 << 30}
     assert result["group"]["world_size"] == 4
@@ -159,7 +162,7 @@ def test_a_bug_is_one_line_and_with_v_a_traceback(transfer: FakeTransfer, capsys
     transfer.does = fail
     for more in ([], ["-v"]):
         with pytest.raises(SystemExit) as left:
-            run(["send", "c", "--workers", "1", *more])
+            run([*SEND, "--workers", "1", *more])
         assert left.value.code == 1
         err = capsys.readouterr().err
         assert "packcast: error: this is a bug: KeyError: 'nothing'" in err
@@ -173,7 +176,7 @@ def test_ctrl_c_is_130(transfer: FakeTransfer, capsys: Capture) -> None:
 
     transfer.does = interrupt
     with pytest.raises(SystemExit) as left:
-        run(["send", "c", "--workers", "1"])
+        run([*SEND, "--workers", "1"])
     assert left.value.code == 130
     assert capsys.readouterr().err == "packcast: error: interrupted\n"
 
@@ -184,7 +187,7 @@ def test_a_failure_that_was_survived_is_told_in_full(
     transfer.does = lambda settings, view: Report(
         command="send", rank=0, is_sender=True, ok=False, exit_code=6, error="w differs", nbytes=9
     )
-    assert run(["send", "c", "--workers", "1", "--json", "-"]) == 6
+    assert run([*SEND, "--workers", "1", "--json", "-"]) == 6
     captured = capsys.readouterr()
     assert captured.err == "packcast: error: w differs\n"
     result = json.loads(captured.out)
@@ -199,11 +202,11 @@ def test_a_good_end_is_one_line_for_people_and_nothing_on_standard_output(
         return Report(command="send", is_sender=True, world_size=4, num_files=2, seconds=1)
 
     transfer.does = succeed
-    assert run(["send", "c", "--workers", "3"]) == 0
+    assert run([*SEND, "--workers", "3"]) == 0
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1].startswith("sent 2 files")
-    assert run(["send", "c", "--workers", "3", "-q"]) == 0
+    assert run([*SEND, "--workers", "3", "-q"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -221,6 +224,18 @@ def test_one_result_file_is_the_senders_and_with_rank_each_has_one(
     assert names == (["0-0.json", "one.json"] if rank == 0 else ["2-2.json"])
 
 
+def test_a_rank_dies_with_its_launcher(
+    transfer: FakeTransfer, torchrun: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run([*SEND, "--workers", "1"])
+    assert transfer.parents == []
+    torchrun(1)
+    run(["send", "c"])
+    monkeypatch.setenv("PACKCAST_LAUNCHER_PID", "4711")
+    run(["send", "c"])
+    assert transfer.parents == [None, 4711]
+
+
 def test_a_failure_leaves_its_record_for_torchrun(
     transfer: FakeTransfer,
     torchrun: Callable[[int], None],
@@ -231,7 +246,7 @@ def test_a_failure_leaves_its_record_for_torchrun(
     torchrun(1)
     record = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(record))
-    assert run(["send", "c", "--workers", "2"]) == 2
+    assert run([*SEND, "--workers", "2"]) == 2
     assert "--workers" in record.read_text()
 
 
@@ -245,7 +260,7 @@ def test_nproc_starts_the_same_command_once_per_rank(
         calls.append((argv, nproc))
         return 5
 
-    monkeypatch.setattr("packcast.group.nproc.run_nproc", run_nproc)
+    monkeypatch.setattr("packcast.cli.app.run_nproc", run_nproc)
     assert run(["send", "c", "--nproc", "3", "--out", "d-{rank}"]) == 5
     monkeypatch.setenv("PACKCAST_NPROC", "2")
     assert run(["send", "c"]) == 5
@@ -265,7 +280,7 @@ def test_a_result_that_cannot_be_written_is_exit_7(
         return Report(command="send", is_sender=True)
 
     transfer.does = succeed
-    assert run(["send", "c", "--workers", "1", "--json", str(folder / "r.json")]) == 7
+    assert run([*SEND, "--workers", "1", "--json", str(folder / "r.json")]) == 7
     assert "--json" in capsys.readouterr().err
 
 

