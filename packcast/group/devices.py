@@ -39,11 +39,16 @@ def host_name() -> str:
 
 
 def boot_id() -> str:
-    """The same for all processes of one running kernel, containers included; unique to it."""
+    """The same for all processes of one running kernel, containers included; unique to it.
+
+    But where NCCL is told by NCCL_HOSTID that ranks are on different hosts, we say so too: it
+    then lets them share a GPU, which is how several ranks are tried on a machine that has one.
+    """
+    told = os.environ.get("NCCL_HOSTID", "")
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + told
     except OSError:
-        return host_name()
+        return host_name() + told
 
 
 def visible_gpus() -> tuple[str, ...]:

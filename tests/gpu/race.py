@@ -97,7 +97,7 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
 
 def main() -> None:
     """All rounds, on every rank."""
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("nccl", device_id=device)
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -1,0 +1,296 @@
+"""Real packcast processes: a clean environment, output in files, bounded in time, none left over.
+
+A rank that hangs fails its test with what it has said so far.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from packcast.units import MIB
+
+REPOSITORY = Path(__file__).parents[2]
+HELD_DISK = Path(__file__).parent / "held_disk"
+PACKCAST = (sys.executable, "-m", "packcast")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+# On a busy machine of two cores: four imports of torch, and a transfer of nothing.
+TIMEOUT_S = 60.0
+
+# What must not be in the environment, or a test would depend on who runs it.
+_LEFTOVERS = re.compile(
+    r"(PACKCAST|SLURM|TORCH|TORCHELASTIC|GLOO|NCCL|HELD|OMP)_.*"
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|PYTHON.*|COLUMNS|CUDA_.*"
+)
+_MARK = "TEST_COMMANDS"
+_NOISE = re.compile(
+    r"Traceback \(most recent|^\[(rank|W|E|I|C)\d|terminate called|Exception raised from|frame #"
+    r"|Warning:|Exception ignored|C\+\+ CapturedTraceback",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldDisk:
+    """A process's disk that stops until `release`: once `after` bytes were read from it, or with
+    None where a directory is to be renamed, which is how a copy is published.
+    """
+
+    gate: Path
+    after: int | None
+
+    def await_reached(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Until the process waits for it."""
+        eventually((self.gate / "reached").exists, "the held disk", timeout_s)
+
+    def release(self) -> None:
+        """Let everything go on."""
+        (self.gate / "open").touch()
+
+    def environment(self) -> dict[str, str]:
+        after = {} if self.after is None else {"HELD_AFTER": str(self.after)}
+        return {"PYTHONPATH": str(HELD_DISK), "HELD_DISK": str(self.gate), **after}
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What a process left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def error(self) -> str:
+        """The one sentence of packcast's error, hint and all; asserts that it is said properly:
+        once, on one or two lines, the last of all, without anybody's traceback.
+        """
+        assert self.returncode > 0, (self.returncode, self.stderr)
+        assert not _NOISE.search(self.stderr), self.stderr
+        _, opening, said = self.stderr.partition("packcast: error: ")
+        assert opening, self.stderr
+        first, *more = said.splitlines()
+        assert not more or (len(more) == 1 and more[0].startswith("  ")), self.stderr
+        return "\n".join([first, *more])
+
+    @property
+    def sentence(self) -> str:
+        """The error without its hint."""
+        return self.error.splitlines()[0]
+
+
+class Command:
+    """A process that was started; everything it says goes to files, so it never waits for us."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], output: Path) -> None:
+        self.argv = list(argv)
+        self._stdout, self._stderr = Path(f"{output}.stdout"), Path(f"{output}.stderr")
+        with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                self.argv,
+                cwd=REPOSITORY,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def stderr(self) -> str:
+        """What it has said so far."""
+        return self._stderr.read_text()
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def freeze(self) -> None:
+        self.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def read_until(
+        self, pattern: str | re.Pattern[str], timeout_s: float = TIMEOUT_S
+    ) -> re.Match[str]:
+        """The first match of `pattern` in its standard error, waited for."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            has_ended = self.process.poll() is not None
+            match = re.search(pattern, self.stderr)
+            if match:
+                return match
+            if has_ended or time.monotonic() > deadline:
+                pytest.fail(f"{self.argv} has not said {pattern}, but: {self.stderr}")
+            time.sleep(0.01)
+
+    def wait(self, timeout_s: float = TIMEOUT_S) -> Ended:
+        """Its end, which has to come in time."""
+        try:
+            code = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"{self.argv} has not ended in {timeout_s:g} s; it said: {self.stderr}")
+        return Ended(code, self._stdout.read_text(), self.stderr)
+
+
+class Commands:
+    """The processes of one test; leaving the `with` ends them all, and whatever they started."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mark = uuid.uuid4().hex
+        self._commands: list[Command] = []
+        self._environment = {
+            name: value for name, value in os.environ.items() if not _LEFTOVERS.fullmatch(name)
+        } | {_MARK: self._mark, "OMP_NUM_THREADS": "1"}
+
+    def __enter__(self) -> Commands:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while alive := self.alive():
+            for pid in alive:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for command in self._commands:
+                command.process.poll()
+        for command in self._commands:
+            command.process.wait()
+
+    def start(
+        self,
+        argv: Sequence[str | Path],
+        environment: Mapping[str, str] | None = None,
+        *,
+        disk: HeldDisk | None = None,
+    ) -> Command:
+        """Start a program; on `disk`, if given."""
+        output = self._folder / f"process-{len(self._commands)}"
+        extra = (disk.environment() if disk else {}) | dict(environment or {})
+        started = Command(list(map(str, argv)), self._environment | extra, output)
+        self._commands.append(started)
+        return started
+
+    def run(
+        self,
+        argv: Sequence[str | Path],
+        environment: Mapping[str, str] | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> Ended:
+        """The same, and its end."""
+        return self.start(argv, environment).wait(timeout_s)
+
+    def packcast(
+        self,
+        *argv: str | Path,
+        environment: Mapping[str, str] | None = None,
+        disk: HeldDisk | None = None,
+    ) -> Command:
+        """Start `packcast ARGV`."""
+        return self.start([*PACKCAST, *argv], environment, disk=disk)
+
+    def start_ranks(
+        self,
+        *argvs: Sequence[str | Path],
+        world_size: int | None = None,
+        disks: Mapping[int, HeldDisk] | None = None,
+    ) -> list[Command]:
+        """Ranks 0, 1, ... of one launch as separate processes; rank 0 hosts the store.
+
+        With a larger `world_size` the last ones are missing.
+        """
+        port = free_port()
+        return [
+            self.packcast(
+                *argv,
+                environment=rank_environment(rank, world_size or len(argvs), port),
+                disk=(disks or {}).get(rank),
+            )
+            for rank, argv in enumerate(argvs)
+        ]
+
+    def run_ranks(
+        self,
+        *argvs: Sequence[str | Path],
+        world_size: int | None = None,
+        timeout_s: float = TIMEOUT_S,
+    ) -> list[Ended]:
+        """The same, and their ends."""
+        return wait_all(self.start_ranks(*argvs, world_size=world_size), timeout_s)
+
+    def held_disk(self, after: int | None = 8 * MIB) -> HeldDisk:
+        """A disk for one process of this test."""
+        gate = self._folder / f"gate-{after}"
+        gate.mkdir()
+        return HeldDisk(gate, after)
+
+    def alive(self) -> list[int]:
+        """The processes of this test that have not ended, grandchildren too."""
+        return [pid for pid, _ in _environments(self._mark)]
+
+    def pid_of_rank(self, rank: int) -> int:
+        """A rank that a launcher has started."""
+        ranks = {environment.get("RANK"): pid for pid, environment in _environments(self._mark)}
+        return ranks[str(rank)]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher tells its ranks, without an agent's store."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def wait_all(commands: Sequence[Command], timeout_s: float = TIMEOUT_S) -> list[Ended]:
+    """The ends of all, within one time limit."""
+    deadline = time.monotonic() + timeout_s
+    return [command.wait(max(0.1, deadline - time.monotonic())) for command in commands]
+
+
+def eventually(is_so: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
+    """Wait for something that has to happen."""
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"waited for {what} for {timeout_s:g} s"
+        time.sleep(0.01)
+
+
+def _environments(mark: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Living processes that carry the mark, and their environments; zombies have none."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError, UnicodeDecodeError):
+            pairs = (pair.partition("=") for pair in path.read_text().split("\0"))
+            environment = {name: value for name, _, value in pairs}
+            if environment.get(_MARK) == mark:
+                yield int(path.parent.name), environment

@@ -1,0 +1,365 @@
+"""Processes that die, freeze or are told to stop in the middle: what the others say, do and leave.
+
+The sender's disk holds still after 8 of 70 MiB, so that the middle is a place and no moment.
+Started from the middle, every end has to come within seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.checkpoints import same_tree, sharded
+from tests.helpers.commands import (
+    TORCHRUN,
+    Command,
+    Commands,
+    Ended,
+    HeldDisk,
+    eventually,
+    wait_all,
+)
+
+pytestmark = pytest.mark.chaos
+
+# From the cause to the last survivor's end; told over the control channel, it takes less than one.
+PROMPT_S = 10.0
+SMALL_RING = ("--buffer-size", "1MiB", "--num-buffers", "2")
+PATIENT = ("--heartbeat-timeout", "5min")
+IMPATIENT = ("--heartbeat-timeout", "1s")
+# Where the disk stops, give or take a ring.
+POSITION = r"model-0000\d-of-00003.safetensors, [\d.]+ .iB of 23.4 MiB"
+
+
+def start_held(
+    commands: Commands,
+    large: Path,
+    outs: Sequence[Path],
+    *options: str,
+    sender: Sequence[str] = (),
+    worker: Sequence[str] = (),
+) -> tuple[list[Command], HeldDisk]:
+    """A sender and a worker for each of `outs`, in the middle of the transfer."""
+    disk = commands.held_disk()
+    workers: list[Sequence[str | Path]] = [
+        ("recv", "--out", out, *options, *worker) for out in outs
+    ]
+    ranks = commands.start_ranks(
+        ("send", large, *SMALL_RING, *options, *sender), *workers, disks={0: disk}
+    )
+    disk.await_reached()
+    for out in outs:
+        assert list(out.parent.glob(f".{out.name}.packcast-*")), "it is in the middle"
+    return ranks, disk
+
+
+def hang_in_a_collective(disk: HeldDisk, sender: Command, frozen: Command) -> None:
+    """With a worker frozen and the disk free, the others wait inside gloo."""
+    frozen.freeze()
+    disk.release()
+    # The ring and the sockets' buffers are full within moments; then the sender reads no more.
+    counted = [num_read(sender)]
+
+    def is_still() -> bool:
+        time.sleep(0.3)
+        counted.append(num_read(sender))
+        return counted[-1] == counted[-2]
+
+    eventually(is_still, "the sender to hang")
+    assert sender.process.poll() is None
+
+
+def num_read(command: Command) -> str:
+    """The bytes that the process has read from files so far."""
+    return Path(f"/proc/{command.pid}/io").read_text().splitlines()[0]
+
+
+def assert_lost(end: Ended, lost: Command, who: str) -> None:
+    """The sentence of a loss: who, where, and how far all was."""
+    assert end.returncode == 5, end.stderr
+    assert f"lost {who} (" in end.sentence
+    assert f"pid {lost.pid}) at model-" in end.sentence
+
+
+def test_a_killed_worker_ends_the_others_with_its_name_and_old_copies_stay(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    old = sharded(tmp_path / "out", 3, 1000, seed=7)
+    same = sharded(tmp_path / "same", 3, 1000, seed=7)
+    dead_out = tmp_path / "dead" / "out"
+    ranks, _ = start_held(commands, large, [old, dead_out], worker=["--force"])
+    ranks[2].kill()
+    sender, worker = wait_all(ranks[:2], PROMPT_S)
+    for end in (sender, worker):
+        assert_lost(end, ranks[2], "rank 2")
+    assert sender.sentence == worker.sentence
+    same_tree(same, old)
+    # What a killed process leaves is hidden and its own.
+    assert sorted(os.listdir(tmp_path)) == ["dead", "out", "same"]
+    assert not dead_out.exists()
+
+
+def test_a_worker_killed_while_all_wait_in_a_collective(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    ranks, disk = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *PATIENT)
+    hang_in_a_collective(disk, ranks[0], ranks[1])
+    ranks[2].kill()
+    sender = ranks[0].wait(PROMPT_S)
+    assert_lost(sender, ranks[2], "rank 2")
+    # Told while it was frozen, the other one says the same as soon as it goes on.
+    ranks[1].thaw()
+    worker = ranks[1].wait(PROMPT_S)
+    assert worker.returncode == 5
+    assert worker.sentence == sender.sentence
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".b.packcast-")
+
+
+def test_a_frozen_worker_is_lost_within_its_heartbeat_timeout(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    ranks, disk = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *IMPATIENT)
+    hang_in_a_collective(disk, ranks[0], ranks[2])
+    sender, worker = wait_all(ranks[:2], PROMPT_S)
+    for end in (sender, worker):
+        assert_lost(end, ranks[2], "rank 2")
+        assert "no sign of life for 1" in end.sentence
+    assert sender.sentence == worker.sentence
+    ranks[2].thaw()
+    late = ranks[2].wait(PROMPT_S)
+    assert late.returncode == 5
+    assert late.error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+def test_without_the_sender_every_worker_ends_with_its_name(
+    commands: Commands, large: Path, tmp_path: Path, how: str
+) -> None:
+    ranks, _ = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *IMPATIENT)
+    if how == "killed":
+        ranks[0].kill()
+    else:
+        ranks[0].freeze()
+    for end in wait_all(ranks[1:], PROMPT_S):
+        assert_lost(end, ranks[0], "the sender, rank 0")
+        assert ("no sign of life for 1" in end.sentence) == (how == "frozen")
+    assert os.listdir(tmp_path) == []
+    if how == "frozen":
+        ranks[0].thaw()
+        assert ranks[0].wait(PROMPT_S).returncode == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_sender_says_so_and_the_workers_say_who_it_was(
+    commands: Commands, large: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    ranks, disk = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *PATIENT)
+    hang_in_a_collective(disk, ranks[0], ranks[2])
+    ranks[0].send_signal(number)
+    sender, worker = wait_all(ranks[:2], PROMPT_S)
+    assert sender.returncode == 128 + number
+    assert sender.sentence == f"interrupted by {number.name}"
+    assert worker.returncode == 5
+    assert f"interrupted by {number.name}" in worker.sentence
+    assert f"pid {ranks[0].pid})" in worker.sentence, "who was interrupted?"
+    ranks[2].thaw()
+    thawed = ranks[2].wait(PROMPT_S)
+    assert (thawed.returncode, thawed.sentence) == (5, worker.sentence)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_worker_says_so_and_the_others_say_who_it_was(
+    commands: Commands, large: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    ranks, disk = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *PATIENT)
+    hang_in_a_collective(disk, ranks[0], ranks[1])
+    ranks[2].send_signal(number)
+    interrupted, sender = wait_all([ranks[2], ranks[0]], PROMPT_S)
+    assert interrupted.returncode == 128 + number
+    assert interrupted.sentence == f"interrupted by {number.name}"
+    assert sender.returncode == 5
+    assert "rank 2 (" in sender.sentence
+    assert f"pid {ranks[2].pid})" in sender.sentence
+    assert f"interrupted by {number.name}" in sender.sentence
+    ranks[1].thaw()
+    other = ranks[1].wait(PROMPT_S)
+    assert (other.returncode, other.sentence) == (5, sender.sentence)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_hangs_ends_all_at_the_stall_timeout(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    ranks, _ = start_held(commands, large, [tmp_path / "a"], sender=["--stall-timeout", "2s"])
+    ends = wait_all(ranks, PROMPT_S)
+    for end in ends:
+        assert end.returncode == 5
+        assert "no byte has moved for 2" in end.sentence
+        assert "every rank is alive" in end.sentence
+        assert "--stall-timeout" in end.error
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_worker_that_stalls_first_names_itself(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    ranks, _ = start_held(commands, large, [tmp_path / "a"], worker=["--stall-timeout", "2s"])
+    sender, worker = wait_all(ranks, PROMPT_S)
+    assert (sender.returncode, worker.returncode) == (5, 5)
+    assert "no byte has moved for 2" in worker.sentence
+    assert sender.sentence.startswith("rank 1 (")
+    assert "no byte has moved for 2" in sender.sentence
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_killed_reader_is_lost_as_any_worker(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    disk = commands.held_disk()
+    sending = ("send", large, *SMALL_RING, "--readers", "2")
+    ranks = commands.start_ranks(
+        sending, sending, ("recv", "--out", tmp_path / "out"), disks={0: disk}
+    )
+    disk.await_reached()
+    ranks[1].kill()
+    for end in wait_all([ranks[0], ranks[2]], PROMPT_S):
+        assert_lost(end, ranks[1], "rank 1")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_rank_killed_before_all_have_joined_is_not_waited_for(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    """Its launcher will not start another one, so the join timeout need not pass."""
+    ranks = commands.start_ranks(
+        ("send", large),
+        ("recv", "--out", tmp_path / "a"),
+        ("recv", "--out", tmp_path / "b"),
+        world_size=4,
+    )
+    ranks[0].read_until("joined, 2 of 3")
+    ranks[2].kill()
+    sender, worker = wait_all(ranks[:2], PROMPT_S)
+    assert sender.returncode == worker.returncode
+    assert sender.returncode in (4, 5)
+    assert "rank 2 (" in sender.sentence
+    assert f"pid {ranks[2].pid})" in sender.sentence
+    assert worker.sentence == sender.sentence
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_after_the_point_of_no_return_a_death_does_not_undo_what_others_published(
+    commands: Commands, large: Path, tmp_path: Path, victim: int
+) -> None:
+    outs = [tmp_path / "a", tmp_path / "b"]
+    disk = commands.held_disk(None)
+    ranks = commands.start_ranks(
+        ("send", large), *[("recv", "--out", out) for out in outs], disks={2: disk}
+    )
+    disk.await_reached()
+    eventually(outs[0].is_dir, "the other worker's copy")
+    ranks[victim].kill()
+    ranks[victim].process.wait()
+    time.sleep(0.5)  # both for the one that has published and for the one that has not yet
+    disk.release()
+    survivors = [ranks[rank] for rank in (0, 1, 2) if rank != victim]
+    ends = wait_all(survivors, PROMPT_S)
+    same_tree(large, outs[0])
+    if victim == 2:
+        sender, worker = ends
+        assert_lost(sender, ranks[2], "rank 2")
+        assert worker.returncode == 0, worker.stderr
+        assert not outs[1].exists()
+        return
+    for end, rank in zip(ends, (1, 2), strict=True):
+        assert end.returncode == 0, end.stderr
+        assert "lost the sender, rank 0 (" in end.stderr
+        assert f"pid {ranks[0].pid})" in end.stderr
+        assert "packcast: error" not in end.stderr
+        same_tree(large, outs[rank - 1])
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def start_launched(commands: Commands, large: Path, tmp_path: Path, *launcher: str) -> Command:
+    """Three ranks of a launcher, in the middle of the transfer."""
+    disk = commands.held_disk()
+    argv: list[str | Path] = ["send", large, "--out", tmp_path / "out-{rank}", *SMALL_RING]
+    launched = (
+        commands.start([*launcher, *argv], disk=disk)
+        if launcher
+        else commands.packcast(*argv, "--nproc", "3", disk=disk)
+    )
+    disk.await_reached()
+    eventually(lambda: len(list(tmp_path.glob(".out-*"))) == 2, "both partial directories")
+    return launched
+
+
+def errors_in(stderr: str) -> list[str]:
+    return [line for line in stderr.splitlines() if "packcast: error: " in line]
+
+
+def test_under_nproc_a_killed_worker_is_named_and_nobody_is_left(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    victim = commands.pid_of_rank(2)
+    os.kill(victim, signal.SIGKILL)
+    end = launched.wait(PROMPT_S)
+    assert end.returncode == 5
+    assert "Traceback" not in end.stderr
+    errors = errors_in(end.stderr)
+    assert errors
+    assert all(f"pid {victim})" in error for error in errors), end.stderr
+    assert commands.alive() == []
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".out-2.packcast-")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_under_nproc_a_signal_ends_all_and_leaves_nothing(
+    commands: Commands, large: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    launched.send_signal(number)
+    end = launched.wait(PROMPT_S)
+    assert end.returncode == 128 + number, end.stderr
+    assert "Traceback" not in end.stderr
+    assert commands.alive() == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_ranks_die_with_a_killed_nproc(commands: Commands, large: Path, tmp_path: Path) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    launched.kill()
+    launched.process.wait()
+    eventually(lambda: commands.alive() == [], "the ranks' end", PROMPT_S)
+    assert os.listdir(tmp_path) == []
+
+
+def test_torchrun_blames_the_worker_that_was_killed(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    launched = start_launched(
+        *(commands, large, tmp_path, *TORCHRUN),
+        *("--standalone", "--nproc-per-node", "3", "-m", "packcast"),
+    )
+    victim = commands.pid_of_rank(1)
+    os.kill(victim, signal.SIGKILL)
+    end = launched.wait(2 * PROMPT_S)
+    assert end.returncode == 1
+    errors = errors_in(end.stderr)
+    assert errors
+    assert all(f"pid {victim})" in error for error in errors), end.stderr
+    cause = end.stderr.partition("Root Cause")[2]
+    assert f"pid {victim})" in cause or f"(pid: {victim})" in cause
+    assert commands.alive() == []
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".out-1.packcast-")
