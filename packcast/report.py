@@ -69,6 +69,7 @@ class Report:
     digests: Mapping[str, str] = field(default_factory=dict)
     workers: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    ends_cleanly: bool = True  # False: a thread is stuck in torch; leave by os._exit
 
     @property
     def bytes_per_second(self) -> float:

@@ -271,4 +271,7 @@ def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet
         report = transfer.run(settings, outcome.display, leaver)
     except (Exception, KeyboardInterrupt) as error:
         leaver.leave(as_packcast_error(error))
-    return outcome.finished(report)
+    code = outcome.finished(report)
+    if not report.ends_cleanly:
+        leaver.exit(code)
+    return code

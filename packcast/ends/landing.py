@@ -11,12 +11,19 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
-import torch
 import xxhash
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.digests import BlockDigests
-from packcast.ends.staging import Buffers, Lease, Staging, make_staging
+from packcast.ends.staging import (
+    CLOSE_LIMIT_S,
+    Buffers,
+    Lease,
+    Staging,
+    join_all,
+    make_staging,
+    use_device,
+)
 from packcast.errors import PackcastError, TransferError, as_packcast_error
 from packcast.packed.counters import Stage
 from packcast.packed.lanes import Mark
@@ -159,9 +166,9 @@ class Landing:
         over = TransferError("the transfer is over")
         self._staging.close(over)
         self._trailers.close(over)
+        self._failure = self._failure or over
         self._end_threads()
-        for thread in self._threads:
-            thread.join(timeout=5.0)
+        join_all(self._threads, CLOSE_LIMIT_S)
 
     def _end_threads(self) -> None:
         for _ in self._threads:
@@ -176,12 +183,11 @@ class Landing:
             raise self._failure
 
     def _work(self) -> None:
-        if not self._ring.is_host:
-            torch.cuda.set_device(self._ring.device)
         while (item := self._queue.get()) is not None:
             arrival, piece, lease, mark = item
             try:
                 if self._failure is None:
+                    use_device(self._ring.device)
                     mark.synchronize()
                     self._land(arrival, piece, lease)
             except Exception as error:

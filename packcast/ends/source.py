@@ -14,13 +14,12 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from queue import SimpleQueue
 
-import torch
 import xxhash
 
 from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile
 from packcast.ends.digests import BlockDigests
-from packcast.ends.staging import Buffers, Lease, make_staging
+from packcast.ends.staging import CLOSE_LIMIT_S, Buffers, Lease, join_all, make_staging, use_device
 from packcast.errors import CheckpointError, PackcastError, TransferError, as_packcast_error
 from packcast.packed.plan import Chunk, Piece, piece_nbytes, pieces_of
 from packcast.packed.ring import Slot
@@ -198,9 +197,7 @@ class FileSource:
         over = TransferError("the transfer is over")
         self._staging.close(over)
         self._trailers.close(over)
-        for thread in self._threads:
-            thread.join(timeout=5.0)
-        if not any(thread.is_alive() for thread in self._threads):
+        if join_all(self._threads, CLOSE_LIMIT_S):
             self._reader.close()
 
     def _await_load(self) -> _Load:
@@ -220,11 +217,9 @@ class FileSource:
                 yield chunk, _Load(piece, lease)
 
     def _read(self) -> None:
-        if not self._ring.is_host:
-            # Or this thread's first call into CUDA would make a context on GPU 0.
-            torch.cuda.set_device(self._ring.device)
         while not self._stopped:
             try:
+                use_device(self._ring.device)
                 # Staging is lent under the lock, in chunk order: were it lent out of order, later
                 # pieces could hold all of it while the loop waits for an earlier one.
                 with self._next_lock:

@@ -6,16 +6,37 @@ Both are lent in pieces, by chunk and place in its slot, in chunk order, once th
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from packcast.errors import PackcastError
+from packcast.errors import PackcastError, TransferError
 from packcast.packed.lanes import Mark
 from packcast.packed.plan import Chunk, piece_nbytes, staging_count
 from packcast.packed.ring import Ring, Slot, host_view
+from packcast.units import format_size
+
+CLOSE_LIMIT_S = 1.0  # for threads at the end: after a failure some may be stuck in I/O
+
+_used = threading.local()
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU this thread's own: its first call into CUDA would make a context on GPU 0."""
+    if device.type == "cuda" and not hasattr(_used, "device"):
+        torch.cuda.set_device(device)
+        _used.device = device
+
+
+def join_all(threads: Sequence[threading.Thread], limit_s: float) -> bool:
+    """Wait for the threads to end, `limit_s` for all of them together; True if they did."""
+    deadline = time.monotonic() + limit_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return not any(thread.is_alive() for thread in threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +85,21 @@ class PinnedStaging:
     """`count` pinned buffers of `nbytes`, made once; the bound on this rank's pinned memory."""
 
     def __init__(self, nbytes: int, count: int) -> None:
-        self._memory = [
-            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(count)
-        ]
+        try:
+            self._memory = [
+                torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(count)
+            ]
+        except RuntimeError as error:
+            raise TransferError(
+                f"this host cannot pin {format_size(nbytes * count)} of memory",
+                hint="choose less with --staging on the sender",
+            ) from error
         self._free: deque[tuple[torch.Tensor, memoryview, Mark | None]] = deque(
             (tensor, host_view(tensor), None) for tensor in self._memory
         )
         self._changed = threading.Condition()
         self._closed_by: PackcastError | None = None
-        self.pinned_nbytes = nbytes * count
+        self.pinned_nbytes = count << (nbytes - 1).bit_length()
 
     def lease(self, chunk: Chunk, offset: int, nbytes: int) -> Lease:
         """Any free buffer's first `nbytes`; blocks until there is one and its last copy is over."""

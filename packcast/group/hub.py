@@ -126,9 +126,11 @@ class Hub(Endpoint):
         """The next message of this kind from every worker, by rank.
 
         Raises the verdict, or TransferError naming the silent at the time-out. Once committed,
-        workers that are gone and said nothing are left out.
+        workers that are gone or silent are left out.
         """
         found = self._inbox.wait_for(partial(self._take_all, kind), Deadline(timeout_s))
+        if found is None and self._inbox.committed:
+            found = self._inbox.wait_for(partial(self._take_any, kind), Deadline(0))
         if found is not None:
             return found
         silent = [
@@ -161,6 +163,9 @@ class Hub(Endpoint):
         for rank, peer in self._by_rank.items():
             if not peer.has(kind) and rank not in self._gone:
                 return None
+        return self._take_any(kind)
+
+    def _take_any(self, kind: str) -> dict[int, Message]:
         return {rank: peer.take(kind) for rank, peer in self._by_rank.items() if peer.has(kind)}
 
     # For the control thread: joining.

@@ -22,7 +22,8 @@ from packcast.errors import Interrupted, PackcastError
 
 CLEAN_UP_LIMIT_S = 5.0
 _PRINT_LIMIT_S = 1.0
-_VERDICT_WAIT_S = 0.5
+# The sender tells the others before it leaves, and waits up to 0.7 s for that to arrive.
+_VERDICT_WAIT_S = 1.2
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _PR_SET_PDEATHSIG = 1
 
@@ -46,8 +47,13 @@ class Leaver:
         self._clean_ups: list[Callable[[], object]] = []
 
     def on_leave(self, clean_up: Callable[[], object]) -> None:
-        """Call this on the way out, in the order given here; it may raise, but should be quick."""
+        """Call this on the way out, in the order given here; it may raise, but should be quick.
+
+        At once, if this process is leaving already.
+        """
         self._clean_ups.append(clean_up)
+        if self._leaving.is_set():
+            clean_up()
 
     def leave(self, error: PackcastError | None) -> NoReturn:
         """Record the error, clean up, print it and end the process with its exit code.
@@ -98,10 +104,16 @@ class Leaver:
             with contextlib.suppress(BaseException):
                 if error is not None:
                     self._printer(error)
-            for stream in (sys.stdout, sys.stderr):
-                with contextlib.suppress(BaseException):
-                    stream.flush()
+            self.exit(_exit_code(error))
+        time.sleep(_PRINT_LIMIT_S)
         os._exit(_exit_code(error))
+
+    def exit(self, code: int) -> NoReturn:
+        """End the process without its usual teardown, in which stuck threads could hang it."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BaseException):
+                stream.flush()
+        os._exit(code)
 
 
 def record_failure(error: PackcastError) -> None:

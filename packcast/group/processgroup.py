@@ -60,6 +60,10 @@ def open_process_group(
 
     assert not dist.is_initialized(), "a default process group is there, and is not ours"
     _use_interface(interface)
+    # A lost peer is the control channel's to tell. NCCL's own watchdog would abort this process
+    # with a C++ stack, in the middle of its clean-up.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
     try:
         dist.init_process_group(
             backend,
@@ -81,19 +85,24 @@ def open_process_group(
     return group
 
 
-def close_process_group(group: dist.ProcessGroup, limit_s: float) -> bool:
+def close_process_group(group: dist.ProcessGroup, device: torch.device, limit_s: float) -> bool:
     """Take the group down; every collective must have ended, and every rank should call this.
 
     False if that took longer than `limit_s`, as it can where a peer is gone: a thread is stuck in
     it then, and the process must leave by `os._exit`.
     """
+    import torch
     import torch.distributed as dist
 
     done = threading.Event()
 
     def destroy() -> None:
-        dist.destroy_process_group(group)
-        done.set()
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.destroy_process_group(group)
+        finally:
+            done.set()
 
     threading.Thread(target=destroy, name="packcast-destroy", daemon=True).start()
     return done.wait(limit_s)

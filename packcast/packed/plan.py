@@ -103,13 +103,17 @@ def piece_nbytes(buffer_size: int) -> int:
 
 def staging_count(buffer_size: int, staging_nbytes: int) -> int:
     """How many staging buffers, each with a trailer of its own, `staging_nbytes` pay for."""
-    return max(1, staging_nbytes // (piece_nbytes(buffer_size) + trailer_nbytes(buffer_size)))
+    return max(1, staging_nbytes // _staged_nbytes(buffer_size))
 
 
 def pinned_nbytes(buffer_size: int, staging_nbytes: int) -> int:
     """Pinned memory that a rank with a GPU holds for one end: at most `staging_nbytes`, or one."""
-    each = piece_nbytes(buffer_size) + trailer_nbytes(buffer_size)
-    return staging_count(buffer_size, staging_nbytes) * each
+    return staging_count(buffer_size, staging_nbytes) * _staged_nbytes(buffer_size)
+
+
+def _staged_nbytes(buffer_size: int) -> int:
+    trailer = trailer_nbytes(buffer_size)
+    return piece_nbytes(buffer_size) + (1 << (trailer - 1).bit_length())
 
 
 def plan_chunks(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import xxhash
 
@@ -16,7 +17,7 @@ from packcast.group.devices import assign_devices
 from packcast.group.member import Member
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings
-from packcast.transfer.offer import Offer, Sample, Selection
+from packcast.transfer.offer import Offer, Place, Sample, Selection
 
 NUM_SAMPLES = 16
 
@@ -71,35 +72,43 @@ def make_offers(
     members: Sequence[Member],
     sender: Member,
 ) -> dict[int, Offer]:
-    """One offer for each rank, the sender's own included: the same but for rank and device."""
+    """One offer for each rank, the sender's own included: the same but for the place."""
     check_one_checkpoint(members, sender)
     readers = choose_readers(members, sender, settings.readers)
     assignment = assign_devices(members, settings.backend)
     sizes = [file.spec.nbytes for file in files]
     chunks = plan_chunks(sizes, settings.buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
-    on_host = Counter(member.boot_id for member in members)
+    ranks_on = Counter(member.boot_id for member in members)
+    readers_on = Counter(member.boot_id for member in members if member.rank in readers)
+    offer = Offer(
+        files=tuple(file.spec for file in files),
+        buffer_size=settings.buffer_size,
+        num_buffers=settings.num_buffers,
+        staging=settings.staging,
+        readers=readers,
+        plan=plan_digest(sizes, settings.buffer_size, chunks),
+        selection=Selection(
+            settings.sidecars, settings.all_files, settings.include, settings.exclude
+        ),
+        samples=samples,
+        world_size=len(members),
+        backend=assignment.backend,
+        reason=assignment.reason,
+        loud=assignment.loud,
+        place=Place(0, "", 1, 1),
+    )
     return {
-        rank_of(member): Offer(
-            files=tuple(file.spec for file in files),
-            buffer_size=settings.buffer_size,
-            num_buffers=settings.num_buffers,
-            staging=settings.staging,
-            readers=readers,
-            plan=plan_digest(sizes, settings.buffer_size, chunks),
-            selection=Selection(
-                settings.sidecars, settings.all_files, settings.include, settings.exclude
+        rank: replace(
+            offer,
+            place=Place(
+                rank,
+                assignment.devices[rank],
+                ranks_on[member.boot_id],
+                max(1, readers_on[member.boot_id]),
             ),
-            samples=samples,
-            world_size=len(members),
-            backend=assignment.backend,
-            reason=assignment.reason,
-            loud=assignment.loud,
-            rank=rank_of(member),
-            device=assignment.devices[rank_of(member)],
-            ranks_on_host=on_host[member.boot_id],
         )
-        for member in members
+        for rank, member in enumerate(members)
     }
 
 

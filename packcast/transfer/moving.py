@@ -6,10 +6,12 @@ Knows the control channel only as the one to ask for the true cause when a colle
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,7 +20,7 @@ from torch._C._distributed_c10d import Store
 from packcast.ends.landing import Landing, Sink
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
-from packcast.errors import PackcastError, TransferError
+from packcast.errors import PackcastError, RendezvousError, TransferError
 from packcast.group.hub import Hub
 from packcast.group.leave import Leaver
 from packcast.group.line import Line
@@ -75,32 +77,24 @@ class Mover:
         buffers = Buffers(
             self._ring,
             offer.buffer_size,
-            staging_nbytes=offer.staging // max(1, ends),
+            staging_nbytes=_staging_bound(offer) // max(1, ends),
             tag=transfer_tag(transfer_id),
         )
         self._landing: Landing | None = None
         self._source: FileSource | None = None
         if sink is not None:
-            threads = _threads(_MAX_SINK_THREADS, offer.ranks_on_host)
+            threads = _threads(_MAX_SINK_THREADS, offer.place.ranks_on_host)
             self._landing = Landing(sink, offer.files, buffers, num_threads=threads)
         if reader is not None:
             mine = [chunk for chunk in chunks if chunk.root == offer.rank]
-            threads = _threads(_MAX_READ_THREADS, len(offer.readers))
+            threads = _threads(_MAX_READ_THREADS, offer.place.readers_on_host)
             self._source = FileSource(mine, reader, buffers, num_threads=threads)
 
     def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
         """Make the process group, send or receive every chunk, take the group down. All ranks."""
         offer = self._offer
+        group = self._open_group(store, interface, channel)
         try:
-            group = open_process_group(
-                "nccl" if offer.backend == "nccl" else "gloo",
-                rank=offer.rank,
-                world_size=offer.world_size,
-                store=store,
-                device=self._device,
-                timeout_s=_GROUP_TIMEOUT_S,
-                interface=interface,
-            )
             channel.arm(self.position)
             began = time.perf_counter()
             run_pipeline(
@@ -125,8 +119,24 @@ class Mover:
             digests=self._digests(),
             peak_device_nbytes=peak,
             pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
-            group_closed=close_process_group(group, _CLOSE_LIMIT_S),
+            group_closed=close_process_group(group, self._device, _CLOSE_LIMIT_S),
         )
+
+    def _open_group(
+        self, store: Store, interface: str | None, channel: Hub | Line
+    ) -> dist.ProcessGroup:
+        try:
+            return open_process_group(
+                "nccl" if self._offer.backend == "nccl" else "gloo",
+                rank=self._offer.rank,
+                world_size=self._offer.world_size,
+                store=store,
+                device=self._device,
+                timeout_s=_GROUP_TIMEOUT_S,
+                interface=interface,
+            )
+        except RendezvousError as error:
+            raise channel.wait_verdict(_VERDICT_WAIT_S) or error from error
 
     def position(self) -> str:
         """How far this rank is, for a sentence: the newest file and its bytes so far."""
@@ -202,10 +212,22 @@ class StallWatch:
                 self._leaver.leave(
                     TransferError(
                         f"no byte has moved for {format_duration(self._timeout_s)}"
-                        f" at {self._mover.position()}, though every rank is alive",
+                        f" at {self._mover.position()}, though no rank is known to be lost",
                         hint="--stall-timeout allows longer pauses",
                     )
                 )
+
+
+def _staging_bound(offer: Offer) -> int:
+    """The offered staging, or less: a rank never pins more than its share of half the free memory.
+
+    What a worker stages is its own business, so a large offer is cut down rather than refused.
+    """
+    meminfo = Path("/proc/meminfo").read_text()
+    available = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
+    if not available:
+        return offer.staging
+    return min(offer.staging, int(available[1]) * 1024 // 2 // offer.place.ranks_on_host)
 
 
 def _threads(limit: int, sharing: int) -> int:

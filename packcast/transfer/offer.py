@@ -6,6 +6,7 @@ the target, counts and sizes are bounded, headers are parsed again, and the plan
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +14,11 @@ from packcast.checkpoint.header import Header, parse_header
 from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError
-from packcast.packed.plan import Chunk, check_buffers, plan_chunks, plan_digest
+from packcast.packed.plan import BLOCK, Chunk, check_buffers, plan_chunks, plan_digest
 
 MAX_FILES = 100_000
 MAX_NBYTES = 1 << 50
-MAX_CHUNKS = 1 << 24
+MAX_CHUNKS = 1 << 21
 MAX_MTIME_NS = (1 << 63) - 1
 MAX_RANKS = 1 << 20
 MAX_SAMPLES = 64
@@ -43,9 +44,29 @@ class Sample:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What an offer says to one rank alone: its GPU, and with how many it shares its host."""
+
+    rank: int
+    device: str
+    ranks_on_host: int
+    readers_on_host: int
+
+    def to_json(self) -> dict[str, object]:
+        """The PLACE message."""
+        return {
+            "kind": "PLACE",
+            "rank": self.rank,
+            "device": self.device,
+            "ranks_on_host": self.ranks_on_host,
+            "readers_on_host": self.readers_on_host,
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """What will be sent and how. The last three are the addressee's own."""
+    """What will be sent and how; the same for every rank but for `place`."""
 
     files: tuple[FileSpec, ...]
     buffer_size: int
@@ -59,9 +80,17 @@ class Offer:
     backend: str
     reason: str
     loud: bool
-    rank: int
-    device: str
-    ranks_on_host: int
+    place: Place
+
+    @property
+    def rank(self) -> int:
+        """The addressee's."""
+        return self.place.rank
+
+    @property
+    def device(self) -> str:
+        """The addressee's."""
+        return self.place.device
 
     @property
     def nbytes(self) -> int:
@@ -82,7 +111,7 @@ class Offer:
         return chunks
 
     def to_json(self) -> dict[str, object]:
-        """The OFFER message."""
+        """The OFFER message, without the place: it may be large, and is made once for all."""
         return {
             "kind": "OFFER",
             "files": [_file_to_json(spec) for spec in self.files],
@@ -103,16 +132,13 @@ class Offer:
             "backend": self.backend,
             "reason": self.reason,
             "loud": self.loud,
-            "rank": self.rank,
-            "device": self.device,
-            "ranks_on_host": self.ranks_on_host,
         }
 
     @staticmethod
-    def from_json(message: Mapping[str, object]) -> Offer:
-        """Check a message that may be hostile; TransferError says what is wrong with it."""
+    def from_json(message: Mapping[str, object], place: Mapping[str, object]) -> Offer:
+        """Check OFFER and PLACE, which may be hostile; TransferError says what is wrong."""
         try:
-            return _checked(message)
+            return _checked(message, place)
         except (PackcastError, ValueError, TypeError, KeyError, OverflowError) as error:
             raise TransferError(f"the sender's offer is refused: {error}") from error
 
@@ -122,7 +148,7 @@ def _file_to_json(spec: FileSpec) -> list[object]:
     return [spec.name, spec.nbytes, spec.mtime_ns, spec.executable, header]
 
 
-def _checked(message: Mapping[str, object]) -> Offer:
+def _checked(message: Mapping[str, object], place: Mapping[str, object]) -> Offer:
     if message["digest"] != "xxh3_128":
         raise ValueError("its digests are of an unknown kind")
     buffer_size = _count(message["buffer_size"], MAX_NBYTES)
@@ -152,9 +178,19 @@ def _checked(message: Mapping[str, object]) -> Offer:
         backend=_one_of(message["backend"], ("nccl", "gloo")),
         reason=_text(message["reason"]),
         loud=message["loud"] is True,
+        place=_place(place, world_size, str(message["backend"])),
+    )
+
+
+def _place(message: Mapping[str, object], world_size: int, backend: str) -> Place:
+    device = _text(message["device"])
+    if not re.fullmatch(r"cuda:\d{1,3}" if backend == "nccl" else "cpu", device):
+        raise ValueError(f"{device} is no device for {backend}")
+    return Place(
         rank=_count(message["rank"], world_size - 1),
-        device=_text(message["device"]),
+        device=device,
         ranks_on_host=max(1, _count(message["ranks_on_host"], world_size)),
+        readers_on_host=max(1, _count(message["readers_on_host"], world_size)),
     )
 
 
@@ -185,13 +221,11 @@ def _selection(value: object) -> Selection:
 
 
 def _sample(entry: object, files: Sequence[FileSpec]) -> Sample:
-    file, offset, nbytes, digest = _list(entry, 4)
-    return Sample(
-        _count(file, len(files) - 1),
-        _count(offset, MAX_NBYTES),
-        _count(nbytes, 1 << 20),
-        _text(digest),
-    )
+    index, begin, length, digest = _list(entry, 4)
+    file = _count(index, len(files) - 1)
+    offset = _count(begin, files[file].nbytes)
+    nbytes = _count(length, min(BLOCK, files[file].nbytes - offset))
+    return Sample(file, offset, nbytes, _text(digest))
 
 
 def _count(value: object, limit: int) -> int:

@@ -15,6 +15,8 @@ from packcast.transfer.agreement import rank_of
 from packcast.transfer.moving import Moved
 from packcast.transfer.offer import Offer
 
+_MAX_SENTENCE = 2000  # characters; a tensor's name may be absurdly long
+
 
 def stage_reports(counters: Counters) -> dict[str, StageReport]:
     """Each stage from its first beginning to its last end, and the loop's waiting for it."""
@@ -63,7 +65,7 @@ def proof_of(
         "peak_device_bytes": moved.peak_device_nbytes,
         "pinned_bytes": moved.pinned_nbytes,
         "device": offer.device,
-        "difference": sink.result().get("sentence"),
+        "difference": str(sink.result().get("sentence") or "")[:_MAX_SENTENCE] or None,
     }
 
 
@@ -150,6 +152,7 @@ def make_report(
         digests=dict(digests),
         workers=workers,
         warnings=tuple(warnings),
+        ends_cleanly=moved.group_closed,
     )
 
 

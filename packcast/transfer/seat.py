@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from packcast.errors import CheckpointError, PackcastError, RendezvousError, UsageError
+from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.errors import PackcastError, RendezvousError, UsageError
 from packcast.group.devices import boot_id, host_name, visible_gpus
 from packcast.group.hub import Hub
 from packcast.group.launch import Launch, detect_launch, reachable_host
@@ -48,6 +49,7 @@ class Seat:
     transfer_id: str
     store: Store | None
     checkpoint: Checkpoint | None
+    files: tuple[OutgoingFile, ...]
 
 
 def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
@@ -57,12 +59,12 @@ def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
     RendezvousError where the group cannot come about.
     """
     launch = detect_launch(os.environ)
-    checkpoint, fault = _open(settings)
+    checkpoint, files, fault = _open(settings)
     if launch.kind == "none":
         if fault:
             raise fault
         me = _introduce(settings, launch, checkpoint)
-        return _sit_without_launcher(settings, launch, me, checkpoint, view, leaver)
+        return _sit_without_launcher(settings, launch, me, checkpoint, files, view, leaver)
     if settings.workers is not None or settings.address is not None:
         raise UsageError(
             f"{launch.kind} has started this rank: --workers, --listen and HOST:PORT are for"
@@ -80,7 +82,7 @@ def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
     if sender != launch.rank:
         address = await_address(store, settings.join_timeout_s)
         line = _connect(settings, address, me, view, leaver)
-        return _seat(launch, line, line.transfer_id, store, checkpoint)
+        return _seat(launch, line, line.transfer_id, store, checkpoint, files)
     if fault:
         publish_failure(store, fault)
         raise fault
@@ -92,7 +94,7 @@ def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
         publish_failure(store, error)
         raise
     publish_address(store, hub.address)
-    return _seat(launch, hub, transfer_id, store, checkpoint)
+    return _seat(launch, hub, transfer_id, store, checkpoint, files)
 
 
 def _sit_without_launcher(
@@ -100,26 +102,20 @@ def _sit_without_launcher(
     launch: Launch,
     me: Member,
     checkpoint: Checkpoint | None,
+    files: tuple[OutgoingFile, ...],
     view: View,
     leaver: Leaver,
 ) -> Seat:
     assert settings.address is not None, "the command line asks for it"
     if settings.command == "recv":
         line = _connect(settings, settings.address, me, view, leaver)
-        return _seat(launch, line, line.transfer_id, None, None)
+        return _seat(launch, line, line.transfer_id, None, None, ())
     assert settings.workers is not None, "the command line asks for it"
     token = settings.token or secrets.token_urlsafe(18).encode()
     transfer_id = uuid.uuid4().hex
     hub = _listen(settings.address, settings, me, transfer_id, token, view, leaver)
     view.listening(_recv_line(hub.address, None if settings.token else token.decode()))
-    return Seat(
-        launch=launch,
-        channel=hub,
-        expected=settings.workers,
-        transfer_id=transfer_id,
-        store=None,
-        checkpoint=checkpoint,
-    )
+    return _seat(launch, hub, transfer_id, None, checkpoint, files, expected=settings.workers)
 
 
 def _seat(
@@ -128,30 +124,35 @@ def _seat(
     transfer_id: str,
     store: Store | None,
     checkpoint: Checkpoint | None,
+    files: tuple[OutgoingFile, ...],
+    *,
+    expected: int | None = None,
 ) -> Seat:
     return Seat(
         launch=launch,
         channel=channel,
-        expected=frozenset(range(launch.world_size)),
+        expected=frozenset(range(launch.world_size)) if expected is None else expected,
         transfer_id=transfer_id,
         store=store,
         checkpoint=checkpoint,
+        files=files,
     )
 
 
-def _open(settings: Settings) -> tuple[Checkpoint | None, CheckpointError | None]:
-    """The checkpoint to send, or why it is none: fatal only on the rank that turns out to send."""
+def _open(
+    settings: Settings,
+) -> tuple[Checkpoint | None, tuple[OutgoingFile, ...], PackcastError | None]:
+    """What to send, or why there is nothing: fatal only on the rank that turns out to send."""
     if settings.checkpoint is None:
-        return None, None
+        return None, (), None
     try:
-        return (
-            open_checkpoint(
-                settings.checkpoint, sidecars=settings.sidecars, all_files=settings.all_files
-            ),
-            None,
+        checkpoint = open_checkpoint(
+            settings.checkpoint, sidecars=settings.sidecars, all_files=settings.all_files
         )
-    except CheckpointError as fault:
-        return None, fault
+        files = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
+    except PackcastError as fault:
+        return None, (), fault
+    return checkpoint, files, None
 
 
 def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None) -> Member:

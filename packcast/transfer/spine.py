@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from packcast.checkpoint.outgoing import outgoing_files
 from packcast.ends.discard import DiscardSink
 from packcast.ends.landing import Sink
 from packcast.ends.source import FileReader
@@ -42,6 +41,7 @@ from packcast.transfer.results import (
 from packcast.transfer.seat import Seat, take_seat
 from packcast.view import Start, View
 
+_SLOWEST_DISK = 20e6  # bytes per second
 _PATIENCE_S = 30.0  # for the peers' last words, once their work is done
 
 
@@ -68,11 +68,10 @@ def run(settings: Settings, view: View, leaver: Leaver) -> Report:
 
 def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -> Report:
     """The sender's side."""
-    checkpoint = seat.checkpoint
+    checkpoint, files = seat.checkpoint, seat.files
     assert checkpoint is not None, "the sender has a checkpoint"
     for warning in checkpoint.warnings:
         view.warn(warning)
-    files = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
 
     members = hub.join(
         seat.expected,
@@ -84,8 +83,9 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
 
     view.phase("offer")
     workers = [rank for rank in offers if rank != offer.rank]
+    hub.broadcast(offer.to_json())
     for rank in workers:
-        hub.send(rank, offers[rank].to_json())
+        hub.send(rank, offers[rank].place.to_json())
     reader = FileReader(files, checkpoint.files)
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
     hub.gather("READY", settings.join_timeout_s)
@@ -102,8 +102,8 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
         view.phase("data")
         moved = mover.move(store, interface_of(host), hub)
-        view.phase("finish")
-        proofs = hub.gather("PROVED", settings.stall_timeout_s)
+    view.phase("finish")
+    proofs = hub.gather("PROVED", _finish_limit_s(settings, offer))
     seconds = since(moved.began)
     digests = agreed_digests(offer, moved.digests, proofs)
 
@@ -111,7 +111,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
     leaver.shield()
     hub.committed()
     hub.broadcast({"kind": "COMMIT"})
-    published = hub.gather("PUBLISHED", settings.stall_timeout_s)
+    published = hub.gather("PUBLISHED", _finish_limit_s(settings, offer))
     hub.broadcast({"kind": "DONE"})
     failures = failures_of(workers, proofs, published, hub.lost)
     hub.close()
@@ -133,20 +133,23 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
 
 def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leaver) -> Report:
     """A worker's side, which may read too."""
-    me, _ = line.await_joined(settings.join_timeout_s + _PATIENCE_S)
+    patience_s = settings.join_timeout_s + _PATIENCE_S
+    me, world_size = line.await_joined(patience_s)
 
     view.phase("offer")
-    offer = Offer.from_json(line.expect("OFFER", settings.join_timeout_s + _PATIENCE_S))
+    offer = Offer.from_json(line.expect("OFFER", patience_s), line.expect("PLACE", patience_s))
+    if (offer.rank, offer.world_size) != (me.rank, world_size):
+        raise TransferError("the sender's offer is for another rank or group")
     chunks = offer.chunks()
     sink = _make_sink(settings, seat, offer, me)
     leaver.on_leave(sink.abort)
-    with _undone_on_error(sink):
+    with _undone_on_error(sink, line):
         sink.prepare()
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
         line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
         line.send({"kind": "READY", "plan": offer.plan})
 
-        go = line.expect("GO", settings.join_timeout_s + _PATIENCE_S)
+        go = line.expect("GO", patience_s)
         view.phase("start")
         host, port = str(go.get("host")), int(str(go.get("port")))
         store = seat.store or connect_store(host, port, settings.join_timeout_s)
@@ -155,11 +158,11 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
             view.phase("data")
             moved = mover.move(store, interface_of(reachable_host((host, port or 9))), line)
-            view.phase("finish")
-            sink.finish()
+        view.phase("finish")
+        sink.finish()
         seconds = since(moved.began)
         line.send(proof_of(offer, moved, mover.counters, sink, seconds))
-        line.expect("COMMIT", settings.stall_timeout_s)
+        line.expect("COMMIT", _finish_limit_s(settings, offer))
 
         view.phase("publish")
         leaver.shield()
@@ -214,12 +217,22 @@ def _own_reader(seat: Seat, offer: Offer) -> FileReader | None:
 
 
 @contextmanager
-def _undone_on_error(sink: Sink) -> Iterator[None]:
+def _undone_on_error(sink: Sink, line: Line) -> Iterator[None]:
+    """Whatever goes wrong: the others hear of it first, then nothing is left behind here."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        line.abort(error if isinstance(error, PackcastError) else PackcastError(repr(error)))
         sink.abort()
         raise
+
+
+def _finish_limit_s(settings: Settings, offer: Offer) -> float:
+    """How long the slowest rank may take to make its copy durable, or to replace the old one.
+
+    No byte is seen to move meanwhile, so this grows with the checkpoint instead.
+    """
+    return settings.stall_timeout_s + offer.nbytes / _SLOWEST_DISK
 
 
 def _publish(sink: Sink) -> PackcastError | None:

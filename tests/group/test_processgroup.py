@@ -44,7 +44,7 @@ assert tensor.tolist() == [0, 0, 0, 0]
 assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
 started = time.monotonic()
-assert close_process_group(group, 5.0)
+assert close_process_group(group, torch.device("cpu"), 5.0)
 assert time.monotonic() - started < 4.0
 assert not torch.distributed.is_initialized()
 if rank == 1:
@@ -75,12 +75,14 @@ def test_two_ranks_make_a_group_broadcast_and_take_it_down() -> None:
 
 
 def test_a_close_that_hangs_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
     import torch.distributed as dist
 
     release = threading.Event()
     monkeypatch.setattr(dist, "destroy_process_group", lambda group: release.wait(10))
     started = time.monotonic()
-    assert not close_process_group(dist.ProcessGroup(dist.HashStore(), 0, 1), 0.2)
+    group = dist.ProcessGroup(dist.HashStore(), 0, 1)
+    assert not close_process_group(group, torch.device("cpu"), 0.2)
     assert time.monotonic() - started < 2
     release.set()
 

@@ -52,10 +52,6 @@ class HeldDisk:
     gate: Path
     after: int | None
 
-    def await_reached(self, timeout_s: float = TIMEOUT_S) -> None:
-        """Until the process waits for it."""
-        eventually((self.gate / "reached").exists, "the held disk", timeout_s)
-
     def release(self) -> None:
         """Let everything go on."""
         (self.gate / "open").touch()
@@ -244,6 +240,14 @@ class Commands:
         gate = self._folder / f"gate-{after}"
         gate.mkdir()
         return HeldDisk(gate, after)
+
+    def await_reached(self, disk: HeldDisk) -> None:
+        """Until a process waits for its disk."""
+        with suppress(AssertionError):
+            eventually((disk.gate / "reached").exists, "the held disk")
+        if not (disk.gate / "reached").exists():
+            said = [(c.process.poll(), c.argv, c.stderr) for c in self._commands]
+            pytest.fail(f"the disk was not reached; the processes: {said}")
 
     def alive(self) -> list[int]:
         """The processes of this test that have not ended, grandchildren too."""

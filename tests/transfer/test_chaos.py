@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from packcast.units import MIB
 from tests.helpers.checkpoints import same_tree, sharded
 from tests.helpers.commands import (
     TORCHRUN,
@@ -52,7 +53,7 @@ def start_held(
     ranks = commands.start_ranks(
         ("send", large, *SMALL_RING, *options, *sender), *workers, disks={0: disk}
     )
-    disk.await_reached()
+    commands.await_reached(disk)
     for out in outs:
         assert list(out.parent.glob(f".{out.name}.packcast-*")), "it is in the middle"
     return ranks, disk
@@ -83,7 +84,7 @@ def assert_lost(end: Ended, lost: Command, who: str) -> None:
     """The sentence of a loss: who, where, and how far all was."""
     assert end.returncode == 5, end.stderr
     assert f"lost {who} (" in end.sentence
-    assert f"pid {lost.pid}) at model-" in end.sentence
+    assert f"pid {lost.pid}) at model" in end.sentence
 
 
 def test_a_killed_worker_ends_the_others_with_its_name_and_old_copies_stay(
@@ -223,12 +224,12 @@ def test_a_worker_that_stalls_first_names_itself(
 def test_a_killed_reader_is_lost_as_any_worker(
     commands: Commands, large: Path, tmp_path: Path
 ) -> None:
-    disk = commands.held_disk()
+    disk = commands.held_disk(28 * MIB)  # it reads 16 MiB of samples before
     sending = ("send", large, *SMALL_RING, "--readers", "2")
     ranks = commands.start_ranks(
         sending, sending, ("recv", "--out", tmp_path / "out"), disks={0: disk}
     )
-    disk.await_reached()
+    commands.await_reached(disk)
     ranks[1].kill()
     for end in wait_all([ranks[0], ranks[2]], PROMPT_S):
         assert_lost(end, ranks[1], "rank 1")
@@ -264,7 +265,7 @@ def test_after_the_point_of_no_return_a_death_does_not_undo_what_others_publishe
     ranks = commands.start_ranks(
         ("send", large), *[("recv", "--out", out) for out in outs], disks={2: disk}
     )
-    disk.await_reached()
+    commands.await_reached(disk)
     eventually(outs[0].is_dir, "the other worker's copy")
     ranks[victim].kill()
     ranks[victim].process.wait()
@@ -297,7 +298,7 @@ def start_launched(commands: Commands, large: Path, tmp_path: Path, *launcher: s
         if launcher
         else commands.packcast(*argv, "--nproc", "3", disk=disk)
     )
-    disk.await_reached()
+    commands.await_reached(disk)
     eventually(lambda: len(list(tmp_path.glob(".out-*"))) == 2, "both partial directories")
     return launched
 

@@ -96,7 +96,7 @@ def test_a_source_that_changes_on_the_way_ends_every_rank_and_nothing_is_publish
     ranks = commands.start_ranks(
         ("send", changing, *SMALL_RING), ("recv", "--out", tmp_path / "out"), disks={0: disk}
     )
-    disk.await_reached()
+    commands.await_reached(disk)
     os.truncate(changing / "model-00003-of-00003.safetensors", 1000)
     disk.release()
     ends = wait_all(ranks)
@@ -201,7 +201,7 @@ def test_a_target_that_appears_meanwhile_is_kept_and_the_others_publish(
         ("recv", "--out", tmp_path / "fine"),
         disks={0: disk},
     )
-    disk.await_reached()
+    commands.await_reached(disk)
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "thesis.tex").write_text("years of work")
     disk.release()
@@ -324,7 +324,7 @@ def test_strangers_and_one_too_many_are_told_so_and_stop_nobody(
     assert line[1] not in ends[0].stderr + ends[1].stderr
 
     worker = commands.packcast("recv", line[2], "--out", tmp_path / "out", environment=token)
-    disk.await_reached()
+    commands.await_reached(disk)
     surplus = commands.packcast("recv", line[2], "--discard", environment=token).wait()
     assert surplus.returncode == 4
     assert "is one too many: 1 worker has joined already" in surplus.sentence
