@@ -82,6 +82,10 @@ def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder on tmpfs, emptied at the end."""
     import shutil
 
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
     folder = FAST / f"packcast-test-{os.getpid()}"
     folder.mkdir()
     yield folder
