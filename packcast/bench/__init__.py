@@ -1,0 +1,1 @@
+"""Measuring: baselines to compare with. Knows the library, not the command line."""

@@ -1,0 +1,275 @@
+"""The two library functions, on the wire of the packed broadcasts that engines already speak.
+
+That wire: tensors in iteration order, each as its bytes; a buffer is closed after the tensor that
+takes it over `buffer_size_bytes` (equal does not close it); one broadcast of uint8 per buffer; no
+header, no padding, nothing for an empty iterator. Either end may be another implementation of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from packcast.errors import UsageError
+from packcast.packed.communicator import Communicator, communicator_of
+from packcast.packed.counters import Counters, Stage
+from packcast.packed.lanes import hold_caller, mark_caller
+from packcast.packed.pipeline import run_pipeline
+from packcast.packed.ring import Ring, Slot
+from packcast.packed.tensors import as_bytes, from_bytes, nbytes_of
+
+DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
+DEFAULT_PACKED_NUM_BUFFERS = 2
+
+NOBODY = -1  # a rank that is no chunk's root
+
+T = TypeVar("T")
+PostIter = Callable[[tuple[str, torch.Tensor]], torch.Tensor]
+PostUnpack = Callable[[list[tuple[str, torch.Tensor]]], object]
+
+
+def packed_broadcast_producer(
+    iterator: Iterable[tuple[str, torch.Tensor]],
+    group: object,
+    src: int,
+    post_iter_func: PostIter,
+    buffer_size_bytes: int = DEFAULT_PACKED_BUFFER_SIZE_BYTES,
+    num_buffers: int = DEFAULT_PACKED_NUM_BUFFERS,
+) -> None:
+    """Broadcast tensors from rank `src` of `group`; only that rank calls this, the others consume.
+
+    `iterator` yields (name, tensor) of any shape, stride and plain dtype, on any device;
+    `post_iter_func` is called once with each pair, on the caller's stream, and returns the tensor
+    to send, of the same shape and dtype. `group` is a `torch.distributed` process group, or any
+    object with `broadcast(tensor, src=...)` that works on the current stream. `src` is the rank
+    within the group.
+
+    Work is ordered after the caller's current stream, and over when this returns; also when it
+    raises, provided the other ranks took part in what was begun. Errors of the iterator,
+    `post_iter_func` and `group` are raised as they are. Raises UsageError naming the tensor that
+    cannot travel, or that `post_iter_func` gave another shape or dtype.
+
+    Memory: `num_buffers` buffers, each as large as the largest that it has to carry. Three things
+    are the wire's own, and no implementation can mend them: a buffer exceeds `buffer_size_bytes`
+    by up to one tensor; ends that disagree on order, shapes or sizes are not noticed, and may
+    hang or take wrong bytes; and over a bare communicator there is no time-out.
+    """
+    communicator = communicator_of(group)
+    packs = _packs_to_send(
+        iter(iterator), post_iter_func, buffer_size_bytes, src, communicator.device
+    )
+    ring = Ring(communicator.device, 0, num_buffers, Counters())
+    _run(packs, communicator, ring, rank=src, source=_Packer(ring), drain=None)
+
+
+def packed_broadcast_consumer(
+    iterator: Iterable[tuple[str, tuple[Sequence[int], torch.dtype]]],
+    group: object,
+    src: int,
+    post_unpack_func: PostUnpack,
+    buffer_size_bytes: int = DEFAULT_PACKED_BUFFER_SIZE_BYTES,
+    num_buffers: int = DEFAULT_PACKED_NUM_BUFFERS,
+    *,
+    borrow: bool = False,
+) -> None:
+    """Receive what the producer on rank `src` of `group` broadcasts; every other rank calls this.
+
+    `iterator` yields (name, (shape, dtype)) in the producer's order, and `buffer_size_bytes` must
+    be the producer's. `post_unpack_func` gets a list of (name, tensor) for each buffer, in the
+    caller's thread, with the tensors ready on its current stream.
+
+    The tensors are the callback's own and stay right when they are kept. With `borrow` they are
+    views of the buffer instead (but for a few that are not aligned), which costs no copy: they
+    must not be used after the callback has returned, nor on other streams than the current one.
+
+    Work, errors, memory and the wire's own limits are as for the producer.
+    """
+    communicator = communicator_of(group)
+    packs = _packs_to_receive(iter(iterator), buffer_size_bytes, src)
+
+    ring = Ring(communicator.device, 0, num_buffers, Counters())
+    unpacker = _Unpacker(ring, post_unpack_func, borrow=borrow)
+    _run(packs, communicator, ring, rank=NOBODY, source=None, drain=unpacker)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor's place in the order: all that a receiver knows of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Pack:
+    """A buffer of the wire: a chunk whose size is known once the iterator has been pulled."""
+
+    index: int
+    root: int
+    nbytes: int
+    entries: tuple[_Entry, ...]
+    parts: tuple[torch.Tensor, ...]  # the bytes of each, on the producer only
+
+    @property
+    def wire_nbytes(self) -> int:
+        return self.nbytes
+
+
+def _packs_to_send(
+    pairs: Iterator[tuple[str, torch.Tensor]],
+    post_iter_func: PostIter,
+    limit: int,
+    root: int,
+    device: torch.device,
+) -> Iterator[_Pack]:
+    def parts() -> Iterator[tuple[_Entry, torch.Tensor]]:
+        for name, given in pairs:
+            tensor = post_iter_func((name, given))
+            part = as_bytes(name, tensor, device)
+            if tensor.shape != given.shape or tensor.dtype != given.dtype:
+                raise UsageError(
+                    f"post_iter_func made {name}, {given.dtype} {tuple(given.shape)}, into"
+                    f" {tensor.dtype} {tuple(tensor.shape)}",
+                    hint="receivers count on the shape and dtype that the iterator names",
+                )
+            yield _Entry(name, tuple(tensor.shape), tensor.dtype, part.numel()), part
+
+    for index, items in enumerate(_closed_after_exceeding(parts(), limit)):
+        entries = tuple(entry for entry, _ in items)
+        nbytes = sum(entry.nbytes for entry in entries)
+        yield _Pack(index, root, nbytes, entries, tuple(part for _, part in items))
+
+
+def _packs_to_receive(
+    pairs: Iterator[tuple[str, tuple[Sequence[int], torch.dtype]]], limit: int, root: int
+) -> Iterator[_Pack]:
+    def entries() -> Iterator[tuple[_Entry, None]]:
+        for name, (shape, dtype) in pairs:
+            yield _Entry(name, tuple(shape), dtype, nbytes_of(shape, dtype)), None
+
+    for index, items in enumerate(_closed_after_exceeding(entries(), limit)):
+        known = tuple(entry for entry, _ in items)
+        yield _Pack(index, root, sum(entry.nbytes for entry in known), known, ())
+
+
+def _closed_after_exceeding(
+    items: Iterator[tuple[_Entry, T]], limit: int
+) -> Iterator[list[tuple[_Entry, T]]]:
+    """The wire's one rule: a buffer ends with the tensor that takes it over the limit."""
+    pack: list[tuple[_Entry, T]] = []
+    nbytes = 0
+    for item in items:
+        pack.append(item)
+        nbytes += item[0].nbytes
+        if nbytes > limit:
+            yield pack
+            pack, nbytes = [], 0
+    if pack:
+        yield pack
+
+
+def _run(
+    packs: Iterator[_Pack],
+    communicator: Communicator,
+    ring: Ring,
+    *,
+    rank: int,
+    source: _Packer | None,
+    drain: _Unpacker | None,
+) -> None:
+    try:
+        run_pipeline(
+            packs,
+            rank=rank,
+            ring=ring,
+            broadcast=communicator.broadcast,
+            source=source,
+            drain=drain,
+        )
+    except BaseException:
+        ring.synchronize()  # nothing stays in flight when the slots are freed
+        raise
+
+
+class _Packer:
+    """Packs a buffer's tensors into its slot."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+
+    def fill(self, pack: _Pack, slot: Slot) -> None:
+        """Give the copies to the fill lane, behind what the caller's stream has made of them."""
+        ring = self._ring
+        ring.fill.wait_for_caller(ring.device)
+        with ring.fill:
+            begin = ring.fill.mark()
+            if pack.parts:
+                torch.cat(pack.parts, out=slot.memory[: pack.nbytes])
+            slot.filled = ring.fill.mark()
+        for part in pack.parts:
+            ring.fill.keep(part)
+        ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)
+
+    def close(self) -> None:
+        """It has no threads."""
+
+
+class _Unpacker:
+    """Hands a buffer's tensors to the callback, as copies or on loan."""
+
+    def __init__(self, ring: Ring, post_unpack_func: PostUnpack, *, borrow: bool) -> None:
+        self._ring = ring
+        self._post_unpack_func = post_unpack_func
+        self._borrow = borrow
+        self.stage: Stage = "unpack"
+
+    def drain(self, pack: _Pack, slot: Slot) -> None:
+        """Call back with the tensors, in order after their arrival on the caller's stream."""
+        device = self._ring.device
+        parts = slot.memory[: pack.nbytes].split([entry.nbytes for entry in pack.entries])
+        if self._borrow:
+            hold_caller(device, slot.arrived)
+            tensors = [
+                from_bytes(part, entry.shape, entry.dtype)
+                for entry, part in zip(pack.entries, parts, strict=True)
+            ]
+        else:
+            tensors = self._copies(pack, slot, parts)
+            hold_caller(device, slot.drained)
+        names = (entry.name for entry in pack.entries)
+        self._post_unpack_func(list(zip(names, tensors, strict=True)))
+        if self._borrow:
+            slot.drained = mark_caller(device)
+
+    def finish(self) -> None:
+        """Everything was called back already."""
+
+    def close(self) -> None:
+        """It has no threads."""
+
+    def _copies(self, pack: _Pack, slot: Slot, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        ring = self._ring
+        # Each has memory of its own: views of one copy would keep all of it alive.
+        tensors = [
+            torch.empty(entry.shape, dtype=entry.dtype, device=ring.device)
+            for entry in pack.entries
+        ]
+        ring.drain.wait_for_caller(ring.device)
+        ring.drain.wait(slot.arrived)
+        with ring.drain:
+            begin = ring.drain.mark()
+            pairs = [
+                (as_bytes(entry.name, tensor, ring.device), part)
+                for entry, tensor, part in zip(pack.entries, tensors, parts, strict=True)
+                if entry.nbytes
+            ]
+            if pairs:
+                torch._foreach_copy_([into for into, _ in pairs], [part for _, part in pairs])
+            slot.drained = ring.drain.mark()
+        ring.clock.span("unpack", pack.index, pack.nbytes, begin, slot.drained)
+        return tensors

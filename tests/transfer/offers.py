@@ -1,0 +1,118 @@
+"""What the tests of offer, agreement and results share: members, and an offer of every field."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from packcast.checkpoint.header import LENGTH_NBYTES, parse_header
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.group.member import Member
+from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
+from packcast.transfer.offer import Offer, Place, Sample, Selection
+
+Message = dict[str, object]
+
+HOST_B = "rank 2 (host-b, pid 1002)"
+
+
+def header_text(*sizes: int) -> str:
+    """A header of byte tensors `t0`, `t1`, ... of these sizes."""
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for i, size in enumerate(sizes):
+        content[f"t{i}"] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
+        at += size
+    return json.dumps(content)
+
+
+def shard(name: str, *sizes: int, mtime_ns: int = 1) -> FileSpec:
+    json_bytes = header_text(*sizes).encode()
+    nbytes = LENGTH_NBYTES + len(json_bytes) + sum(sizes)
+    return FileSpec(name, nbytes, mtime_ns, False, parse_header(json_bytes, nbytes, name))
+
+
+def sidecar(name: str, nbytes: int, *, executable: bool = False) -> FileSpec:
+    return FileSpec(name, nbytes, 1_600_000_000_123_456_789, executable, None)
+
+
+FILES = (
+    sidecar("config.json", 8),
+    sidecar("empty.txt", 0),
+    shard("model-00001-of-00002.safetensors", 2 * BLOCK, 77, mtime_ns=5),
+    shard("model-00002-of-00002.safetensors", 300),
+    sidecar("nested/deeper/run.sh", BLOCK + 1, executable=True),
+)
+OFFER = Offer(
+    files=FILES,
+    buffer_size=2 * BLOCK,
+    num_buffers=3,
+    staging=7 * BLOCK,
+    readers=(1, 2),
+    plan="",
+    selection=Selection(True, True, ("t*", "a?b"), ("*.bias",)),
+    samples=(Sample(2, BLOCK, BLOCK, "ab" * 16), Sample(4, BLOCK, 1, "cd" * 16)),
+    world_size=4,
+    backend="gloo",
+    reason="no rank sees a GPU",
+    loud=True,
+    place=Place(3, "cpu", 2, 1),
+)
+
+
+def planned(offer: Offer) -> Offer:
+    """The offer with the digest of its own plan."""
+    sizes = [spec.nbytes for spec in offer.files]
+    chunks = plan_chunks(sizes, offer.buffer_size, offer.readers)
+    return replace(offer, plan=plan_digest(sizes, offer.buffer_size, chunks))
+
+
+def valid_offer() -> Offer:
+    return planned(OFFER)
+
+
+def offer_of(files: Sequence[FileSpec], readers: tuple[int, ...] = (0,)) -> Offer:
+    """An offer of these files for rank 1 of two, or of as many as the readers need."""
+    return planned(
+        replace(
+            OFFER,
+            files=tuple(files),
+            readers=readers,
+            samples=(),
+            world_size=max(2, *readers),
+            place=Place(1, "cpu", 1, 1),
+        )
+    )
+
+
+def messages(offer: Offer) -> tuple[Message, Message]:
+    """OFFER and PLACE as they come out of the wire."""
+    return as_received(offer.to_json()), as_received(offer.place.to_json())
+
+
+def as_received(message: Mapping[str, object]) -> Message:
+    received: Message = json.loads(json.dumps(message))
+    return received
+
+
+def member(
+    rank: int,
+    role: Literal["send", "recv"] = "send",
+    *,
+    host: str = "host-a",
+    checkpoint: str | None = "/models/m",
+    fingerprint: str | None = "f1",
+) -> Member:
+    """A rank; one that ran `recv` has no checkpoint."""
+    sends = role == "send"
+    return Member(
+        role=role,
+        rank=rank,
+        host=host,
+        boot_id=f"boot-{host}",
+        pid=1000 + rank,
+        checkpoint=checkpoint if sends else None,
+        fingerprint=fingerprint if sends else None,
+    )

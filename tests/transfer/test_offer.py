@@ -1,0 +1,444 @@
+"""An offer arrives as it was made; a hostile one is refused, in a sentence and at little cost."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packcast.errors import TransferError
+from packcast.packed.plan import BLOCK, plan_digest
+from packcast.transfer.offer import (
+    MAX_CHUNKS,
+    MAX_FILES,
+    MAX_MTIME_NS,
+    MAX_NBYTES,
+    MAX_RANKS,
+    MAX_SAMPLES,
+    Offer,
+    Place,
+    Sample,
+    Selection,
+)
+from tests.transfer.offers import Message, header_text, messages, shard, sidecar, valid_offer
+
+OTHERS: dict[str, Any] = {  # for each field of an offer another value than `valid_offer` has
+    "files": (shard("only.safetensors", 5),),
+    "buffer_size": BLOCK,
+    "num_buffers": 1,
+    "staging": 0,
+    "readers": (0,),
+    "plan": "another",
+    "selection": Selection(False, False, (), ()),
+    "samples": (),
+    "world_size": 1 << 20,
+    "backend": "nccl",
+    "reason": "jede Karte ist frei: größer ✓",
+    "loud": False,
+    "place": Place(0, "cpu", 4, 4),
+}
+FIELDS = ("digest", *(name for name in OTHERS if name != "place"))
+PLACE_FIELDS = ("rank", "device", "ranks_on_host", "readers_on_host")
+JUNK: dict[str, object] = {
+    "null": None,
+    "true": True,
+    "minus one": -1,
+    "fraction": 1.5,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "huge": 10**30,
+    "thousands of digits": 10**5000,
+    "escape": "\x1b[31m",
+    "long text": "x" * 1001,
+    "list of lists": [[]],
+    "list of null": [None],
+    "object": {"a": 1},
+}
+
+
+def received(offer: Offer) -> Offer:
+    return Offer.from_json(*messages(offer))
+
+
+def refused(message: Message, place: Message) -> str:
+    """The sentence with which it is refused: one that fits a terminal."""
+    with pytest.raises(TransferError, match="the sender's offer is refused") as caught:
+        Offer.from_json(message, place)
+    sentence = caught.value.message
+    assert len(sentence) < 3000
+    assert sentence.isprintable()
+    return sentence
+
+
+def refused_with(**changes: object) -> str:
+    """The same for a valid offer with some fields changed."""
+    message, place = messages(valid_offer())
+    return refused(message | changes, place)
+
+
+def refused_file(*entry: object) -> str:
+    """The same for an offer of one file."""
+    return refused_with(files=[list(entry)], samples=[])
+
+
+def test_an_offer_arrives_as_it_was_made() -> None:
+    offer = valid_offer()
+    assert received(offer) == offer
+    assert received(offer).chunks() == offer.chunks()
+
+
+def test_the_other_values_cover_every_field() -> None:
+    assert set(OTHERS) == {field.name for field in fields(Offer)}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_field_travels(name: str) -> None:
+    other: dict[str, Any] = {name: OTHERS[name]}
+    if name == "backend":
+        other["place"] = Place(3, "cuda:7", 2, 1)
+    if name == "files":
+        other["samples"] = (Sample(0, 0, 3, "ef"),)
+    offer = replace(valid_offer(), **other)
+    assert offer != valid_offer()
+    assert received(offer) == offer
+
+
+def test_what_is_derived_follows_from_the_fields() -> None:
+    offer = received(valid_offer())
+    assert offer.nbytes == sum(spec.nbytes for spec in offer.files)
+    assert offer.num_tensors == 3
+    assert (offer.rank, offer.device) == (3, "cpu")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_missing_field_is_refused(name: str) -> None:
+    message, place = messages(valid_offer())
+    del message[name]
+    assert name in refused(message, place)
+
+
+@pytest.mark.parametrize("name", PLACE_FIELDS)
+def test_a_missing_field_of_the_place_is_refused(name: str) -> None:
+    message, place = messages(valid_offer())
+    del place[name]
+    assert name in refused(message, place)
+
+
+@pytest.mark.parametrize("name", ["sidecars", "all_files", "include", "exclude"])
+def test_a_missing_field_of_the_selection_is_refused(name: str) -> None:
+    chosen: dict[str, object] = {"sidecars": 1, "all_files": 1, "include": [], "exclude": []}
+    del chosen[name]
+    assert name in refused_with(selection=chosen)
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("name", [name for name in FIELDS if name != "loud"])
+def test_a_field_of_a_wrong_type_or_size_is_refused(name: str, junk: str) -> None:
+    refused_with(**{name: JUNK[junk]})
+
+
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("name", PLACE_FIELDS)
+def test_a_place_of_a_wrong_type_or_size_is_refused(name: str, junk: str) -> None:
+    message, place = messages(valid_offer())
+    refused(message, place | {name: JUNK[junk]})
+
+
+@pytest.mark.parametrize("junk", [junk for junk in JUNK if junk != "true"])
+def test_a_flag_that_is_neither_true_nor_false_is_refused(junk: str) -> None:
+    refused_with(loud=JUNK[junk])
+    chosen = {"sidecars": True, "all_files": True, "include": [], "exclude": []}
+    refused_with(selection=chosen | {"sidecars": JUNK[junk]})
+    refused_with(selection=chosen | {"all_files": JUNK[junk]})
+    refused_file("a", 1, 1, JUNK[junk], None)
+
+
+@pytest.mark.parametrize("junk", JUNK)
+def test_a_file_of_wrong_types_is_refused(junk: str) -> None:
+    refused_with(files=[JUNK[junk]], samples=[])
+    refused_file(JUNK[junk], 1, 1, False, None)
+    refused_file("a", JUNK[junk], 1, False, None)
+    refused_file("a", 1, JUNK[junk], False, None)
+    if junk != "null":
+        refused_file("a", 1, 1, False, JUNK[junk])
+
+
+def test_lists_nested_past_reason_are_refused_like_any_junk() -> None:
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    for name in FIELDS:
+        if name != "loud":
+            refused_with(**{name: nested})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        "/",
+        "/etc/passwd",
+        "../../etc/passwd",
+        "a/../../b",
+        "a/./b",
+        "a//b",
+        "a/",
+        "./a",
+        ".hidden",
+        "a/.hidden",
+        "-rf",
+        "a/-rf",
+        "..\\..\\b",
+        "C:\\b",
+        "a\0b",
+        "a\nb",
+        "a\x1b[2Jb",
+        "a\u202eb",
+        "e\u0301",
+        "\ud800",
+        "x" * 256,
+        "\u00e9" * 128,
+        "/".join("abcdefghi"),
+    ],
+)
+def test_a_name_that_leaves_the_target_or_the_rules_is_refused(name: str) -> None:
+    refused_file(name, 1, 1, False, None)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a", "a"),
+        ("model.safetensors", "MODEL.safetensors"),
+        ("straße", "STRASSE"),
+        ("ﬁle", "FILE"),
+        ("a", "a/b"),
+        ("A/b", "a"),
+        ("a/b/c", "A/B"),
+    ],
+)
+def test_two_names_for_one_place_are_refused(one: str, other: str) -> None:
+    entries = [[one, 1, 1, False, None], ["between", 1, 1, False, None], [other, 1, 1, False, None]]
+    assert "cannot both be there" in refused_with(files=entries, samples=[])
+
+
+@pytest.mark.parametrize("parts", ["x", "/", "x/", "\x1b"])
+def test_an_absurdly_long_name_costs_no_more_than_itself(parts: str) -> None:
+    name = parts * ((8 << 20) // len(parts))
+    message, place = messages(valid_offer())
+    message |= {"files": [[name, 1, 1, False, None]], "samples": []}
+    tracemalloc.start()
+    try:
+        refused(message, place)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        (header_text(100), len(header_text(100)) + 107),
+        (header_text(100), len(header_text(100)) + 109),
+        (header_text(100), 0),
+        (header_text(100), 7),
+        ("", 8),
+        ("{", 9),
+        ("[]", 10),
+        ("{} ,", 12),
+        ("[" * 50_000, 50_008),
+        ('{"a": NaN}', 18),
+        ('{"a": ' + "9" * 5000 + "}", 5015),
+        ('{"\ud800": 1}', 100),
+        ('{"t": {"dtype": "U8", "shape": [-1], "data_offsets": [0, 0]}}', 69),
+        ('{"t": {"dtype": "NO", "shape": [], "data_offsets": [0, 1]}}', 68),
+    ],
+    ids=lambda value: f"{len(value)} characters" if isinstance(value, str) else None,
+)
+def test_a_header_that_does_not_fit_its_file_is_refused(text: str, nbytes: int) -> None:
+    refused_file("m.safetensors", nbytes, 1, False, text)
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        [5, 0, 1, "ab"],  # there are five files
+        [-1, 0, 1, "ab"],
+        [0, 9, 0, "ab"],  # of 8 bytes
+        [0, 8, 1, "ab"],
+        [0, 0, 9, "ab"],
+        [1, 0, 1, "ab"],  # an empty file
+        [2, 0, BLOCK + 1, "ab"],  # more than a block
+        [2, 10**30, 1, "ab"],
+        [0, 0, 1, "x" * 1001],
+        [0, 0, 1, 7],
+        [0, 0, 1],
+        [0, 0, 1, "ab", 1],
+    ],
+)
+def test_a_sample_past_the_end_or_of_no_file_is_refused(sample: list[object]) -> None:
+    refused_with(samples=[sample])
+
+
+@pytest.mark.parametrize(
+    "readers", [[], [4], [-1], [0, 0], [0, 1, 2, 3, 0], [True], ["0"], [0.0], [None]]
+)
+def test_readers_that_are_no_list_of_ranks_are_refused(readers: list[object]) -> None:
+    refused_with(readers=readers)
+
+
+@pytest.mark.parametrize("world_size", [0, -1, MAX_RANKS + 1, 2])
+def test_a_group_without_its_readers_or_addressee_is_refused(world_size: int) -> None:
+    refused_with(world_size=world_size)
+
+
+def test_a_place_outside_the_group_is_refused() -> None:
+    message, place = messages(valid_offer())
+    refused(message, place | {"rank": 4})
+    refused(message, place | {"ranks_on_host": 5})
+    refused(message, place | {"readers_on_host": 5})
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK + 1, (16 << 30) + BLOCK, MAX_NBYTES])
+def test_a_buffer_that_cannot_be_is_refused(size: int) -> None:
+    refused_with(buffer_size=size)
+
+
+@pytest.mark.parametrize("count", [0, 1025, MAX_CHUNKS])
+def test_a_number_of_buffers_that_cannot_be_is_refused(count: int) -> None:
+    refused_with(num_buffers=count)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [
+        ("gloo", "cuda:0"),
+        ("gloo", "meta"),
+        ("gloo", "cpu:0"),
+        ("gloo", "cpu "),
+        ("gloo", ""),
+        ("nccl", "cpu"),
+        ("nccl", "cuda"),
+        ("nccl", "cuda:"),
+        ("nccl", "cuda:-1"),
+        ("nccl", "cuda:0\n"),
+        ("nccl", "cuda:1000"),
+        ("nccl", "cuda:00"),  # these are no device for torch either, or another one
+        ("nccl", "cuda:\u0663"),
+        ("nccl", "cuda:255"),
+        ("mpi", "cpu"),
+    ],
+)
+def test_a_device_that_is_none_for_the_backend_is_refused(backend: str, device: str) -> None:
+    message, place = messages(valid_offer())
+    refused(message | {"backend": backend}, place | {"device": device})
+
+
+def too_large() -> Iterator[Message]:
+    """Offers that are only too much."""
+    yield {"files": [["a", MAX_NBYTES, 1, False, None]], "buffer_size": BLOCK}
+    yield {"files": [["a", (MAX_CHUNKS + 1) * BLOCK, 1, False, None]], "buffer_size": BLOCK}
+    half = MAX_NBYTES // 2 + 1
+    yield {"files": [[name, half, 1, False, None] for name in "ab"], "buffer_size": 16 << 30}
+    yield {"files": [["a", MAX_NBYTES + 1, 1, False, None]], "buffer_size": 16 << 30}
+    yield {"files": [["a", 1, MAX_MTIME_NS + 1, False, None]]}
+    yield {"files": [["a", 1, 1, False, None]] * (MAX_FILES + 1)}
+    yield {"samples": [[0, 0, 1, "ab"]] * (MAX_SAMPLES + 1)}
+    yield {"staging": MAX_NBYTES + 1}
+
+
+@pytest.mark.parametrize("changes", list(too_large()), ids=lambda changes: "+".join(changes))
+def test_too_much_is_refused_at_once_and_before_memory_is_taken(changes: Message) -> None:
+    message, place = messages(valid_offer())
+    message |= {"samples": []} | changes
+    tracemalloc.start()
+    began = time.perf_counter()
+    try:
+        refused(message, place)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - began < 0.5
+    assert peak < 1 << 20
+
+
+def test_another_plan_than_ones_own_is_refused_before_it_is_used() -> None:
+    offer = received(replace(valid_offer(), plan="0" * 32))
+    with pytest.raises(TransferError, match="plan is not the one"):
+        offer.chunks()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"buffer_size": BLOCK}, {"readers": (2, 1)}, {"readers": (1,)}, {"files": (sidecar("a", 1),)}],
+    ids=str,
+)
+def test_every_number_of_the_plan_is_under_its_digest(changes: dict[str, Any]) -> None:
+    offer = replace(valid_offer(), samples=(), **changes)
+    with pytest.raises(TransferError, match="plan is not the one"):
+        received(offer).chunks()
+
+
+# Sizes between these bounds are plans of up to millions of chunks: right, but slow to make here.
+NUMBERS = (-1, 0, 1, 2, 3, 7, BLOCK, 2 * BLOCK, 1 << 31, 1 << 53, 1 << 63, 1 << 64, 10**30)
+SPOILS = ("replace", "delete", "double", "swap")
+
+
+def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in it, with every key or index."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places_in(value[key])
+
+
+def spoil(tree: Any, data: st.DataObject) -> None:
+    """Change one thing anywhere."""
+    places = list(places_in(tree))
+    holder, key = places[data.draw(st.integers(0, len(places) - 1), "place")]
+    how = data.draw(st.sampled_from(SPOILS), "how")
+    if how == "delete":
+        del holder[key]
+    elif how == "double" and isinstance(holder, list):
+        holder.append(holder[key])
+    elif how == "swap":
+        other, at = places[data.draw(st.integers(0, len(places) - 1), "with")]
+        holder[key] = deepcopy(other[at])
+    else:
+        junk = data.draw(st.sampled_from(sorted(JUNK)) | st.sampled_from(NUMBERS), "value")
+        holder[key] = JUNK[junk] if isinstance(junk, str) else junk
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.data())
+def test_a_spoilt_offer_is_refused_or_is_an_offer_and_nothing_else(data: st.DataObject) -> None:
+    message, place = messages(valid_offer())
+    tree: Any = {"offer": message, "place": place}
+    for _ in range(data.draw(st.integers(1, 3), "count")):
+        spoil(tree, data)
+    if not isinstance(tree.get("offer"), dict) or not isinstance(tree.get("place"), dict):
+        return
+    try:
+        offer = Offer.from_json(tree["offer"], tree["place"])
+        chunks = offer.chunks()
+    except TransferError:
+        return
+    sizes = [spec.nbytes for spec in offer.files]
+    assert plan_digest(sizes, offer.buffer_size, chunks) == offer.plan
+    covered = [0] * len(sizes)
+    for chunk in chunks:
+        assert 0 <= chunk.root < offer.world_size
+        assert 0 < chunk.nbytes <= offer.buffer_size
+        for extent in chunk.extents:
+            covered[extent.file] += extent.nbytes
+    assert covered == sizes
