@@ -262,7 +262,7 @@ class Hub(Endpoint):
             self._forget(peer)
 
     def _lose(self, peer: Peer, why: str | None) -> None:
-        if self._complete:
+        if self._complete or isinstance(self._expected, frozenset):
             super()._lose(peer, why)
         else:
             self._forget(peer)

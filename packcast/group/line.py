@@ -173,9 +173,13 @@ class Line(Endpoint):
         return f"the sender, {peer.label}"
 
     def _on_abort(self, peer: Peer, message: Message) -> None:
-        # The sender speaks for the group: its sentence is everybody's, word for word.
+        # The sender speaks for the group: its sentence is everybody's, word for word. But
+        # "interrupted" alone would read as if this rank had been.
         self._drop(peer)
-        self._findings.append(Finding(peer, error_of(message)))
+        code = message.get("code")
+        was_interrupted = isinstance(code, int) and code > 128
+        said_by = f"the sender, {peer.label}" if was_interrupted else None
+        self._findings.append(Finding(peer, error_of(message, said_by=said_by)))
 
     def _note(self, peer: Peer, sentence: str | None) -> None:
         self._inbox.change(partial(self._set_gone, sentence))

@@ -8,6 +8,7 @@ than waited for, and whatever can block does so on a thread of its own.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import socket
@@ -46,11 +47,12 @@ def open_store(
         agent_store = False
     else:
         address = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        agent_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        agent_store = _is_agents(environ)
     if agent_store:
         store = _agents_store(launch, address, timeout_s)
     elif launch.rank == 0:
-        store, _ = _serve(address, timeout_s, every_interface=True)
+        option = "--port" if launch.kind == "slurm" else "--master-port (MASTER_PORT)"
+        store, _ = _serve(address, timeout_s, every_interface=True, option=option)
     else:
         store = connect_store(*address, timeout_s)
     return _of_this_attempt(store, environ)
@@ -61,7 +63,7 @@ def serve_store(host: str, timeout_s: float) -> tuple[Store, int]:
 
     A store has no authentication, hence one interface. Its host must be the last to leave.
     """
-    return _serve((host, 0), timeout_s, every_interface=False)
+    return _serve((host, 0), timeout_s, every_interface=False, option="--listen")
 
 
 def connect_store(host: str, port: int, timeout_s: float) -> Store:
@@ -134,6 +136,32 @@ def publish_failure(store: Store, error: PackcastError) -> None:
         return  # the launcher ends the others, or their own deadline does
 
 
+def leave_last(store: Store, launch: Launch, environ: Mapping[str, str], limit_s: float) -> None:
+    """The way out of a join that failed, where rank 0 hosts the store; every rank calls this.
+
+    Rank 0 stays until the others have read why, but no longer than `limit_s`: without the store
+    they could only time out. Never raises.
+    """
+    if launch.kind == "torchrun" and _is_agents(environ):
+        return
+    others = [f"gone/{rank}" for rank in range(1, launch.world_size)]
+
+    def go() -> None:
+        if launch.rank:
+            store.set(f"gone/{launch.rank}", "")
+            return
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and not all(store.check([key]) for key in others):
+            time.sleep(_SLOWEST_POLL_S / 4)
+
+    with contextlib.suppress(PackcastError, RuntimeError):
+        _within(limit_s, "no answer", go)
+
+
+def _is_agents(environ: Mapping[str, str]) -> bool:
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def await_address(store: Store, timeout_s: float) -> tuple[str, int]:
     """The control channel's (host, port), for every rank but the sender.
 
@@ -194,7 +222,7 @@ def _agents_store(launch: Launch, address: tuple[str, int], timeout_s: float) ->
 
 
 def _serve(
-    address: tuple[str, int], timeout_s: float, *, every_interface: bool
+    address: tuple[str, int], timeout_s: float, *, every_interface: bool, option: str
 ) -> tuple[Store, int]:
     """Host a store on a socket bound here, where a taken port has an error of its own."""
     from torch._C._distributed_c10d import TCPStore
@@ -207,7 +235,7 @@ def _serve(
         raise RendezvousError(
             f"cannot serve the store at {host}:{port}: "
             f"{'the port is taken' if taken else error.strerror or error}",
-            hint="choose another port with --port" if taken else None,
+            hint=f"choose another port with {option}" if taken else None,
         ) from None
     port = listener.getsockname()[1]
     store = _within(

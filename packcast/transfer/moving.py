@@ -67,6 +67,7 @@ class Mover:
         sink: Sink | None,
     ) -> None:
         self.counters = Counters()
+        self._is_moved = False
         self._offer = offer
         self._chunks = chunks
         self._device = torch.device(offer.device)
@@ -112,6 +113,7 @@ class Mover:
             raise channel.wait_verdict(_VERDICT_WAIT_S) or TransferError(
                 f"{offer.backend} failed at {self.position()}: {str(error).splitlines()[0]}"
             ) from error
+        self._is_moved = True
         on_gpu = self._device.type == "cuda"
         peak = torch.cuda.max_memory_reserved(self._device) if on_gpu else 0
         return Moved(
@@ -141,6 +143,8 @@ class Mover:
     def position(self) -> str:
         """How far this rank is, for a sentence: the newest file and its bytes so far."""
         newest = self.counters.newest
+        if self._is_moved:
+            return "the end, with all bytes sent"
         if newest is None:
             return "the beginning"
         spec = self._offer.files[newest.file]

@@ -75,6 +75,7 @@ def published_by(sink: Sink, fault: PackcastError | None) -> dict[str, object]:
         "kind": "PUBLISHED",
         "result": sink.result(),
         "error": fault.message if fault else None,
+        "hint": fault.hint if fault else None,
         "code": fault.exit_code if fault else 0,
     }
 
@@ -92,7 +93,8 @@ def failures_of(
         if last is None:
             failures[rank] = TransferError(lost.get(rank, "it left before it said PUBLISHED"))
         elif last.get("error"):
-            failures[rank] = error_from_code(int(str(last["code"])), str(last["error"]))
+            hint = str(last["hint"]) if last.get("hint") else None
+            failures[rank] = error_from_code(int(str(last["code"])), str(last["error"]), hint)
         elif proofs[rank].get("difference"):
             failures[rank] = VerificationError(str(proofs[rank]["difference"]))
     return failures
@@ -127,7 +129,11 @@ def make_report(
     """
     worst = min(failures, key=lambda rank: (failures[rank].exit_code == 6, rank), default=None)
     exit_code = 0 if worst is None else failures[worst].exit_code
-    error = "; ".join(f"rank {rank}: {fault.message}" for rank, fault in failures.items())
+    said = [_said(rank, fault) for rank, fault in failures.items()]
+    done = [str(report.rank) for report in ranks if report.role == "worker" and report.ok]
+    if done and exit_code not in (0, VerificationError.exit_code):
+        said.append(f"complete on rank{'s' * (len(done) > 1)} {', '.join(done)}")
+    error = "; ".join(said)
     return Report(
         command=settings.command,
         rank=offer.rank,
@@ -135,6 +141,7 @@ def make_report(
         ok=exit_code == 0,
         exit_code=exit_code,
         error=error or None,
+        hint=None if worst is None else failures[worst].hint,
         num_files=len(offer.files),
         num_tensors=offer.num_tensors,
         nbytes=offer.nbytes,
@@ -154,6 +161,11 @@ def make_report(
         warnings=tuple(warnings),
         ends_cleanly=moved.group_closed,
     )
+
+
+def _said(rank: int, fault: PackcastError) -> str:
+    """The failure's sentence; one about a lost rank names it already."""
+    return fault.message if fault.message.startswith("lost ") else f"rank {rank}: {fault.message}"
 
 
 def rank_reports(

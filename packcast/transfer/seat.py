@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from packcast.group.member import Member
 from packcast.group.roster import Expected
 from packcast.group.store import (
     await_address,
+    leave_last,
     open_store,
     publish_address,
     publish_failure,
@@ -33,6 +35,12 @@ from packcast.view import View
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+
+_GRACE_S = 5.0  # for the others to read why a join has failed
+
+# What to send, or why there is nothing.
+Opened = tuple[Checkpoint | None, tuple[OutgoingFile, ...], PackcastError | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,18 +84,37 @@ def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
             hint="start at least two, as with torchrun --nproc-per-node 2",
         )
     me = _introduce(settings, launch, checkpoint)
+    deadline = time.monotonic() + settings.join_timeout_s + _GRACE_S
     store = open_store(launch, os.environ, settings.join_timeout_s, settings.port)
+    try:
+        return _sit_with_launcher(
+            settings, launch, me, store, (checkpoint, files, fault), view, leaver
+        )
+    except PackcastError:
+        leave_last(store, launch, os.environ, max(0.0, deadline - time.monotonic()))
+        raise
+
+
+def _sit_with_launcher(
+    settings: Settings,
+    launch: Launch,
+    me: Member,
+    store: Store,
+    opened: Opened,
+    view: View,
+    leaver: Leaver,
+) -> Seat:
+    checkpoint, files, fault = opened
     sender = settle_sender(store, launch, settings.command, settings.join_timeout_s)
     view.placed(launch.rank, is_sender=sender == launch.rank)
     if sender != launch.rank:
         address = await_address(store, settings.join_timeout_s)
         line = _connect(settings, address, me, view, leaver)
         return _seat(launch, line, line.transfer_id, store, checkpoint, files)
-    if fault:
-        publish_failure(store, fault)
-        raise fault
     transfer_id = uuid.uuid4().hex
     try:
+        if fault:
+            raise fault
         host = reachable_host(_master(launch, os.environ))
         hub = _listen((host, 0), settings, me, transfer_id, settings.token, view, leaver)
     except PackcastError as error:
@@ -139,9 +166,7 @@ def _seat(
     )
 
 
-def _open(
-    settings: Settings,
-) -> tuple[Checkpoint | None, tuple[OutgoingFile, ...], PackcastError | None]:
+def _open(settings: Settings) -> Opened:
     """What to send, or why there is nothing: fatal only on the rank that turns out to send."""
     if settings.checkpoint is None:
         return None, (), None

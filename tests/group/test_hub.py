@@ -175,15 +175,23 @@ def test_missing_workers_are_counted_where_nobody_has_a_rank(group: Group) -> No
         group.hub().join(3, 0.1, lambda *_: None)
 
 
-def test_a_worker_that_leaves_before_all_are_there_may_come_back(group: Group) -> None:
+def test_without_a_launcher_a_worker_that_leaves_early_may_come_back(group: Group) -> None:
     hub = group.hub()
-    with Joining(hub, frozenset({0, 1, 2})) as joining:
+    with Joining(hub, 2) as joining:
         with Raw(hub.address) as raw:
-            raw.enter(member(1))
-        group.line(hub, member(1))
-        group.line(hub, member(2))
+            raw.enter(member())
+        group.line(hub, member())
+        group.line(hub, member())
     assert joining.error is None
     assert group.seen.fatal == []
+
+
+def test_a_launchers_rank_that_dies_before_all_are_there_ends_the_join(group: Group) -> None:
+    hub = group.hub()
+    with Joining(hub, frozenset({0, 1, 2})) as joining, Raw(hub.address) as raw:
+        raw.enter(member(1))
+    assert isinstance(joining.error, TransferError)
+    assert joining.error.message.startswith("lost rank 1 (host-a, pid ")
 
 
 def test_a_launchers_rank_that_gives_up_while_joining_ends_the_join_at_once(group: Group) -> None:

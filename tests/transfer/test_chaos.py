@@ -80,11 +80,11 @@ def num_read(command: Command) -> str:
     return Path(f"/proc/{command.pid}/io").read_text().splitlines()[0]
 
 
-def assert_lost(end: Ended, lost: Command, who: str) -> None:
+def assert_lost(end: Ended, lost: Command, who: str, where: str = "model") -> None:
     """The sentence of a loss: who, where, and how far all was."""
     assert end.returncode == 5, end.stderr
     assert f"lost {who} (" in end.sentence
-    assert f"pid {lost.pid}) at model" in end.sentence
+    assert f"pid {lost.pid}) at {where}" in end.sentence
 
 
 def test_a_killed_worker_ends_the_others_with_its_name_and_old_copies_stay(
@@ -255,7 +255,8 @@ def test_after_the_point_of_no_return_a_death_does_not_undo_what_others_publishe
     same_tree(large, outs[0])
     if victim == 2:
         sender, worker = ends
-        assert_lost(sender, ranks[2], "rank 2")
+        assert_lost(sender, ranks[2], "rank 2", "the end")
+        assert sender.sentence.endswith("; complete on rank 1")
         assert worker.returncode == 0, worker.stderr
         assert not outs[1].exists()
         return

@@ -1,0 +1,88 @@
+"""Lanes and marks on a CPU, and the clock that turns pairs of marks into counted stages."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from packcast.packed.counters import Counters
+from packcast.packed.lanes import Lane, LaneClock, Mark
+
+CPU = torch.device("cpu")
+
+
+class LateMark(Mark):
+    """As a GPU's: not passed before the lane gets there."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.is_passed = False
+        self.waited_for = 0
+
+    def passed(self) -> bool:
+        return self.is_passed
+
+    def synchronize(self) -> None:
+        self.waited_for += 1
+
+
+def test_a_mark_on_a_cpu_has_been_passed_when_it_is_made() -> None:
+    before = time.perf_counter()
+    mark = Lane(CPU).mark()
+    assert mark.passed()
+    assert mark.event is None
+    assert before <= mark.passed_at <= time.perf_counter()
+    mark.synchronize()
+
+
+def test_a_lane_on_a_cpu_is_the_callers_own_thread() -> None:
+    lane, other = Lane(CPU), Lane(CPU)
+    with lane as entered, lane, other:
+        assert entered is lane
+        lane.wait(other.mark())
+        lane.wait(None)
+        lane.wait_for_caller(CPU)
+        lane.synchronize()
+
+
+def test_a_lane_lets_errors_pass() -> None:
+    with pytest.raises(ZeroDivisionError), Lane(CPU):
+        raise ZeroDivisionError
+
+
+def test_a_span_that_is_over_is_counted_at_once_with_its_marks_times() -> None:
+    counters = Counters(trace=True)
+    clock, lane = LaneClock(CPU, counters), Lane(CPU)
+    begin = lane.mark()
+    end = lane.mark()
+    clock.span("h2d", 3, 100, begin, end)
+    (event,) = counters.trace()
+    assert (event.stage, event.chunk, event.nbytes) == ("h2d", 3, 100)
+    assert (event.begin, event.end) == (begin.passed_at, end.passed_at)
+
+
+def test_a_span_that_is_not_over_waits_without_the_host_and_keeps_the_order() -> None:
+    counters = Counters(trace=True)
+    clock, begin, late = LaneClock(CPU, counters), Mark(None), LateMark()
+    clock.span("h2d", 0, 1, begin, late)
+    clock.span("d2h", 0, 1, begin, Mark(None))
+    clock.collect()
+    assert counters.trace() == []
+    assert late.waited_for == 0
+    late.is_passed = True
+    clock.collect()
+    assert [event.stage for event in counters.trace()] == ["h2d", "d2h"]
+
+
+def test_at_the_end_every_span_is_waited_for_and_counted_once() -> None:
+    counters = Counters(trace=True)
+    clock, late = LaneClock(CPU, counters), [LateMark(), LateMark()]
+    for i, mark in enumerate(late):
+        clock.span("d2h", i, 5, Mark(None), mark)
+    clock.collect(wait=True)
+    clock.collect(wait=True)
+    assert [event.chunk for event in counters.trace()] == [0, 1]
+    assert [mark.waited_for for mark in late] == [1, 1]
+    assert counters.nbytes("d2h") == 10

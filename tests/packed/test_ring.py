@@ -1,0 +1,234 @@
+"""Slots on a CPU: whose turn it is, who still holds them, and who is woken when all is over."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import pytest
+import torch
+
+from packcast.errors import PackcastError, TransferError
+from packcast.packed.counters import Counters
+from packcast.packed.plan import (
+    BLOCK,
+    PAGE,
+    Chunk,
+    Extent,
+    ring_nbytes,
+    slot_nbytes,
+    trailer_nbytes,
+)
+from packcast.packed.ring import Ring, host_view
+from tests.helpers.waiting import Waiter
+
+OVER = TransferError("it is over")
+
+
+def chunk(index: int, nbytes: int = BLOCK, root: int = 0) -> Chunk:
+    return Chunk(index, root, (Extent(0, 0, nbytes),), nbytes, trailer_nbytes(BLOCK))
+
+
+def make_ring(num_buffers: int = 2, counters: Counters | None = None) -> Ring:
+    return Ring(torch.device("cpu"), slot_nbytes(BLOCK), num_buffers, counters or Counters())
+
+
+def test_chunk_i_has_slot_i_modulo_their_number() -> None:
+    ring = make_ring(3)
+    first = [ring.take(chunk(i)) for i in range(3)]
+    assert len({slot.memory.data_ptr() for slot in first}) == 3
+    for slot in first:
+        ring.release(slot)
+    assert [ring.take(chunk(i)) for i in range(3, 6)] == first
+
+
+def test_slots_are_of_one_size_hold_payload_and_trailer_and_do_not_overlap() -> None:
+    ring = make_ring(3)
+    slots = [ring.take(chunk(i)) for i in range(3)]
+    assert sum(slot.memory.numel() for slot in slots) == ring_nbytes(BLOCK, 3)
+    for i, slot in enumerate(slots):
+        assert slot.memory.numel() == slot_nbytes(BLOCK)
+        slot.memory.fill_(i)
+    assert all(bool((slot.memory == i).all()) for i, slot in enumerate(slots))
+
+
+def test_a_chunk_waits_until_the_loop_has_released_its_slot() -> None:
+    ring = make_ring(2)
+    slot = ring.take(chunk(0))
+    later = Waiter(lambda: ring.take(chunk(2)))
+    assert later.waits()
+    ring.release(slot)
+    assert later.result() is slot
+
+
+def test_releasing_one_slot_does_not_give_away_another() -> None:
+    ring = make_ring(2)
+    ring.take(chunk(0))
+    ring.release(ring.take(chunk(1)))
+    later = Waiter(lambda: ring.take(chunk(2)))
+    assert later.waits()
+    ring.stop(OVER)
+
+
+def test_a_chunk_far_ahead_waits_for_every_turn_before_it() -> None:
+    ring = make_ring(2)
+    far = Waiter(lambda: ring.await_turn(chunk(6)))
+    for i in (0, 2):
+        ring.release(ring.take(chunk(i)))
+    assert far.waits()
+    ring.release(ring.take(chunk(4)))
+    assert far.result() is ring.take(chunk(6))
+
+
+def test_a_slot_that_a_thread_holds_is_passed_on_when_the_last_lets_go() -> None:
+    ring = make_ring(2)
+    slot = ring.take(chunk(0))
+    ring.hold(slot)
+    ring.hold(slot)
+    ring.release(slot)
+    later = Waiter(lambda: ring.take(chunk(2)))
+    ring.let_go(slot)
+    assert later.waits()
+    ring.let_go(slot)
+    assert later.result() is slot
+
+
+def test_letting_go_before_the_loop_has_released_passes_nothing_on() -> None:
+    ring = make_ring(2)
+    slot = ring.take(chunk(0))
+    ring.hold(slot)
+    ring.let_go(slot)
+    later = Waiter(lambda: ring.take(chunk(2)))
+    assert later.waits()
+    ring.release(slot)
+    assert later.result() is slot
+
+
+def test_a_release_counts_for_one_turn_only() -> None:
+    ring = make_ring(1)
+    ring.release(ring.take(chunk(0)))
+    ring.take(chunk(1))
+    later = Waiter(lambda: ring.take(chunk(2)))
+    assert later.waits()
+    ring.stop(OVER)
+
+
+def test_stop_wakes_everyone_who_waits_with_its_error() -> None:
+    ring = make_ring(2)
+    waiters = [Waiter(partial(ring.await_turn, chunk(i))) for i in (2, 3, 4, 9)]
+    assert all(waiter.waits() for waiter in waiters)
+    ring.stop(OVER)
+    for waiter in waiters:
+        with pytest.raises(TransferError, match="it is over"):
+            waiter.result()
+
+
+def test_the_first_reason_to_stop_counts_also_for_whoever_comes_later() -> None:
+    ring = make_ring(2)
+    ring.stop(OVER)
+    ring.stop(PackcastError("something else"))
+    for body in (lambda: ring.take(chunk(0)), lambda: ring.await_turn(chunk(5))):
+        with pytest.raises(TransferError, match="it is over"):
+            body()
+
+
+def test_what_is_held_can_be_let_go_after_the_stop() -> None:
+    ring = make_ring(1)
+    slot = ring.take(chunk(0))
+    ring.hold(slot)
+    ring.stop(OVER)
+    ring.release(slot)
+    ring.let_go(slot)
+    ring.synchronize()
+
+
+def test_many_threads_use_each_slot_strictly_in_chunk_order() -> None:
+    ring, order, lock = make_ring(3), list[int](), threading.Lock()
+
+    def use(first: int) -> None:
+        for i in range(first, 120, 4):
+            slot = ring.take(chunk(i))
+            with lock:
+                order.append(i)
+            ring.release(slot)
+
+    for waiter in [Waiter(partial(use, first)) for first in range(4)]:
+        waiter.result()
+    assert sorted(order) == list(range(120))
+    for residue in range(3):
+        turns = [i for i in order if i % 3 == residue]
+        assert turns == sorted(turns)
+
+
+@pytest.mark.parametrize("nbytes", [1, PAGE - 1, PAGE, PAGE + 1, BLOCK])
+def test_the_trailer_lies_on_the_next_page_and_travels_with_the_payload(nbytes: int) -> None:
+    ring = make_ring()
+    one = chunk(0, nbytes, root=5)
+    slot = ring.take(one)
+    offset = one.trailer_offset
+    assert offset % PAGE == 0
+    assert nbytes <= offset < nbytes + PAGE
+    sent: list[tuple[int, int, int]] = []
+    ring.broadcast(one, slot, lambda t, root: sent.append((t.data_ptr(), t.numel(), root)))
+    assert sent == [(slot.memory.data_ptr(), offset + trailer_nbytes(BLOCK), 5)]
+    assert sent[0][1] <= slot.memory.numel()
+
+
+def test_a_slot_grows_to_a_chunk_that_turns_out_larger_and_stays_so() -> None:
+    ring = make_ring(2)
+    other = ring.take(chunk(1)).memory
+    slot = ring.take(chunk(0))
+    ring.release(slot)
+    assert ring.take(chunk(2, 3 * BLOCK)) is slot
+    assert slot.memory.numel() == chunk(2, 3 * BLOCK).wire_nbytes
+    grown = slot.memory.data_ptr()
+    ring.release(slot)
+    assert ring.take(chunk(4)).memory.data_ptr() == grown
+    assert ring.take(chunk(1)).memory is other
+
+
+def test_a_slot_does_not_grow_while_a_thread_holds_it() -> None:
+    ring = make_ring(1)
+    slot = ring.take(chunk(0))
+    before = slot.memory
+    ring.hold(slot)
+    ring.release(slot)
+    larger = Waiter(lambda: ring.take(chunk(1, 2 * BLOCK)))
+    assert larger.waits()
+    assert slot.memory is before
+    ring.let_go(slot)
+    larger.result()
+    assert slot.memory.numel() > 2 * BLOCK
+
+
+def test_a_broadcast_is_counted_by_payload_and_marks_the_slot() -> None:
+    counters = Counters(trace=True)
+    ring = make_ring(counters=counters)
+    slot = ring.take(chunk(0, 7))
+    assert slot.arrived is None
+    ring.broadcast(chunk(0, 7), slot, lambda tensor, root: None)
+    (event,) = counters.trace()
+    assert (event.stage, event.chunk, event.nbytes) == ("broadcast", 0, 7)
+    assert slot.arrived is not None
+    assert event.end == slot.arrived.passed_at
+
+
+def test_a_broadcast_that_fails_counts_no_byte_but_its_waiting() -> None:
+    counters = Counters()
+    ring = make_ring(counters=counters)
+
+    def broken(tensor: torch.Tensor, root: int) -> None:
+        raise RuntimeError("connection reset")
+
+    with pytest.raises(RuntimeError, match="connection reset"):
+        ring.broadcast(chunk(0), ring.take(chunk(0)), broken)
+    assert counters.nbytes("broadcast") == 0
+    assert counters.totals()["broadcast"].waiting_s > 0
+
+
+def test_a_host_view_is_the_tensors_own_memory() -> None:
+    tensor = torch.zeros(10, dtype=torch.uint8)
+    view = host_view(tensor[2:5])
+    view[:] = b"abc"
+    assert bytes(tensor.tolist()) == b"\0\0abc\0\0\0\0\0"
+    assert (view.format, view.itemsize, view.readonly) == ("B", 1, False)
