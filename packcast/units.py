@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from packcast.errors import UsageError
 
@@ -12,7 +13,7 @@ GIB = 1 << 30
 
 _SIZE_UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
 _TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
-_NUMBER_AND_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*")
 
 
 def parse_size(text: str) -> int:
@@ -21,7 +22,7 @@ def parse_size(text: str) -> int:
     unit = match and _SIZE_UNITS.get(match[2].upper())
     if not match or not unit:
         raise UsageError(f"{text!r} is not a size", hint="write sizes as 64MiB or 1GiB")
-    return round(float(match[1]) * unit)
+    return round(Fraction(match[1]) * unit)
 
 
 def format_size(nbytes: int) -> str:
@@ -29,7 +30,7 @@ def format_size(nbytes: int) -> str:
     if nbytes < KIB:
         return f"{nbytes} B"
     value, units = nbytes / KIB, ["TiB", "GiB", "MiB", "KiB"]
-    while value >= 1024 and len(units) > 1:
+    while round(value) >= 1024 and len(units) > 1:
         value /= 1024
         units.pop()
     return f"{value:.{0 if value >= 100 else 1}f} {units[-1]}"
@@ -59,7 +60,7 @@ def parse_duration(text: str) -> float:
 
 def format_duration(seconds: float) -> str:
     """`0.42 s`, `12.3 s`, `3 min 05 s`."""
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.{2 if seconds < 10 else 1}f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

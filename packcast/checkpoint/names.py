@@ -21,7 +21,7 @@ def name_fault(name: str) -> str | None:
         name.encode()
     except UnicodeEncodeError:
         return "is not valid UTF-8"
-    components = name.split("/")
+    components = name.split("/", MAX_DEPTH)
     if not components[0]:
         return "is not relative"
     if len(components) > MAX_DEPTH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Protocol, TypeVar
 
 from packcast.errors import TransferError
@@ -56,7 +57,11 @@ def run_pipeline(
     the last byte is through on this rank. Errors of source and drain are raised as they are; the
     other ranks are then left waiting, so the caller has to tell them.
     """
-    try:
+    with ExitStack() as ending:
+        for end in (source, drain):
+            if end is not None:
+                ending.callback(end.close)
+        ending.callback(ring.stop, TransferError("the transfer is over"))
         for chunk in chunks:
             with ring.counters.waiting_on(drain.stage if drain is not None else "read"):
                 slot = ring.take(chunk)
@@ -69,8 +74,3 @@ def run_pipeline(
         ring.synchronize()
         if drain is not None:
             drain.finish()
-    finally:
-        ring.stop(TransferError("the transfer is over"))
-        for end in (source, drain):
-            if end is not None:
-                end.close()

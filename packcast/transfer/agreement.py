@@ -88,9 +88,7 @@ def make_offers(
         staging=settings.staging,
         readers=readers,
         plan=plan_digest(sizes, settings.buffer_size, chunks),
-        selection=Selection(
-            settings.sidecars, settings.all_files, settings.include, settings.exclude
-        ),
+        selection=Selection(settings.include, settings.exclude),
         samples=samples,
         world_size=len(members),
         backend=assignment.backend,

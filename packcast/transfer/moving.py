@@ -71,8 +71,6 @@ class Mover:
         self._offer = offer
         self._chunks = chunks
         self._device = torch.device(offer.device)
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
         self._ring = self._make_ring()
         ends = (reader is not None) + (sink is not None)
         buffers = Buffers(
@@ -177,12 +175,14 @@ class Mover:
     def _make_ring(self) -> Ring:
         offer = self._offer
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)
             return Ring(
                 self._device, slot_nbytes(offer.buffer_size), offer.num_buffers, self.counters
             )
         except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is a plain one
             raise TransferError(
-                f"{offer.device} has no room for {offer.num_buffers} buffers of"
+                f"{offer.device} is not there, or has no room for {offer.num_buffers} buffers of"
                 f" {format_exact_size(offer.buffer_size)}",
                 hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
             ) from error

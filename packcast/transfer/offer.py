@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from packcast.checkpoint.header import Header, parse_header
 from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.reading import shown
 from packcast.errors import PackcastError, TransferError
 from packcast.packed.plan import BLOCK, Chunk, check_buffers, plan_chunks, plan_digest
 
 MAX_FILES = 100_000
-MAX_NBYTES = 1 << 50
-MAX_CHUNKS = 1 << 21
+MAX_NBYTES = 1 << 46
+MAX_CHUNKS = 1 << 20
 MAX_MTIME_NS = (1 << 63) - 1
 MAX_RANKS = 1 << 20
 MAX_SAMPLES = 64
@@ -26,10 +27,8 @@ MAX_SAMPLES = 64
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which files and tensors of the sender's checkpoint go; the other readers choose the same."""
+    """Which tensors of the sender's checkpoint go; the other readers choose the same."""
 
-    sidecars: bool
-    all_files: bool
     include: tuple[str, ...]
     exclude: tuple[str, ...]
 
@@ -122,8 +121,6 @@ class Offer:
             "plan": self.plan,
             "digest": "xxh3_128",
             "selection": {
-                "sidecars": self.selection.sidecars,
-                "all_files": self.selection.all_files,
                 "include": list(self.selection.include),
                 "exclude": list(self.selection.exclude),
             },
@@ -177,14 +174,14 @@ def _checked(message: Mapping[str, object], place: Mapping[str, object]) -> Offe
         world_size=world_size,
         backend=_one_of(message["backend"], ("nccl", "gloo")),
         reason=_text(message["reason"]),
-        loud=message["loud"] is True,
+        loud=_flag(message["loud"]),
         place=_place(place, world_size, str(message["backend"])),
     )
 
 
 def _place(message: Mapping[str, object], world_size: int, backend: str) -> Place:
     device = _text(message["device"])
-    if not re.fullmatch(r"cuda:\d{1,3}" if backend == "nccl" else "cpu", device):
+    if not re.fullmatch(r"cuda:(0|[1-9][0-9]?)" if backend == "nccl" else "cpu", device):
         raise ValueError(f"{device} is no device for {backend}")
     return Place(
         rank=_count(message["rank"], world_size - 1),
@@ -200,14 +197,14 @@ def _file(entry: object) -> FileSpec:
         raise ValueError("a file's name is not a text")
     fault = name_fault(name)
     if fault:
-        raise ValueError(f"the name {name!r}: {fault}")
+        raise ValueError(f"the name {shown(name)}: {fault}")
     size = _count(nbytes, MAX_NBYTES)
     header: Header | None = None
     if header_text is not None:
         if not isinstance(header_text, str):
             raise ValueError(f"{name}: its header is not a text")
         header = parse_header(header_text.encode(), size, name)
-    return FileSpec(name, size, _count(mtime_ns, MAX_MTIME_NS), executable is True, header)
+    return FileSpec(name, size, _time(mtime_ns), _flag(executable), header)
 
 
 def _selection(value: object) -> Selection:
@@ -217,7 +214,7 @@ def _selection(value: object) -> Selection:
         tuple(_text(glob) for glob in _list(value[key], MAX_FILES))
         for key in ("include", "exclude")
     )
-    return Selection(value["sidecars"] is True, value["all_files"] is True, include, exclude)
+    return Selection(include, exclude)
 
 
 def _sample(entry: object, files: Sequence[FileSpec]) -> Sample:
@@ -230,7 +227,19 @@ def _sample(entry: object, files: Sequence[FileSpec]) -> Sample:
 
 def _count(value: object, limit: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-        raise ValueError(f"{value!r:.40} is not a number from 0 to {limit}")
+        raise ValueError(f"{shown(value)} is not a number from 0 to {limit}")
+    return value
+
+
+def _time(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_MTIME_NS:
+        raise ValueError(f"{shown(value)} is not a time in nanoseconds")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{shown(value)} is neither true nor false")
     return value
 
 
@@ -242,11 +251,11 @@ def _list(value: object, limit: int) -> list[object]:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or len(value) > 1000 or not value.isprintable():
-        raise ValueError(f"{value!r:.40} is not a short printable text")
+        raise ValueError(f"{shown(value)} is not a short printable text")
     return value
 
 
 def _one_of(value: object, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise ValueError(f"{value!r:.40} is none of {', '.join(choices)}")
+        raise ValueError(f"{shown(value)} is none of {', '.join(choices)}")
     return str(value)

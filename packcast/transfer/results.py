@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 
 from packcast.ends.landing import Sink
-from packcast.errors import PackcastError, TransferError, VerificationError, error_from_code
+from packcast.errors import PackcastError, TransferError, VerificationError
 from packcast.group.member import Member
+from packcast.group.wire import error_of
 from packcast.packed.counters import Counters
 from packcast.report import RankReport, Report, StageReport
 from packcast.settings import Settings
@@ -32,16 +33,16 @@ def agreed_digests(
     offer: Offer, mine: list[str] | None, proofs: Mapping[int, Mapping[str, object]]
 ) -> dict[str, str]:
     """The digest of every file, which sender and workers must all have found to be the same."""
-    digests = mine
+    digests, measure = mine, "the sender"
     for rank, proof in sorted(proofs.items()):
         theirs = proof.get("digests")
-        if not isinstance(theirs, list) or len(theirs) != len(offer.files):
+        if not isinstance(theirs, list) or [type(it) for it in theirs] != [str] * len(offer.files):
             raise TransferError(f"rank {rank} sent no digests of the {len(offer.files)} files")
         if digests is None:
-            digests = [str(digest) for digest in theirs]
+            digests, measure = [str(digest) for digest in theirs], f"rank {rank}"
         for spec, one, other in zip(offer.files, digests, theirs, strict=True):
             if one != other:
-                raise TransferError(f"{spec.name}: rank {rank} has other bytes than the sender")
+                raise TransferError(f"{spec.name}: rank {rank} has other bytes than {measure}")
     assert digests is not None, "there is at least one worker"
     return {spec.name: digest for spec, digest in zip(offer.files, digests, strict=True)}
 
@@ -92,9 +93,9 @@ def failures_of(
         last = published.get(rank)
         if last is None:
             failures[rank] = TransferError(lost.get(rank, "it left before it said PUBLISHED"))
-        elif last.get("error"):
-            hint = str(last["hint"]) if last.get("hint") else None
-            failures[rank] = error_from_code(int(str(last["code"])), str(last["error"]), hint)
+        elif last.get("error") or last.get("code"):
+            said = {"message": last.get("error")} | {k: last.get(k) for k in ("code", "hint")}
+            failures[rank] = error_of(said)
         elif proofs[rank].get("difference"):
             failures[rank] = VerificationError(str(proofs[rank]["difference"]))
     return failures

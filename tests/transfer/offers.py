@@ -52,7 +52,7 @@ OFFER = Offer(
     staging=7 * BLOCK,
     readers=(1, 2),
     plan="",
-    selection=Selection(True, True, ("t*", "a?b"), ("*.bias",)),
+    selection=Selection(("t*", "a?b"), ("*.bias",)),
     samples=(Sample(2, BLOCK, BLOCK, "ab" * 16), Sample(4, BLOCK, 1, "cd" * 16)),
     world_size=4,
     backend="gloo",
@@ -60,6 +60,23 @@ OFFER = Offer(
     loud=True,
     place=Place(3, "cpu", 2, 1),
 )
+
+# Never what an offer's field may be, but for the flags.
+JUNK: dict[str, object] = {
+    "null": None,
+    "true": True,
+    "minus one": -1,
+    "fraction": 1.5,
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "huge": 10**30,
+    "thousands of digits": 10**5000,
+    "escape": "\x1b[31m",
+    "long text": "x" * 1001,
+    "list of lists": [[]],
+    "list of null": [None],
+    "object": {"a": 1},
+}
 
 
 def planned(offer: Offer) -> Offer:

@@ -54,7 +54,7 @@ def with_samples(files: tuple[OutgoingFile, ...], checkpoint: Checkpoint) -> Off
     return replace(
         offer,
         samples=take_samples(checkpoint, files),
-        selection=Selection(True, False, (), ()),
+        selection=Selection((), ()),
     )
 
 
@@ -193,7 +193,7 @@ def copy1(source: str, target: str) -> None:
 def test_a_selection_is_made_again_on_the_reader(checkpoint: Checkpoint) -> None:
     files = outgoing_files(checkpoint, include=("layer.*.1",))
     offer = with_samples(files, checkpoint)
-    chosen = Selection(True, False, ("layer.*.1",), ())
+    chosen = Selection(("layer.*.1",), ())
     assert same_files_as_offered(checkpoint, replace(offer, selection=chosen)) == files
     with pytest.raises(RendezvousError, match="is not the sender's"):
         same_files_as_offered(checkpoint, offer)
@@ -215,7 +215,7 @@ def test_a_reader_whose_block_differs_is_told_file_and_place(
     copy = open_checkpoint(folder)
     assert copy.fingerprint() == checkpoint.fingerprint()
     before = open_descriptors()
-    offer = replace(offer, samples=(sample,), selection=Selection(True, False, (), ()))
+    offer = replace(offer, samples=(sample,), selection=Selection((), ()))
     with pytest.raises(RendezvousError, match=rf"{name} differs from the sender's at byte {at} "):
         same_files_as_offered(copy, offer)
     assert open_descriptors() == before

@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from packcast.errors import TransferError
-from packcast.packed.plan import BLOCK, plan_digest
+from packcast.packed.plan import BLOCK
 from packcast.transfer.offer import (
     MAX_CHUNKS,
     MAX_FILES,
@@ -27,7 +24,7 @@ from packcast.transfer.offer import (
     Sample,
     Selection,
 )
-from tests.transfer.offers import Message, header_text, messages, shard, sidecar, valid_offer
+from tests.transfer.offers import JUNK, Message, header_text, messages, shard, sidecar, valid_offer
 
 OTHERS: dict[str, Any] = {  # for each field of an offer another value than `valid_offer` has
     "files": (shard("only.safetensors", 5),),
@@ -36,7 +33,7 @@ OTHERS: dict[str, Any] = {  # for each field of an offer another value than `val
     "staging": 0,
     "readers": (0,),
     "plan": "another",
-    "selection": Selection(False, False, (), ()),
+    "selection": Selection((), ()),
     "samples": (),
     "world_size": 1 << 20,
     "backend": "nccl",
@@ -46,21 +43,6 @@ OTHERS: dict[str, Any] = {  # for each field of an offer another value than `val
 }
 FIELDS = ("digest", *(name for name in OTHERS if name != "place"))
 PLACE_FIELDS = ("rank", "device", "ranks_on_host", "readers_on_host")
-JUNK: dict[str, object] = {
-    "null": None,
-    "true": True,
-    "minus one": -1,
-    "fraction": 1.5,
-    "NaN": float("nan"),
-    "infinity": float("inf"),
-    "huge": 10**30,
-    "thousands of digits": 10**5000,
-    "escape": "\x1b[31m",
-    "long text": "x" * 1001,
-    "list of lists": [[]],
-    "list of null": [None],
-    "object": {"a": 1},
-}
 
 
 def received(offer: Offer) -> Offer:
@@ -131,10 +113,9 @@ def test_a_missing_field_of_the_place_is_refused(name: str) -> None:
     assert name in refused(message, place)
 
 
-@pytest.mark.parametrize("name", ["sidecars", "all_files", "include", "exclude"])
+@pytest.mark.parametrize("name", ["include", "exclude"])
 def test_a_missing_field_of_the_selection_is_refused(name: str) -> None:
-    chosen: dict[str, object] = {"sidecars": True, "all_files": True}
-    chosen |= {"include": [], "exclude": []}
+    chosen: dict[str, object] = {"include": [], "exclude": []}
     del chosen[name]
     assert name in refused_with(selection=chosen)
 
@@ -155,9 +136,6 @@ def test_a_place_of_a_wrong_type_or_size_is_refused(name: str, junk: str) -> Non
 @pytest.mark.parametrize("junk", [junk for junk in JUNK if junk != "true"])
 def test_a_flag_that_is_neither_true_nor_false_is_refused(junk: str) -> None:
     refused_with(loud=JUNK[junk])
-    chosen = {"sidecars": True, "all_files": True, "include": [], "exclude": []}
-    refused_with(selection=chosen | {"sidecars": JUNK[junk]})
-    refused_with(selection=chosen | {"all_files": JUNK[junk]})
     refused_file("a", 1, 1, JUNK[junk], None)
 
 
@@ -166,7 +144,8 @@ def test_a_file_of_wrong_types_is_refused(junk: str) -> None:
     refused_with(files=[JUNK[junk]], samples=[])
     refused_file(JUNK[junk], 1, 1, False, None)
     refused_file("a", JUNK[junk], 1, False, None)
-    refused_file("a", 1, JUNK[junk], False, None)
+    if junk != "minus one":  # as a time it is one, just before 1970
+        refused_file("a", 1, JUNK[junk], False, None)
     if junk != "null":
         refused_file("a", 1, 1, False, JUNK[junk])
 
@@ -388,56 +367,3 @@ def test_every_number_of_the_plan_is_under_its_digest(changes: dict[str, Any]) -
     offer = replace(valid_offer(), samples=(), **changes)
     with pytest.raises(TransferError, match="plan is not the one"):
         received(offer).chunks()
-
-
-# Sizes between these bounds are plans of up to millions of chunks: right, but slow to make here.
-NUMBERS = (-1, 0, 1, 2, 3, 7, BLOCK, 2 * BLOCK, 1 << 31, 1 << 53, 1 << 63, 1 << 64, 10**30)
-SPOILS = ("replace", "delete", "double", "swap")
-
-
-def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every container in it, with every key or index."""
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield value, key
-            yield from places_in(value[key])
-
-
-def spoil(tree: Any, data: st.DataObject) -> None:
-    """Change one thing anywhere in the two messages."""
-    places = [*places_in(tree["offer"]), *places_in(tree["place"])]
-    holder, key = places[data.draw(st.integers(0, len(places) - 1), "place")]
-    how = data.draw(st.sampled_from(SPOILS), "how")
-    if how == "delete":
-        del holder[key]
-    elif how == "double" and isinstance(holder, list):
-        holder.append(holder[key])
-    elif how == "swap":
-        other, at = places[data.draw(st.integers(0, len(places) - 1), "with")]
-        holder[key] = deepcopy(other[at])
-    else:
-        junk = data.draw(st.sampled_from(sorted(JUNK)) | st.sampled_from(NUMBERS), "value")
-        holder[key] = JUNK[junk] if isinstance(junk, str) else junk
-
-
-@settings(max_examples=500, deadline=None)
-@given(st.data())
-def test_a_spoilt_offer_is_refused_or_is_an_offer_and_nothing_else(data: st.DataObject) -> None:
-    message, place = messages(valid_offer())
-    tree: Any = {"offer": message, "place": place}
-    for _ in range(data.draw(st.integers(1, 3), "count")):
-        spoil(tree, data)
-    try:
-        offer = Offer.from_json(tree["offer"], tree["place"])
-        chunks = offer.chunks()
-    except TransferError:
-        return
-    sizes = [spec.nbytes for spec in offer.files]
-    assert plan_digest(sizes, offer.buffer_size, chunks) == offer.plan
-    covered = [0] * len(sizes)
-    for chunk in chunks:
-        assert 0 <= chunk.root < offer.world_size
-        assert 0 < chunk.nbytes <= offer.buffer_size
-        for extent in chunk.extents:
-            covered[extent.file] += extent.nbytes
-    assert covered == sizes

@@ -1,0 +1,67 @@
+"""An offer changed anywhere at random: refused, or still an offer in every respect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packcast.errors import TransferError
+from packcast.packed.plan import BLOCK, plan_digest
+from packcast.transfer.offer import Offer
+from tests.transfer.offers import JUNK, messages, valid_offer
+
+# Sizes between these bounds are plans of up to millions of chunks: right, but slow to make here.
+NUMBERS = (-1, 0, 1, 2, 3, 7, BLOCK, 2 * BLOCK, 1 << 31, 1 << 53, 1 << 63, 1 << 64, 10**30)
+SPOILS = ("replace", "delete", "double", "swap")
+
+
+def places_in(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in it, with every key or index."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from places_in(value[key])
+
+
+def spoil(tree: Any, data: st.DataObject) -> None:
+    """Change one thing anywhere in the two messages."""
+    places = [*places_in(tree["offer"]), *places_in(tree["place"])]
+    holder, key = places[data.draw(st.integers(0, len(places) - 1), "place")]
+    how = data.draw(st.sampled_from(SPOILS), "how")
+    if how == "delete":
+        del holder[key]
+    elif how == "double" and isinstance(holder, list):
+        holder.append(holder[key])
+    elif how == "swap":
+        other, at = places[data.draw(st.integers(0, len(places) - 1), "with")]
+        holder[key] = deepcopy(other[at])
+    else:
+        junk = data.draw(st.sampled_from(sorted(JUNK)) | st.sampled_from(NUMBERS), "value")
+        holder[key] = deepcopy(JUNK[junk]) if isinstance(junk, str) else junk
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.data())
+def test_a_spoilt_offer_is_refused_or_is_an_offer_and_nothing_else(data: st.DataObject) -> None:
+    message, place = messages(valid_offer())
+    tree: Any = {"offer": message, "place": place}
+    for _ in range(data.draw(st.integers(1, 3), "count")):
+        spoil(tree, data)
+    try:
+        offer = Offer.from_json(tree["offer"], tree["place"])
+        chunks = offer.chunks()
+    except TransferError:
+        return
+    sizes = [spec.nbytes for spec in offer.files]
+    assert plan_digest(sizes, offer.buffer_size, chunks) == offer.plan
+    covered = [0] * len(sizes)
+    for chunk in chunks:
+        assert 0 <= chunk.root < offer.world_size
+        assert 0 < chunk.nbytes <= offer.buffer_size
+        for extent in chunk.extents:
+            covered[extent.file] += extent.nbytes
+    assert covered == sizes
