@@ -51,7 +51,6 @@ class Moved:
     digests: list[str] | None  # of every file, if this rank saw every block
     peak_device_nbytes: int
     pinned_nbytes: int
-    group_closed: bool  # False: the process must leave by os._exit
 
 
 class Mover:
@@ -68,6 +67,7 @@ class Mover:
     ) -> None:
         self.counters = Counters()
         self._is_moved = False
+        self._group: dist.ProcessGroup | None = None
         self._offer = offer
         self._chunks = chunks
         self._device = torch.device(offer.device)
@@ -90,9 +90,9 @@ class Mover:
             self._source = FileSource(mine, reader, buffers, num_threads=threads)
 
     def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
-        """Make the process group, send or receive every chunk, take the group down. All ranks."""
+        """Make the process group and send or receive every chunk. All ranks."""
         offer = self._offer
-        group = self._open_group(store, interface, channel)
+        group = self._group = self._open_group(store, interface, channel)
         try:
             channel.arm(self.position)
             began = time.perf_counter()
@@ -119,8 +119,13 @@ class Mover:
             digests=self._digests(),
             peak_device_nbytes=peak,
             pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
-            group_closed=close_process_group(group, self._device, _CLOSE_LIMIT_S),
         )
+
+    def close(self) -> bool:
+        """Take the process group down, once every rank has moved all: some backends break the
+        last collective of those that are behind. False: the process must leave by os._exit."""
+        assert self._group is not None, "close comes after move"
+        return close_process_group(self._group, self._device, _CLOSE_LIMIT_S)
 
     def _open_group(
         self, store: Store, interface: str | None, channel: Hub | Line

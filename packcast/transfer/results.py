@@ -123,6 +123,7 @@ def make_report(
     workers: Mapping[int, Mapping[str, object]],
     warnings: Sequence[str],
     failures: Mapping[int, PackcastError],
+    ends_cleanly: bool,
 ) -> Report:
     """This rank's report of a transfer that reached its end.
 
@@ -160,7 +161,7 @@ def make_report(
         digests=dict(digests),
         workers=workers,
         warnings=tuple(warnings),
-        ends_cleanly=moved.group_closed,
+        ends_cleanly=ends_cleanly,
     )
 
 

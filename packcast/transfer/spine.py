@@ -102,7 +102,10 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
         view.phase("data")
         moved = mover.move(store, interface_of(host), hub)
+        hub.gather("MOVED", None)  # the stall watch is its bound
+    hub.broadcast({"kind": "CLOSE"})
     view.phase("finish")
+    closed = mover.close()
     proofs = hub.gather("PROVED", _finish_limit_s(settings, offer))
     seconds = since(moved.began)
     digests = agreed_digests(offer, moved.digests, proofs)
@@ -128,6 +131,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
         workers={rank: facts_of(proofs[rank], published.get(rank)) for rank in workers},
         warnings=checkpoint.warnings,
         failures=failures,
+        ends_cleanly=closed,
     )
 
 
@@ -158,7 +162,10 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
             view.phase("data")
             moved = mover.move(store, interface_of(reachable_host((host, port or 9))), line)
+            line.send({"kind": "MOVED"})
+            line.expect("CLOSE", None)
         view.phase("finish")
+        closed = mover.close()
         sink.finish()
         seconds = since(moved.began)
         line.send(proof_of(offer, moved, mover.counters, sink, seconds))
@@ -193,6 +200,7 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
         workers={offer.rank: sink.result()},
         warnings=sink.notes,
         failures=failures,
+        ends_cleanly=closed,
     )
 
 

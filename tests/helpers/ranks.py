@@ -22,6 +22,7 @@ def run_ranks(
     store = dist.HashStore()
     results: dict[int, T] = {}
     errors: dict[int, BaseException] = {}
+    groups = []  # kept until all have ended: older gloos abort where a peer goes first
 
     def run(rank: int) -> None:
         try:
@@ -31,6 +32,8 @@ def run_ranks(
                 world_size,
                 datetime.timedelta(seconds=timeout_s),
             )
+
+            groups.append(group)
 
             def broadcast(tensor: torch.Tensor, root: int) -> None:
                 options = dist.BroadcastOptions()

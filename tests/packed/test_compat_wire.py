@@ -1,0 +1,261 @@
+"""The compatible wire, byte for byte: against a model of it, against the original, over gloo."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from packcast.bench.baselines import original_consumer, original_producer
+from packcast.packed.compat import (
+    DEFAULT_PACKED_BUFFER_SIZE_BYTES,
+    DEFAULT_PACKED_NUM_BUFFERS,
+    packed_broadcast_consumer,
+    packed_broadcast_producer,
+)
+from packcast.packed.ring import Broadcast
+from tests.helpers.ranks import run_ranks
+from tests.packed.wire_model import (
+    DTYPES,
+    LAYOUTS,
+    Item,
+    Player,
+    Recorder,
+    assert_same,
+    items_and_limits,
+    model_of,
+    wire_of,
+)
+
+CPU = torch.device("cpu")
+Received = list[list[tuple[str, torch.Tensor]]]
+
+
+def produce(items: Sequence[Item], group: object, limit: int, num_buffers: int = 2) -> None:
+    pairs = [(item.name, item.tensor()) for item in items]
+    packed_broadcast_producer(iter(pairs), group, 0, lambda pair: pair[1], limit, num_buffers)
+
+
+def consume(
+    items: Sequence[Item], group: object, limit: int, num_buffers: int = 2, *, borrow: bool = False
+) -> Received:
+    """What the callback got, as it was when the callback was called."""
+    received: Received = []
+
+    def keep(tensors: list[tuple[str, torch.Tensor]]) -> None:
+        received.append([(name, t.clone() if borrow else t) for name, t in tensors])
+
+    packed_broadcast_consumer(
+        (item.described for item in items), group, 0, keep, limit, num_buffers, borrow=borrow
+    )
+    return received
+
+
+def assert_received(items: Sequence[Item], limit: int, received: Received) -> None:
+    """One call for each buffer of the model, with its tensors."""
+    buffers = model_of(items, limit)
+    assert len(received) == len(buffers)
+    for buffer, tensors in zip(buffers, received, strict=True):
+        assert_same(buffer, tensors)
+
+
+def item(name: str, nbytes: int) -> Item:
+    return Item(name, torch.uint8, (nbytes,), bytes((len(name) + i) % 251 for i in range(nbytes)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(items_and_limits(), st.integers(1, 4))
+@example(([], 10), 2)
+@example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1)
+def test_the_producer_puts_the_models_bytes_on_the_wire(
+    mix: tuple[list[Item], int], num_buffers: int
+) -> None:
+    items, limit = mix
+    recorder = Recorder()
+    produce(items, recorder, limit, num_buffers)
+    assert recorder.wire == wire_of(items, limit)
+    assert set(recorder.roots) <= {0}
+
+
+@settings(max_examples=200, deadline=None)
+@given(items_and_limits(), st.integers(1, 4), st.booleans())
+@example(([], 10), 2, False)
+@example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1, True)
+def test_the_consumer_gets_from_the_models_bytes_the_tensors_they_were(
+    mix: tuple[list[Item], int], num_buffers: int, borrow: bool
+) -> None:
+    items, limit = mix
+    player = Player(wire_of(items, limit))
+    received = consume(items, player, limit, num_buffers, borrow=borrow)
+    assert not player.left
+    assert_received(items, limit, received)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_dtype_travels_in_every_layout(dtype: torch.dtype, layout: str) -> None:
+    payload = bytes(i % 2 for i in range(6 * dtype.itemsize))
+    items = [item("odd", 1), Item("t", dtype, (3, 1, 2), payload, layout), item("odd", 3)]
+    recorder = Recorder()
+    produce(items, recorder, 1 << 20)
+    assert recorder.wire == wire_of(items, 1 << 20)
+    assert_received(items, 1 << 20, consume(items, Player(recorder.wire), 1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "sizes"),
+    [
+        ((99,), [99]),  # one below: stays open until the end
+        ((99, 5), [104]),
+        ((100, 5), [105]),  # equal does not close
+        ((100, 0, 5), [105]),
+        ((101, 5), [101, 5]),  # one above does
+        ((60, 40, 1, 7), [101, 7]),
+        ((5, 1000, 5), [1005, 5]),  # a tensor larger than the buffer rides whole
+        ((1000, 1000), [1000, 1000]),
+        ((101, 0, 0), [101, 0]),  # only empty tensors: one broadcast of nothing
+        ((0, 0), [0]),
+        ((), []),
+    ],
+)
+@pytest.mark.parametrize("num_buffers", [1, 2, 3, 4])
+def test_a_buffer_of_100_bytes_closes_after_the_tensor_that_exceeds_it(
+    nbytes: tuple[int, ...], sizes: list[int], num_buffers: int
+) -> None:
+    items = [item(f"t{i}", size) for i, size in enumerate(nbytes)]
+    recorder = Recorder()
+    produce(items, recorder, 100, num_buffers)
+    assert [len(sent) for sent in recorder.wire] == sizes
+    assert recorder.wire == wire_of(items, 100)
+
+
+def test_a_limit_of_nothing_puts_every_tensor_in_a_buffer_of_its_own_with_the_empty_before_it() -> (
+    None
+):
+    items = [item("a", 3), item("b", 0), item("c", 1), item("d", 0)]
+    recorder = Recorder()
+    produce(items, recorder, 0)
+    assert [len(sent) for sent in recorder.wire] == [3, 1, 0]
+    received = consume(items, Player(recorder.wire), 0)
+    assert [[name for name, _ in tensors] for tensors in received] == [["a"], ["b", "c"], ["d"]]
+
+
+def test_the_defaults_are_one_gib_twice() -> None:
+    assert DEFAULT_PACKED_BUFFER_SIZE_BYTES == 1 << 30
+    assert DEFAULT_PACKED_NUM_BUFFERS == 2
+
+
+def test_post_iter_func_gets_each_pair_once_in_order_and_what_it_returns_is_sent() -> None:
+    given_pairs = [(f"t{i}", torch.tensor([i], dtype=torch.uint8)) for i in range(5)]
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def post_iter_func(pair: tuple[str, torch.Tensor]) -> torch.Tensor:
+        seen.append(pair)
+        return pair[1] + 100
+
+    recorder = Recorder()
+    packed_broadcast_producer(iter(given_pairs), recorder, 3, post_iter_func, 1, 2)
+    assert seen == given_pairs
+    assert recorder.wire == [bytes([100, 101]), bytes([102, 103]), bytes([104])]
+    assert recorder.roots == [3, 3, 3]
+
+
+class Gloo:
+    """A bare communicator whose broadcast is real."""
+
+    device = CPU
+
+    def __init__(self, broadcast: Broadcast) -> None:
+        self._broadcast = broadcast
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        self._broadcast(tensor, src)
+
+
+def over_gloo(producer: Callable[[Gloo], object], consumer: Callable[[Gloo], Received]) -> Received:
+    """What a consumer on rank 1 gets from a producer on rank 0."""
+
+    def body(rank: int, broadcast: Broadcast) -> Received:
+        group = Gloo(broadcast)
+        if rank == 1:
+            return consumer(group)
+        producer(group)
+        return []
+
+    return run_ranks(2, body, timeout_s=20)[1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(items_and_limits(), st.integers(1, 4), st.integers(1, 4), st.booleans())
+@example(([Item("e", torch.float64, (0, 3), b""), item("a", 1)], 0), 1, 2, False)
+@example(([Item("e", torch.float64, (0, 3), b"")] * 2, 10), 2, 1, False)
+def test_over_gloo_every_mix_arrives_also_with_other_numbers_of_buffers(
+    mix: tuple[list[Item], int], sending: int, receiving: int, borrow: bool
+) -> None:
+    items, limit = mix
+    received = over_gloo(
+        lambda group: produce(items, group, limit, sending),
+        lambda group: consume(items, group, limit, receiving, borrow=borrow),
+    )
+    assert_received(items, limit, received)
+
+
+def digestible(sizes: Sequence[int]) -> list[Item]:
+    """Tensors that the original can send too: flat, of bytes."""
+    return [item(f"t{i}", size) for i, size in enumerate(sizes)]
+
+
+SIZES = st.lists(st.integers(0, 120), max_size=20).map(digestible)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SIZES, st.integers(0, 250), st.integers(1, 3))
+def test_the_original_receives_what_ours_sends(
+    items: list[Item], limit: int, num_buffers: int
+) -> None:
+    received: Received = []
+
+    def originals(group: Gloo) -> Received:
+        described = (item.described for item in items)
+        original_consumer(described, group, 0, received.append, limit, num_buffers, CPU)
+        return received
+
+    over_gloo(lambda group: produce(items, group, limit), originals)
+    assert_received(items, limit, received)
+
+
+@settings(max_examples=15, deadline=None)
+@given(SIZES, st.integers(0, 250), st.integers(1, 3))
+def test_ours_receives_what_the_original_sends(
+    items: list[Item], limit: int, num_buffers: int
+) -> None:
+    def originals(group: Gloo) -> None:
+        pairs = ((item.name, item.tensor()) for item in items)
+        original_producer(pairs, group, 0, lambda pair: pair[1], limit, num_buffers, CPU)
+
+    received = over_gloo(originals, lambda group: consume(items, group, limit))
+    assert_received(items, limit, received)
+
+
+def test_pairs_over_gloo_do_not_disturb_one_another() -> None:
+    """Two transfers at once in one process, on groups of their own."""
+    mixes = {seed: digestible([seed * 7 + i for i in range(30)]) for seed in (1, 2)}
+    received: dict[int, Received] = {}
+
+    def transfer(seed: int) -> None:
+        items = mixes[seed]
+        received[seed] = over_gloo(
+            lambda group: produce(items, group, 64), lambda group: consume(items, group, 64)
+        )
+
+    threads = [threading.Thread(target=transfer, args=(seed,)) for seed in mixes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, items in mixes.items():
+        assert_received(items, 64, received[seed])
