@@ -18,13 +18,11 @@ from packcast.packed.communicator import Communicator, communicator_of
 from packcast.packed.counters import Counters, Stage
 from packcast.packed.lanes import hold_caller, mark_caller
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.ring import Ring, Slot
+from packcast.packed.ring import NOBODY, Ring, Slot
 from packcast.packed.tensors import as_bytes, from_bytes, nbytes_of
 
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
-
-NOBODY = -1  # a rank that is no chunk's root
 
 T = TypeVar("T")
 PostIter = Callable[[tuple[str, torch.Tensor]], torch.Tensor]
@@ -61,7 +59,7 @@ def packed_broadcast_producer(
     packs = _packs_to_send(
         iter(iterator), post_iter_func, buffer_size_bytes, src, communicator.device
     )
-    ring = Ring(communicator.device, 0, num_buffers, Counters())
+    ring = _growing_ring(communicator, num_buffers)
     _run(packs, communicator, ring, rank=src, source=_Packer(ring), drain=None)
 
 
@@ -90,7 +88,7 @@ def packed_broadcast_consumer(
     communicator = communicator_of(group)
     packs = _packs_to_receive(iter(iterator), buffer_size_bytes, src)
 
-    ring = Ring(communicator.device, 0, num_buffers, Counters())
+    ring = _growing_ring(communicator, num_buffers)
     unpacker = _Unpacker(ring, post_unpack_func, borrow=borrow)
     _run(packs, communicator, ring, rank=NOBODY, source=None, drain=unpacker)
 
@@ -118,6 +116,13 @@ class _Pack:
     @property
     def wire_nbytes(self) -> int:
         return self.nbytes
+
+
+def _growing_ring(communicator: Communicator, num_buffers: int) -> Ring:
+    """Slots without memory yet; each grows to the largest buffer that it has to carry."""
+    if num_buffers < 1:
+        raise UsageError(f"num_buffers is {num_buffers}", hint="give at least 1")
+    return Ring(communicator.device, 0, num_buffers, Counters())
 
 
 def _packs_to_send(

@@ -21,6 +21,8 @@ from packcast.packed.lanes import Lane, LaneClock, Mark
 # broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank.
 Broadcast = Callable[[torch.Tensor, int], object]
 
+NOBODY = -1  # the rank of one that is no chunk's root
+
 
 def host_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, not copied, without NumPy; keep the tensor alive."""
@@ -144,6 +146,14 @@ class Ring:
         with self._changed:
             self._stopped_by = self._stopped_by or error
             self._changed.notify_all()
+
+    def rewind(self) -> None:
+        """Begin again at chunk 0 with slot 0: for another run over chunks, once one is over."""
+        self.synchronize()
+        with self._changed:
+            self._stopped_by = None
+            for index, slot in enumerate(self._slots):
+                slot.turn, slot.released = index, False
 
     def synchronize(self) -> None:
         """Block until all lanes are empty and every stage on them is counted."""

@@ -39,6 +39,8 @@ def check_plain(name: str, tensor: torch.Tensor) -> None:
         what, hint = "is a DTensor", "call its full_tensor() on every rank of its mesh first"
     elif tensor.is_meta:
         what = "is on the meta device and has no bytes"
+    elif tensor.is_nested:
+        what, hint = "is nested", "send what unbind() gives, one by one"
     elif tensor.layout != torch.strided:
         what, hint = f"has layout {tensor.layout}", "call to_dense() first"
     elif tensor.is_conj() or tensor.is_neg():

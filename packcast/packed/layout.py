@@ -1,0 +1,186 @@
+"""The native layout for tensors: where each lies in the stream of chunks that replays carry.
+
+Pure functions over names, shapes and dtypes; what both ends must hold alike has a digest here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import xxhash
+
+from packcast.errors import TransferError
+from packcast.packed.plan import align_up
+from packcast.packed.tensors import nbytes_of
+
+ALIGNMENT = 256  # what GPUs copy best, and enough for a view of any dtype
+MAX_TENSORS = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a receiver knows of a tensor. `same_as` names the one that it shares its memory with."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    same_as: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes on the wire; a tied tensor has none of its own."""
+        return 0 if self.same_as else nbytes_of(self.shape, self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of one tensor's bytes and where it lies in its chunk."""
+
+    tensor: int
+    offset: int
+    nbytes: int
+    slot_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayChunk:
+    """What one collective carries: parts at aligned places, with gaps of at most ALIGNMENT."""
+
+    index: int
+    root: int
+    nbytes: int
+    parts: tuple[Part, ...]
+
+    @property
+    def wire_nbytes(self) -> int:
+        return self.nbytes
+
+
+def lay_out(specs: Sequence[TensorSpec], buffer_size: int, root: int) -> tuple[ReplayChunk, ...]:
+    """Cut the tensors, in order, into chunks of at most `buffer_size` bytes.
+
+    Each tensor begins at a multiple of ALIGNMENT in its chunk; one that does not fit goes on at
+    the beginning of the next. `buffer_size` is a multiple of ALIGNMENT.
+    """
+    chunks: list[ReplayChunk] = []
+    parts: list[Part] = []
+    used = 0
+    for tensor, spec in enumerate(specs):
+        offset = 0
+        while offset < spec.nbytes:
+            used = align_up(used, ALIGNMENT)
+            if used >= buffer_size:
+                chunks.append(ReplayChunk(len(chunks), root, used, tuple(parts)))
+                parts, used = [], 0
+            nbytes = min(spec.nbytes - offset, buffer_size - used)
+            parts.append(Part(tensor, offset, nbytes, used))
+            offset += nbytes
+            used += nbytes
+    if parts:
+        chunks.append(ReplayChunk(len(chunks), root, used, tuple(parts)))
+    return tuple(chunks)
+
+
+def describe(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) -> bytes:
+    """The plan as it travels in band: JSON, the same bytes for the same plan."""
+    tensors = [
+        [spec.name, list(spec.shape), _dtype_name(spec.dtype), spec.same_as] for spec in specs
+    ]
+    plan = {"buffer_size": buffer_size, "num_buffers": num_buffers, "tensors": tensors}
+    return json.dumps(plan, separators=(",", ":")).encode()
+
+
+def understand(description: bytes) -> tuple[tuple[TensorSpec, ...], int, int]:
+    """Specs, buffer size and count from `describe`'s bytes; TransferError if it is not such."""
+    try:
+        plan = json.loads(description)
+        if len(plan["tensors"]) > MAX_TENSORS:
+            raise ValueError("too many tensors")
+        specs = tuple(
+            TensorSpec(
+                _checked(name, str),
+                tuple(_size(length) for length in shape),
+                dtype_called(_checked(dtype, str)),
+                None if same_as is None else _checked(same_as, str),
+            )
+            for name, shape, dtype, same_as in plan["tensors"]
+        )
+        buffer_size, num_buffers = _size(plan["buffer_size"]), _size(plan["num_buffers"])
+        check_specs(specs)
+        check_replay_buffers(buffer_size, num_buffers)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TransferError(f"the sender's plan cannot be understood: {error}") from error
+    return specs, buffer_size, num_buffers
+
+
+def digest_of(description: bytes) -> bytes:
+    """Sixteen bytes that are equal on two ends iff their plans are."""
+    return xxhash.xxh3_128_digest(description)
+
+
+def check_specs(specs: Sequence[TensorSpec]) -> None:
+    """Raise ValueError unless names are unique and every tie leads to an equal earlier tensor."""
+    seen: dict[str, TensorSpec] = {}
+    for spec in specs:
+        if spec.name in seen:
+            raise ValueError(f"two tensors are named {spec.name!r}")
+        if spec.same_as is not None:
+            other = seen.get(spec.same_as)
+            if not other or other.same_as or (other.shape, other.dtype) != (spec.shape, spec.dtype):
+                raise ValueError(f"{spec.name!r} cannot share the memory of {spec.same_as!r}")
+        seen[spec.name] = spec
+
+
+def check_replay_buffers(buffer_size: int, num_buffers: int) -> None:
+    """Raise ValueError unless a ring can be made of them."""
+    if buffer_size < ALIGNMENT or buffer_size % ALIGNMENT or buffer_size > 1 << 40:
+        raise ValueError(f"a buffer of {buffer_size} bytes is not a multiple of {ALIGNMENT}")
+    if not 1 <= num_buffers <= 1024:
+        raise ValueError(f"{num_buffers} buffers: the count must be from 1 to 1024")
+
+
+def specs_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
+    """Specs by looking at the tensors; those that are one and the same in memory are tied."""
+    first: dict[tuple[object, ...], str] = {}
+    specs = []
+    for name, tensor in tensors.items():
+        same_as = None
+        if tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            same_as = first.setdefault(place, name)
+        specs.append(
+            TensorSpec(
+                name,
+                tuple(tensor.shape),
+                tensor.dtype,
+                same_as if same_as != name else None,
+            )
+        )
+    return tuple(specs)
+
+
+def dtype_called(name: str) -> torch.dtype:
+    """The torch dtype of that name, as `bfloat16`; ValueError if there is none here."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"this torch has no dtype {name!r}")
+    return dtype
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _checked(value: object, kind: type[str]) -> str:
+    if not isinstance(value, kind):
+        raise ValueError(f"{value!r:.40} is not a text")
+    return value
+
+
+def _size(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1 << 48:
+        raise ValueError(f"{value!r:.40} is not a size")
+    return value
