@@ -249,6 +249,7 @@ def _serve(
             timedelta(seconds=timeout_s),
             wait_for_workers=False,  # it would wait for ranks without being able to name them
             master_listen_fd=listener.detach(),
+            use_libuv=False,  # in torch 2.6 that one takes no socket of ours
         ),
     )
     return store, port

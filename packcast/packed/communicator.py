@@ -51,7 +51,8 @@ def communicator_of(group: object) -> Communicator:
 
 
 def _of_process_group(group: dist.ProcessGroup) -> Communicator:
-    on_gpu = "nccl" in str(dist.get_backend(group))
+    # Not get_backend(): of a group made without naming a backend it says "undefined".
+    on_gpu = "nccl" in dist.get_backend_config(group)
     return Communicator(
         _with_index(torch.device("cuda" if on_gpu else "cpu")),
         lambda tensor, root: dist.broadcast(
