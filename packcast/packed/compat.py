@@ -16,7 +16,7 @@ import torch
 from packcast.errors import UsageError
 from packcast.packed.communicator import Communicator, communicator_of
 from packcast.packed.counters import Counters, Stage
-from packcast.packed.lanes import hold_caller, mark_caller
+from packcast.packed.lanes import Mark, hold_caller, mark_caller
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, Slot
 from packcast.packed.tensors import as_bytes, from_bytes, nbytes_of
@@ -206,16 +206,21 @@ class _Packer:
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
+        self._packed: Mark | None = None  # the buffer before
 
     def fill(self, pack: _Pack, slot: Slot) -> None:
         """Give the copies to the fill lane, behind what the caller's stream has made of them."""
         ring = self._ring
+        if self._packed is not None:
+            # Tensors made on the way live until they are packed: far ahead of a slow group the
+            # iterator would fill the memory with them.
+            self._packed.synchronize()
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
             begin = ring.fill.mark()
             if pack.parts:
                 torch.cat(pack.parts, out=slot.memory[: pack.nbytes])
-            slot.filled = ring.fill.mark()
+            slot.filled = self._packed = ring.fill.mark()
         for part in pack.parts:
             ring.fill.keep(part)
         ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)

@@ -18,6 +18,9 @@ from packcast.packed.tensors import nbytes_of
 
 ALIGNMENT = 256  # what GPUs copy best, and enough for a view of any dtype
 MAX_TENSORS = 10_000_000
+MAX_CHUNKS = 10_000_000
+MAX_RANK = 64
+MAX_NBYTES = 1 << 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,7 @@ def understand(description: bytes) -> tuple[tuple[TensorSpec, ...], int, int]:
             for name, shape, dtype, same_as in plan["tensors"]
         )
         buffer_size, num_buffers = _size(plan["buffer_size"]), _size(plan["num_buffers"])
-        check_specs(specs)
-        check_replay_buffers(buffer_size, num_buffers)
+        check_plan(specs, buffer_size, num_buffers)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TransferError(f"the sender's plan cannot be understood: {error}") from error
     return specs, buffer_size, num_buffers
@@ -121,25 +123,33 @@ def digest_of(description: bytes) -> bytes:
     return xxhash.xxh3_128_digest(description)
 
 
-def check_specs(specs: Sequence[TensorSpec]) -> None:
-    """Raise ValueError unless names are unique and every tie leads to an equal earlier tensor."""
-    seen: dict[str, TensorSpec] = {}
-    for spec in specs:
-        if spec.name in seen:
-            raise ValueError(f"two tensors are named {spec.name!r}")
-        if spec.same_as is not None:
-            other = seen.get(spec.same_as)
-            if not other or other.same_as or (other.shape, other.dtype) != (spec.shape, spec.dtype):
-                raise ValueError(f"{spec.name!r} cannot share the memory of {spec.same_as!r}")
-        seen[spec.name] = spec
-
-
-def check_replay_buffers(buffer_size: int, num_buffers: int) -> None:
-    """Raise ValueError unless a ring can be made of them."""
+def check_plan(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) -> None:
+    """Raise ValueError unless it can be carried out: unique names, ties that lead to an equal
+    earlier tensor, sizes that add up to something a machine may have.
+    """
     if buffer_size < ALIGNMENT or buffer_size % ALIGNMENT or buffer_size > 1 << 40:
         raise ValueError(f"a buffer of {buffer_size} bytes is not a multiple of {ALIGNMENT}")
     if not 1 <= num_buffers <= 1024:
         raise ValueError(f"{num_buffers} buffers: the count must be from 1 to 1024")
+    seen: dict[str, TensorSpec] = {}
+    total = 0
+    for spec in specs:
+        if spec.name in seen:
+            raise ValueError(f"two tensors are named {spec.name!r:.80}")
+        if spec.same_as is not None:
+            other = seen.get(spec.same_as)
+            if not other or other.same_as or (other.shape, other.dtype) != (spec.shape, spec.dtype):
+                raise ValueError(f"{spec.name!r:.80} cannot share memory with {spec.same_as!r:.80}")
+        if _dtype_name(spec.dtype).startswith("q"):
+            raise ValueError(f"{spec.name!r:.80} is quantized: its bytes are not its value")
+        # An empty one counts as well: torch cannot make it either if its strides overflow.
+        padded = nbytes_of([max(length, 1) for length in spec.shape], spec.dtype)
+        if len(spec.shape) > MAX_RANK or padded > MAX_NBYTES:
+            raise ValueError(f"{spec.name!r:.80} has too many dimensions, or too large ones")
+        seen[spec.name] = spec
+        total += spec.nbytes
+    if total > min(MAX_NBYTES, MAX_CHUNKS * buffer_size):
+        raise ValueError(f"{total} bytes are too many for buffers of {buffer_size}")
 
 
 def specs_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
@@ -164,9 +174,9 @@ def specs_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
 
 def dtype_called(name: str) -> torch.dtype:
     """The torch dtype of that name, as `bfloat16`; ValueError if there is none here."""
-    dtype = getattr(torch, name, None)
+    dtype = vars(torch).get(name)  # getattr would import modules that are called so
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"this torch has no dtype {name!r}")
+        raise ValueError(f"this torch has no dtype {name!r:.40}")
     return dtype
 
 

@@ -17,8 +17,7 @@ from packcast.packed.communicator import Communicator, communicator_of
 from packcast.packed.counters import Counters
 from packcast.packed.layout import (
     TensorSpec,
-    check_replay_buffers,
-    check_specs,
+    check_plan,
     describe,
     digest_of,
     lay_out,
@@ -65,8 +64,7 @@ class ReplaySender:
                 check_plain(name, tensor)
         self.specs = specs_of(tensors) if isinstance(tensors, Mapping) else tuple(tensors)
         try:
-            check_specs(self.specs)
-            check_replay_buffers(buffer_size, num_buffers)
+            check_plan(self.specs, buffer_size, num_buffers)
         except ValueError as error:
             raise UsageError(str(error)) from error
         communicator = communicator_of(group)

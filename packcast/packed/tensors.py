@@ -21,6 +21,9 @@ def as_bytes(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Ten
     """
     check_plain(name, tensor)
     tensor = tensor.detach()
+    if tensor.is_cuda and not (tensor.device == device and tensor.is_contiguous()):
+        # The copy below is in flight when the tensor, made on another stream, may be dropped.
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
     if tensor.device != device:
         tensor = tensor.to(device)
     if not tensor.numel():

@@ -22,6 +22,12 @@ DTYPES = (
     *(torch.int32, torch.uint32, torch.float32),
     *(torch.int64, torch.uint64, torch.float64, torch.complex64),
     torch.complex128,
+    # Younger ones, where this torch has them.
+    *(
+        getattr(torch, name)
+        for name in ("float8_e8m0fnu", "float4_e2m1fn_x2")
+        if hasattr(torch, name)
+    ),
 )
 LAYOUTS = ("plain", "stepped", "transposed", "offset", "odd stride")
 

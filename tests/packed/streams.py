@@ -1,0 +1,201 @@
+"""Groups that enqueue on the current stream, slowly, as engines' communicators do; and both ends.
+
+A wrapper around torch.distributed would hide what these show: it orders streams by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from packcast.bench.baselines import original_consumer, original_producer
+from packcast.packed.compat import packed_broadcast_consumer, packed_broadcast_producer
+
+PAUSE = 200_000_000  # cycles of a GPU's clock: about a tenth of a second
+MIB = 1 << 20
+
+Pair = tuple[str, torch.Tensor]
+Post = Callable[[Pair], torch.Tensor]
+Described = tuple[str, tuple[Sequence[int], torch.dtype]]
+Unpack = Callable[[list[Pair]], object]
+
+
+def gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pause(cycles: int = PAUSE) -> None:
+    """Keep the current stream busy; the host goes on."""
+    if cycles:
+        torch.cuda._sleep(cycles)
+
+
+class SlowGroup:
+    """Each broadcast takes a while on the current stream, and leaves a mark at its end."""
+
+    def __init__(self, cycles: int = PAUSE, device: torch.device | None = None) -> None:
+        self.device = device or gpu()
+        self.cycles = cycles
+        self.fail: Callable[[], None] = lambda: None
+        self._ends: list[torch.cuda.Event] = []
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        self.fail()
+        assert tensor.device == self.device
+        pause(self.cycles)
+        self.carry(tensor)
+        self._ends.append(torch.cuda.Event())
+        self._ends[-1].record()
+
+    def carry(self, tensor: torch.Tensor) -> None:
+        """Copy from or to the tensor, on the current stream."""
+        raise NotImplementedError
+
+    def is_busy(self) -> bool:
+        """Is any broadcast under way? Does not wait."""
+        assert self._ends
+        return not all(end.query() for end in self._ends)
+
+
+class Sending(SlowGroup):
+    """Copies what is broadcast to memory of its own, made beforehand on no lane."""
+
+    def __init__(
+        self, cycles: int = PAUSE, device: torch.device | None = None, nbytes: int = MIB
+    ) -> None:
+        super().__init__(cycles, device)
+        self._arena = torch.full((nbytes,), 0xA5, dtype=torch.uint8, device=self.device)
+        self._sizes: list[int] = []
+        torch.cuda.synchronize(self.device)
+
+    def carry(self, tensor: torch.Tensor) -> None:
+        begin = sum(self._sizes) % self._arena.numel()
+        self._arena[begin : begin + tensor.numel()].copy_(tensor)
+        self._sizes.append(tensor.numel())
+
+    def wire(self) -> list[bytes]:
+        """What went over the wire, once all is over everywhere."""
+        torch.cuda.synchronize(self.device)
+        return [bytes(part.tolist()) for part in self._arena[: sum(self._sizes)].split(self._sizes)]
+
+
+class Receiving(SlowGroup):
+    """Fills in what a producer would have sent, over and over."""
+
+    def __init__(
+        self,
+        sent: Sequence[torch.Tensor],
+        cycles: int = PAUSE,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(cycles, device)
+        self._sent = list(sent)
+        self._turn = 0
+        torch.cuda.synchronize(self.device)
+
+    def carry(self, tensor: torch.Tensor) -> None:
+        tensor.copy_(self._sent[self._turn % len(self._sent)])
+        self._turn += 1
+
+
+class Producer(Protocol):
+    def __call__(
+        self,
+        pairs: Iterable[Pair],
+        group: SlowGroup,
+        limit: int,
+        num_buffers: int = 2,
+        post: Post = ...,
+    ) -> None: ...
+
+
+class Consumer(Protocol):
+    def __call__(
+        self,
+        described: Iterable[Described],
+        group: SlowGroup,
+        unpack: Unpack,
+        limit: int,
+        num_buffers: int = 2,
+    ) -> None: ...
+
+
+def theirs_sends(
+    pairs: Iterable[Pair],
+    group: SlowGroup,
+    limit: int,
+    num_buffers: int = 2,
+    post: Post = lambda pair: pair[1],
+) -> None:
+    original_producer(iter(pairs), group, 0, post, limit, num_buffers, group.device)
+
+
+def ours_sends(
+    pairs: Iterable[Pair],
+    group: SlowGroup,
+    limit: int,
+    num_buffers: int = 2,
+    post: Post = lambda pair: pair[1],
+) -> None:
+    packed_broadcast_producer(pairs, group, 0, post, limit, num_buffers)
+
+
+def theirs_receives(
+    described: Iterable[Described],
+    group: SlowGroup,
+    unpack: Unpack,
+    limit: int,
+    num_buffers: int = 2,
+) -> None:
+    original_consumer(iter(described), group, 0, unpack, limit, num_buffers, group.device)
+
+
+def ours_receives(
+    described: Iterable[Described],
+    group: SlowGroup,
+    unpack: Unpack,
+    limit: int,
+    num_buffers: int = 2,
+) -> None:
+    packed_broadcast_consumer(described, group, 0, unpack, limit, num_buffers)
+
+
+def ours_borrows(
+    described: Iterable[Described],
+    group: SlowGroup,
+    unpack: Unpack,
+    limit: int,
+    num_buffers: int = 2,
+) -> None:
+    packed_broadcast_consumer(described, group, 0, unpack, limit, num_buffers, borrow=True)
+
+
+def flat(value: int, nbytes: int) -> torch.Tensor:
+    return torch.full((nbytes,), value, dtype=torch.uint8, device=gpu())
+
+
+def flats(count: int, nbytes: int) -> tuple[list[Pair], list[Described]]:
+    """Tensors of 1s, of 2s and so on, and their descriptions; there when this returns."""
+    pairs = [(f"t{i}", flat(i, nbytes)) for i in range(1, count + 1)]
+    torch.cuda.synchronize()
+    return pairs, [(name, (tensor.shape, tensor.dtype)) for name, tensor in pairs]
+
+
+def wire_of(pairs: Iterable[Pair]) -> list[bytes]:
+    """What goes over the wire if each has a buffer of its own."""
+    return [bytes(tensor.tolist()) for _, tensor in pairs]
+
+
+def warm_up() -> None:
+    """Load every kernel and give every pooled stream memory, so that no call waits for either."""
+    pairs, described = flats(3, 4096)
+    sent = [tensor for _, tensor in pairs]
+    for _ in range(20):
+        for send in (theirs_sends, ours_sends):
+            send(pairs, Sending(0), 1)
+        for receive in (theirs_receives, ours_receives, ours_borrows):
+            receive(described, Receiving(sent, 0), lambda received: received[0][1].clone(), 1)
+    pause(1)
+    torch.cuda.synchronize()

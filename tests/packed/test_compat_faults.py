@@ -1,0 +1,249 @@
+"""What the original gets wrong and shows on a CPU: each fault next to ours, which has it not.
+
+`test_compat_streams.py` has those that only a GPU shows. Three are the wire itself and stay:
+`test_compat_wire.py` has the overshoot; sizes that differ and lost peers are in the docstrings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from packcast.bench.baselines import original_consumer, original_producer
+from packcast.errors import UsageError
+from packcast.packed.compat import packed_broadcast_consumer, packed_broadcast_producer
+from tests.packed.wire_model import Item, Player, Recorder, assert_same, wire_of
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+Pairs = list[tuple[str, torch.Tensor]]
+Post = Callable[[tuple[str, torch.Tensor]], torch.Tensor]
+
+
+def produce(pairs: Pairs, limit: int = MIB, post: Post = lambda pair: pair[1]) -> list[bytes]:
+    recorder = Recorder()
+    packed_broadcast_producer(iter(pairs), recorder, 0, post, limit, 2)
+    return recorder.wire
+
+
+def originals_produce(
+    pairs: Pairs, limit: int = MIB, post: Post = lambda pair: pair[1]
+) -> list[bytes]:
+    recorder = Recorder()
+    original_producer(iter(pairs), recorder, 0, post, limit, 2, CPU)
+    return recorder.wire
+
+
+def consume(items: Sequence[Item], limit: int = MIB, *, borrow: bool = False) -> None:
+    """Ours; compares inside the callback."""
+
+    def compare(received: Pairs) -> None:
+        assert_same([next(expected) for _ in received], received)
+
+    expected = iter(items)
+    packed_broadcast_consumer(
+        (item.described for item in items),
+        Player(wire_of(items, limit)),
+        *(0, compare, limit, 2),
+        borrow=borrow,
+    )
+    assert next(expected, None) is None
+
+
+def originals_consume(items: Sequence[Item], limit: int = MIB) -> list[Pairs]:
+    received: list[Pairs] = []
+    original_consumer(
+        (item.described for item in items),
+        Player(wire_of(items, limit)),
+        *(0, received.append, limit, 2, CPU),
+    )
+    return received
+
+
+FLOATS = Item("floats", torch.float32, (2, 2), bytes(range(16)))
+ODD = Item("odd", torch.uint8, (3,), b"abc")
+
+
+@pytest.mark.parametrize("borrow", [False, True])
+@pytest.mark.parametrize(
+    "after", [FLOATS, Item("empty", torch.float32, (0, 2), b"")], ids=["whole", "empty"]
+)
+def test_a_tensor_at_an_offset_that_its_size_does_not_divide_is_unpacked(
+    after: Item, borrow: bool
+) -> None:
+    with pytest.raises(RuntimeError, match="must be divisible"):
+        originals_consume([ODD, after])
+    consume([ODD, after], borrow=borrow)
+
+
+def test_a_zero_dimensional_tensor_is_packed() -> None:
+    scalar = Item("scalar", torch.float32, (), b"\0\0\x80\x3f")
+    pairs = [("scalar", scalar.tensor())]
+    with pytest.raises(RuntimeError, match="cannot be 0"):
+        originals_produce(pairs)
+    assert produce(pairs) == [scalar.payload]
+
+
+@pytest.mark.parametrize("borrow", [False, True])
+def test_a_zero_dimensional_tensor_is_unpacked(borrow: bool) -> None:
+    scalar = Item("scalar", torch.float32, (), b"\0\0\x80\x3f")
+    with pytest.raises(TypeError):
+        originals_consume([scalar])
+    consume([scalar], borrow=borrow)
+
+
+def test_a_dimension_of_size_one_with_an_odd_stride_is_packed() -> None:
+    column = torch.arange(4, dtype=torch.float32).as_strided((4, 1), (1, 7))
+    assert column.is_contiguous()
+    with pytest.raises(RuntimeError, match="stride"):
+        originals_produce([("column", column)])
+    assert produce([("column", column)]) == [column.numpy().tobytes()]
+
+
+@pytest.mark.parametrize(
+    ("post", "made"),
+    [
+        (lambda pair: pair[1].to(torch.float16), r"torch.float16 \(2, 3\)"),
+        (lambda pair: pair[1].t(), r"torch.float32 \(3, 2\)"),
+        (lambda pair: pair[1][:1], r"torch.float32 \(1, 3\)"),
+        (lambda pair: pair[1].flatten(), r"torch.float32 \(6,\)"),
+        (lambda pair: pair[1].view(torch.int32), r"torch.int32 \(2, 3\)"),
+    ],
+    ids=["dtype", "order", "size", "rank", "dtype of the same size"],
+)
+def test_a_post_iter_func_that_changes_shape_or_dtype_is_an_error_that_names_the_tensor(
+    post: Post, made: str
+) -> None:
+    pairs = [("fine", torch.zeros(0)), ("layer.7", torch.arange(6.0).view(2, 3))]
+
+    def spoil(pair: tuple[str, torch.Tensor]) -> torch.Tensor:
+        return post(pair) if pair[0] == "layer.7" else pair[1]
+
+    assert originals_produce(pairs, post=spoil), "silently another layout"
+    with pytest.raises(UsageError, match=rf"layer\.7, torch.float32 \(2, 3\), into {made}") as e:
+        produce(pairs, post=spoil)
+    assert e.value.hint
+
+
+def test_what_post_iter_func_only_copies_or_restrides_is_fine() -> None:
+    given = torch.arange(6, dtype=torch.float32).view(2, 3)
+
+    def restride(pair: tuple[str, torch.Tensor]) -> torch.Tensor:
+        return pair[1].t().contiguous().t()
+
+    assert produce([("w", given)], post=restride) == [given.numpy().tobytes()]
+
+
+def test_slots_are_used_again_instead_of_a_new_buffer_each_time() -> None:
+    class Keeper:
+        """Keeps the buffers themselves, so that no two share an address by accident."""
+
+        device = CPU
+
+        def __init__(self) -> None:
+            self.buffers: list[torch.Tensor] = []
+
+        def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+            self.buffers.append(tensor)
+
+        @property
+        def num_storages(self) -> int:
+            return len({tensor.untyped_storage().data_ptr() for tensor in self.buffers})
+
+    pairs = [(f"t{i}", torch.zeros(100, dtype=torch.uint8)) for i in range(30)]
+    described = [(name, (tensor.shape, tensor.dtype)) for name, tensor in pairs]
+    theirs, ours = Keeper(), Keeper()
+    original_producer(iter(pairs), theirs, 0, lambda pair: pair[1], 99, 3, CPU)
+    packed_broadcast_producer(iter(pairs), ours, 0, lambda pair: pair[1], 99, 3)
+    assert (len(theirs.buffers), len(ours.buffers)) == (30, 30)
+    assert (theirs.num_storages, ours.num_storages) == (30, 3)
+
+    theirs, ours = Keeper(), Keeper()
+    original_consumer(iter(described), theirs, 0, lambda received: None, 99, 3, CPU)
+    packed_broadcast_consumer(iter(described), ours, 0, lambda received: None, 99, 3)
+    assert (theirs.num_storages, ours.num_storages) == (30, 3)
+
+
+def test_a_slot_grows_only_to_the_largest_buffer_that_it_carries() -> None:
+    sizes = [10, 500, 20, 30, 40, 700, 50, 60]
+    largest: dict[int, int] = {}
+
+    class Measure:
+        device = CPU
+        turn = 0
+
+        def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+            slot, self.turn = self.turn % 2, self.turn + 1
+            largest[slot] = max(largest.get(slot, 0), tensor.numel())
+            assert tensor.untyped_storage().nbytes() == largest[slot]
+
+    pairs = ((f"t{i}", torch.zeros(size, dtype=torch.uint8)) for i, size in enumerate(sizes))
+    packed_broadcast_producer(pairs, Measure(), 0, lambda pair: pair[1], 1, 2)
+    assert largest == {0: 50, 1: 700}
+
+
+def test_a_kept_tensor_stays_right_and_does_not_pin_its_whole_buffer() -> None:
+    small = Item("small", torch.float32, (2,), bytes(range(8)))
+    items = [small, Item("large", torch.uint8, (4000,), bytes(4000))]
+    theirs = originals_consume(items)[0][0][1]
+    assert theirs.untyped_storage().nbytes() == 4008, "8 bytes pin all of it"
+
+    kept: list[torch.Tensor] = []
+    packed_broadcast_consumer(
+        (item.described for item in items),
+        Player(wire_of(items, MIB)),
+        *(0, lambda received: kept.append(received[0][1]), MIB, 1),
+    )
+    assert kept[0].untyped_storage().nbytes() == 8
+
+
+def keep_all(items: Sequence[Item], num_buffers: int, *, borrow: bool) -> Pairs:
+    """What the callback was given, one tensor to a buffer, kept until the end."""
+    kept: Pairs = []
+    packed_broadcast_consumer(
+        (item.described for item in items),
+        Player(wire_of(items, 0)),
+        *(0, kept.extend, 0, num_buffers),
+        borrow=borrow,
+    )
+    return kept
+
+
+def test_by_default_kept_tensors_outlive_the_reuse_of_their_slots() -> None:
+    items = [Item(f"t{i}", torch.uint8, (50,), bytes([i]) * 50) for i in range(9)]
+    kept = keep_all(items, 2, borrow=False)
+    assert_same(items, kept)
+    assert len({tensor.data_ptr() for _, tensor in kept}) == 9
+
+
+def test_borrowed_tensors_are_the_slots_own_memory_and_change_with_it() -> None:
+    items = [Item(f"t{i}", torch.uint8, (50,), bytes([i]) * 50) for i in range(9)]
+    kept = keep_all(items, 2, borrow=True)
+    assert len({tensor.data_ptr() for _, tensor in kept}) == 2
+    assert [int(tensor[0]) for _, tensor in kept] == [8, 7, 8, 7, 8, 7, 8, 7, 8]
+
+
+def test_borrowing_copies_only_what_is_not_aligned() -> None:
+    items = [FLOATS, ODD, FLOATS, Item("bytes", torch.int8, (5,), b"12345")]
+    addresses: list[bool] = []
+    slots: list[int] = []
+
+    class Watcher(Player):
+        def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+            slots.append(tensor.untyped_storage().data_ptr())
+            super().broadcast(tensor, src)
+
+    def compare(received: Pairs) -> None:
+        assert_same(items, received)
+        addresses.extend(t.untyped_storage().data_ptr() == slots[0] for _, t in received)
+
+    packed_broadcast_consumer(
+        (item.described for item in items),
+        Watcher(wire_of(items, MIB)),
+        *(0, compare, MIB, 2),
+        borrow=True,
+    )
+    assert addresses == [True, True, False, True]

@@ -1,0 +1,268 @@
+"""The native layout for tensors: every byte once, aligned, in bounds; and plans of strangers."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from packcast.errors import TransferError
+from packcast.packed.layout import (
+    ALIGNMENT,
+    TensorSpec,
+    check_plan,
+    describe,
+    digest_of,
+    dtype_called,
+    lay_out,
+    specs_of,
+    understand,
+)
+from tests.packed.wire_model import DTYPES
+
+PLAN: dict[str, Any] = {
+    "buffer_size": 512,
+    "num_buffers": 2,
+    "tensors": [["a", [2, 3], "float32", None], ["b", [2, 3], "float32", "a"]],
+}
+
+
+def flat(name: str, nbytes: int) -> TensorSpec:
+    return TensorSpec(name, (nbytes,), torch.uint8)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[tuple[TensorSpec, ...], int]:
+    """Specs, some of them tied, and a buffer size that many of them exceed."""
+    specs: list[TensorSpec] = []
+    for name in draw(st.lists(st.text(max_size=5), max_size=12, unique=True)):
+        free = [spec for spec in specs if spec.same_as is None and spec.name]
+        if free and draw(st.integers(0, 3)) == 0:
+            other = draw(st.sampled_from(free))
+            specs.append(replace(other, name=name, same_as=other.name))
+        else:
+            shape = draw(st.lists(st.integers(0, 40), max_size=3))
+            specs.append(TensorSpec(name, tuple(shape), draw(st.sampled_from(DTYPES))))
+    return tuple(specs), ALIGNMENT * draw(st.integers(1, 40))
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans())
+@example(((), ALIGNMENT))
+def test_every_byte_rides_once_aligned_within_the_buffer_and_in_order(
+    plan: tuple[tuple[TensorSpec, ...], int],
+) -> None:
+    specs, buffer_size = plan
+    chunks = lay_out(specs, buffer_size, 3)
+    assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
+    assert {chunk.root for chunk in chunks} <= {3}
+    reached = [0] * len(specs)
+    order = []
+    for chunk in chunks:
+        used = 0
+        assert chunk.parts
+        for part in chunk.parts:
+            assert part.nbytes > 0
+            assert part.slot_offset % ALIGNMENT == 0
+            assert 0 <= part.slot_offset - used < ALIGNMENT
+            assert part.offset == reached[part.tensor]
+            reached[part.tensor] += part.nbytes
+            used = part.slot_offset + part.nbytes
+            order.append(part.tensor)
+        assert 0 <= chunk.nbytes - used < ALIGNMENT
+        assert chunk.nbytes == chunk.wire_nbytes <= buffer_size
+    assert reached == [spec.nbytes for spec in specs]
+    assert order == sorted(order)
+    # No chunk is left early: what follows would not have fitted.
+    assert all(chunk.nbytes > buffer_size - ALIGNMENT for chunk in chunks[:-1])
+
+
+def test_a_tensor_larger_than_the_buffer_goes_on_at_the_start_of_the_next() -> None:
+    chunks = lay_out([flat("a", 100), flat("b", 600), flat("c", 1)], 512, 0)
+    runs = [[(p.tensor, p.offset, p.nbytes, p.slot_offset) for p in c.parts] for c in chunks]
+    assert runs == [
+        [(0, 0, 100, 0), (1, 0, 256, 256)],
+        [(1, 256, 344, 0)],
+        [(2, 0, 1, 0)],
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(), st.integers(1, 1024))
+def test_a_plan_is_understood_as_it_was_described(
+    plan: tuple[tuple[TensorSpec, ...], int], num_buffers: int
+) -> None:
+    specs, buffer_size = plan
+    description = describe(specs, buffer_size, num_buffers)
+    assert understand(description) == (specs, buffer_size, num_buffers)
+    again = understand(description)
+    assert digest_of(describe(*again)) == digest_of(description)
+    for other in (
+        describe(specs[::-1], buffer_size, num_buffers),
+        describe(specs, buffer_size + ALIGNMENT, num_buffers),
+        describe(specs, buffer_size, num_buffers + 1),
+    ):
+        assert (digest_of(other) == digest_of(description)) == (other == description)
+
+
+def hostile(**changes: object) -> bytes:
+    return json.dumps(PLAN | changes).encode()
+
+
+def hostile_tensor(*fields: object) -> bytes:
+    return hostile(tensors=[list(fields)])
+
+
+HOSTILE = {
+    "nothing": b"",
+    "no text": b"\xff\xfe\x00",
+    "no json": b"{",
+    "a list": b"[]",
+    "null": b"null",
+    "a number": b"7",
+    "deep": b"[" * 100_000,
+    "deep tensors": b'{"tensors":' + b"[" * 100_000,
+    "a long number": b'{"tensors":[["a",[' + b"9" * 5000 + b'],"uint8",null]]}',
+    "no tensors": json.dumps({"buffer_size": 512, "num_buffers": 1}).encode(),
+    "tensors null": hostile(tensors=None),
+    "tensors a number": hostile(tensors=3),
+    "tensors a text": hostile(tensors="abcd"),
+    "tensors an object": hostile(tensors={"abcd": 1}),
+    "too few fields": hostile_tensor("a", [1], "uint8"),
+    "too many fields": hostile_tensor("a", [1], "uint8", None, 1),
+    "name a list": hostile_tensor(["a"], [1], "uint8", None),
+    "shape a number": hostile_tensor("a", 1, "uint8", None),
+    "shape a text": hostile_tensor("a", "1", "uint8", None),
+    "shape null": hostile_tensor("a", None, "uint8", None),
+    "negative": hostile_tensor("a", [-1], "uint8", None),
+    "infinite": b'{"tensors":[["a",[1e999],"uint8",null]],"buffer_size":512,"num_buffers":1}',
+    "not whole": hostile_tensor("a", [1.5], "uint8", None),
+    "true": hostile_tensor("a", [True], "uint8", None),
+    "huge": hostile_tensor("a", [1 << 60], "uint8", None),
+    "huge together": hostile_tensor("a", [1 << 40, 1 << 40], "uint8", None),
+    "huge by its dtype": hostile_tensor("a", [1 << 48], "complex128", None),
+    "huge but empty": hostile_tensor("a", [0, 1 << 40, 1 << 40], "uint8", None),
+    "huge in sum": hostile(tensors=[[str(i), [1 << 44], "uint8", None] for i in range(99)]),
+    "of many dimensions": hostile_tensor("a", [1] * 1000, "uint8", None),
+    "of countless chunks": hostile(tensors=[["a", [1 << 44], "uint8", None]], buffer_size=256),
+    "no dtype": hostile_tensor("a", [1], "Tensor", None),
+    "a module": hostile_tensor("a", [1], "onnx", None),
+    "a deprecated name": hostile_tensor("a", [1], "has_mps", None),
+    "a private name": hostile_tensor("a", [1], "__dict__", None),
+    "half a character": hostile_tensor("a", [1], "\ud800", None),
+    "a younger dtype": hostile_tensor("a", [1], "float2_e1m0", None),
+    "quantized": hostile_tensor("a", [1], "qint8", None),
+    "dtype null": hostile_tensor("a", [1], None, None),
+    "two of a name": hostile(tensors=[PLAN["tensors"][0]] * 2),
+    "tied to nothing": hostile_tensor("a", [1], "uint8", "b"),
+    "tied to itself": hostile_tensor("a", [1], "uint8", "a"),
+    "tied to a number": hostile_tensor("a", [1], "uint8", 1),
+    "tied to a later one": hostile(tensors=PLAN["tensors"][::-1]),
+    "tied to a tied one": hostile(tensors=[*PLAN["tensors"], ["c", [2, 3], "float32", "b"]]),
+    "tied, other shape": hostile(tensors=[PLAN["tensors"][0], ["b", [3, 2], "float32", "a"]]),
+    "tied, other dtype": hostile(tensors=[PLAN["tensors"][0], ["b", [2, 3], "int32", "a"]]),
+    "buffers of nothing": hostile(buffer_size=0),
+    "unaligned buffers": hostile(buffer_size=300),
+    "huge buffers": hostile(buffer_size=1 << 41),
+    "negative buffers": hostile(buffer_size=-256),
+    "buffers null": hostile(buffer_size=None),
+    "no buffers": hostile(num_buffers=0),
+    "countless buffers": hostile(num_buffers=1 << 20),
+    "buffers of text": hostile(num_buffers="2"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_description_is_a_transfer_error_and_nothing_else(kind: str) -> None:
+    with pytest.raises(TransferError, match="the sender's plan cannot be understood") as caught:
+        understand(HOSTILE[kind])
+    assert len(str(caught.value)) < 300
+
+
+def test_the_plan_that_the_hostile_ones_are_made_of_is_fine() -> None:
+    specs, buffer_size, num_buffers = understand(hostile())
+    assert (buffer_size, num_buffers) == (512, 2)
+    assert specs[1] == TensorSpec("b", (2, 3), torch.float32, same_as="a")
+
+
+def test_a_name_for_a_dtype_imports_nothing() -> None:
+    before = set(sys.modules)
+    for name in ("onnx", "_dynamo", "_inductor", "_export"):
+        with pytest.raises(ValueError, match="no dtype"):
+            dtype_called(name)
+    assert set(sys.modules) == before
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_is_in_a_description_it_is_a_plan_or_a_transfer_error(data: st.DataObject) -> None:
+    plan = json.loads(json.dumps(PLAN))
+    field = data.draw(st.sampled_from(["tensors", "buffer_size", "num_buffers", "tensor", "field"]))
+    if field == "tensor":
+        plan["tensors"][data.draw(st.integers(0, 1))] = data.draw(JSON)
+    elif field == "field":
+        tensor = plan["tensors"][data.draw(st.integers(0, 1))]
+        tensor[data.draw(st.integers(0, 3))] = data.draw(JSON)
+    else:
+        plan[field] = data.draw(JSON)
+    try:
+        specs, buffer_size, num_buffers = understand(json.dumps(plan).encode())
+    except TransferError:
+        return
+    check_plan(specs, buffer_size, num_buffers)
+    assert sum(chunk.nbytes for chunk in lay_out(specs, buffer_size, 0)) <= 1 << 48
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_transfer_error(noise: bytes) -> None:
+    with pytest.raises(TransferError):
+        understand(noise)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_keeps_its_name(dtype: torch.dtype) -> None:
+    specs = (TensorSpec("t", (3,), dtype),)
+    assert understand(describe(specs, 256, 1))[0] == specs
+    assert specs[0].nbytes == math.prod((3,)) * dtype.itemsize
+
+
+def test_tensors_that_are_one_in_memory_are_tied_and_no_others() -> None:
+    weight = torch.nn.Parameter(torch.zeros(4, 4))
+    tensors = {
+        "embed": weight,
+        "head": weight,
+        "alias": weight.detach(),
+        "transposed": weight.t(),
+        "half": weight[:2],
+        "bits": weight.detach().view(torch.int32),
+        "equal": torch.zeros(4, 4),
+        "empty": torch.empty(0, 4),
+        "empty too": torch.empty(0, 4),
+        "scalar": weight.detach()[0, 0],
+    }
+    tied = {spec.name: spec.same_as for spec in specs_of(tensors) if spec.same_as}
+    assert tied == {"head": "embed", "alias": "embed"}
+    check_plan(specs_of(tensors), 512, 1)
+
+
+def test_a_tied_tensor_has_no_bytes_of_its_own() -> None:
+    weight = torch.zeros(1000)
+    untied, tied = ({"a": weight}, {"a": weight, "b": weight})
+    assert [lay_out(specs_of(each), 512, 0) for each in (untied, tied)] == [
+        lay_out([TensorSpec("a", (1000,), torch.float32)], 512, 0)
+    ] * 2
