@@ -265,6 +265,9 @@ def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet
         launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
         die_with_parent(int(launcher) if launcher.isdecimal() else None)
     watch_signals(leaver)  # before torch, whose threads must inherit the mask
+    if not outcome.verbose:
+        # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         from packcast import transfer
 

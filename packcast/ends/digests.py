@@ -9,7 +9,13 @@ from collections.abc import Sequence
 
 import xxhash
 
-from packcast.packed.plan import BLOCK, DIGEST_NBYTES, Block
+from packcast.packed.plan import BLOCK, DIGEST_NBYTES, Extent
+
+
+def block_digests(data: memoryview) -> bytes:
+    """The digests of the data's blocks, one after the other; the last block may be short."""
+    digest = xxhash.xxh3_128_digest  # releases the interpreter for the whole block
+    return b"".join(digest(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK))
 
 
 class BlockDigests:
@@ -18,10 +24,10 @@ class BlockDigests:
     def __init__(self, file_nbytes: Sequence[int]) -> None:
         self._tables = [bytearray(DIGEST_NBYTES * -(-nbytes // BLOCK)) for nbytes in file_nbytes]
 
-    def record(self, block: Block, digest: bytes) -> None:
-        """Remember a block's digest; from many threads, each block once."""
-        at = block.offset // BLOCK * DIGEST_NBYTES
-        self._tables[block.file][at : at + DIGEST_NBYTES] = digest
+    def record(self, extent: Extent, digests: bytes) -> None:
+        """Remember an extent's block digests; from many threads, each block once."""
+        at = extent.offset // BLOCK * DIGEST_NBYTES
+        self._tables[extent.file][at : at + len(digests)] = digests
 
     def of_files(self) -> list[str]:
         """The digest of each file, in hex; right once every block is recorded."""

@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
-import xxhash
-
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.ends.digests import BlockDigests
+from packcast.ends.digests import BlockDigests, block_digests
 from packcast.ends.staging import (
     CLOSE_LIMIT_S,
     Buffers,
@@ -28,11 +26,12 @@ from packcast.errors import PackcastError, TransferError, as_packcast_error
 from packcast.packed.counters import Stage
 from packcast.packed.lanes import Mark
 from packcast.packed.plan import (
+    BLOCK,
     DIGEST_NBYTES,
-    Block,
     Chunk,
+    Extent,
     Piece,
-    blocks_of,
+    num_blocks,
     piece_nbytes,
     pieces_of,
 )
@@ -82,8 +81,8 @@ class _Arrival:
         """The block digests; valid once a piece's mark has passed, which follows the trailer's."""
         with self._lock:
             if self._digests is None:
-                num_blocks = sum(1 for _ in blocks_of(self.chunk))
-                self._digests = read_trailer(self._trailer.view, tag, self.chunk, num_blocks)
+                blocks = sum(num_blocks(extent.nbytes) for extent in self.chunk.extents)
+                self._digests = read_trailer(self._trailer.view, tag, self.chunk, blocks)
             return self._digests
 
     def piece_done(self) -> None:
@@ -149,7 +148,7 @@ class Landing:
                 lease.copy_from(slot, piece.slot_offset)
                 slot.drained = ring.drain.mark()
                 self._queue.put((arrival, piece, lease, slot.drained))
-        self._counters.newest = pieces[-1].blocks[-1]
+        self._counters.newest = pieces[-1].extents[-1]
         if not ring.is_host and slot.drained is not None:
             ring.clock.span("d2h", chunk.index, chunk.nbytes, begin, slot.drained)
 
@@ -198,26 +197,32 @@ class Landing:
 
     def _land(self, arrival: _Arrival, piece: Piece, lease: Lease) -> None:
         begin = time.perf_counter()
-        expected = arrival.digests(self._tag)
-        for i, block in enumerate(piece.blocks, piece.first_block):
-            at = block.slot_offset - piece.slot_offset
-            part = lease.view[at : at + block.nbytes]
-            digest = xxhash.xxh3_128_digest(part)
-            if digest != expected[i * DIGEST_NBYTES : (i + 1) * DIGEST_NBYTES]:
-                raise TransferError(self._damage(arrival.chunk, block))
-            self._sink.put(block.file, block.offset, part)
-            self.digests.record(block, digest)
+        promised = arrival.digests(self._tag)[piece.first_block * DIGEST_NBYTES :]
+        view = lease.view
+        for extent in piece.extents:
+            part, view = view[: extent.nbytes], view[extent.nbytes :]
+            found = block_digests(part)
+            expected, promised = promised[: len(found)], promised[len(found) :]
+            if found != expected:
+                raise TransferError(self._damage(arrival.chunk, extent, found, expected))
+            self._sink.put(extent.file, extent.offset, part)
+            self.digests.record(extent, found)
         self._counters.add(
             self.stage, arrival.chunk.index, piece.nbytes, begin, time.perf_counter()
         )
 
-    def _damage(self, chunk: Chunk, block: Block) -> str:
-        spec = self._files[block.file]
-        tensor = spec.header.tensor_at(block.offset) if spec.header else None
+    def _damage(self, chunk: Chunk, extent: Extent, found: bytes, expected: bytes) -> str:
+        starts = range(0, len(found), DIGEST_NBYTES)
+        same = (
+            found[at : at + DIGEST_NBYTES] == expected[at : at + DIGEST_NBYTES] for at in starts
+        )
+        begin = extent.offset + list(same).index(False) * BLOCK
+        end = min(begin + BLOCK, extent.offset + extent.nbytes)
+        spec = self._files[extent.file]
+        tensor = spec.header.tensor_at(begin) if spec.header else None
         inside = f" (tensor {tensor.name})" if tensor else ""
-        end = block.offset + block.nbytes
         return (
-            f"{spec.name}: bytes {block.offset} to {end}{inside} were damaged on the way, "
+            f"{spec.name}: bytes {begin} to {end}{inside} were damaged on the way, "
             f"chunk {chunk.index}"
         )
 

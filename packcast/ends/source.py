@@ -1,7 +1,7 @@
 """The producer's end: threads read outgoing files piece by piece, ahead of the loop, into staging.
 
 Reads by `preadv`, never by mapping: a file that is cut short while it is read is then an error,
-not the death of the process. Digests are taken while a block is still in the cache.
+not the death of the process. Digests are taken while a piece is still in the cache.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from queue import SimpleQueue
 
-import xxhash
-
 from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile
-from packcast.ends.digests import BlockDigests
+from packcast.ends.digests import BlockDigests, block_digests
 from packcast.ends.staging import CLOSE_LIMIT_S, Buffers, Lease, join_all, make_staging, use_device
 from packcast.errors import CheckpointError, PackcastError, TransferError, as_packcast_error
 from packcast.packed.plan import Chunk, Piece, piece_nbytes, pieces_of
@@ -176,12 +174,14 @@ class FileSource:
         ring, digests = self._ring, bytearray()
         with ring.fill:
             begin = ring.fill.mark()
-            for _ in pieces_of(chunk, self._piece_nbytes):
+            filled = 0
+            while filled < chunk.nbytes:
                 load = self._await_load()
+                filled += load.piece.nbytes
                 load.lease.copy_to(slot, load.piece.slot_offset)
                 load.lease.release(ring.fill.mark())
                 digests += load.digests
-                self._counters.newest = load.piece.blocks[-1]
+                self._counters.newest = load.piece.extents[-1]
             offset = chunk.trailer_offset
             trailer = self._trailers.lease(chunk, offset, chunk.trailer_nbytes)
             write_trailer(trailer.view, self._tag, chunk, bytes(digests))
@@ -236,16 +236,14 @@ class FileSource:
     def _read_piece(self, chunk: Chunk, load: _Load) -> None:
         begin = time.perf_counter()
         try:
-            digests = bytearray()
-            for block in load.piece.blocks:
-                at = block.slot_offset - load.piece.slot_offset
-                part = load.lease.view[at : at + block.nbytes]
-                self._reader.read(block.file, block.offset, part)
-                digest = xxhash.xxh3_128_digest(part)
-                self.digests.record(block, digest)
-                digests += digest
-                self._count_off(block.file, block.nbytes)
-            load.digests = bytes(digests)
+            found, view = [], load.lease.view
+            for extent in load.piece.extents:
+                part, view = view[: extent.nbytes], view[extent.nbytes :]
+                self._reader.read(extent.file, extent.offset, part)
+                found.append(block_digests(part))
+                self.digests.record(extent, found[-1])
+                self._count_off(extent.file, extent.nbytes)
+            load.digests = b"".join(found)
         except Exception as error:
             load.error = as_packcast_error(error, "reading")
         finally:

@@ -19,12 +19,14 @@ from packcast.packed.tensors import as_bytes, check_plain
 
 Tensors = Mapping[str, torch.Tensor]
 
+_DTYPE = operator.attrgetter("dtype")
+
 
 class Bound:
     """The plan's tensors as bytes on the ring's device, cut into each chunk's parts.
 
     A tensor that is not contiguous, or elsewhere, has a stand-in there that is copied before a
-    send and after a receive.
+    send and after a receive. Holds on to the tensors' memory.
     """
 
     def __init__(
@@ -34,50 +36,69 @@ class Bound:
         tensors: Tensors,
         device: torch.device,
     ) -> None:
-        self._tensors = [self._checked(spec, tensors) for spec in specs]
-        self._pointers = list(map(torch.Tensor.data_ptr, self._tensors))
+        self._specs = specs
         self._names = [spec.name for spec in specs]
+        # Not the caller's own objects: those may be given other memory.
+        self._tensors = [self._checked(spec, tensors).detach() for spec in specs]
+        self._dtypes = [spec.dtype for spec in specs]
         self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
-        whole = []
-        for spec, tensor in zip(specs, self._tensors, strict=True):
-            data = as_bytes(spec.name, tensor, device)
-            if data.numel() and data.data_ptr() != tensor.data_ptr():
-                stand_in = data.view(tensor.dtype).view(tensor.shape)
-                self._stand_ins.append((tensor, stand_in))
-            whole.append(data)
+        whole = [
+            self._whole(spec, tensor, device)
+            for spec, tensor in zip(specs, self._tensors, strict=True)
+        ]
         self.parts = [
             [whole[part.tensor][part.offset : part.offset + part.nbytes] for part in chunk.parts]
             for chunk in chunks
         ]
         position = {spec.name: i for i, spec in enumerate(specs)}
-        self._ties = [
-            (self._tensors[i], self._tensors[position[spec.same_as]])
-            for i, spec in enumerate(specs)
-            if spec.same_as
-        ]
+        self._ties = [(i, position[spec.same_as]) for i, spec in enumerate(specs) if spec.same_as]
 
     def is_of(self, tensors: Tensors) -> bool:
-        """Whether these are the very tensors that this was made for, still in their places.
+        """Whether these are the memory that this was made for, of the same shape and strides.
 
-        Asked before every send, of every tensor: so without a line of Python for each.
+        Asked before every send, of every tensor: so without a line of Python for each. The
+        objects may be others: a model's `state_dict()` makes new ones each time.
         """
-        return all(map(operator.is_, map(tensors.get, self._names), self._tensors)) and (
-            list(map(torch.Tensor.data_ptr, self._tensors)) == self._pointers
-        )
+        try:
+            given = list(map(tensors.__getitem__, self._names))
+            return list(map(_DTYPE, given)) == self._dtypes and all(
+                map(torch.Tensor.is_set_to, given, self._tensors)
+            )
+        except (KeyError, AttributeError, TypeError, RuntimeError):  # missing, or no plain bytes
+            return False
+
+    def check_ties(self) -> None:
+        """Before a send: raise UsageError where ties have come apart, or one would be lost."""
+        for i, original in self._ties:
+            if not self._tensors[i].is_set_to(self._tensors[original]):
+                spec = self._specs[i]
+                raise UsageError(
+                    f"tensor {spec.name} shares the memory of {spec.same_as} in the plan, but"
+                    " no longer does",
+                    hint="make a new pair from the tensors as they are now",
+                )
 
     def refresh(self) -> None:
         """Before a send: the stand-ins take the tensors' values of now."""
         for tensor, stand_in in self._stand_ins:
-            stand_in.copy_(tensor.detach())
+            stand_in.copy_(tensor)
 
-    @torch.no_grad()
     def deliver(self) -> None:
         """After a receive: stand-ins and ties hand their values on."""
         for tensor, stand_in in self._stand_ins:
             tensor.copy_(stand_in)
-        for tensor, original in self._ties:
-            if tensor is not original and tensor.data_ptr() != original.data_ptr():
-                tensor.copy_(original)
+        for i, original in self._ties:
+            if self._tensors[i].data_ptr() != self._tensors[original].data_ptr():
+                self._tensors[i].copy_(self._tensors[original])
+
+    def _whole(self, spec: TensorSpec, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """The tensor's bytes, its own or a stand-in's; a tied one's are never asked for."""
+        if not spec.nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        data = as_bytes(spec.name, tensor, device)
+        if data.device != tensor.device or data.data_ptr() != tensor.data_ptr():
+            self._stand_ins.append((tensor, data.view(tensor.dtype).view(tensor.shape)))
+        return data
 
     @staticmethod
     def _checked(spec: TensorSpec, tensors: Tensors) -> torch.Tensor:
@@ -94,13 +115,17 @@ class Bound:
 
 
 class Copier:
-    """Copies a chunk's parts into its slot, or out of it: one call for all of them."""
+    """Copies a chunk's parts into its slot, or out of it: one call for all of them.
+
+    `views` keeps the places in the slots from one run to the next; it is the ring's own.
+    """
 
     stage: Stage = "unpack"
 
-    def __init__(self, ring: Ring, bound: Bound) -> None:
+    def __init__(self, ring: Ring, bound: Bound, views: dict[int, list[torch.Tensor]]) -> None:
         self._ring = ring
         self._bound = bound
+        self._views = views
         # The tensors are the caller's: what it has given its stream comes first. Once is enough,
         # since nothing of the caller's runs between here and the end.
         ring.fill.wait_for_caller(ring.device)
@@ -111,7 +136,7 @@ class Copier:
         ring = self._ring
         with ring.fill:
             begin = ring.fill.mark()
-            torch._foreach_copy_(self._views(chunk, slot), self._bound.parts[chunk.index])
+            torch._foreach_copy_(self._places(chunk, slot), self._bound.parts[chunk.index])
             slot.filled = ring.fill.mark()
         ring.clock.span("pack", chunk.index, chunk.nbytes, begin, slot.filled)
 
@@ -121,7 +146,7 @@ class Copier:
         ring.drain.wait(slot.arrived)
         with ring.drain:
             begin = ring.drain.mark()
-            torch._foreach_copy_(self._bound.parts[chunk.index], self._views(chunk, slot))
+            torch._foreach_copy_(self._bound.parts[chunk.index], self._places(chunk, slot))
             slot.drained = ring.drain.mark()
         ring.clock.span("unpack", chunk.index, chunk.nbytes, begin, slot.drained)
 
@@ -132,5 +157,10 @@ class Copier:
     def close(self) -> None:
         """It has no threads."""
 
-    def _views(self, chunk: ReplayChunk, slot: Slot) -> list[torch.Tensor]:
-        return [slot.memory[p.slot_offset : p.slot_offset + p.nbytes] for p in chunk.parts]
+    def _places(self, chunk: ReplayChunk, slot: Slot) -> list[torch.Tensor]:
+        if chunk.index not in self._views:
+            self._views[chunk.index] = [
+                slot.memory[part.slot_offset : part.slot_offset + part.nbytes]
+                for part in chunk.parts
+            ]
+        return self._views[chunk.index]

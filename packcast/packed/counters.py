@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from packcast.packed.plan import Block
+from packcast.packed.plan import Extent
 
 Stage = Literal["read", "pack", "h2d", "broadcast", "d2h", "unpack", "write", "verify", "discard"]
 
@@ -50,7 +50,7 @@ class Counters:
         self._lock = threading.Lock()
         self._totals: dict[Stage, StageTotal] = {}
         self._trace: list[StageEvent] | None = [] if trace else None
-        self.newest: Block | None = None  # the newest block that the loop has seen
+        self.newest: Extent | None = None  # the newest bytes that the loop has seen
 
     def add(self, stage: Stage, chunk: int, nbytes: int, begin: float, end: float) -> None:
         """Count one finished piece of work."""

@@ -56,23 +56,17 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """A block, or a file's short last one, and where in the slot it lies."""
-
-    slot_offset: int
-    file: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Piece:
-    """Whole blocks of one chunk, together at most one staging buffer: the unit of host I/O."""
+    """Whole blocks of one chunk, together at most one staging buffer: the unit of host I/O.
+
+    Its extents lie one after the other in the slot. Its blocks' digests begin at `first_block`
+    in the trailer.
+    """
 
     slot_offset: int
     nbytes: int
-    first_block: int  # position of blocks[0] among the chunk's blocks, as in the trailer
-    blocks: tuple[Block, ...]
+    first_block: int
+    extents: tuple[Extent, ...]
 
 
 def align_up(nbytes: int, unit: int) -> int:
@@ -143,20 +137,20 @@ def plan_chunks(
     """
     chunks: list[Chunk] = []
     extents: list[Extent] = []
-    used = num_blocks = 0
+    used = blocks = 0
     block_limit, trailer = max_blocks(buffer_size), trailer_nbytes(buffer_size)
 
     def close() -> None:
-        nonlocal used, num_blocks
+        nonlocal used, blocks
         index = len(chunks)
         chunks.append(Chunk(index, roots[index % len(roots)], tuple(extents), used, trailer))
         extents.clear()
-        used = num_blocks = 0
+        used = blocks = 0
 
     for file, size in enumerate(file_nbytes):
         offset = 0
         while offset < size:
-            room = min(buffer_size - used, (block_limit - num_blocks) * BLOCK)
+            room = min(buffer_size - used, (block_limit - blocks) * BLOCK)
             take = min(size - offset, room)
             if take < size - offset:
                 take -= take % BLOCK
@@ -165,7 +159,7 @@ def plan_chunks(
                 continue
             extents.append(Extent(file, offset, take))
             used += take
-            num_blocks += -(-take // BLOCK)
+            blocks += num_blocks(take)
             offset += take
             if used == buffer_size:
                 close()
@@ -186,26 +180,27 @@ def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Sequence[C
     return digest.hexdigest()
 
 
-def blocks_of(chunk: Chunk) -> Iterator[Block]:
-    """The chunk's blocks in the order of their digests in the trailer."""
-    slot_offset = 0
-    for extent in chunk.extents:
-        end = extent.offset + extent.nbytes
-        for offset in range(extent.offset, end, BLOCK):
-            nbytes = min(BLOCK, end - offset)
-            yield Block(slot_offset, extent.file, offset, nbytes)
-            slot_offset += nbytes
+def num_blocks(nbytes: int) -> int:
+    """How many blocks an extent of so many bytes has, a short last one included."""
+    return -(-nbytes // BLOCK)
 
 
 def pieces_of(chunk: Chunk, piece_nbytes: int) -> Iterator[Piece]:
     """The chunk in pieces of at most `piece_nbytes` (at least BLOCK), each of whole blocks."""
-    blocks: list[Block] = []
-    used = first = 0
-    for position, block in enumerate(blocks_of(chunk)):
-        if used + block.nbytes > piece_nbytes:
-            yield Piece(blocks[0].slot_offset, used, first, tuple(blocks))
-            blocks, used, first = [], 0, position
-        blocks.append(block)
-        used += block.nbytes
-    if blocks:
-        yield Piece(blocks[0].slot_offset, used, first, tuple(blocks))
+    extents: list[Extent] = []
+    begin = used = first = seen = 0
+    for extent in chunk.extents:
+        offset, end = extent.offset, extent.offset + extent.nbytes
+        while offset < end:
+            room = piece_nbytes - used
+            nbytes = end - offset if end - offset <= room else room - room % BLOCK
+            if not nbytes:
+                yield Piece(begin, used, first, tuple(extents))
+                extents, begin, used, first = [], begin + used, 0, seen
+                continue
+            extents.append(Extent(extent.file, offset, nbytes))
+            offset += nbytes
+            used += nbytes
+            seen += num_blocks(nbytes)
+    if extents:
+        yield Piece(begin, used, first, tuple(extents))

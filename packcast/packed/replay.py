@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -33,6 +34,9 @@ DEFAULT_REPLAY_NUM_BUFFERS = 4
 _MAX_DESCRIPTION = 1 << 30
 _HELLO = struct.Struct("<8sQ")
 _MAGIC = b"packrep1"
+_OTHER_PLAN = bytes(16)  # in a digest's place
+
+Look = tuple[str, tuple[int, ...], torch.dtype]
 
 OnTensor = Callable[[str, torch.Tensor], object]
 
@@ -42,8 +46,10 @@ class ReplaySender:
 
     `tensors` maps names to tensors (their values do not matter yet) or is a list of TensorSpec.
     Tensors that are one in memory travel once. `group` is a torch process group, or any object
-    with `broadcast(tensor, src=...)` on the current stream. Device memory: `num_buffers` x
-    `buffer_size` bytes, for as long as the object lives.
+    with `broadcast(tensor, src=...)` on the current stream. Device memory, for as long as the
+    object lives: `num_buffers` x `buffer_size` bytes (a slot is no larger than the largest chunk),
+    and a copy of each tensor that is not contiguous or not on the group's device. The object holds
+    on to the tensors that it was last given.
 
     Raises UsageError for tensors that have no plain bytes, and TransferError on every rank if a
     receiver expects another plan (over a bare communicator that does not tell `rank` and
@@ -93,17 +99,18 @@ class ReplayReceiver:
     def __init__(
         self, group: object, src: int, expected: Tensors | Sequence[TensorSpec] | None = None
     ) -> None:
+        wanted = None if expected is None else _looks_of(expected)
         communicator = communicator_of(group)
         description = _hear(communicator, src)
-        mine = digest_of(description)
-        self.specs, buffer_size, num_buffers = understand(description)
-        wrong = None
-        if expected is not None:
-            wanted = specs_of(expected) if isinstance(expected, Mapping) else tuple(expected)
-            wrong = _first_difference(self.specs, wanted)
-            if wrong:
-                mine = bytes(len(mine))
-        agree(communicator, src, mine, because=wrong)
+        try:
+            self.specs, buffer_size, num_buffers = understand(description)
+            if wanted is not None:
+                _compare(_looks_of(self.specs), wanted)
+        except TransferError:
+            with suppress(TransferError):  # the others have to hear of it first
+                agree(communicator, src, _OTHER_PLAN)
+            raise
+        agree(communicator, src, digest_of(description))
         self._replay = _Replay(communicator, self.specs, buffer_size, num_buffers, src)
 
     def receive(
@@ -117,10 +124,14 @@ class ReplayReceiver:
         in order, at the end, on the caller's stream. Ordered after the caller's current stream,
         over when this returns.
         """
+        tensors = into
+        if tensors is None:
+            self._replay.forget()
+            tensors = self._replay.new_tensors()
+        self._replay.run(NOBODY, tensors, fill=False)
         if into is None:
-            into = self._replay.new_tensors()
-        self._replay.run(NOBODY, into, fill=False)
-        received = {spec.name: into[spec.name] for spec in self.specs}
+            self._replay.forget()  # they are the caller's, and may be many
+        received = {spec.name: tensors[spec.name] for spec in self.specs}
         if callback is not None:
             for name, tensor in received.items():
                 callback(name, tensor)
@@ -145,16 +156,20 @@ class _Replay:
         largest = max((chunk.nbytes for chunk in self._chunks), default=0)
         self._ring = Ring(communicator.device, largest, num_buffers, Counters())
         self._bound: Bound | None = None
+        self._views: dict[int, list[torch.Tensor]] = {}
 
     def run(self, rank: int, tensors: Tensors, *, fill: bool) -> None:
         """One send, or one receive."""
-        if self._bound is None or not self._bound.is_of(tensors):
-            self._bound = Bound(self._specs, self._chunks, tensors, self._communicator.device)
         bound, ring = self._bound, self._ring
+        if bound is None or not bound.is_of(tensors):
+            bound = Bound(self._specs, self._chunks, tensors, self._communicator.device)
+            if fill:
+                bound.check_ties()
+            self._bound = bound
         if fill:
             bound.refresh()
         ring.rewind()
-        copier = Copier(ring, bound)
+        copier = Copier(ring, bound, self._views)
         try:
             run_pipeline(
                 self._chunks,
@@ -170,6 +185,10 @@ class _Replay:
         if not fill:
             bound.deliver()
 
+    def forget(self) -> None:
+        """Let go of the tensors of the last run."""
+        self._bound = None
+
     def new_tensors(self) -> dict[str, torch.Tensor]:
         """Tensors to receive into; tied ones are one."""
         made: dict[str, torch.Tensor] = {}
@@ -183,22 +202,19 @@ class _Replay:
         return made
 
 
-def agree(communicator: Communicator, src: int, mine: bytes, because: str | None = None) -> None:
+def agree(communicator: Communicator, src: int, mine: bytes) -> None:
     """Compare plans' digests before anything moves; all ranks call it.
 
     Every rank shows its own in turn where the communicator tells ranks, so that all of them
     raise TransferError together; else only the sender shows, and only the receivers compare.
     """
-    if because is not None and communicator.world_size is None:
-        raise TransferError(f"this receiver expects another plan: {because}")
     shown = range(communicator.world_size) if communicator.world_size else (src,)
     seen = {rank: _exchange(communicator, rank, mine) for rank in shown}
-    if because is not None:
-        raise TransferError(f"this receiver expects another plan: {because}")
-    differing = [rank for rank, digest in seen.items() if digest != mine]
+    differing = [str(rank) for rank, digest in seen.items() if digest != mine]
+    if len(differing) == 1:
+        raise TransferError(f"rank {differing[0]} expects another plan")
     if differing:
-        ranks = ", ".join(map(str, differing))
-        raise TransferError(f"rank{'s' * (len(differing) > 1)} {ranks} expect another plan")
+        raise TransferError(f"ranks {', '.join(differing)} expect another plan")
 
 
 def _tell(communicator: Communicator, src: int, description: bytes) -> None:
@@ -208,7 +224,7 @@ def _tell(communicator: Communicator, src: int, description: bytes) -> None:
 
 def _hear(communicator: Communicator, src: int) -> bytes:
     magic, length = _HELLO.unpack(_exchange(communicator, src, bytes(_HELLO.size)))
-    if magic != _MAGIC or length > _MAX_DESCRIPTION:
+    if magic != _MAGIC or not 0 < length <= _MAX_DESCRIPTION:
         raise TransferError(f"rank {src} is no replay sender, or one of another version")
     return _exchange(communicator, src, bytes(length))
 
@@ -220,13 +236,23 @@ def _exchange(communicator: Communicator, root: int, mine: bytes) -> bytes:
     return bytes(host_view(data.cpu()))
 
 
-def _first_difference(theirs: Sequence[TensorSpec], mine: Sequence[TensorSpec]) -> str | None:
+def _looks_of(tensors: Tensors | Sequence[TensorSpec]) -> list[Look]:
+    """What has to be alike on both ends; ties may differ, and the tensors may be on meta."""
+    if isinstance(tensors, Mapping):
+        return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
+    return [(spec.name, tuple(spec.shape), spec.dtype) for spec in tensors]
+
+
+def _compare(theirs: Sequence[Look], mine: Sequence[Look]) -> None:
+    """Raise TransferError naming the first difference."""
     for sent, wanted in zip(theirs, mine, strict=False):
-        if (sent.name, sent.shape, sent.dtype) != (wanted.name, wanted.shape, wanted.dtype):
-            return (
-                f"{wanted.name} {wanted.dtype} {wanted.shape} where the sender has"
-                f" {sent.name} {sent.dtype} {sent.shape}"
+        if sent != wanted:
+            raise TransferError(
+                f"this receiver expects another plan: {wanted[0]} {wanted[2]} {wanted[1]} where"
+                f" the sender has {sent[0]} {sent[2]} {sent[1]}"
             )
     if len(theirs) != len(mine):
-        return f"{len(mine)} tensors where the sender has {len(theirs)}"
-    return None
+        raise TransferError(
+            f"this receiver expects another plan: {len(mine)} tensors where the sender has"
+            f" {len(theirs)}"
+        )

@@ -12,19 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packcast.ends.digests import BlockDigests
-from packcast.packed.plan import BLOCK, Block, blocks_of, plan_chunks
+from packcast.packed.plan import BLOCK, Extent, plan_chunks
+from tests.helpers.blocks import blocks_of
 from tests.helpers.waiting import Waiter
 
 SIZES = st.lists(st.integers(0, 9).map(lambda n: n * BLOCK // 2 + n % 2), max_size=6)
 
 
-def digest_of(block: Block) -> bytes:
+def digest_of(block: Extent) -> bytes:
     return xxhash.xxh3_128_digest(f"{block.file} {block.offset} {block.nbytes}".encode())
 
 
 def recorded(sizes: Sequence[int], buffer_size: int, seed: int) -> list[str]:
     chunks = plan_chunks(sizes, buffer_size, [0])
-    blocks = [block for chunk in chunks for block in blocks_of(chunk)]
+    blocks = [block for chunk in chunks for block in blocks_of(chunk.extents)]
     random.Random(seed).shuffle(blocks)
     digests = BlockDigests(sizes)
     for block in blocks:
@@ -42,10 +43,10 @@ def test_neither_order_nor_buffers_change_a_files_digest(
 def test_it_is_the_digest_of_the_blocks_digests_in_file_order() -> None:
     sizes = [2 * BLOCK + 5, 0, BLOCK]
     first = b"".join(
-        digest_of(Block(0, 0, offset, nbytes))
+        digest_of(Extent(0, offset, nbytes))
         for offset, nbytes in ((0, BLOCK), (BLOCK, BLOCK), (2 * BLOCK, 5))
     )
-    last = digest_of(Block(0, 2, 0, BLOCK))
+    last = digest_of(Extent(2, 0, BLOCK))
     expected = [xxhash.xxh3_128_hexdigest(table) for table in (first, b"", last)]
     assert recorded(sizes, 2 * BLOCK, 1) == expected
 
@@ -55,7 +56,7 @@ def test_another_block_anywhere_is_another_digest(at: int) -> None:
     sizes = [2 * BLOCK + 5]
     digests = BlockDigests(sizes)
     for chunk in plan_chunks(sizes, BLOCK, [0]):
-        for block in blocks_of(chunk):
+        for block in blocks_of(chunk.extents):
             digest = digest_of(block)
             digests.record(block, digest[::-1] if block.offset == at else digest)
     assert digests.of_files() != recorded(sizes, BLOCK, 0)
@@ -68,7 +69,7 @@ def test_blocks_are_recorded_from_many_threads() -> None:
 
     def record(first: int) -> None:
         for chunk in chunks[first::4]:
-            for block in blocks_of(chunk):
+            for block in blocks_of(chunk.extents):
                 digests.record(block, digest_of(block))
 
     for waiter in [Waiter(partial(record, first)) for first in range(4)]:

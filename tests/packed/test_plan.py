@@ -13,15 +13,16 @@ from packcast.packed.plan import (
     PAGE,
     TRAILER_HEAD_NBYTES,
     align_up,
-    blocks_of,
     check_buffers,
     max_blocks,
+    num_blocks,
     pieces_of,
     plan_chunks,
     plan_digest,
     ring_nbytes,
     trailer_nbytes,
 )
+from tests.helpers.blocks import blocks_of
 
 MIB = 1 << 20
 sizes = st.lists(
@@ -60,9 +61,10 @@ def test_chunks_stay_within_the_buffer_and_name_their_roots(
         assert chunk.root == roots[i % 3]
         assert 0 < chunk.nbytes <= buffer_size
         assert chunk.nbytes == sum(extent.nbytes for extent in chunk.extents)
-        num_blocks = sum(1 for _ in blocks_of(chunk))
-        assert num_blocks <= max_blocks(buffer_size)
-        assert TRAILER_HEAD_NBYTES + num_blocks * DIGEST_NBYTES <= trailer_nbytes(buffer_size)
+        blocks = sum(1 for _ in blocks_of(chunk.extents))
+        assert blocks == sum(num_blocks(extent.nbytes) for extent in chunk.extents)
+        assert blocks <= max_blocks(buffer_size)
+        assert TRAILER_HEAD_NBYTES + blocks * DIGEST_NBYTES <= trailer_nbytes(buffer_size)
         assert align_up(chunk.nbytes, PAGE) <= buffer_size
 
 
@@ -71,13 +73,9 @@ def test_blocks_lie_at_multiples_of_a_block_and_are_whole_but_for_a_files_last(
     files: list[int], buffer_size: int
 ) -> None:
     for chunk in plan_chunks(files, buffer_size, [0]):
-        at = 0
-        for block in blocks_of(chunk):
-            assert block.slot_offset == at
+        for block in blocks_of(chunk.extents):
             assert block.offset % BLOCK == 0
             assert block.nbytes == min(BLOCK, files[block.file] - block.offset)
-            at += block.nbytes
-        assert at == chunk.nbytes
 
 
 @given(sizes, buffers, st.sampled_from([1, 2, 8]))
@@ -86,11 +84,16 @@ def test_pieces_are_the_chunk_cut_between_blocks(
 ) -> None:
     for chunk in plan_chunks(files, buffer_size, [0]):
         pieces = list(pieces_of(chunk, piece_mib * MIB))
-        blocks = [block for piece in pieces for block in piece.blocks]
-        assert blocks == list(blocks_of(chunk))
+        blocks = list(blocks_of(chunk.extents))
+        assert [b for piece in pieces for b in blocks_of(piece.extents)] == blocks
+        at = 0
         for piece in pieces:
-            assert blocks[piece.first_block] == piece.blocks[0]
-            assert piece.nbytes == sum(block.nbytes for block in piece.blocks) <= piece_mib * MIB
+            assert piece.slot_offset == at
+            assert blocks[piece.first_block] == next(blocks_of(piece.extents))
+            assert piece.nbytes == sum(extent.nbytes for extent in piece.extents)
+            assert 0 < piece.nbytes <= piece_mib * MIB
+            at += piece.nbytes
+        assert at == chunk.nbytes
 
 
 def test_a_large_file_is_split_at_full_buffers() -> None:
