@@ -6,7 +6,7 @@ from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import FileSpec, outgoing_files
 from packcast.cli.report import count
 from packcast.cli.tables import Listing, exact, table
-from packcast.packed.plan import Chunk, plan_chunks, ring_nbytes, trailer_nbytes
+from packcast.packed.plan import Chunk, pinned_nbytes, plan_chunks, ring_nbytes, trailer_nbytes
 from packcast.settings import Settings
 from packcast.units import format_exact_size, format_size
 
@@ -54,7 +54,10 @@ def _text(
             f"{exact(device)} bytes on each rank: {count(number, 'buffer')} of "
             f"{format_exact_size(size)} + {trailer_nbytes(size)}",
         ),
-        ("pinned memory", f"at most {format_exact_size(settings.staging)} on each rank"),
+        (
+            "pinned memory",
+            f"{exact(pinned_nbytes(size, settings.staging))} bytes on each rank that has a GPU",
+        ),
     ]
     return "\n".join(
         [
@@ -98,6 +101,6 @@ def _document(
         "chunks": len(chunks),
         "buffers": {"size": size, "count": number, "staging": settings.staging},
         "device_bytes": ring_nbytes(size, number),
-        "pinned_bytes_bound": settings.staging,
+        "pinned_bytes": pinned_nbytes(size, settings.staging),
         "warnings": list(checkpoint.warnings),
     }

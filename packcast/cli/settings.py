@@ -13,7 +13,7 @@ from typing import TypedDict, TypeVar
 
 from packcast.errors import UsageError
 from packcast.group.launch import Launch
-from packcast.packed.plan import check_buffers
+from packcast.packed.plan import check_buffers, check_staging
 from packcast.settings import Settings, SinkKind
 from packcast.units import MIB, parse_duration, parse_size
 
@@ -71,9 +71,10 @@ class Limits(TypedDict):
 
 def buffers(buffer_size: str, num_buffers: int, staging: str) -> Buffers:
     """The ring and the staging, if such a ring can be built."""
-    nbytes = size("--buffer-size", buffer_size)
+    nbytes, pinned = size("--buffer-size", buffer_size), size("--staging", staging)
     check_buffers(nbytes, num_buffers)
-    return Buffers(buffer_size=nbytes, num_buffers=num_buffers, staging=size("--staging", staging))
+    check_staging(nbytes, pinned)
+    return Buffers(buffer_size=nbytes, num_buffers=num_buffers, staging=pinned)
 
 
 def limits(join: str, heartbeat: str, stall: str) -> Limits:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import xxhash
 
 from packcast.errors import UsageError
-from packcast.units import MIB, format_exact_size
+from packcast.units import MIB, format_exact_size, format_size
 
 BLOCK = MIB  # the unit of digests, at multiples of itself in a file
 PAGE = 4096
@@ -85,6 +85,17 @@ def check_buffers(buffer_size: int, num_buffers: int) -> None:
         raise UsageError(f"{num_buffers} buffers: the count must be from 1 to 1024")
 
 
+def check_staging(buffer_size: int, staging_nbytes: int) -> None:
+    """Raise UsageError unless a rank that reads and writes could stage within that bound."""
+    least = 2 * _staged_nbytes(buffer_size)
+    if staging_nbytes < least:
+        raise UsageError(
+            f"staging of {format_exact_size(staging_nbytes)} is less than the"
+            f" {format_size(least)} that buffers of {format_exact_size(buffer_size)} need",
+            hint="try --staging 64MiB",
+        )
+
+
 def max_blocks(buffer_size: int) -> int:
     """How many blocks, whole and short, one chunk may carry."""
     return buffer_size // BLOCK + _SPARE_BLOCKS
@@ -117,7 +128,7 @@ def staging_count(buffer_size: int, staging_nbytes: int) -> int:
 
 
 def pinned_nbytes(buffer_size: int, staging_nbytes: int) -> int:
-    """Pinned memory that a rank with a GPU holds for one end: at most `staging_nbytes`, or one."""
+    """Pinned memory of a rank with a GPU that reads or writes: at most `staging_nbytes`."""
     return staging_count(buffer_size, staging_nbytes) * _staged_nbytes(buffer_size)
 
 

@@ -22,7 +22,7 @@ from packcast.group.line import Line
 from packcast.group.member import Member
 from packcast.group.processgroup import interface_of
 from packcast.group.store import connect_store, serve_store
-from packcast.packed.plan import check_buffers
+from packcast.packed.plan import check_buffers, check_staging
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import make_offers, same_files_as_offered
@@ -54,6 +54,7 @@ def run(settings: Settings, view: View, leaver: Leaver) -> Report:
     """
     if settings.command == "send":
         check_buffers(settings.buffer_size, settings.num_buffers)
+        check_staging(settings.buffer_size, settings.staging)
     view.phase("join")
     seat = take_seat(settings, view, leaver)
     leaver.on_leave(lambda: seat.channel.abort(leaver.error or TransferError("it left")))

@@ -14,8 +14,10 @@ from packcast.packed.plan import (
     TRAILER_HEAD_NBYTES,
     align_up,
     check_buffers,
+    check_staging,
     max_blocks,
     num_blocks,
+    pinned_nbytes,
     pieces_of,
     plan_chunks,
     plan_digest,
@@ -136,6 +138,19 @@ def test_the_digest_tells_plans_apart() -> None:
 def test_the_ring_is_count_times_buffer_and_a_page() -> None:
     assert ring_nbytes(64 * MIB, 4) == 4 * (64 * MIB + PAGE)
     assert trailer_nbytes(188 * MIB) == PAGE < trailer_nbytes(189 * MIB)
+
+
+@given(buffers, st.integers(0, 100).map(lambda n: n * MIB // 2))
+def test_pinned_memory_stays_within_the_staging_or_is_refused(
+    buffer_size: int, staging: int
+) -> None:
+    try:
+        check_staging(buffer_size, staging)
+    except UsageError:
+        assert staging < 2 * (8 * MIB + 2 * PAGE)
+    else:
+        assert 2 * pinned_nbytes(buffer_size, staging // 2) <= staging
+        assert pinned_nbytes(buffer_size, staging) <= staging
 
 
 @pytest.mark.parametrize(
