@@ -19,6 +19,14 @@ if TYPE_CHECKING:
         UsageError,
         VerificationError,
     )
+    from packcast.packed.compat import (
+        DEFAULT_PACKED_BUFFER_SIZE_BYTES,
+        DEFAULT_PACKED_NUM_BUFFERS,
+        packed_broadcast_consumer,
+        packed_broadcast_producer,
+    )
+    from packcast.packed.layout import TensorSpec
+    from packcast.packed.replay import ReplayReceiver, ReplaySender
     from packcast.report import Report
     from packcast.settings import Settings
     from packcast.view import View
@@ -26,20 +34,38 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_PACKED_BUFFER_SIZE_BYTES",
+    "DEFAULT_PACKED_NUM_BUFFERS",
     "CheckpointError",
     "DestinationError",
     "Interrupted",
     "PackcastError",
     "RendezvousError",
+    "ReplayReceiver",
+    "ReplaySender",
     "Report",
     "Settings",
+    "TensorSpec",
     "TransferError",
     "UsageError",
     "VerificationError",
     "View",
+    "packed_broadcast_consumer",
+    "packed_broadcast_producer",
 ]
 
-_MODULES = {"Report": "report", "Settings": "settings", "View": "view"}
+_MODULES = {
+    "DEFAULT_PACKED_BUFFER_SIZE_BYTES": "packed.compat",
+    "DEFAULT_PACKED_NUM_BUFFERS": "packed.compat",
+    "ReplayReceiver": "packed.replay",
+    "ReplaySender": "packed.replay",
+    "Report": "report",
+    "Settings": "settings",
+    "TensorSpec": "packed.layout",
+    "View": "view",
+    "packed_broadcast_consumer": "packed.compat",
+    "packed_broadcast_producer": "packed.compat",
+}
 
 
 def __getattr__(name: str) -> object:
