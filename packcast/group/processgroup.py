@@ -85,11 +85,11 @@ def open_process_group(
     return group
 
 
-def close_process_group(group: dist.ProcessGroup, device: torch.device, limit_s: float) -> bool:
-    """Take the group down; every collective must have ended, and every rank should call this.
+def begin_close(group: dist.ProcessGroup, device: torch.device) -> threading.Event:
+    """Take the group down in the background: NCCL's takes half a second, and can hang.
 
-    False if that took longer than `limit_s`, as it can where a peer is gone: a thread is stuck in
-    it then, and the process must leave by `os._exit`.
+    Every collective must have ended, and every rank should call this. The event comes when it is
+    done; if it does not, a thread is stuck, and the process must leave by `os._exit`.
     """
     import torch
     import torch.distributed as dist
@@ -105,7 +105,7 @@ def close_process_group(group: dist.ProcessGroup, device: torch.device, limit_s:
             done.set()
 
     threading.Thread(target=destroy, name="packcast-destroy", daemon=True).start()
-    return done.wait(limit_s)
+    return done
 
 
 _INTERFACE_VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}

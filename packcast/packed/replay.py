@@ -233,7 +233,8 @@ def _exchange(communicator: Communicator, root: int, mine: bytes) -> bytes:
     """What `root` shows, in as many bytes as `mine`; on the root itself that is `mine`."""
     data = torch.frombuffer(bytearray(mine), dtype=torch.uint8).to(communicator.device)
     communicator.broadcast(data, root)
-    return bytes(host_view(data.cpu()))
+    landed = data.cpu()  # named, since a view does not keep it alive
+    return bytes(host_view(landed))
 
 
 def _looks_of(tensors: Tensors | Sequence[TensorSpec]) -> list[Look]:

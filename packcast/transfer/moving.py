@@ -9,7 +9,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from packcast.errors import PackcastError, RendezvousError, TransferError
 from packcast.group.hub import Hub
 from packcast.group.leave import Leaver
 from packcast.group.line import Line
-from packcast.group.processgroup import close_process_group, open_process_group
+from packcast.group.processgroup import begin_close, open_process_group
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
@@ -121,11 +121,15 @@ class Mover:
             pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
         )
 
-    def close(self) -> bool:
+    def begin_close(self) -> Callable[[], bool]:
         """Take the process group down, once every rank has moved all: some backends break the
-        last collective of those that are behind. False: the process must leave by os._exit."""
+        last collective of those that are behind.
+
+        Call what is returned to wait for its end; False: the process must leave by os._exit.
+        """
         assert self._group is not None, "close comes after move"
-        return close_process_group(self._group, self._device, _CLOSE_LIMIT_S)
+        closed = begin_close(self._group, self._device)
+        return lambda: closed.wait(_CLOSE_LIMIT_S)
 
     def _open_group(
         self, store: Store, interface: str | None, channel: Hub | Line

@@ -106,9 +106,10 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
         hub.gather("MOVED", None)  # the stall watch is its bound
     hub.broadcast({"kind": "CLOSE"})
     view.phase("finish")
-    closed = mover.close()
+    close = mover.begin_close()
     proofs = hub.gather("PROVED", _finish_limit_s(settings, offer))
     seconds = since(moved.began)
+    closed = close()
     digests = agreed_digests(offer, moved.digests, proofs)
 
     view.phase("publish")
@@ -166,10 +167,11 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
             line.send({"kind": "MOVED"})
             line.expect("CLOSE", None)
         view.phase("finish")
-        closed = mover.close()
+        close = mover.begin_close()
         sink.finish()
         seconds = since(moved.began)
         line.send(proof_of(offer, moved, mover.counters, sink, seconds))
+        closed = close()
         line.expect("COMMIT", _finish_limit_s(settings, offer))
 
         view.phase("publish")
