@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -93,9 +93,8 @@ def packed_broadcast_consumer(
     _run(packs, communicator, ring, rank=NOBODY, source=None, drain=unpacker)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A tensor's place in the order: all that a receiver knows of it."""
+class _Entry(NamedTuple):
+    """A tensor's place in the order: all that a receiver knows of it. Made once per tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -110,7 +109,7 @@ class _Pack:
     index: int
     root: int
     nbytes: int
-    entries: tuple[_Entry, ...]
+    entries: tuple[_Entry, ...]  # on the consumer only
     parts: tuple[torch.Tensor, ...]  # the bytes of each, on the producer only
 
     @property
@@ -132,50 +131,51 @@ def _packs_to_send(
     root: int,
     device: torch.device,
 ) -> Iterator[_Pack]:
-    def parts() -> Iterator[tuple[_Entry, torch.Tensor]]:
+    def parts() -> Iterator[tuple[int, torch.Tensor]]:
         for name, given in pairs:
             tensor = post_iter_func((name, given))
             part = as_bytes(name, tensor, device)
-            if tensor.shape != given.shape or tensor.dtype != given.dtype:
+            if tensor is not given and (tensor.shape != given.shape or tensor.dtype != given.dtype):
                 raise UsageError(
                     f"post_iter_func made {name}, {given.dtype} {tuple(given.shape)}, into"
                     f" {tensor.dtype} {tuple(tensor.shape)}",
                     hint="receivers count on the shape and dtype that the iterator names",
                 )
-            yield _Entry(name, tuple(tensor.shape), tensor.dtype, part.numel()), part
+            yield part.numel(), part
 
-    for index, items in enumerate(_closed_after_exceeding(parts(), limit)):
-        entries = tuple(entry for entry, _ in items)
-        nbytes = sum(entry.nbytes for entry in entries)
-        yield _Pack(index, root, nbytes, entries, tuple(part for _, part in items))
+    for index, (nbytes, items) in enumerate(_closed_after_exceeding(parts(), limit)):
+        yield _Pack(index, root, nbytes, (), tuple(items))
 
 
 def _packs_to_receive(
     pairs: Iterator[tuple[str, tuple[Sequence[int], torch.dtype]]], limit: int, root: int
 ) -> Iterator[_Pack]:
-    def entries() -> Iterator[tuple[_Entry, None]]:
+    def entries() -> Iterator[tuple[int, _Entry]]:
         for name, (shape, dtype) in pairs:
-            yield _Entry(name, tuple(shape), dtype, nbytes_of(shape, dtype)), None
+            nbytes = nbytes_of(shape, dtype)
+            yield nbytes, _Entry(name, tuple(shape), dtype, nbytes)
 
-    for index, items in enumerate(_closed_after_exceeding(entries(), limit)):
-        known = tuple(entry for entry, _ in items)
-        yield _Pack(index, root, sum(entry.nbytes for entry in known), known, ())
+    for index, (nbytes, items) in enumerate(_closed_after_exceeding(entries(), limit)):
+        yield _Pack(index, root, nbytes, tuple(items), ())
 
 
 def _closed_after_exceeding(
-    items: Iterator[tuple[_Entry, T]], limit: int
-) -> Iterator[list[tuple[_Entry, T]]]:
-    """The wire's one rule: a buffer ends with the tensor that takes it over the limit."""
-    pack: list[tuple[_Entry, T]] = []
-    nbytes = 0
-    for item in items:
+    items: Iterator[tuple[int, T]], limit: int
+) -> Iterator[tuple[int, list[T]]]:
+    """The wire's one rule: a buffer ends with the tensor that takes it over the limit.
+
+    Items come with their sizes in bytes, and go as buffers with theirs.
+    """
+    pack: list[T] = []
+    used = 0
+    for nbytes, item in items:
         pack.append(item)
-        nbytes += item[0].nbytes
-        if nbytes > limit:
-            yield pack
-            pack, nbytes = [], 0
+        used += nbytes
+        if used > limit:
+            yield used, pack
+            pack, used = [], 0
     if pack:
-        yield pack
+        yield used, pack
 
 
 def _run(
@@ -206,23 +206,24 @@ class _Packer:
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
-        self._packed: Mark | None = None  # the buffer before
+        self._packed: Mark | None = None  # of the buffer before
+        self._parts: tuple[torch.Tensor, ...] = ()  # which it keeps alive until then
 
     def fill(self, pack: _Pack, slot: Slot) -> None:
         """Give the copies to the fill lane, behind what the caller's stream has made of them."""
         ring = self._ring
         if self._packed is not None:
             # Tensors made on the way live until they are packed: far ahead of a slow group the
-            # iterator would fill the memory with them.
+            # iterator would fill the memory with them. And until then nobody may free them,
+            # whichever stream they were made on.
             self._packed.synchronize()
+        self._parts = pack.parts
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
             begin = ring.fill.mark()
             if pack.parts:
                 torch.cat(pack.parts, out=slot.memory[: pack.nbytes])
             slot.filled = self._packed = ring.fill.mark()
-        for part in pack.parts:
-            ring.fill.keep(part)
         ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)
 
     def close(self) -> None:

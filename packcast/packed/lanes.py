@@ -85,11 +85,6 @@ class Lane:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
-    def keep(self, tensor: torch.Tensor) -> None:
-        """The tensor's memory is given to nobody else before this lane has done with it."""
-        if self._stream is not None:
-            tensor.record_stream(self._stream)
-
     def synchronize(self) -> None:
         """Block this host thread until the lane is empty."""
         if self._stream is not None:

@@ -12,6 +12,8 @@ import torch
 
 from packcast.errors import UsageError
 
+_SIMPLE_TYPES = (torch.Tensor, torch.nn.Parameter)
+
 
 def as_bytes(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor's elements in row-major order, as a one-dimensional uint8 tensor on `device`.
@@ -19,6 +21,8 @@ def as_bytes(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Ten
     A view where the tensor is contiguous and there already, else a copy made on the caller's
     current stream. Raises UsageError naming the tensor where it has no plain bytes of its own.
     """
+    if _is_simple(tensor, device):
+        return tensor.detach().view(-1).view(torch.uint8)
     check_plain(name, tensor)
     tensor = tensor.detach()
     if tensor.is_cuda and not (tensor.device == device and tensor.is_contiguous()):
@@ -31,6 +35,22 @@ def as_bytes(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Ten
     # Not `view(-1)`: a dimension of size 1 may have any stride, and 0-dim tensors have none.
     dense = tensor.contiguous()
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
+def _is_simple(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether nothing has to be looked at twice: most tensors, so quickly told.
+
+    One element is not simple: its strides may be anything.
+    """
+    return (
+        type(tensor) in _SIMPLE_TYPES
+        and tensor.device == device
+        and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized)
+        and tensor.is_contiguous()
+        and tensor.numel() > 1
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
 
 
 def check_plain(name: str, tensor: torch.Tensor) -> None:
@@ -64,6 +84,6 @@ def from_bytes(data: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> 
     """The tensor that has these bytes: a view where they are aligned, else a copy of them."""
     if not data.numel():
         return torch.empty(tuple(shape), dtype=dtype, device=data.device)
-    if data.storage_offset() % dtype.itemsize or data.data_ptr() % dtype.itemsize:
+    if data.storage_offset() % dtype.itemsize:  # allocations themselves are aligned for all
         data = data.clone()
-    return data.view(dtype).view(tuple(shape))
+    return data.view(dtype).view(shape)
