@@ -5,7 +5,7 @@ Each step is one call; what a step does is told where it lives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -89,16 +89,13 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
         hub.send(rank, offers[rank].place.to_json())
     reader = FileReader(files, checkpoint.files)
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
-    hub.gather("READY", settings.join_timeout_s)
+    _await_ready(hub, offer, settings.join_timeout_s)
 
     view.phase("start")
     host = _data_host(hub)
     store, port = (seat.store, 0) if seat.store else serve_store(host, settings.join_timeout_s)
     hub.broadcast({"kind": "GO", "host": host, "port": port})
-    view.started(
-        _start_of(offer, is_sender=True),
-        lambda: mover.snapshot({r: _nbytes_in(said) for r, said in hub.progress().items()}),
-    )
+    view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
 
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
         view.phase("data")
@@ -143,9 +140,7 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
     me, world_size = line.await_joined(patience_s)
 
     view.phase("offer")
-    offer = Offer.from_json(line.expect("OFFER", patience_s), line.expect("PLACE", patience_s))
-    if (offer.rank, offer.world_size) != (me.rank, world_size):
-        raise TransferError("the sender's offer is for another rank or group")
+    offer = _expect_offer(line, me, world_size, patience_s)
     chunks = offer.chunks()
     sink = _make_sink(settings, seat, offer, me)
     leaver.on_leave(sink.abort)
@@ -170,7 +165,8 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
         close = mover.begin_close()
         sink.finish()
         seconds = since(moved.began)
-        line.send(proof_of(offer, moved, mover.counters, sink, seconds))
+        proof = proof_of(offer, moved, mover.counters, sink, seconds)
+        line.send(proof)
         closed = close()
         line.expect("COMMIT", _finish_limit_s(settings, offer))
 
@@ -188,23 +184,28 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
         view.warn(note)
 
     view.phase("done")
-    proof = proof_of(offer, moved, mover.counters, sink, seconds)
-    failures = failures_of(
-        [offer.rank], {offer.rank: proof}, {offer.rank: published_by(sink, fault)}, {}
-    )
+    rank = offer.rank
+    failures = failures_of([rank], {rank: proof}, {rank: published_by(sink, fault)}, {})
     return make_report(
         settings,
         offer,
         moved,
         mover.counters,
         seconds=seconds,
-        ranks=rank_reports([line.sender, me], {offer.rank: offer}, offer.readers[0], failures),
-        digests=dict(zip((spec.name for spec in offer.files), moved.digests or (), strict=False)),
-        workers={offer.rank: sink.result()},
+        ranks=rank_reports([line.sender, me], {rank: offer}, offer.readers[0], failures),
+        digests=agreed_digests(offer, moved.digests, {rank: proof}),
+        workers={rank: sink.result()},
         warnings=sink.notes,
         failures=failures,
         ends_cleanly=closed,
     )
+
+
+def _expect_offer(line: Line, me: Member, world_size: int, timeout_s: float) -> Offer:
+    offer = Offer.from_json(line.expect("OFFER", timeout_s), line.expect("PLACE", timeout_s))
+    if (offer.rank, offer.world_size) != (me.rank, world_size):
+        raise TransferError("the sender's offer is for another rank or group")
+    return offer
 
 
 def _make_sink(settings: Settings, seat: Seat, offer: Offer, me: Member) -> Sink:
@@ -261,9 +262,17 @@ def _data_host(hub: Hub) -> str:
     return reachable_host(None) if host in ("0.0.0.0", "::") else host
 
 
-def _nbytes_in(progress: Mapping[str, object]) -> int:
-    nbytes = progress.get("nbytes")
-    return nbytes if isinstance(nbytes, int) else 0
+def _await_ready(hub: Hub, offer: Offer, timeout_s: float) -> None:
+    """Every worker has reserved its space and buffers, and has made the same plan."""
+    for rank, ready in hub.gather("READY", timeout_s).items():
+        if ready.get("plan") != offer.plan:
+            raise TransferError(f"rank {rank} makes another plan of the offer")
+
+
+def _done_by_worker(hub: Hub) -> dict[int, int]:
+    """How many bytes each worker has where they belong, by its newest heartbeat."""
+    told = {rank: progress.get("nbytes") for rank, progress in hub.progress().items()}
+    return {rank: nbytes if isinstance(nbytes, int) else 0 for rank, nbytes in told.items()}
 
 
 def _start_of(offer: Offer, *, is_sender: bool) -> Start:

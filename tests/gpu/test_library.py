@@ -32,7 +32,7 @@ def assert_is_table(ended: Ended) -> None:
 @pytest.mark.timeout(400)
 def test_every_value_is_right_over_both_kinds_of_groups_and_memory_stays_flat(gpus: Gpus) -> None:
     options = ["--standalone", "--nproc-per-node", str(gpus.num_ranks)]
-    ended = gpus.torchrun(options, "tests.gpu.library", "rounds", "10").wait(380)
+    ended = gpus.torchrun(options, "tests.gpu.api", "rounds", "10").wait(380)
     assert_all_right(ended, gpus.num_ranks)
     assert ended.stdout.count("reserved memory +0") == GROUPS * gpus.num_ranks
 
@@ -43,7 +43,7 @@ def test_how_fast_resident_weights_are(gpus: Gpus, capsys: pytest.CaptureFixture
     # Ranks that share a GPU talk over sockets: there only that all ways work counts.
     size = ["0.02", "1"] if gpus.shared else [os.environ.get("PACKCAST_TEST_GIB", "1"), "5"]
     options = ["--standalone", "--nproc-per-node", str(gpus.num_ranks)]
-    ended = gpus.torchrun(options, "tests.gpu.library", "table", *size).wait(380)
+    ended = gpus.torchrun(options, "tests.gpu.api", "table", *size).wait(380)
     assert_is_table(ended)
     with capsys.disabled():
         print(f"\n{ended.stdout}")
@@ -54,7 +54,7 @@ def over_gloo(commands: Commands) -> Callable[..., Ended]:
     """Three ranks of the program that see no GPU."""
 
     def run(*argv: str) -> Ended:
-        options = ["--standalone", "--nproc-per-node", "3", "-m", "tests.gpu.library"]
+        options = ["--standalone", "--nproc-per-node", "3", "-m", "tests.gpu.api"]
         return commands.run([*TORCHRUN, *options, *argv], {"CUDA_VISIBLE_DEVICES": ""})
 
     return run
