@@ -57,10 +57,6 @@ class Descriptors:
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._closed = False
 
-    @property
-    def num_open(self) -> int:
-        return len(self._open)
-
     def adopt(self, index: int, fd: int) -> None:
         """Take over a descriptor that the caller has just made for file `index`."""
         with self._changed:

@@ -161,9 +161,8 @@ class Mover:
     def snapshot(self, workers: dict[int, int]) -> Snapshot:
         """Where this rank is; `workers` are the bytes that each worker has done, if known."""
         newest = self.counters.newest
-        stage = self._landing.stage if self._landing else "broadcast"
         return Snapshot(
-            nbytes_done=self.counters.nbytes(stage),
+            nbytes_done=self.nbytes_done(),
             nbytes_total=self._offer.nbytes,
             stages={name: total.nbytes for name, total in self.counters.totals().items()},
             workers=workers,

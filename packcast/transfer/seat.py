@@ -239,8 +239,13 @@ def _master(launch: Launch, environ: Mapping[str, str]) -> tuple[str, int] | Non
     return None
 
 
+def host_to_reach(listening: tuple[str, int]) -> str:
+    """Where the other ranks reach who listens there: the address itself, if it is a single one."""
+    return reachable_host(None) if listening[0] in ("0.0.0.0", "::") else listening[0]
+
+
 def _recv_line(address: tuple[str, int], token: str | None) -> str:
-    host = reachable_host(None) if address[0] in ("0.0.0.0", "::") else address[0]
+    host = host_to_reach(address)
     where = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
     line = f"packcast recv {where} --out DIR"
     return f"PACKCAST_TOKEN={shlex.quote(token)} {line}" if token else line

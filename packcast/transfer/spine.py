@@ -38,7 +38,7 @@ from packcast.transfer.results import (
     rank_reports,
     since,
 )
-from packcast.transfer.seat import Seat, take_seat
+from packcast.transfer.seat import Seat, host_to_reach, take_seat
 from packcast.view import Start, View
 
 _SLOWEST_DISK = 20e6  # bytes per second
@@ -92,7 +92,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
     _await_ready(hub, offer, settings.join_timeout_s)
 
     view.phase("start")
-    host = _data_host(hub)
+    host = host_to_reach(hub.address)
     store, port = (seat.store, 0) if seat.store else serve_store(host, settings.join_timeout_s)
     hub.broadcast({"kind": "GO", "host": host, "port": port})
     view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
@@ -254,12 +254,6 @@ def _publish(sink: Sink) -> PackcastError | None:
     except PackcastError as error:
         return error
     return None
-
-
-def _data_host(hub: Hub) -> str:
-    """Where the ranks reach this host: the control channel's address, if that is a single one."""
-    host = hub.address[0]
-    return reachable_host(None) if host in ("0.0.0.0", "::") else host
 
 
 def _await_ready(hub: Hub, offer: Offer, timeout_s: float) -> None:
