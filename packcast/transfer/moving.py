@@ -91,10 +91,14 @@ class Mover:
 
     def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
         """Make the process group and send or receive every chunk. All ranks."""
+        self._group = self._open_group(store, interface, channel)
+        channel.arm(self.position)
+        return self.run(self._group, channel)
+
+    def run(self, group: dist.ProcessGroup, channel: Hub | Line) -> Moved:
+        """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
         offer = self._offer
-        group = self._group = self._open_group(store, interface, channel)
         try:
-            channel.arm(self.position)
             began = time.perf_counter()
             run_pipeline(
                 self._chunks,
