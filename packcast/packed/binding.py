@@ -1,32 +1,67 @@
-"""A replay's tensors bound to its plan: as bytes on the ring's device, cut into chunks' parts once.
+"""A replay's tensors bound to its plan: where each chunk's bytes are, worked out once.
 
-Then a chunk costs one call, whatever it holds.
+Then a chunk costs one call, whatever it holds, or none where it is broadcast as it lies.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from packcast.errors import UsageError
 from packcast.packed.counters import Stage
+from packcast.packed.gather import Move, pieces_of
 from packcast.packed.lanes import hold_caller
-from packcast.packed.layout import ReplayChunk, TensorSpec
+from packcast.packed.layout import Part, ReplayChunk, TensorSpec
 from packcast.packed.ring import Ring, Slot
 from packcast.packed.tensors import as_bytes, check_plain
 
 Tensors = Mapping[str, torch.Tensor]
 
 _DTYPE = operator.attrgetter("dtype")
+_WORD = (
+    16  # what copies and broadcasts move at once; a tensor elsewhere than at its multiples is slow
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundChunk:
+    """A chunk of the plan with the memory that its bytes come from, or go to.
+
+    That is `own`, which needs no copy; else the `table` for the kernel; else `parts`.
+    """
+
+    plan: ReplayChunk
+    own: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+    parts: Sequence[torch.Tensor] = ()
+
+    @property
+    def index(self) -> int:
+        return self.plan.index
+
+    @property
+    def root(self) -> int:
+        return self.plan.root
+
+    @property
+    def nbytes(self) -> int:
+        return self.plan.nbytes
+
+    @property
+    def wire_nbytes(self) -> int:
+        return self.plan.nbytes
 
 
 class Bound:
     """The plan's tensors as bytes on the ring's device, cut into each chunk's parts.
 
     A tensor that is not contiguous, or elsewhere, has a stand-in there that is copied before a
-    send and after a receive. Holds on to the tensors' memory.
+    send and after a receive; so has one that a slot is too small for and that lies askew. With
+    `move`, chunks have tables for it. Holds on to the tensors' memory.
     """
 
     def __init__(
@@ -35,6 +70,7 @@ class Bound:
         chunks: Sequence[ReplayChunk],
         tensors: Tensors,
         device: torch.device,
+        move: Move | None,
     ) -> None:
         self._specs = specs
         self._names = [spec.name for spec in specs]
@@ -42,16 +78,18 @@ class Bound:
         self._tensors = [self._checked(spec, tensors).detach() for spec in specs]
         self._dtypes = [spec.dtype for spec in specs]
         self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
-        whole = [
-            self._whole(spec, tensor, device)
-            for spec, tensor in zip(specs, self._tensors, strict=True)
+        alone = {chunk.parts[0].tensor for chunk in chunks if not chunk.needs_slot}
+        self._whole = [
+            self._bytes_of(spec, tensor, device, alone=i in alone)
+            for i, (spec, tensor) in enumerate(zip(specs, self._tensors, strict=True))
         ]
-        self.parts = [
-            [whole[part.tensor][part.offset : part.offset + part.nbytes] for part in chunk.parts]
-            for chunk in chunks
-        ]
+        self.chunks = self._bound(chunks, move, device)
         position = {spec.name: i for i, spec in enumerate(specs)}
         self._ties = [(i, position[spec.same_as]) for i, spec in enumerate(specs) if spec.same_as]
+
+    def named(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+        """Those of the plan, in its order."""
+        return dict(zip(self._names, map(tensors.__getitem__, self._names), strict=True))
 
     def is_of(self, tensors: Tensors) -> bool:
         """Whether these are the memory that this was made for, of the same shape and strides.
@@ -91,11 +129,62 @@ class Bound:
             if self._tensors[i].data_ptr() != self._tensors[original].data_ptr():
                 self._tensors[i].copy_(self._tensors[original])
 
-    def _whole(self, spec: TensorSpec, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def _bound(
+        self, chunks: Sequence[ReplayChunk], move: Move | None, device: torch.device
+    ) -> list[BoundChunk]:
+        bound = [BoundChunk(chunk, own=self._own(chunk)) for chunk in chunks]
+        copied = [chunk for chunk in bound if chunk.own is None]
+        if move is not None:
+            tables = self._tables([chunk.plan for chunk in copied], device)
+            for chunk, table in zip(copied, tables, strict=True):
+                bound[chunk.index] = BoundChunk(chunk.plan, table=table)
+        else:
+            for chunk in copied:
+                parts = [self._run(part) for part in chunk.plan.parts]
+                bound[chunk.index] = BoundChunk(chunk.plan, parts=parts)
+        return bound
+
+    def _own(self, chunk: ReplayChunk) -> torch.Tensor | None:
+        """The chunk's bytes where they lie in one piece, and well: that needs no copy.
+
+        The other ends need not do the same, since a chunk's bytes are the same in a slot.
+        """
+        if len(chunk.parts) > 1:
+            return None
+        run = self._run(chunk.parts[0])
+        return run if run.data_ptr() % _WORD == 0 else None
+
+    def _run(self, part: Part) -> torch.Tensor:
+        return self._whole[part.tensor][part.offset : part.offset + part.nbytes]
+
+    def _tables(
+        self, chunks: Sequence[ReplayChunk], device: torch.device
+    ) -> Sequence[torch.Tensor]:
+        """The table of each chunk, all of them copied to the device at once."""
+        parts = [part for chunk in chunks for part in chunk.parts]
+        starts = torch.tensor([data.data_ptr() for data in self._whole], dtype=torch.int64)
+        runs = torch.tensor(
+            [(part.tensor, part.offset, part.slot_offset, part.nbytes) for part in parts],
+            dtype=torch.int64,
+        ).view(-1, 4)
+        tensor, offset, slot_offset, nbytes = runs.unbind(1)
+        table, counts = pieces_of(starts[tensor] + offset, slot_offset, nbytes)
+        of_parts = torch.tensor([len(chunk.parts) for chunk in chunks], dtype=torch.int64)
+        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[
+            torch.cat([of_parts.new_zeros(1), of_parts.cumsum(0)])
+        ]
+        of_chunks: Sequence[torch.Tensor] = table.to(device).split(ends.diff().tolist())
+        return of_chunks
+
+    def _bytes_of(
+        self, spec: TensorSpec, tensor: torch.Tensor, device: torch.device, *, alone: bool
+    ) -> torch.Tensor:
         """The tensor's bytes, its own or a stand-in's; a tied one's are never asked for."""
         if not spec.nbytes:
             return torch.empty(0, dtype=torch.uint8)
         data = as_bytes(spec.name, tensor, device)
+        if alone and data.data_ptr() % _WORD:
+            data = data.clone()
         if data.device != tensor.device or data.data_ptr() != tensor.data_ptr():
             self._stand_ins.append((tensor, data.view(tensor.dtype).view(tensor.shape)))
         return data
@@ -122,45 +211,57 @@ class Copier:
 
     stage: Stage = "unpack"
 
-    def __init__(self, ring: Ring, bound: Bound, views: dict[int, list[torch.Tensor]]) -> None:
+    def __init__(self, ring: Ring, move: Move | None, views: dict[int, list[torch.Tensor]]) -> None:
         self._ring = ring
-        self._bound = bound
+        self._move = move
         self._views = views
         # The tensors are the caller's: what it has given its stream comes first. Once is enough,
-        # since nothing of the caller's runs between here and the end.
-        ring.fill.wait_for_caller(ring.device)
-        ring.drain.wait_for_caller(ring.device)
+        # since nothing of the caller's runs between here and the end. The communication lane, for
+        # the chunks that are broadcast as they lie.
+        for lane in (ring.fill, ring.comm, ring.drain):
+            lane.wait_for_caller(ring.device)
 
-    def fill(self, chunk: ReplayChunk, slot: Slot) -> None:
+    def fill(self, chunk: BoundChunk, slot: Slot) -> None:
         """Give the copies into the slot to the fill lane."""
         ring = self._ring
+        if chunk.own is not None:
+            return
         with ring.fill:
             begin = ring.fill.mark()
-            torch._foreach_copy_(self._places(chunk, slot), self._bound.parts[chunk.index])
+            if chunk.table is not None and self._move is not None:
+                self._move(chunk.table, slot.memory, into_slot=True)
+            else:
+                torch._foreach_copy_(self._places(chunk, slot), list(chunk.parts))
             slot.filled = ring.fill.mark()
         ring.clock.span("pack", chunk.index, chunk.nbytes, begin, slot.filled)
 
-    def drain(self, chunk: ReplayChunk, slot: Slot) -> None:
+    def drain(self, chunk: BoundChunk, slot: Slot) -> None:
         """Give the copies out of the slot to the drain lane."""
         ring = self._ring
+        if chunk.own is not None:
+            return
         ring.drain.wait(slot.arrived)
         with ring.drain:
             begin = ring.drain.mark()
-            torch._foreach_copy_(self._bound.parts[chunk.index], self._places(chunk, slot))
+            if chunk.table is not None and self._move is not None:
+                self._move(chunk.table, slot.memory, into_slot=False)
+            else:
+                torch._foreach_copy_(list(chunk.parts), self._places(chunk, slot))
             slot.drained = ring.drain.mark()
         ring.clock.span("unpack", chunk.index, chunk.nbytes, begin, slot.drained)
 
     def finish(self) -> None:
-        """The caller's stream goes on after the last copy."""
-        hold_caller(self._ring.device, self._ring.drain.mark())
+        """The caller's stream goes on after the last copy, and the last broadcast."""
+        for lane in (self._ring.comm, self._ring.drain):
+            hold_caller(self._ring.device, lane.mark())
 
     def close(self) -> None:
         """It has no threads."""
 
-    def _places(self, chunk: ReplayChunk, slot: Slot) -> list[torch.Tensor]:
+    def _places(self, chunk: BoundChunk, slot: Slot) -> list[torch.Tensor]:
         if chunk.index not in self._views:
             self._views[chunk.index] = [
                 slot.memory[part.slot_offset : part.slot_offset + part.nbytes]
-                for part in chunk.parts
+                for part in chunk.plan.parts
             ]
         return self._views[chunk.index]

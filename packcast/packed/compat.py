@@ -112,6 +112,8 @@ class _Pack:
     entries: tuple[_Entry, ...]  # on the consumer only
     parts: tuple[torch.Tensor, ...]  # the bytes of each, on the producer only
 
+    own: torch.Tensor | None = None  # a buffer of one tensor is broadcast where that lies
+
     @property
     def wire_nbytes(self) -> int:
         return self.nbytes

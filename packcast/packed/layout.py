@@ -17,6 +17,9 @@ from packcast.packed.plan import align_up
 from packcast.packed.tensors import nbytes_of
 
 ALIGNMENT = 256  # what GPUs copy best, and enough for a view of any dtype
+# A tensor of a buffer's size or more rides by itself, in runs as large as a collective gains from:
+# both ends can broadcast it where it lies, or a stand-in, so no slot has to be as large.
+MAX_ALONE_NBYTES = 1 << 30
 MAX_TENSORS = 10_000_000
 MAX_CHUNKS = 10_000_000
 MAX_RANK = 64
@@ -50,41 +53,55 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ReplayChunk:
-    """What one collective carries: parts at aligned places, with gaps of at most ALIGNMENT."""
+    """What one collective carries: parts at aligned places, with gaps of at most ALIGNMENT.
+
+    Without a slot it is one part of any size, from a multiple of ALIGNMENT of its tensor on.
+    """
 
     index: int
     root: int
     nbytes: int
     parts: tuple[Part, ...]
-
-    @property
-    def wire_nbytes(self) -> int:
-        return self.nbytes
+    needs_slot: bool = True
 
 
 def lay_out(specs: Sequence[TensorSpec], buffer_size: int, root: int) -> tuple[ReplayChunk, ...]:
-    """Cut the tensors, in order, into chunks of at most `buffer_size` bytes.
+    """Cut the tensors, in order, into chunks; those that need a slot have at most `buffer_size`.
 
-    Each tensor begins at a multiple of ALIGNMENT in its chunk; one that does not fit goes on at
-    the beginning of the next. `buffer_size` is a multiple of ALIGNMENT.
+    A tensor of at least `buffer_size` has chunks of its own, of up to MAX_ALONE_NBYTES or
+    `buffer_size` if that is more. What is smaller, or left of one, shares chunks: each begins at a
+    multiple of ALIGNMENT, and what does not fit goes on at the beginning of the next.
+    `buffer_size` is a multiple of ALIGNMENT.
     """
+    largest_alone = max(MAX_ALONE_NBYTES, buffer_size)
     chunks: list[ReplayChunk] = []
     parts: list[Part] = []
     used = 0
     for tensor, spec in enumerate(specs):
         offset = 0
         while offset < spec.nbytes:
+            left = spec.nbytes - offset
+            if left >= buffer_size:
+                alone = Part(tensor, offset, min(left, largest_alone), 0)
+                chunks.append(ReplayChunk(len(chunks), root, alone.nbytes, (alone,), False))
+                offset += alone.nbytes
+                continue
             used = align_up(used, ALIGNMENT)
             if used >= buffer_size:
                 chunks.append(ReplayChunk(len(chunks), root, used, tuple(parts)))
                 parts, used = [], 0
-            nbytes = min(spec.nbytes - offset, buffer_size - used)
+            nbytes = min(left, buffer_size - used)
             parts.append(Part(tensor, offset, nbytes, used))
             offset += nbytes
             used += nbytes
     if parts:
         chunks.append(ReplayChunk(len(chunks), root, used, tuple(parts)))
     return tuple(chunks)
+
+
+def slot_nbytes_of(chunks: Sequence[ReplayChunk]) -> int:
+    """How large a slot has to be: a multiple of ALIGNMENT, so that all of them begin at one."""
+    return align_up(max((c.nbytes for c in chunks if c.needs_slot), default=0), ALIGNMENT)
 
 
 def describe(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) -> bytes:

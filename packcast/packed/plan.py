@@ -54,6 +54,11 @@ class Chunk:
         """What the collective carries: payload, padding, trailer."""
         return self.trailer_offset + self.trailer_nbytes
 
+    @property
+    def own(self) -> None:
+        """It always rides in a slot."""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

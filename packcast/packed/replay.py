@@ -16,12 +16,14 @@ from packcast.errors import TransferError, UsageError
 from packcast.packed.binding import Bound, Copier, Tensors
 from packcast.packed.communicator import Communicator, communicator_of
 from packcast.packed.counters import Counters
+from packcast.packed.gather import move_on
 from packcast.packed.layout import (
     TensorSpec,
     check_plan,
     describe,
     digest_of,
     lay_out,
+    slot_nbytes_of,
     specs_of,
     understand,
 )
@@ -33,7 +35,7 @@ DEFAULT_REPLAY_BUFFER_SIZE = 64 << 20
 DEFAULT_REPLAY_NUM_BUFFERS = 4
 _MAX_DESCRIPTION = 1 << 30
 _HELLO = struct.Struct("<8sQ")
-_MAGIC = b"packrep1"
+_MAGIC = b"packrep2"  # the digit counts up with what a plan means: here its layout
 _OTHER_PLAN = bytes(16)  # in a digest's place
 
 Look = tuple[str, tuple[int, ...], torch.dtype]
@@ -46,10 +48,14 @@ class ReplaySender:
 
     `tensors` maps names to tensors (their values do not matter yet) or is a list of TensorSpec.
     Tensors that are one in memory travel once. `group` is a torch process group, or any object
-    with `broadcast(tensor, src=...)` on the current stream. Device memory, for as long as the
-    object lives: `num_buffers` x `buffer_size` bytes (a slot is no larger than the largest chunk),
-    and a copy of each tensor that is not contiguous or not on the group's device. The object holds
-    on to the tensors that it was last given.
+    with `broadcast(tensor, src=...)` on the current stream.
+
+    Device memory, for as long as the object lives: `num_buffers` x `buffer_size` bytes (a slot is
+    no larger than the largest chunk that needs one), a copy of each tensor that is not contiguous
+    or not on the group's device, and 24 bytes for every tensor below `buffer_size`, or every 64 KiB
+    of one. A tensor of `buffer_size` or more is sent from where it lies, or from a copy if that is
+    not at a multiple of 16 bytes. The object holds on to the tensors that it was last given, and
+    to those that are bound.
 
     Raises UsageError for tensors that have no plain bytes, and TransferError on every rank if a
     receiver expects another plan (over a bare communicator that does not tell `rank` and
@@ -79,14 +85,27 @@ class ReplaySender:
         agree(communicator, src, digest_of(description))
         self._replay = _Replay(communicator, self.specs, buffer_size, num_buffers, src)
 
-    def send(self, tensors: Tensors) -> None:
+    def bind(self, tensors: Tensors) -> None:
+        """Look at the tensors once, for every `send` without an argument; local to this rank.
+
+        Each such `send` sends what this memory holds then. Values may change in between, the
+        tensors' memory and shape must not: a `.data` that was swapped is not noticed.
+        """
+        self._replay.bind(tensors, fill=True)
+
+    def send(self, tensors: Tensors | None = None) -> None:
         """Send the values that `tensors` have now; every receiver calls `receive` meanwhile.
 
         `tensors` are those of the plan by name, of the same shapes and dtypes, on any device;
         others beside them are ignored. Ordered after the caller's current stream, over when this
-        returns. Giving the same tensors each time saves looking at each of them again.
+        returns. Giving the same tensors each time only compares where they lie, about half a
+        microsecond for each; `bind` them, and give none, to save that too.
         """
-        self._replay.run(self._replay.src, tensors, fill=True)
+        replay = self._replay
+        bound = replay.bound if tensors is None else replay.look_at(tensors, fill=True)
+        if bound is None:
+            raise UsageError("no tensors are bound", hint="give them to send(), or to bind() first")
+        replay.run(replay.src, bound, fill=True)
 
 
 class ReplayReceiver:
@@ -113,25 +132,35 @@ class ReplayReceiver:
         agree(communicator, src, digest_of(description))
         self._replay = _Replay(communicator, self.specs, buffer_size, num_buffers, src)
 
+    def bind(self, into: Tensors) -> None:
+        """Look at the tensors once, for every `receive` without `into`; local to this rank.
+
+        From now on those land in this memory, and return one and the same dict. The tensors'
+        memory and shape must stay as they are: a `.data` that was swapped is not noticed.
+        """
+        self._replay.bind(into, fill=False)
+
     def receive(
         self, into: Tensors | None = None, *, callback: OnTensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Take part in one `send`; returns the received tensors by name.
 
         With `into`, values are written into these tensors (all of the plan's names, same shapes
-        and dtypes, on any device), and they are what is returned. Without, new tensors are made;
-        tied ones are one tensor under two names. `callback(name, tensor)` is called for each
-        in order, at the end, on the caller's stream. Ordered after the caller's current stream,
-        over when this returns.
+        and dtypes, on any device), and they are what is returned. Without, those that are bound
+        are, and if none are, new tensors are made; tied ones are one tensor under two names.
+        `callback(name, tensor)` is called for each in order, at the end, on the caller's stream.
+        Ordered after the caller's current stream, over when this returns.
         """
-        tensors = into
-        if tensors is None:
-            self._replay.forget()
-            tensors = self._replay.new_tensors()
-        self._replay.run(NOBODY, tensors, fill=False)
-        if into is None:
-            self._replay.forget()  # they are the caller's, and may be many
-        received = {spec.name: tensors[spec.name] for spec in self.specs}
+        replay = self._replay
+        if into is not None:
+            bound = replay.look_at(into, fill=False)
+            received = bound.named(into)
+        elif replay.bound is not None:
+            bound, received = replay.bound, replay.named
+        else:
+            received = replay.new_tensors()
+            bound = replay.bound_to(received, fill=False)  # the caller's, and may be many: not kept
+        replay.run(NOBODY, bound, fill=False)
         if callback is not None:
             for name, tensor in received.items():
                 callback(name, tensor)
@@ -153,26 +182,43 @@ class _Replay:
         self._communicator = communicator
         self._specs = specs
         self._chunks = lay_out(specs, buffer_size, src)
-        largest = max((chunk.nbytes for chunk in self._chunks), default=0)
-        self._ring = Ring(communicator.device, largest, num_buffers, Counters())
-        self._bound: Bound | None = None
+        slot_nbytes = slot_nbytes_of(self._chunks)
+        self._ring = Ring(communicator.device, slot_nbytes, num_buffers, Counters())
+        self._move = move_on(communicator.device)
         self._views: dict[int, list[torch.Tensor]] = {}
+        self._seen: Bound | None = None  # of the tensors that were last given
+        self.bound: Bound | None = None
+        self.named: dict[str, torch.Tensor] = {}
 
-    def run(self, rank: int, tensors: Tensors, *, fill: bool) -> None:
+    def bind(self, tensors: Tensors, *, fill: bool) -> None:
+        """Keep the tensors for runs that are given none."""
+        self.bound = self.bound_to(tensors, fill=fill)
+        self.named = self.bound.named(tensors)
+
+    def look_at(self, tensors: Tensors, *, fill: bool) -> Bound:
+        """The tensors bound; again as they were last time if they are the same."""
+        if self._seen is None or not self._seen.is_of(tensors):
+            self._seen = None  # its stand-ins' memory may be wanted for the next ones'
+            self._seen = self.bound_to(tensors, fill=fill)
+        return self._seen
+
+    def bound_to(self, tensors: Tensors, *, fill: bool) -> Bound:
+        """The tensors bound; raises UsageError for those that are not the plan's."""
+        bound = Bound(self._specs, self._chunks, tensors, self._communicator.device, self._move)
+        if fill:
+            bound.check_ties()
+        return bound
+
+    def run(self, rank: int, bound: Bound, *, fill: bool) -> None:
         """One send, or one receive."""
-        bound, ring = self._bound, self._ring
-        if bound is None or not bound.is_of(tensors):
-            bound = Bound(self._specs, self._chunks, tensors, self._communicator.device)
-            if fill:
-                bound.check_ties()
-            self._bound = bound
+        ring = self._ring
         if fill:
             bound.refresh()
         ring.rewind()
-        copier = Copier(ring, bound, self._views)
+        copier = Copier(ring, self._move, self._views)
         try:
             run_pipeline(
-                self._chunks,
+                bound.chunks,
                 rank=rank,
                 ring=ring,
                 broadcast=self._communicator.broadcast,
@@ -184,10 +230,6 @@ class _Replay:
             raise
         if not fill:
             bound.deliver()
-
-    def forget(self) -> None:
-        """Let go of the tensors of the last run."""
-        self._bound = None
 
     def new_tensors(self) -> dict[str, torch.Tensor]:
         """Tensors to receive into; tied ones are one."""

@@ -49,6 +49,14 @@ class Carried(Protocol):
     def wire_nbytes(self) -> int:
         """What the collective carries, from the slot's first byte."""
 
+    @property
+    def own(self) -> torch.Tensor | None:
+        """As many bytes that are broadcast from and into where they lie, instead of the slot's.
+
+        The slot's turn passes all the same, its memory unused. Who gives it has made the
+        communication lane wait for whoever used it before.
+        """
+
 
 class Slot:
     """One device buffer with the marks of those who used it last."""
@@ -83,7 +91,8 @@ class Ring:
         self.device = device
         self.is_host = device.type == "cpu"
         self.counters = counters
-        self.fill, self.comm, self.drain = Lane(device), Lane(device), Lane(device)
+        # Copies would hold up the broadcasts that begin beside them, which are what takes long.
+        self.fill, self.comm, self.drain = Lane(device), Lane(device, urgent=True), Lane(device)
         self.clock = LaneClock(device, counters)
         memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
         self._after_caller()
@@ -96,7 +105,7 @@ class Ring:
     def take(self, chunk: Carried) -> Slot:
         """The chunk's slot, once its former use is over for the lanes, or on a CPU for the host."""
         slot = self.await_turn(chunk)
-        if slot.memory.numel() < chunk.wire_nbytes:
+        if chunk.own is None and slot.memory.numel() < chunk.wire_nbytes:
             slot.synchronize()  # or the memory could be given to others while it is in use
             slot.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
             slot.memory = torch.empty(chunk.wire_nbytes, dtype=torch.uint8, device=self.device)
@@ -111,7 +120,8 @@ class Ring:
         self.comm.wait(slot.filled)
         with self.comm, self.counters.waiting_on("broadcast"):
             begin = self.comm.mark()
-            broadcast(slot.memory[: chunk.wire_nbytes], chunk.root)
+            memory = slot.memory[: chunk.wire_nbytes] if chunk.own is None else chunk.own
+            broadcast(memory, chunk.root)
             slot.arrived = self.comm.mark()
         self.clock.span("broadcast", chunk.index, chunk.nbytes, begin, slot.arrived)
 

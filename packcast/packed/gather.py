@@ -1,0 +1,77 @@
+"""Many copies between a slot and the places of its parts, as one kernel where that can be had.
+
+It knows tables of addresses; nothing of names, lanes or the wire.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+
+# Each program of the kernel takes one piece at a time: so small that they all end together.
+PIECE_NBYTES = 64 << 10
+_MAX_PROVEN_NBYTES = 300
+
+
+class Move(Protocol):
+    """Copies a table's pieces into a slot, or out of it, on the current stream of its device."""
+
+    def __call__(self, table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool) -> None: ...
+
+
+def pieces_of(
+    addresses: torch.Tensor, slot_offsets: torch.Tensor, nbytes: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table of some parts, and how many of its rows each part has; all int64, on the host.
+
+    A row is (address, offset in the slot, bytes) of a piece of at most PIECE_NBYTES.
+    """
+    counts = (nbytes + PIECE_NBYTES - 1) // PIECE_NBYTES
+    part = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    first = (counts.cumsum(0) - counts)[part]
+    shift = (torch.arange(len(part)) - first) * PIECE_NBYTES
+    left = (nbytes[part] - shift).clamp(max=PIECE_NBYTES)
+    return torch.stack([addresses[part] + shift, slot_offsets[part] + shift, left], dim=1), counts
+
+
+@functools.cache
+def move_on(device: torch.device) -> Move | None:
+    """The kernel, compiled and tried out; None where there is no GPU, no Triton, or it fails.
+
+    The first call on a device takes a second or two and waits for the device.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        from packcast.packed import kernel
+
+        move = functools.partial(kernel.launch, programs=kernel.programs_on(device))
+        with torch.cuda.device(device):
+            return move if _is_right(move, device) else None
+    except Exception:
+        # Triton fails in ways of its own: no C compiler, no folder for its cache, a GPU that it
+        # does not know. The plain copies are there for all of them.
+        return None
+
+
+def _is_right(move: Move, device: torch.device) -> bool:
+    """Every size up to a few words, at aligned places and others, into a slot and out again."""
+    sizes = [*range(1, _MAX_PROVEN_NBYTES), PIECE_NBYTES + 9]
+    starts = [0]
+    for nbytes in sizes[:-1]:
+        # Every other one is aligned.
+        starts.append(starts[-1] + nbytes if nbytes % 2 else -(-(starts[-1] + nbytes) // 16) * 16)
+    total = starts[-1] + sizes[-1]
+    sent = torch.randint(0, 256, (total,), dtype=torch.uint8, device=device)
+    slot, landed = torch.zeros_like(sent), torch.zeros_like(sent)
+    places, lengths = torch.tensor(starts), torch.tensor(sizes)
+    for memory, into_slot in ((sent, True), (landed, False)):
+        table, _ = pieces_of(places + memory.data_ptr(), places, lengths)
+        move(table.to(device), slot, into_slot=into_slot)
+    covered = torch.zeros(total, dtype=torch.bool)
+    for at, nbytes in zip(starts, sizes, strict=True):
+        covered[at : at + nbytes] = True
+    expected = torch.where(covered, sent.cpu(), 0)
+    return torch.equal(slot.cpu(), expected) and torch.equal(landed.cpu(), expected)

@@ -1,0 +1,84 @@
+"""The one GPU kernel: copies a table of pieces into a slot, or out of it. Imports Triton.
+
+It knows addresses and sizes, any of them; nothing of tensors, names or streams.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 2048  # words of 8 bytes: with 8 warps each thread has 4 copies of 16 bytes in flight
+_NUM_WARPS = 8
+# A broadcast's blocks need almost a whole multiprocessor each, and every copy begins just when a
+# broadcast does: one that filled the GPU would hold it up.
+_SHARE_OF_GPU = 2 / 3
+
+
+def _copy_pieces(
+    table: tl.tensor,
+    count: tl.tensor,
+    slot: tl.tensor,
+    into_slot: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Rows of the table are (address, offset in the slot, bytes); programs take them in turn."""
+    step = tl.num_programs(0)
+    turn = tl.program_id(0)
+    row = table + turn * 3
+    is_there = turn < count
+    address = tl.load(row, mask=is_there, other=0)
+    offset = tl.load(row + 1, mask=is_there, other=0)
+    nbytes = tl.load(row + 2, mask=is_there, other=0)
+    for piece in range(turn, count, step):
+        inside = slot.to(tl.int64) + offset
+        source, target = inside, address
+        if into_slot:
+            source, target = address, inside
+        # Words only where both ends are aligned to 16 bytes, and rounded down so that the promise
+        # to the compiler, which then copies 16 bytes at once, holds whatever is in the table.
+        words = tl.where((source | target) % 16 == 0, nbytes // 16 * 2, 0)
+        source_words = (source // 16 * 16).to(tl.pointer_type(tl.int64))
+        source_words = tl.multiple_of(source_words, 16)
+        target_words = (target // 16 * 16).to(tl.pointer_type(tl.int64))
+        target_words = tl.multiple_of(target_words, 16)
+        # The next row is asked for before this piece is copied: it is there when this one is done.
+        row = table + (piece + step) * 3
+        is_there = piece + step < count
+        address = tl.load(row, mask=is_there, other=0)
+        offset = tl.load(row + 1, mask=is_there, other=0)
+        rest, nbytes = nbytes, tl.load(row + 2, mask=is_there, other=0)
+        for begin in range(0, words, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            is_in = at < words
+            tl.store(target_words + at, tl.load(source_words + at, mask=is_in), mask=is_in)
+        source_bytes = source.to(tl.pointer_type(tl.uint8))
+        target_bytes = target.to(tl.pointer_type(tl.uint8))
+        for begin in range(words * 8, rest, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            is_in = at < rest
+            tl.store(target_bytes + at, tl.load(source_bytes + at, mask=is_in), mask=is_in)
+
+
+# Not by the sizes and alignments that the first call has: each kind would be compiled again.
+_compiled: Any = triton.jit(_copy_pieces, do_not_specialize=["table", "count", "slot"])
+
+
+def launch(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, programs: int) -> None:
+    """Copy the table's pieces, on the current stream of their device.
+
+    `table` is int64 of shape (pieces, 3), contiguous: address, offset in the slot, bytes.
+    """
+    count = table.shape[0]
+    _compiled[(min(count, programs),)](
+        table, count, slot, into_slot, BLOCK=_BLOCK, num_warps=_NUM_WARPS
+    )
+
+
+def programs_on(device: torch.device) -> int:
+    """How many programs leave room for a broadcast."""
+    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, int(processors * _SHARE_OF_GPU))
