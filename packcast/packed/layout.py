@@ -86,14 +86,14 @@ def lay_out(specs: Sequence[TensorSpec], buffer_size: int, root: int) -> tuple[R
                 chunks.append(ReplayChunk(len(chunks), root, alone.nbytes, (alone,), False))
                 offset += alone.nbytes
                 continue
-            used = align_up(used, ALIGNMENT)
-            if used >= buffer_size:
+            begin = align_up(used, ALIGNMENT)
+            if begin >= buffer_size:
                 chunks.append(ReplayChunk(len(chunks), root, used, tuple(parts)))
-                parts, used = [], 0
-            nbytes = min(left, buffer_size - used)
-            parts.append(Part(tensor, offset, nbytes, used))
+                parts, begin = [], 0
+            nbytes = min(left, buffer_size - begin)
+            parts.append(Part(tensor, offset, nbytes, begin))
             offset += nbytes
-            used += nbytes
+            used = begin + nbytes
     if parts:
         chunks.append(ReplayChunk(len(chunks), root, used, tuple(parts)))
     return tuple(chunks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,18 +15,23 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from packcast.errors import TransferError
+from packcast.packed import layout
 from packcast.packed.layout import (
     ALIGNMENT,
+    ReplayChunk,
     TensorSpec,
     check_plan,
     describe,
     digest_of,
     dtype_called,
     lay_out,
+    slot_nbytes_of,
     specs_of,
     understand,
 )
 from tests.packed.wire_model import DTYPES
+
+LIMIT = 2048  # of what rides alone, where the tests are small
 
 PLAN: dict[str, Any] = {
     "buffer_size": 512,
@@ -56,42 +62,77 @@ def plans(draw: st.DrawFn) -> tuple[tuple[TensorSpec, ...], int]:
 @settings(max_examples=200, deadline=None)
 @given(plans())
 @example(((), ALIGNMENT))
+@example(((TensorSpec("a", (3, 5000), torch.uint8),), 1024))
 def test_every_byte_rides_once_aligned_within_the_buffer_and_in_order(
     plan: tuple[tuple[TensorSpec, ...], int],
 ) -> None:
     specs, buffer_size = plan
-    chunks = lay_out(specs, buffer_size, 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "MAX_ALONE_NBYTES", LIMIT)
+        chunks = lay_out(specs, buffer_size, 3)
     assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
     assert {chunk.root for chunk in chunks} <= {3}
     reached = [0] * len(specs)
     order = []
+    shared = []
     for chunk in chunks:
         used = 0
         assert chunk.parts
         for part in chunk.parts:
             assert part.nbytes > 0
-            assert part.slot_offset % ALIGNMENT == 0
+            assert part.slot_offset % ALIGNMENT == part.offset % ALIGNMENT == 0
             assert 0 <= part.slot_offset - used < ALIGNMENT
             assert part.offset == reached[part.tensor]
             reached[part.tensor] += part.nbytes
             used = part.slot_offset + part.nbytes
-            order.append(part.tensor)
-        assert 0 <= chunk.nbytes - used < ALIGNMENT
-        assert chunk.nbytes == chunk.wire_nbytes <= buffer_size
+            if chunk.needs_slot:
+                order.append(part.tensor)
+        assert chunk.nbytes == used
+        if chunk.needs_slot:
+            shared.append(chunk)
+            assert chunk.nbytes <= buffer_size
+        else:
+            assert len(chunk.parts) == 1
+            assert buffer_size <= chunk.nbytes <= max(LIMIT, buffer_size)
     assert reached == [spec.nbytes for spec in specs]
     assert order == sorted(order)
-    # No chunk is left early: what follows would not have fitted.
-    assert all(chunk.nbytes > buffer_size - ALIGNMENT for chunk in chunks[:-1])
+    # No shared chunk is left early: what follows would not have fitted.
+    assert all(chunk.nbytes > buffer_size - ALIGNMENT for chunk in shared[:-1])
+    slot_nbytes = slot_nbytes_of(chunks)
+    assert slot_nbytes % ALIGNMENT == 0
+    assert 0 <= slot_nbytes - max((c.nbytes for c in shared), default=0) < ALIGNMENT
 
 
-def test_a_tensor_larger_than_the_buffer_goes_on_at_the_start_of_the_next() -> None:
-    chunks = lay_out([flat("a", 100), flat("b", 600), flat("c", 1)], 512, 0)
-    runs = [[(p.tensor, p.offset, p.nbytes, p.slot_offset) for p in c.parts] for c in chunks]
-    assert runs == [
+def runs_of(chunks: Sequence[ReplayChunk]) -> list[list[tuple[int, int, int, int]]]:
+    return [[(p.tensor, p.offset, p.nbytes, p.slot_offset) for p in c.parts] for c in chunks]
+
+
+def test_a_tensor_that_does_not_fit_goes_on_at_the_start_of_the_next_chunk() -> None:
+    chunks = lay_out([flat("a", 100), flat("b", 500), flat("c", 1)], 512, 0)
+    assert runs_of(chunks) == [
         [(0, 0, 100, 0), (1, 0, 256, 256)],
-        [(1, 256, 344, 0)],
-        [(2, 0, 1, 0)],
+        [(1, 256, 244, 0), (2, 0, 1, 256)],
     ]
+    assert [chunk.needs_slot for chunk in chunks] == [True, True]
+
+
+def test_a_tensor_of_a_buffers_size_or_more_rides_alone_and_the_others_fill_up_across_it() -> None:
+    chunks = lay_out([flat("a", 100), flat("b", 600), flat("c", 1), flat("d", 512)], 512, 0)
+    assert runs_of(chunks) == [[(1, 0, 600, 0)], [(3, 0, 512, 0)], [(0, 0, 100, 0), (2, 0, 1, 256)]]
+    assert [chunk.needs_slot for chunk in chunks] == [False, False, True]
+    assert slot_nbytes_of(chunks) == 512
+    assert slot_nbytes_of(chunks[:2]) == 0
+
+
+def test_what_rides_alone_is_cut_where_larger_collectives_gain_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(layout, "MAX_ALONE_NBYTES", 1024)
+    chunks = lay_out([flat("a", 2700)], 512, 0)
+    assert runs_of(chunks) == [[(0, 0, 1024, 0)], [(0, 1024, 1024, 0)], [(0, 2048, 652, 0)]]
+    chunks = lay_out([flat("a", 2100)], 512, 0)
+    assert runs_of(chunks) == [[(0, 0, 1024, 0)], [(0, 1024, 1024, 0)], [(0, 2048, 52, 0)]]
+    assert [chunk.needs_slot for chunk in chunks] == [False, False, True]
 
 
 @settings(max_examples=200, deadline=None)

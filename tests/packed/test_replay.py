@@ -319,7 +319,9 @@ def test_a_plan_that_one_receiver_cannot_understand_ends_all(
     assert sorted(error.endswith("expects another plan") for error in said) == [False, True, True]
 
 
-@pytest.mark.parametrize("wire", [b"packrep0" + bytes(8), b"packrep1" + b"\xff" * 8, bytes(16)])
+@pytest.mark.parametrize(
+    "wire", [b"packrep1" + bytes(7) + b"9", b"packrep2" + b"\xff" * 8, bytes(16)]
+)
 def test_who_is_no_replay_sender_is_told_from_one(wire: bytes) -> None:
     with pytest.raises(TransferError, match="rank 0 is no replay sender"):
         ReplayReceiver(Player([wire]), 0)
@@ -327,7 +329,7 @@ def test_who_is_no_replay_sender_is_told_from_one(wire: bytes) -> None:
 
 def test_a_sender_of_no_plan_at_all_is_no_replay_sender() -> None:
     with pytest.raises(TransferError, match="rank 0 is no replay sender"):
-        ReplayReceiver(Player([b"packrep1" + bytes(8)]), 0)
+        ReplayReceiver(Player([b"packrep2" + bytes(8)]), 0)
 
 
 @pytest.mark.parametrize(
@@ -611,10 +613,19 @@ def test_a_send_that_was_refused_can_be_made_good() -> None:
 
 @pytest.mark.parametrize("num_buffers", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("nbytes", "slot"), [(0, 0), (3, 3), (512, 512), (513, 512), (100_000, 512)]
+    ("sizes", "slot"),
+    [
+        ((0,), 0),
+        ((3,), 256),
+        ((300, 100), 512),
+        ((511, 511, 511), 512),
+        ((512,), 0),
+        ((100_000,), 0),
+        ((100_000, 7), 256),
+    ],
 )
-def test_the_ring_is_no_larger_than_its_buffers_or_the_largest_chunk(
-    nbytes: int, slot: int, num_buffers: int, monkeypatch: pytest.MonkeyPatch
+def test_the_ring_is_no_larger_than_its_buffers_or_the_largest_chunk_that_needs_a_slot(
+    sizes: Sequence[int], slot: int, num_buffers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import packcast.packed.replay as replay
 
@@ -626,12 +637,13 @@ def test_the_ring_is_no_larger_than_its_buffers_or_the_largest_chunk(
         return real(device, slot_nbytes, count, counters)
 
     monkeypatch.setattr(replay, "Ring", ring)
-    tensors = {"t": torch.zeros(nbytes, dtype=torch.uint8)}
+    tensors = {f"t{i}": torch.zeros(size, dtype=torch.uint8) for i, size in enumerate(sizes)}
     sender, recorder = record(tensors, num_buffers)
     sender.send(tensors)
     ReplayReceiver(Player(recorder.wire), 0).receive()
     assert made == [slot * num_buffers] * 2
-    assert max(map(len, recorder.wire[AGREEMENT:]), default=0) <= BUFFER
+    wire = [chunk.nbytes for chunk in lay_out(sender.specs, BUFFER, 0)]
+    assert list(map(len, recorder.wire[AGREEMENT:])) == wire
 
 
 def test_a_receiver_does_not_hold_on_to_what_it_has_handed_out() -> None:
