@@ -9,8 +9,8 @@ import gc
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -19,10 +19,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from packcast.errors import PackcastError, TransferError, UsageError
+from packcast.packed import replay
 from packcast.packed.layout import TensorSpec, lay_out, specs_of
 from packcast.packed.replay import ReplayReceiver, ReplaySender
 from packcast.packed.ring import Broadcast
 from tests.helpers.ranks import run_ranks
+from tests.packed.tables import move_by_rows
 from tests.packed.test_compat_errors import REFUSED
 from tests.packed.wire_model import (
     DTYPES,
@@ -114,25 +116,44 @@ def record(
     return ReplaySender(tensors, recorder, 0, buffer_size=BUFFER, num_buffers=num_buffers), recorder
 
 
+@contextmanager
+def copying(way: str) -> Iterator[None]:
+    """Pairs made meanwhile copy as they do on a GPU with Triton, by tables, or plainly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "move_on", lambda device: move_by_rows if way == "table" else None)
+        yield
+
+
+@pytest.fixture(params=["plain", "table"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each way of copying."""
+    with copying(request.param):
+        yield
+
+
 # What arrives
 
 
 @settings(max_examples=150, deadline=None)
-@given(items_and_limits(), st.integers(1, 4), st.integers(1, 8), st.booleans())
-@example(([], 0), 2, 1, False)
-@example(([Item("e", torch.float64, (0, 3), b"")] * 1, 0), 1, 1, True)
+@given(items_and_limits(), st.integers(1, 4), st.integers(1, 8), st.booleans(), st.booleans())
+@example(([], 0), 2, 1, False, True)
+@example(([Item("e", torch.float64, (0, 3), b"")] * 1, 0), 1, 1, True, True)
 def test_generated_mixes_arrive_exactly_round_after_round(
-    mix: tuple[list[Item], int], num_buffers: int, blocks: int, in_place: bool
+    mix: tuple[list[Item], int], num_buffers: int, blocks: int, in_place: bool, by_table: bool
 ) -> None:
     items = mix[0]
     tensors, recorder = kept(items), Recorder()
-    sender = ReplaySender(tensors, recorder, 0, buffer_size=256 * blocks, num_buffers=num_buffers)
+    with copying("table" if by_table else "plain"):
+        sender = ReplaySender(
+            tensors, recorder, 0, buffer_size=256 * blocks, num_buffers=num_buffers
+        )
     rounds = [[flipped(item, turn) for item in items] for turn in range(3)]
     for values in rounds:
         change(tensors, values)
         sender.send(tensors)
     player = Player(recorder.wire)
-    receiver = ReplayReceiver(player, 0)
+    with copying("table" if by_table else "plain"):
+        receiver = ReplayReceiver(player, 0)
     target = blank(items) if in_place else None
     for values in rounds:
         received = receiver.receive(target)
@@ -154,6 +175,7 @@ def test_every_dtype_travels_from_and_to_every_layout(dtype: torch.dtype, layout
     assert_same([item], list(ReplayReceiver(Player(recorder.wire), 0).receive().items()))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("num_buffers", [1, 2, 3, 4])
 @pytest.mark.parametrize("tells_ranks", [True, False])
 def test_changing_values_reach_every_rank_in_every_way_of_receiving(
@@ -304,8 +326,6 @@ def test_where_ranks_are_not_told_only_the_receiver_knows_and_nobody_hangs() -> 
 def test_a_plan_that_one_receiver_cannot_understand_ends_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import packcast.packed.replay as replay
-
     understand, turns = replay.understand, iter(range(9))
 
     def older(description: bytes) -> object:
@@ -431,8 +451,6 @@ def test_a_shape_or_dtype_that_changed_between_sends_is_an_error_with_the_name(
 def test_a_state_dict_whose_tensors_are_made_anew_each_time_is_not_looked_at_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import packcast.packed.replay as replay
-
     bound = []
 
     class Counted(replay.Bound):
@@ -480,6 +498,7 @@ def transposed(values: torch.Tensor) -> torch.Tensor:
     return values.t().contiguous().t()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("lay", [torch.clone, transposed], ids=["plain", "transposed"])
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_ties_are_filled_in_whether_they_are_tied_there_or_not(
@@ -627,8 +646,6 @@ def test_a_send_that_was_refused_can_be_made_good() -> None:
 def test_the_ring_is_no_larger_than_its_buffers_or_the_largest_chunk_that_needs_a_slot(
     sizes: Sequence[int], slot: int, num_buffers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import packcast.packed.replay as replay
-
     made = []
     real = replay.Ring
 
