@@ -198,26 +198,32 @@ def replay_values(seed: int) -> Tensors:
 
 
 def replay_rounds(me: Rank, group: object, num_buffers: int, rounds: int) -> None:
-    """Rounds over one pair: from nothing and into tensors by turns."""
+    """Rounds over one pair: given tensors, into new ones and into given ones by turns; then bound.
+
+    The large tensor rides alone, and is broadcast where it lies.
+    """
     tensors = {name: t.to(me.device, copy=True) for name, t in replay_values(0).items()}
     if me.sends:
         tensors["tied"] = tensors["large"]
         sender = ReplaySender(tensors, group, me.src, buffer_size=1 << 20, num_buffers=num_buffers)
     else:
         receiver = ReplayReceiver(group, me.src, tensors)
-    for seed in range(rounds):
+    for seed in range(2 * rounds):
+        is_bound = seed >= rounds
         sent = replay_values(seed)
         staged = {name: tensor.to(me.device) for name, tensor in sent.items()}
         me.synchronize()
         with me.on_a_stream():
+            if seed == rounds:
+                (sender if me.sends else receiver).bind(tensors)
             me.delay()
             if me.sends:
                 refill(tensors, staged)
-                sender.send(tensors)
+                sender.send(None if is_bound else tensors)
                 spoil(tensors)
             else:
                 spoil(tensors)
-                received = receiver.receive(tensors if seed % 2 else None)
+                received = receiver.receive(None if is_bound or seed % 2 else tensors)
                 me.compare(received, sent, f"replay {seed}, {num_buffers} buffers")
         me.synchronize()
 
@@ -226,16 +232,23 @@ def memory_is_flat(me: Rank, group: object, name: str) -> None:
     """Reserved memory after two calls is that after fifty more."""
     if me.device.type != "cuda":
         return
-    tensors = {name: tensor.to(me.device) for name, tensor in values(0).items()}
+    tensors = {name: tensor.to(me.device) for name, tensor in replay_values(0).items()}
     described = [(name, (t.shape, t.dtype)) for name, t in tensors.items()]
+    if me.sends:
+        sender = ReplaySender(tensors, group, me.src, buffer_size=1 << 20, num_buffers=2)
+    else:
+        receiver = ReplayReceiver(group, me.src)
+    (sender if me.sends else receiver).bind(tensors)
 
     def call() -> None:
         if me.sends:
             packed_broadcast_producer(
                 tensors.items(), group, me.src, lambda pair: pair[1], 1 << 20, 2
             )
+            sender.send()
         else:
             packed_broadcast_consumer(described, group, me.src, lambda _: None, 1 << 20, 2)
+            receiver.receive()
 
     for _ in range(2):
         call()

@@ -11,10 +11,11 @@ from collections.abc import Callable
 import pytest
 
 from tests.gpu.conftest import Gpus
+from tests.gpu.table import WAYS
 from tests.helpers.commands import TORCHRUN, Commands, Ended
 
 GROUPS = 3
-TABLE_LINES = 1 + 3 * (1 + 7)
+TABLE_LINES = 1 + 3 * (1 + len(WAYS))
 
 
 def assert_all_right(ended: Ended, num_ranks: int) -> None:
