@@ -208,7 +208,7 @@ def replay_rounds(me: Rank, group: object, num_buffers: int, rounds: int) -> Non
         sender = ReplaySender(tensors, group, me.src, buffer_size=1 << 20, num_buffers=num_buffers)
     else:
         receiver = ReplayReceiver(group, me.src, tensors)
-    for seed in range(2 * rounds):
+    for seed in range(rounds + max(1, rounds // 2)):
         is_bound = seed >= rounds
         sent = replay_values(seed)
         staged = {name: tensor.to(me.device) for name, tensor in sent.items()}
