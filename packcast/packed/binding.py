@@ -13,7 +13,7 @@ import torch
 
 from packcast.errors import UsageError
 from packcast.packed.counters import Stage
-from packcast.packed.gather import Move, pieces_of
+from packcast.packed.gather import Move, on_device, pieces_of
 from packcast.packed.lanes import hold_caller
 from packcast.packed.layout import Part, ReplayChunk, TensorSpec
 from packcast.packed.ring import Ring, Slot
@@ -173,7 +173,7 @@ class Bound:
         ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[
             torch.cat([of_parts.new_zeros(1), of_parts.cumsum(0)])
         ]
-        of_chunks: Sequence[torch.Tensor] = table.to(device).split(ends.diff().tolist())
+        of_chunks: Sequence[torch.Tensor] = on_device(table, device).split(ends.diff().tolist())
         return of_chunks
 
     def _bytes_of(

@@ -7,6 +7,8 @@ header, no padding, nothing for an empty iterator. Either end may be another imp
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -16,13 +18,18 @@ import torch
 from packcast.errors import UsageError
 from packcast.packed.communicator import Communicator, communicator_of
 from packcast.packed.counters import Counters, Stage
+from packcast.packed.gather import move_on, on_device, pieces_of
 from packcast.packed.lanes import Mark, hold_caller, mark_caller
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, Slot
-from packcast.packed.tensors import as_bytes, from_bytes, nbytes_of
+from packcast.packed.tensors import as_bytes, from_bytes, is_simple, nbytes_of
 
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
+
+_NBYTES = operator.attrgetter("nbytes")
+_NAME = operator.attrgetter("name")
+_KIND = operator.attrgetter("shape", "dtype")
 
 T = TypeVar("T")
 PostIter = Callable[[tuple[str, torch.Tensor]], torch.Tensor]
@@ -110,9 +117,8 @@ class _Pack:
     root: int
     nbytes: int
     entries: tuple[_Entry, ...]  # on the consumer only
-    parts: tuple[torch.Tensor, ...]  # the bytes of each, on the producer only
-
-    own: torch.Tensor | None = None  # a buffer of one tensor is broadcast where that lies
+    parts: tuple[torch.Tensor, ...]  # contiguous on the device, on the producer only
+    own: None = None
 
     @property
     def wire_nbytes(self) -> int:
@@ -136,14 +142,14 @@ def _packs_to_send(
     def parts() -> Iterator[tuple[int, torch.Tensor]]:
         for name, given in pairs:
             tensor = post_iter_func((name, given))
-            part = as_bytes(name, tensor, device)
+            part = tensor if is_simple(tensor, device) else as_bytes(name, tensor, device)
             if tensor is not given and (tensor.shape != given.shape or tensor.dtype != given.dtype):
                 raise UsageError(
                     f"post_iter_func made {name}, {given.dtype} {tuple(given.shape)}, into"
                     f" {tensor.dtype} {tuple(tensor.shape)}",
                     hint="receivers count on the shape and dtype that the iterator names",
                 )
-            yield part.numel(), part
+            yield part.nbytes, part
 
     for index, (nbytes, items) in enumerate(_closed_after_exceeding(parts(), limit)):
         yield _Pack(index, root, nbytes, (), tuple(items))
@@ -208,8 +214,9 @@ class _Packer:
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
+        self._move = move_on(ring.device)
         self._packed: Mark | None = None  # of the buffer before
-        self._parts: tuple[torch.Tensor, ...] = ()  # which it keeps alive until then
+        self._in_use: Sequence[torch.Tensor] = ()  # what is kept alive until then
 
     def fill(self, pack: _Pack, slot: Slot) -> None:
         """Give the copies to the fill lane, behind what the caller's stream has made of them."""
@@ -219,17 +226,32 @@ class _Packer:
             # iterator would fill the memory with them. And until then nobody may free them,
             # whichever stream they were made on.
             self._packed.synchronize()
-        self._parts = pack.parts
+        self._in_use = pack.parts
+        # On the caller's stream: what is allocated on a lane is lost to other calls' lanes.
+        table = _table_of(pack.parts, ring.device) if self._move is not None else None
+        if table is not None:
+            self._in_use = (*pack.parts, table)
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
             begin = ring.fill.mark()
-            if pack.parts:
-                torch.cat(pack.parts, out=slot.memory[: pack.nbytes])
+            if table is not None and self._move is not None:
+                self._move(table, slot.memory, into_slot=True)
+            elif pack.parts:
+                parts = [part.detach().view(-1).view(torch.uint8) for part in pack.parts]
+                torch.cat(parts, out=slot.memory[: pack.nbytes])
             slot.filled = self._packed = ring.fill.mark()
         ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)
 
     def close(self) -> None:
         """It has no threads."""
+
+
+def _table_of(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
+    """For the kernel: the parts one after the other; None if they have no bytes."""
+    nbytes = torch.tensor(list(map(_NBYTES, parts)), dtype=torch.int64)
+    addresses = torch.tensor(list(map(torch.Tensor.data_ptr, parts)), dtype=torch.int64)
+    table, _ = pieces_of(addresses, nbytes.cumsum(0) - nbytes, nbytes)
+    return on_device(table, device) if len(table) else None
 
 
 class _Unpacker:
@@ -244,18 +266,13 @@ class _Unpacker:
     def drain(self, pack: _Pack, slot: Slot) -> None:
         """Call back with the tensors, in order after their arrival on the caller's stream."""
         device = self._ring.device
-        parts = slot.memory[: pack.nbytes].split([entry.nbytes for entry in pack.entries])
         if self._borrow:
             hold_caller(device, slot.arrived)
-            tensors = [
-                from_bytes(part, entry.shape, entry.dtype)
-                for entry, part in zip(pack.entries, parts, strict=True)
-            ]
+            tensors = _views(pack.entries, slot.memory)
         else:
-            tensors = self._copies(pack, slot, parts)
+            tensors = self._copies(pack, slot)
             hold_caller(device, slot.drained)
-        names = (entry.name for entry in pack.entries)
-        self._post_unpack_func(list(zip(names, tensors, strict=True)))
+        self._post_unpack_func(list(zip(map(_NAME, pack.entries), tensors, strict=True)))
         if self._borrow:
             slot.drained = mark_caller(device)
 
@@ -265,7 +282,7 @@ class _Unpacker:
     def close(self) -> None:
         """It has no threads."""
 
-    def _copies(self, pack: _Pack, slot: Slot, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def _copies(self, pack: _Pack, slot: Slot) -> list[torch.Tensor]:
         ring = self._ring
         # Each has memory of its own: views of one copy would keep all of it alive.
         tensors = [
@@ -276,13 +293,43 @@ class _Unpacker:
         ring.drain.wait(slot.arrived)
         with ring.drain:
             begin = ring.drain.mark()
-            pairs = [
-                (as_bytes(entry.name, tensor, ring.device), part)
-                for entry, tensor, part in zip(pack.entries, tensors, parts, strict=True)
-                if entry.nbytes
-            ]
-            if pairs:
-                torch._foreach_copy_([into for into, _ in pairs], [part for _, part in pairs])
+            views = _views(pack.entries, slot.memory)
+            for places in _of_each_dtype(pack.entries):
+                torch._foreach_copy_([tensors[i] for i in places], [views[i] for i in places])
             slot.drained = ring.drain.mark()
         ring.clock.span("unpack", pack.index, pack.nbytes, begin, slot.drained)
         return tensors
+
+
+def _views(entries: Sequence[_Entry], memory: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that lie one after the other in the memory, from its beginning: views of it, but
+    for those that are not aligned.
+
+    Neighbours of one shape and dtype, of which models have many, are made all at once.
+    """
+    views: list[torch.Tensor] = []
+    at = 0
+    for (shape, dtype), group in itertools.groupby(entries, _KIND):
+        count, nbytes = sum(1 for _ in group), nbytes_of(shape, dtype)
+        run = memory[at : at + count * nbytes]
+        at += count * nbytes
+        if count == 1:
+            views.append(from_bytes(run, shape, dtype))
+        elif nbytes and run.storage_offset() % dtype.itemsize == 0:
+            views.extend(run.view(dtype).view(count, *shape).unbind())
+        else:
+            views.extend(from_bytes(part, shape, dtype) for part in _cut(run, count))
+    return views
+
+
+def _of_each_dtype(entries: Sequence[_Entry]) -> Iterable[list[int]]:
+    """The places of those that are not empty. Only copies of one dtype go as one kernel."""
+    places: dict[torch.dtype, list[int]] = {}
+    for i, entry in enumerate(entries):
+        if entry.nbytes:
+            places.setdefault(entry.dtype, []).append(i)
+    return places.values()
+
+
+def _cut(run: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
+    return run.view(count, -1).unbind() if len(run) else [run] * count

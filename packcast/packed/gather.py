@@ -36,6 +36,13 @@ def pieces_of(
     return torch.stack([addresses[part] + shift, slot_offsets[part] + shift, left], dim=1), counts
 
 
+def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The table where the kernel reads it, from the current stream on; the host does not wait."""
+    if device.type != "cuda":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)
+
+
 @functools.cache
 def move_on(device: torch.device) -> Move | None:
     """The kernel, compiled and tried out; None where there is no GPU, no Triton, or it fails.

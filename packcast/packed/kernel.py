@@ -57,10 +57,15 @@ def _copy_pieces(
             tl.store(target_words + at, tl.load(source_words + at, mask=is_in), mask=is_in)
         source_bytes = source.to(tl.pointer_type(tl.uint8))
         target_bytes = target.to(tl.pointer_type(tl.uint8))
-        for begin in range(words * 8, rest, BLOCK):
-            at = begin + tl.arange(0, BLOCK)
-            is_in = at < rest
-            tl.store(target_bytes + at, tl.load(source_bytes + at, mask=is_in), mask=is_in)
+        # On the compatible wire whole buffers may lie askew, after one odd size.
+        for begin in range(words * 8, rest, 4 * BLOCK):
+            at_byte = begin + tl.arange(0, 4 * BLOCK)
+            is_byte = at_byte < rest
+            tl.store(
+                target_bytes + at_byte,
+                tl.load(source_bytes + at_byte, mask=is_byte),
+                mask=is_byte,
+            )
 
 
 # Not by the sizes and alignments that the first call has: each kind would be compiled again.

@@ -21,7 +21,7 @@ def as_bytes(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Ten
     A view where the tensor is contiguous and there already, else a copy made on the caller's
     current stream. Raises UsageError naming the tensor where it has no plain bytes of its own.
     """
-    if _is_simple(tensor, device):
+    if is_simple(tensor, device):
         return tensor.detach().view(-1).view(torch.uint8)
     check_plain(name, tensor)
     tensor = tensor.detach()
@@ -37,8 +37,8 @@ def as_bytes(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Ten
     return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
 
 
-def _is_simple(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether nothing has to be looked at twice: most tensors, so quickly told.
+def is_simple(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether its bytes are those from `data_ptr` on: true of most tensors, and quickly told.
 
     One element is not simple: its strides may be anything.
     """
