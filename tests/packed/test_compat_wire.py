@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from packcast.bench.baselines import original_consumer, original_producer
+from packcast.packed import compat
 from packcast.packed.compat import (
     DEFAULT_PACKED_BUFFER_SIZE_BYTES,
     DEFAULT_PACKED_NUM_BUFFERS,
@@ -19,6 +21,7 @@ from packcast.packed.compat import (
 )
 from packcast.packed.ring import Broadcast
 from tests.helpers.ranks import run_ranks
+from tests.packed.tables import move_by_rows
 from tests.packed.wire_model import (
     DTYPES,
     LAYOUTS,
@@ -79,6 +82,40 @@ def test_the_producer_puts_the_models_bytes_on_the_wire(
     produce(items, recorder, limit, num_buffers)
     assert recorder.wire == wire_of(items, limit)
     assert set(recorder.roots) <= {0}
+
+
+@settings(max_examples=150, deadline=None)
+@given(items_and_limits(), st.integers(1, 4))
+@example(([], 10), 2)
+@example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1)
+@example(([item("large", 200_000), item("odd", 3), item("even", 70_000)], 250_000), 1)
+def test_packing_by_table_puts_the_same_bytes_on_the_wire(
+    mix: tuple[list[Item], int], num_buffers: int
+) -> None:
+    items, limit = mix
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compat, "move_on", lambda device: move_by_rows)
+        produce(items, recorder, limit, num_buffers)
+    assert recorder.wire == wire_of(items, limit)
+
+
+@pytest.mark.parametrize("borrow", [False, True])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 1), (0, 3)])
+def test_neighbours_of_one_shape_are_unpacked_each_for_itself(
+    shape: tuple[int, ...], borrow: bool
+) -> None:
+    """Also where odd sizes before them leave them unaligned, or they differ in dtype only."""
+    dtypes = [torch.float32] * 4 + [torch.uint8] * 3 + [torch.float32] * 3 + [torch.int32] * 2
+    items = []
+    for i, dtype in enumerate(dtypes):
+        nbytes = math.prod(shape) * dtype.itemsize
+        items.append(
+            Item(f"t{i}", dtype, shape, bytes((17 * i + at) % 251 for at in range(nbytes)))
+        )
+    for limit in (1 << 20, 20):
+        received = consume(items, Player(wire_of(items, limit)), limit, borrow=borrow)
+        assert_received(items, limit, received)
 
 
 @settings(max_examples=200, deadline=None)
