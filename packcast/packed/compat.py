@@ -57,16 +57,19 @@ def packed_broadcast_producer(
     `post_iter_func` and `group` are raised as they are. Raises UsageError naming the tensor that
     cannot travel, or that `post_iter_func` gave another shape or dtype.
 
-    Memory: `num_buffers` buffers, each as large as the largest that it has to carry. Three things
-    are the wire's own, and no implementation can mend them: a buffer exceeds `buffer_size_bytes`
-    by up to one tensor; ends that disagree on order, shapes or sizes are not noticed, and may
-    hang or take wrong bytes; and over a bare communicator there is no time-out.
+    Memory: `num_buffers` buffers, each as large as the largest that it has to carry and at most an
+    eighth of `buffer_size_bytes` more; on a GPU also 24 bytes for every tensor of a buffer, or
+    every 64 KiB of one.
+
+    Three things are the wire's own, and no implementation can mend them: a buffer exceeds
+    `buffer_size_bytes` by up to one tensor; ends that disagree on order, shapes or sizes are not
+    noticed, and may hang or take wrong bytes; and over a bare communicator there is no time-out.
     """
     communicator = communicator_of(group)
     packs = _packs_to_send(
         iter(iterator), post_iter_func, buffer_size_bytes, src, communicator.device
     )
-    ring = _growing_ring(communicator, num_buffers)
+    ring = _growing_ring(communicator, num_buffers, buffer_size_bytes)
     _run(packs, communicator, ring, rank=src, source=_Packer(ring), drain=None)
 
 
@@ -94,8 +97,7 @@ def packed_broadcast_consumer(
     """
     communicator = communicator_of(group)
     packs = _packs_to_receive(iter(iterator), buffer_size_bytes, src)
-
-    ring = _growing_ring(communicator, num_buffers)
+    ring = _growing_ring(communicator, num_buffers, buffer_size_bytes)
     unpacker = _Unpacker(ring, post_unpack_func, borrow=borrow)
     _run(packs, communicator, ring, rank=NOBODY, source=None, drain=unpacker)
 
@@ -125,11 +127,14 @@ class _Pack:
         return self.nbytes
 
 
-def _growing_ring(communicator: Communicator, num_buffers: int) -> Ring:
+def _growing_ring(communicator: Communicator, num_buffers: int, limit: int) -> Ring:
     """Slots without memory yet; each grows to the largest buffer that it has to carry."""
     if num_buffers < 1:
         raise UsageError(f"num_buffers is {num_buffers}", hint="give at least 1")
-    return Ring(communicator.device, 0, num_buffers, Counters())
+    # A slot is idle while it grows, and buffers exceed the limit by a little more or less each
+    # time: in steps of a sixteenth to an eighth of it most slots grow once.
+    step_nbytes = 1 << max(0, (int(limit) // 8).bit_length() - 1)
+    return Ring(communicator.device, 0, num_buffers, Counters(), step_nbytes=step_nbytes)
 
 
 def _packs_to_send(

@@ -55,8 +55,8 @@ class Lane:
     """
 
     def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
-        on_gpu = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device, priority=-urgent) if on_gpu else None
+        priority = -1 if urgent else 0
+        self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
         self._entered: list[torch.cuda.StreamContext] = []
 
     def __enter__(self) -> Lane:

@@ -17,6 +17,7 @@ import torch
 from packcast.errors import PackcastError
 from packcast.packed.counters import Counters
 from packcast.packed.lanes import Lane, LaneClock, Mark
+from packcast.packed.plan import align_up
 
 # broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank.
 Broadcast = Callable[[torch.Tensor, int], object]
@@ -81,12 +82,18 @@ class Ring:
     """`num_buffers` slots of `slot_nbytes`, their lanes, and who may use them when.
 
     The slots are one allocation, made here. Where a chunk turns out larger (on a wire that learns
-    sizes late), its slot grows to it. Built and used by the main thread; `await_turn`, `hold` and
-    `let_go` by host threads too.
+    sizes late), its slot grows to it, rounded up to a multiple of `step_nbytes`. Built and used by
+    the main thread; `await_turn`, `hold` and `let_go` by host threads too.
     """
 
     def __init__(
-        self, device: torch.device, slot_nbytes: int, num_buffers: int, counters: Counters
+        self,
+        device: torch.device,
+        slot_nbytes: int,
+        num_buffers: int,
+        counters: Counters,
+        *,
+        step_nbytes: int = 1,
     ) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
@@ -99,6 +106,7 @@ class Ring:
         self._slots = [
             Slot(i, memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
         ]
+        self._step_nbytes = step_nbytes
         self._changed = threading.Condition()
         self._stopped_by: PackcastError | None = None
 
@@ -108,7 +116,8 @@ class Ring:
         if chunk.own is None and slot.memory.numel() < chunk.wire_nbytes:
             slot.synchronize()  # or the memory could be given to others while it is in use
             slot.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
-            slot.memory = torch.empty(chunk.wire_nbytes, dtype=torch.uint8, device=self.device)
+            nbytes = align_up(chunk.wire_nbytes, self._step_nbytes)
+            slot.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self._after_caller()
         for lane in (self.fill, self.comm):
             lane.wait(slot.arrived)

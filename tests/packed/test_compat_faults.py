@@ -185,6 +185,26 @@ def test_a_slot_grows_only_to_the_largest_buffer_that_it_carries() -> None:
     assert largest == {0: 50, 1: 700}
 
 
+def test_buffers_that_exceed_the_limit_by_more_each_time_do_not_make_a_slot_grow_each_time() -> (
+    None
+):
+    limit = 1 << 16
+    places: list[tuple[int, int]] = []
+
+    class Watch:
+        device = CPU
+
+        def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+            storage = tensor.untyped_storage()
+            places.append((storage.data_ptr(), storage.nbytes()))
+
+    pairs = [(f"t{i}", torch.zeros(limit + 1 + 500 * i, dtype=torch.uint8)) for i in range(10)]
+    packed_broadcast_producer(iter(pairs), Watch(), 0, lambda pair: pair[1], limit, 1)
+    assert len(places) == 10
+    assert len(set(places)) == 1
+    assert places[0][1] == limit + limit // 8
+
+
 def test_a_kept_tensor_stays_right_and_does_not_pin_its_whole_buffer() -> None:
     small = Item("small", torch.float32, (2,), bytes(range(8)))
     items = [small, Item("large", torch.uint8, (4000,), bytes(4000))]
