@@ -147,7 +147,8 @@ def _packs_to_send(
     def parts() -> Iterator[tuple[int, torch.Tensor]]:
         for name, given in pairs:
             tensor = post_iter_func((name, given))
-            part = tensor if is_simple(tensor, device) else as_bytes(name, tensor, device)
+            # Detached, so as to have its memory also when the caller's object is given other.
+            part = tensor.detach() if is_simple(tensor, device) else as_bytes(name, tensor, device)
             if tensor is not given and (tensor.shape != given.shape or tensor.dtype != given.dtype):
                 raise UsageError(
                     f"post_iter_func made {name}, {given.dtype} {tuple(given.shape)}, into"
@@ -242,7 +243,7 @@ class _Packer:
             if table is not None and self._move is not None:
                 self._move(table, slot.memory, into_slot=True)
             elif pack.parts:
-                parts = [part.detach().view(-1).view(torch.uint8) for part in pack.parts]
+                parts = [part.view(-1).view(torch.uint8) for part in pack.parts]
                 torch.cat(parts, out=slot.memory[: pack.nbytes])
             slot.filled = self._packed = ring.fill.mark()
         ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)

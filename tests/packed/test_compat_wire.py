@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -98,6 +98,25 @@ def test_packing_by_table_puts_the_same_bytes_on_the_wire(
         patch.setattr(compat, "move_on", lambda device: move_by_rows)
         produce(items, recorder, limit, num_buffers)
     assert recorder.wire == wire_of(items, limit)
+
+
+@pytest.mark.parametrize("by_table", [False, True])
+def test_what_was_handed_over_is_sent_also_where_its_object_is_given_other_memory(
+    by_table: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As offloading does, once the iterator is asked for the next one."""
+    monkeypatch.setattr(compat, "move_on", lambda device: move_by_rows if by_table else None)
+    weights = [torch.nn.Parameter(torch.full((50,), float(i))) for i in range(4)]
+    expected = b"".join(weight.detach().numpy().tobytes() for weight in weights)
+
+    def pairs() -> Iterator[tuple[str, torch.Tensor]]:
+        for i, weight in enumerate(weights):
+            yield f"w{i}", weight
+            weight.data = torch.empty(0)
+
+    recorder = Recorder()
+    packed_broadcast_producer(pairs(), recorder, 0, lambda pair: pair[1], 1 << 20, 2)
+    assert recorder.wire == [expected]
 
 
 @pytest.mark.parametrize("borrow", [False, True])
