@@ -69,7 +69,7 @@ def _copy_pieces(
 
 
 # Not by the sizes and alignments that the first call has: each kind would be compiled again.
-_compiled: Any = triton.jit(_copy_pieces, do_not_specialize=["table", "count", "slot"])
+_compiled: Any = triton.jit(do_not_specialize=["table", "count", "slot"])(_copy_pieces)
 
 
 def launch(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, programs: int) -> None:

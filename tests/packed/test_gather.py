@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from packcast.packed.gather import PIECE_NBYTES, move_on, pieces_of
+from packcast.packed.gather import PIECE_NBYTES, is_right, move_on, pieces_of
 from tests.packed.tables import POISON, move_by_rows, random_table
 
 has_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton")
@@ -51,6 +51,17 @@ def test_a_table_has_each_part_once_in_pieces_that_are_as_large_as_may_be(parts:
 
 def test_there_is_no_kernel_without_a_gpu() -> None:
     assert move_on(torch.device("cpu")) is None
+
+
+def test_a_kernel_that_is_wrong_about_one_byte_is_found_out() -> None:
+    def forgetful(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool) -> None:
+        table = table.clone()
+        table[200, 2] -= 1
+        move_by_rows(table, slot, into_slot=into_slot)
+
+    device = torch.device("cpu")
+    assert is_right(move_by_rows, device)
+    assert not is_right(forgetful, device)
 
 
 def interpreter_can_loop() -> bool:
