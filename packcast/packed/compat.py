@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -26,6 +27,12 @@ from packcast.packed.tensors import as_bytes, from_bytes, is_simple, nbytes_of
 
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
+
+# Buffers of a gigabyte keep every program of the kernel busy with larger pieces too, and their
+# tables are made anew each time.
+_PIECE_NBYTES = 512 << 10
+# Buffers whose tensors are kept alive until they are packed, while the next one's are pulled.
+_MAX_UNPACKED = 2
 
 _NBYTES = operator.attrgetter("nbytes")
 _NAME = operator.attrgetter("name")
@@ -59,7 +66,8 @@ def packed_broadcast_producer(
 
     Memory: `num_buffers` buffers, each as large as the largest that it has to carry and at most an
     eighth of `buffer_size_bytes` more; on a GPU also 24 bytes for every tensor of a buffer, or
-    every 64 KiB of one.
+    every 512 KiB of one. Tensors that `post_iter_func` or the iterator make on the way live until
+    they are packed: those of two buffers at most.
 
     Three things are the wire's own, and no implementation can mend them: a buffer exceeds
     `buffer_size_bytes` by up to one tensor; ends that disagree on order, shapes or sizes are not
@@ -221,22 +229,13 @@ class _Packer:
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._move = move_on(ring.device)
-        self._packed: Mark | None = None  # of the buffer before
-        self._in_use: Sequence[torch.Tensor] = ()  # what is kept alive until then
+        self._unpacked: deque[tuple[Mark, Sequence[torch.Tensor]]] = deque()
 
     def fill(self, pack: _Pack, slot: Slot) -> None:
         """Give the copies to the fill lane, behind what the caller's stream has made of them."""
         ring = self._ring
-        if self._packed is not None:
-            # Tensors made on the way live until they are packed: far ahead of a slow group the
-            # iterator would fill the memory with them. And until then nobody may free them,
-            # whichever stream they were made on.
-            self._packed.synchronize()
-        self._in_use = pack.parts
         # On the caller's stream: what is allocated on a lane is lost to other calls' lanes.
         table = _table_of(pack.parts, ring.device) if self._move is not None else None
-        if table is not None:
-            self._in_use = (*pack.parts, table)
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
             begin = ring.fill.mark()
@@ -245,18 +244,24 @@ class _Packer:
             elif pack.parts:
                 parts = [part.view(-1).view(torch.uint8) for part in pack.parts]
                 torch.cat(parts, out=slot.memory[: pack.nbytes])
-            slot.filled = self._packed = ring.fill.mark()
+            slot.filled = ring.fill.mark()
         ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)
+        # Until they are packed nobody may free them, whichever stream they were made on. But far
+        # ahead of a slow group the iterator would fill the memory with them.
+        held = pack.parts if table is None else (*pack.parts, table)
+        self._unpacked.append((slot.filled, held))
+        if len(self._unpacked) == _MAX_UNPACKED:
+            self._unpacked.popleft()[0].synchronize()
 
     def close(self) -> None:
         """It has no threads."""
 
 
 def _table_of(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
-    """For the kernel: the parts one after the other; None if they have no bytes."""
+    """For the kernel: contiguous parts, one after the other; None if they have no bytes."""
     nbytes = torch.tensor(list(map(_NBYTES, parts)), dtype=torch.int64)
     addresses = torch.tensor(list(map(torch.Tensor.data_ptr, parts)), dtype=torch.int64)
-    table, _ = pieces_of(addresses, nbytes.cumsum(0) - nbytes, nbytes)
+    table, _ = pieces_of(addresses, nbytes.cumsum(0) - nbytes, nbytes, _PIECE_NBYTES)
     return on_device(table, device) if len(table) else None
 
 
@@ -265,6 +270,7 @@ class _Unpacker:
 
     def __init__(self, ring: Ring, post_unpack_func: PostUnpack, *, borrow: bool) -> None:
         self._ring = ring
+        self._move = move_on(ring.device)
         self._post_unpack_func = post_unpack_func
         self._borrow = borrow
         self.stage: Stage = "unpack"
@@ -277,7 +283,6 @@ class _Unpacker:
             tensors = _views(pack.entries, slot.memory)
         else:
             tensors = self._copies(pack, slot)
-            hold_caller(device, slot.drained)
         self._post_unpack_func(list(zip(map(_NAME, pack.entries), tensors, strict=True)))
         if self._borrow:
             slot.drained = mark_caller(device)
@@ -295,16 +300,28 @@ class _Unpacker:
             torch.empty(entry.shape, dtype=entry.dtype, device=ring.device)
             for entry in pack.entries
         ]
+        # On the caller's stream, and back to it when this returns: it then waits for the copies.
+        table = _table_of(tensors, ring.device) if self._move is not None else None
         ring.drain.wait_for_caller(ring.device)
         ring.drain.wait(slot.arrived)
         with ring.drain:
             begin = ring.drain.mark()
-            views = _views(pack.entries, slot.memory)
-            for places in _of_each_dtype(pack.entries):
-                torch._foreach_copy_([tensors[i] for i in places], [views[i] for i in places])
+            if table is not None and self._move is not None:
+                self._move(table, slot.memory, into_slot=False)
+            else:
+                _copy_out(tensors, slot.memory)
             slot.drained = ring.drain.mark()
+        hold_caller(ring.device, slot.drained)
         ring.clock.span("unpack", pack.index, pack.nbytes, begin, slot.drained)
         return tensors
+
+
+def _copy_out(tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> None:
+    """Without the kernel. As bytes: copies of floats between GPU tensors may quiet a NaN."""
+    data = [tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.nbytes]
+    sizes = [len(part) for part in data]
+    if data:
+        torch._foreach_copy_(data, memory[: sum(sizes)].split(sizes))
 
 
 def _views(entries: Sequence[_Entry], memory: torch.Tensor) -> list[torch.Tensor]:
@@ -326,15 +343,6 @@ def _views(entries: Sequence[_Entry], memory: torch.Tensor) -> list[torch.Tensor
         else:
             views.extend(from_bytes(part, shape, dtype) for part in _cut(run, count))
     return views
-
-
-def _of_each_dtype(entries: Sequence[_Entry]) -> Iterable[list[int]]:
-    """The places of those that are not empty. Only copies of one dtype go as one kernel."""
-    places: dict[torch.dtype, list[int]] = {}
-    for i, entry in enumerate(entries):
-        if entry.nbytes:
-            places.setdefault(entry.dtype, []).append(i)
-    return places.values()
 
 
 def _cut(run: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
