@@ -29,6 +29,10 @@ class BlockDigests:
         at = extent.offset // BLOCK * DIGEST_NBYTES
         self._tables[extent.file][at : at + len(digests)] = digests
 
+    def of_blocks(self) -> list[bytes]:
+        """For each file its blocks' digests, one after the other; zeros where none is recorded."""
+        return [bytes(table) for table in self._tables]
+
     def of_files(self) -> list[str]:
         """The digest of each file, in hex; right once every block is recorded."""
         return [xxhash.xxh3_128_hexdigest(bytes(table)) for table in self._tables]

@@ -201,10 +201,12 @@ class FileSource:
             self._reader.close()
 
     def _await_load(self) -> _Load:
-        with self._counters.waiting_on("read"):
+        # No piece has been begun: beside a GPU staging is full of what waits for its copy.
+        with self._counters.waiting_on("read" if self._ring.is_host else "h2d"):
             load = self._loads.get()
-            if isinstance(load, PackcastError):
-                raise load
+        if isinstance(load, PackcastError):
+            raise load
+        with self._counters.waiting_on("read"):
             load.ready.wait()
         if load.error is not None:
             raise load.error

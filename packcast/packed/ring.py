@@ -147,6 +147,12 @@ class Ring:
             self._stopped_by = self._stopped_by or error
             self._changed.notify_all()
 
+    def overwrite(self, byte: int) -> None:
+        """Leave nothing of an earlier use in the slots; before the first chunk."""
+        for slot in self._slots:
+            slot.memory.fill_(byte)
+        self._after_caller()
+
     def rewind(self) -> None:
         """Begin again at chunk 0 with slot 0: for another run over chunks, once one is over."""
         self.synchronize()

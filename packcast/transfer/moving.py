@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,7 @@ class Mover:
         *,
         reader: FileReader | None,
         sink: Sink | None,
+        tolerant: bool = False,
     ) -> None:
         self.counters = Counters()
         self._is_moved = False
@@ -83,7 +85,9 @@ class Mover:
         self._source: FileSource | None = None
         if sink is not None:
             threads = _threads(_MAX_SINK_THREADS, offer.place.ranks_on_host)
-            self._landing = Landing(sink, offer.files, buffers, num_threads=threads)
+            self._landing = Landing(
+                sink, offer.files, buffers, num_threads=threads, tolerant=tolerant
+            )
         if reader is not None:
             mine = [chunk for chunk in chunks if chunk.root == offer.rank]
             threads = _threads(_MAX_READ_THREADS, offer.place.readers_on_host)
@@ -124,6 +128,21 @@ class Mover:
             peak_device_nbytes=peak,
             pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
         )
+
+    def overwrite_buffers(self, byte: int) -> None:
+        """Leave nothing of an earlier use in them; before `move` or `run`."""
+        self._ring.overwrite(byte)
+
+    def block_digests(self) -> list[bytes]:
+        """For each file the digests of the blocks that this rank took; after `move` or `run`."""
+        assert self._landing is not None, "this rank takes nothing"
+        return self._landing.digests.of_blocks()
+
+    def drop(self) -> None:
+        """End the threads of a Mover whose chunks will not be moved."""
+        for end in (self._source, self._landing):
+            if end is not None:
+                end.close()
 
     def begin_close(self) -> Callable[[], bool]:
         """Take the process group down, once every rank has moved all: some backends break the
@@ -200,10 +219,21 @@ class Mover:
             ) from error
 
 
+class Watched(Protocol):
+    """What moves bytes, as Mover does."""
+
+    @property
+    def counters(self) -> Counters:
+        """They change whenever something has moved."""
+
+    def position(self) -> str:
+        """How far it is, for a sentence."""
+
+
 class StallWatch:
     """Ends the process when no byte has moved anywhere for `timeout_s` although all are alive."""
 
-    def __init__(self, mover: Mover, channel: Hub | Line, leaver: Leaver, timeout_s: float) -> None:
+    def __init__(self, mover: Watched, channel: Hub | Line, leaver: Leaver, timeout_s: float) -> None:
         self._mover = mover
         self._channel = channel
         self._leaver = leaver
