@@ -233,7 +233,9 @@ class Watched(Protocol):
 class StallWatch:
     """Ends the process when no byte has moved anywhere for `timeout_s` although all are alive."""
 
-    def __init__(self, mover: Watched, channel: Hub | Line, leaver: Leaver, timeout_s: float) -> None:
+    def __init__(
+        self, mover: Watched, channel: Hub | Line, leaver: Leaver, timeout_s: float
+    ) -> None:
         self._mover = mover
         self._channel = channel
         self._leaver = leaver
