@@ -9,7 +9,6 @@ import random
 import shutil
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from packcast.ends.discard import DiscardSink
 from packcast.ends.source import FileReader
 from packcast.ends.verify import VerifySink
 from packcast.ends.write import WriteSink
-from packcast.errors import CheckpointError, TransferError
+from packcast.errors import TransferError
 from packcast.packed.counters import Counters
 from packcast.packed.plan import check_buffers, check_staging, plan_chunks, plan_digest
 from packcast.transfer.moving import Mover
@@ -92,10 +91,7 @@ class FileCase:
             evict(job.stock.paths())
         reader: GatedReader | None = None
         if job.team.rank in job.readers:
-            checkpoint = job.stock.checkpoint
-            if checkpoint is None:
-                raise CheckpointError(f"this rank cannot read {case.shape}")
-            reader = GatedReader(job.stock.files, checkpoint.files)
+            reader = GatedReader(job.stock.files, job.stock.opened().files)
             reader.gate = self._gate
         if not job.team.is_sender:
             self._sink = self._make_sink(offer.files)
@@ -106,6 +102,9 @@ class FileCase:
 
     def connect(self) -> None:
         """The group is there."""
+
+    def warm(self) -> None:
+        """A transfer's first pass is its only one."""
 
     def poison(self) -> None:
         self._made().overwrite_buffers(random.randrange(256))
@@ -136,15 +135,13 @@ class FileCase:
     def close(self) -> None:
         self._gate.give_up()
         if self._mover is not None:
-            self._mover.drop()
+            self._mover.close()
             self._mover = None
         if self._sink is not None:
             self._sink.abort()
             self._sink = None
         if self._job.case.sink == "write":
             shutil.rmtree(self._write_folder, ignore_errors=True)
-            with suppress(OSError):
-                self._write_folder.parent.rmdir()
 
     def _made(self) -> Mover:
         assert self._mover is not None, "prepare comes first"
@@ -158,9 +155,7 @@ class FileCase:
         if job.case.sink == "write":
             return WriteSink(self._write_folder, files, transfer_id=job.run_id, force=False)
         if job.case.sink == "verify":
-            if job.stock.checkpoint is None:
-                raise CheckpointError(f"this rank has no {job.case.shape} to compare with")
-            return VerifySink(job.stock.checkpoint, files)
+            return VerifySink(job.stock.opened(), files)
         return DiscardSink()
 
 

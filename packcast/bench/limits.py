@@ -1,7 +1,8 @@
 """What the hardware does without packcast: one rank's part in each measurement.
 
-Every function is called by all ranks at once and begins with a common start; ranks that take no
-part only start. Each returns bytes and seconds of this rank.
+Every function is called by all ranks at once and calls `start` when it is ready, which comes back
+on all of them together; ranks that take no part only do that. Each returns bytes and seconds of
+this rank.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from packcast.packed.ring import host_view
 from packcast.units import MIB
 
 T = TypeVar("T")
+# Called once by every rank, when it is ready.
+Start = Callable[[], None]
 
 COPY_NBYTES = 16 * MIB
 _COPIES_AT_ONCE = 32
@@ -46,6 +49,7 @@ class Pace:
 
 def pace_of_read(
     team: Team,
+    start: Start,
     files: Sequence[SourceFile],
     *,
     share: tuple[int, int] | None,
@@ -58,7 +62,7 @@ def pace_of_read(
     For about `budget_s`, from the beginning again if that is not enough; cold files only once.
     """
     if share is None:
-        team.start_together()
+        start()
         return Pace()
     if cold:
         evict(file.path for file in files)
@@ -80,7 +84,7 @@ def pace_of_read(
         return got
 
     try:
-        team.start_together()
+        start()
         return _in_threads(team, pieces, read, num_threads, budget_s, again=not cold)
     finally:
         for descriptor in descriptors:
@@ -88,11 +92,11 @@ def pace_of_read(
 
 
 def pace_of_write(
-    team: Team, folder: Path, nbytes: int, *, takes_part: bool, num_threads: int
+    team: Team, start: Start, folder: Path, nbytes: int, *, takes_part: bool, num_threads: int
 ) -> Pace:
     """Write `nbytes` of random data over several files whose space is reserved; fsync included."""
     if not takes_part:
-        team.start_together()
+        start()
         return Pace()
     folder.mkdir(parents=True)
     each = nbytes // _NUM_WRITTEN_FILES
@@ -122,7 +126,7 @@ def pace_of_write(
                 os.open(folder / f"limit-{index}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             )
             _reserve(descriptors[-1], each)
-        team.start_together()
+        start()
         pace = _in_threads(team, pieces, write, num_threads, None, again=False)
         began = time.perf_counter()
         _in_threads(team, descriptors, sync, _NUM_WRITTEN_FILES, None, again=False)
@@ -133,17 +137,19 @@ def pace_of_write(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def pace_of_copies(team: Team, *, takes_part: bool, to_device: bool, budget_s: float) -> Pace:
+def pace_of_copies(
+    team: Team, start: Start, *, takes_part: bool, to_device: bool, budget_s: float
+) -> Pace:
     """Copies of 16 MiB between pinned memory and the device, one way, for about `budget_s`."""
     if not takes_part:
-        team.start_together()
+        start()
         return Pace()
     host = torch.empty(COPY_NBYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(COPY_NBYTES, dtype=torch.uint8, device=team.device)
     origin, target = (host, there) if to_device else (there, host)
     origin.random_()
     target.copy_(origin)
-    team.start_together()
+    start()
     began, nbytes = time.perf_counter(), 0
     while time.perf_counter() - began < budget_s:
         for _ in range(_COPIES_AT_ONCE):
@@ -156,11 +162,12 @@ def pace_of_copies(team: Team, *, takes_part: bool, to_device: bool, budget_s: f
     return Pace(nbytes, seconds)
 
 
-def pace_of_broadcast(team: Team, nbytes: int, *, count: int) -> Pace:
+def pace_of_broadcast(team: Team, start: Start, nbytes: int, *, count: int) -> Pace:
     """`count` broadcasts from the sender, `nbytes` each, and their last bytes compared."""
     memory = torch.empty(nbytes, dtype=torch.uint8, device=team.device)
     memory.fill_(random.randrange(1, 256) if team.is_sender else 0)
-    team.broadcast(memory, team.sender)
+    start()
+    team.broadcast(memory, team.sender)  # the first one of a size is slower
     team.start_together()
     began = time.perf_counter()
     for _ in range(count):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from packcast.bench.cases import FOREIGN_METHODS
 from packcast.bench.check import sums_of, wrong_tensors
 from packcast.bench.pagecache import evict
-from packcast.bench.ways import Job, Plain
+from packcast.bench.ways import Job, Plain, RunFailed
 from packcast.errors import PackcastError
 
 
@@ -38,6 +38,7 @@ class LoadCase(Plain):
 
     def prepare(self) -> None:
         self.job.stock.shards()
+        self.job.stock.check_specs()
         if self.job.case.method != "load_file":
             try:
                 importlib.import_module(self.job.case.method)
@@ -48,6 +49,12 @@ class LoadCase(Plain):
 
     def run(self) -> None:
         method = self.job.case.method
+        try:
+            self._load(method)
+        except Exception as error:  # whatever a foreign loader raises
+            raise RunFailed(f"{method}: {error}") from error
+
+    def _load(self, method: str) -> None:
         paths = [path for path, _ in self.job.stock.shards()]
         if method == "load_file":
             for path in paths:

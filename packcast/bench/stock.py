@@ -56,24 +56,31 @@ class Stock:
     files: tuple[OutgoingFile, ...] = ()
     offer: Offer | None = None
     specs: tuple[TensorSpec, ...] = ()
+    specs_fault: PackcastError | None = None
     resident: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: list[bytes] | None = None
     sums: dict[SourceKind, list[int]] = field(default_factory=dict)
 
+    def check_specs(self) -> None:
+        """Raise CheckpointError where torch cannot represent all tensors."""
+        if self.specs_fault is not None:
+            raise self.specs_fault
+
     def reader(self) -> FileReader:
         """Opens the files anew; raises CheckpointError where this rank has none."""
-        return FileReader(self.files, self._checkpoint().files)
+        return FileReader(self.files, self.opened().files)
 
     def paths(self) -> list[Path]:
         """Every file of the checkpoint on this rank's host."""
-        return [file.path for file in self._checkpoint().files]
+        return [file.path for file in self.opened().files]
 
     def shards(self) -> list[tuple[Path, tuple[Tensor, ...]]]:
         """Each shard with its tensors, in the order of all."""
-        files = self._checkpoint().files
+        files = self.opened().files
         return [(file.path, file.header.tensors) for file in files if file.header]
 
-    def _checkpoint(self) -> Checkpoint:
+    def opened(self) -> Checkpoint:
+        """The checkpoint; raises CheckpointError where this rank has none."""
         if self.checkpoint is None:
             raise CheckpointError(f"this rank cannot read {self.shape}")
         return self.checkpoint
@@ -126,11 +133,21 @@ def dtype_of(tensor: Tensor) -> torch.dtype:
     return dtype
 
 
+def take_offer(stock: Stock, offer: Offer) -> None:
+    """What the sender says the files are."""
+    stock.offer = offer
+    try:
+        stock.specs = specs_of_offer(offer)
+    except CheckpointError as fault:
+        stock.specs_fault = fault
+
+
 def make_resident(stock: Stock, team: Team) -> None:
     """Tensors on this rank's device: random on all, so that nothing is right by chance.
 
     Raises PackcastError where the device has no room.
     """
+    stock.check_specs()
     generator = torch.Generator(device=team.device).manual_seed(1 + team.rank)
     try:
         for spec in stock.specs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,10 +18,10 @@ from packcast.bench.baselines import original_consumer, original_producer
 from packcast.bench.check import sums_of, wrong_tensors
 from packcast.bench.pagecache import evict
 from packcast.bench.stock import file_tensors
-from packcast.bench.ways import Job, Plain
+from packcast.bench.ways import Job, Plain, RunFailed
 from packcast.errors import PackcastError
 from packcast.packed.compat import packed_broadcast_consumer, packed_broadcast_producer
-from packcast.packed.layout import TensorSpec, check_plan
+from packcast.packed.layout import check_plan
 from packcast.packed.replay import ReplayReceiver, ReplaySender
 
 Pairs = list[tuple[str, torch.Tensor]]
@@ -43,7 +43,7 @@ class ReplayCase(Plain):
         _check_room(self.job, case.buffer_size * case.num_buffers)
 
     def connect(self) -> None:
-        """Make the pair, and send once: what it learns in its first pass serves all later ones."""
+        """Make the pair, which compares plans."""
         job = self.job
         if job.team.is_sender:
             self._pair = ReplaySender(
@@ -55,6 +55,9 @@ class ReplayCase(Plain):
             )
         else:
             self._pair = ReplayReceiver(job.team.group, job.team.sender, job.stock.resident)
+
+    def warm(self) -> None:
+        """What a pair learns in its first pass serves all later ones."""
         self.run()
 
     def poison(self) -> None:
@@ -76,7 +79,7 @@ class ReplayCase(Plain):
 class OneByOneCase(Plain):
     """Resident weights into the workers' own tensors, one broadcast each."""
 
-    def connect(self) -> None:
+    def warm(self) -> None:
         """A first pass, as all ways from device to device have."""
         self.run()
 
@@ -107,6 +110,7 @@ class PackedCase(Plain):
 
     def prepare(self) -> None:
         job, case = self.job, self.job.case
+        job.stock.check_specs()
         largest = max((spec.nbytes for spec in job.stock.specs), default=0)
         total = sum(spec.nbytes for spec in job.stock.specs)
         # Each buffer is exceeded by up to a tensor, and made anew while the last one is in use.
@@ -117,7 +121,7 @@ class PackedCase(Plain):
             if self._cold:
                 evict(job.stock.paths())
 
-    def connect(self) -> None:
+    def warm(self) -> None:
         """A first pass, as all ways from device to device have; memory is there afterwards."""
         if self.job.case.source == "resident":
             self._move(keep=False)
@@ -139,7 +143,8 @@ class PackedCase(Plain):
 
     def close(self) -> None:
         self._kept = []
-        shutil.rmtree(self._write_folder, ignore_errors=True)
+        if self.job.case.sink == "write":
+            shutil.rmtree(self._write_folder, ignore_errors=True)
 
     def _move(self, *, keep: bool, weigh: bool = False) -> list[int]:
         job, case, team = self.job, self.job.case, self.job.team
@@ -175,10 +180,14 @@ class PackedCase(Plain):
 
     def _save(self) -> None:
         """As the original's users save what they have kept: shard by shard."""
-        self._write_folder.mkdir(parents=True)
         tensors = dict(self._kept)
-        for name, members in self._shards():
-            save_file({member: tensors[member] for member in members}, self._write_folder / name)
+        try:
+            self._write_folder.mkdir(parents=True)
+            for name, members in self._shards():
+                chosen = {member: tensors[member] for member in members}
+                save_file(chosen, self._write_folder / name)
+        except Exception as error:  # safetensors has its own, OSError and others beside
+            raise RunFailed(f"save_file: {error}") from error
 
     def _saved(self) -> Iterator[torch.Tensor]:
         for name, members in self._shards():
@@ -211,11 +220,6 @@ def wrong_resident(job: Job) -> int:
         return 0
     found = sums_of(job.stock.resident[spec.name] for spec in job.stock.specs)
     return wrong_tensors(found, job.stock.sums["resident"])
-
-
-def specs_nbytes(specs: Sequence[TensorSpec]) -> int:
-    """All tensors together."""
-    return sum(spec.nbytes for spec in specs)
 
 
 def _value(pair: tuple[str, torch.Tensor]) -> torch.Tensor:

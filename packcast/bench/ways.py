@@ -12,6 +12,7 @@ from typing import Protocol
 from packcast.bench.model import Case
 from packcast.bench.stock import Stock
 from packcast.bench.team import Team
+from packcast.errors import PackcastError
 from packcast.packed.counters import Counters
 
 
@@ -27,6 +28,10 @@ class Job:
     checked: bool
 
 
+class RunFailed(PackcastError):
+    """A run that failed on this rank without leaving another one waiting for it."""
+
+
 class Way(Protocol):
     """One run of one method. All ranks call the same, in this order; close also after a failure."""
 
@@ -34,7 +39,10 @@ class Way(Protocol):
         """Allocate, open, reserve: alone, without a collective. May raise PackcastError."""
 
     def connect(self) -> None:
-        """What takes all ranks but is no part of the run; a first pass where many follow."""
+        """What takes all ranks but is no part of the run, as agreeing on a plan."""
+
+    def warm(self) -> None:
+        """A first pass, where in use many follow; all ranks are connected."""
 
     def poison(self) -> None:
         """Leave nothing in buffers and targets that could pass for what is to come."""
@@ -72,6 +80,9 @@ class Plain:
     def connect(self) -> None:
         """Nothing to agree on."""
 
+    def warm(self) -> None:
+        """The first pass is as good as any."""
+
     def poison(self) -> None:
         """Nothing to overwrite."""
 
@@ -81,6 +92,7 @@ class Plain:
 
 def time_run(way: Way, team: Team) -> float:
     """Seconds from the common start until this rank is done."""
+    way.warm()
     way.poison()
     team.start_together()
     began = time.perf_counter()

@@ -84,13 +84,13 @@ class Mover:
         self._landing: Landing | None = None
         self._source: FileSource | None = None
         if sink is not None:
-            threads = _threads(_MAX_SINK_THREADS, offer.place.ranks_on_host)
+            threads = num_sink_threads(offer.place.ranks_on_host)
             self._landing = Landing(
                 sink, offer.files, buffers, num_threads=threads, tolerant=tolerant
             )
         if reader is not None:
             mine = [chunk for chunk in chunks if chunk.root == offer.rank]
-            threads = _threads(_MAX_READ_THREADS, offer.place.readers_on_host)
+            threads = num_read_threads(offer.place.readers_on_host)
             self._source = FileSource(mine, reader, buffers, num_threads=threads)
 
     def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
@@ -138,8 +138,8 @@ class Mover:
         assert self._landing is not None, "this rank takes nothing"
         return self._landing.digests.of_blocks()
 
-    def drop(self) -> None:
-        """End the threads of a Mover whose chunks will not be moved."""
+    def close(self) -> None:
+        """End the threads of both ends, wherever they are. Idempotent."""
         for end in (self._source, self._landing):
             if end is not None:
                 end.close()
@@ -278,6 +278,16 @@ def _staging_bound(offer: Offer) -> int:
     if not available:
         return offer.staging
     return min(offer.staging, int(available[1]) * 1024 // 2 // offer.place.ranks_on_host)
+
+
+def num_read_threads(readers_on_host: int) -> int:
+    """With how many threads a rank reads."""
+    return _threads(_MAX_READ_THREADS, readers_on_host)
+
+
+def num_sink_threads(ranks_on_host: int) -> int:
+    """With how many threads a worker checks, writes or compares."""
+    return _threads(_MAX_SINK_THREADS, ranks_on_host)
 
 
 def _threads(limit: int, sharing: int) -> int:
