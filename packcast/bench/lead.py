@@ -207,7 +207,8 @@ class Lead:
         if self._settings.check:
             if any(case.method == "packcast" for case in cases):
                 self._tell_truth("file", blocks=True)
-            if any(case.method != "packcast" or case.sink == "land" for case in cases):
+            loads = any(case.method != "packcast" or case.sink == "land" for case in cases)
+            if loads and self._hands.stock.specs_fault is None:
                 self._tell_truth("file", blocks=False)
         return None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from packcast.bench.stock import file_tensors
 from packcast.bench.ways import Job, Plain, RunFailed
 from packcast.errors import PackcastError
 from packcast.packed.compat import packed_broadcast_consumer, packed_broadcast_producer
-from packcast.packed.layout import check_plan
+from packcast.packed.layout import TensorSpec, check_plan
 from packcast.packed.replay import ReplayReceiver, ReplaySender
 
 Pairs = list[tuple[str, torch.Tensor]]
@@ -79,6 +79,15 @@ class ReplayCase(Plain):
 class OneByOneCase(Plain):
     """Resident weights into the workers' own tensors, one broadcast each."""
 
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        # As bytes, since not every backend carries every dtype.
+        self._flat = [
+            tensor.view(-1).view(torch.uint8)
+            for tensor in job.stock.resident.values()
+            if tensor.numel()
+        ]
+
     def warm(self) -> None:
         """A first pass, as all ways from device to device have."""
         self.run()
@@ -88,8 +97,8 @@ class OneByOneCase(Plain):
 
     def run(self) -> None:
         team = self.job.team
-        for tensor in self.job.stock.resident.values():
-            team.broadcast(tensor, team.sender)
+        for data in self._flat:
+            team.broadcast(data, team.sender)
 
     def check(self) -> int:
         return wrong_resident(self.job)
@@ -111,6 +120,8 @@ class PackedCase(Plain):
     def prepare(self) -> None:
         job, case = self.job, self.job.case
         job.stock.check_specs()
+        if case.method == "original":
+            check_original_can(job.stock.specs, case.buffer_size)
         largest = max((spec.nbytes for spec in job.stock.specs), default=0)
         total = sum(spec.nbytes for spec in job.stock.specs)
         # Each buffer is exceeded by up to a tensor, and made anew while the last one is in use.
@@ -203,6 +214,22 @@ class PackedCase(Plain):
             for spec in offer.files
             if spec.header
         ]
+
+
+def check_original_can(specs: Sequence[TensorSpec], buffer_size: int) -> None:
+    """Raise PackcastError where the original's algorithm breaks on these tensors.
+
+    It does so on one end, in mid stream, and leaves the other one waiting: so it is foretold.
+    """
+    offset = 0
+    for spec in specs:
+        if not spec.shape:
+            raise PackcastError(f"the original cannot carry {spec.name}, which has no dimension")
+        if offset % spec.dtype.itemsize:
+            raise PackcastError(f"the original cannot carry {spec.name}: it is not aligned")
+        offset += spec.nbytes
+        if offset > buffer_size:
+            offset = 0
 
 
 def poison_resident(job: Job) -> None:
