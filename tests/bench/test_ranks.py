@@ -12,6 +12,7 @@ import pytest
 
 from packcast.units import GIB, MIB
 from tests.bench.launch import Bench, label, longest_waiting, rank_runs
+from tests.helpers.checkpoints import write_safetensors
 from tests.helpers.commands import Commands, eventually, wait_all
 
 EVERY_WAY = {
@@ -159,3 +160,24 @@ def test_cold_files_cannot_lie_in_memory(bench: Bench, tmp_path: Path) -> None:
     assert [end.returncode for end in ends] == [2, 2]
     assert "whose files are always in memory" in ends[0].stderr
     assert not bench.found_path.exists()
+
+
+def test_a_given_checkpoint_may_hold_what_others_cannot_carry(bench: Bench, tmp_path: Path) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "a": ("F8_E4M3", (100,)),
+        "scale": ("F32", ()),
+        "empty": ("BF16", (0, 7)),
+        "flags": ("BOOL", (13,)),
+        "odd": ("F32", (5, 1, 3)),
+        "large": ("F32", (MIB // 2,)),
+    }
+    write_safetensors(tmp_path / "given" / "model.safetensors", tensors)
+    found = bench.run(**EVERYTHING, checkpoint=str(tmp_path / "given"), shapes=["dense"])
+    for row in found["measured"]:
+        assert row["case"]["shape"] == "given"
+        if label(row)[0] == "original":
+            assert row["failure"] == "the original cannot carry scale, which has no dimension"
+        else:
+            assert row["failure"] is None
+            assert [part["wrong"] for part in rank_runs(row)] == [0, 0]
+    assert (tmp_path / "given" / "model.safetensors").is_file()
