@@ -31,7 +31,7 @@ from packcast.packed.plan import Chunk, slot_nbytes
 from packcast.packed.ring import Ring
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
-from packcast.units import format_duration, format_exact_size, format_size
+from packcast.units import GIB, format_duration, format_exact_size, format_size
 from packcast.view import Snapshot
 
 # Backstops only: the control channel is faster in every case it was made for.
@@ -39,8 +39,12 @@ _GROUP_TIMEOUT_S = 24 * 3600.0
 _CLOSE_LIMIT_S = 15.0
 _VERDICT_WAIT_S = 5.0
 
-_MAX_READ_THREADS = 24
-_MAX_SINK_THREADS = 16
+_MAX_READ_HANDS = 24
+_MAX_SINK_HANDS = 16
+
+# Below that a few threads do as well as processes, which take a moment to start.
+_MIN_HELPER_CORES = 8
+_MIN_HELPER_NBYTES = GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +82,17 @@ class Mover:
             offer.buffer_size,
             staging_nbytes=_staging_bound(offer) // max(1, ends),
             tag=transfer_tag(transfer_id),
+            helpers=_helpers_pay(offer),
         )
         self._landing: Landing | None = None
         self._source: FileSource | None = None
         if sink is not None:
-            threads = _threads(_MAX_SINK_THREADS, offer.place.ranks_on_host)
-            self._landing = Landing(sink, offer.files, buffers, num_threads=threads)
+            hands = _num_hands(_MAX_SINK_HANDS, offer.place.ranks_on_host)
+            self._landing = Landing(sink, offer.files, buffers, num_hands=hands)
         if reader is not None:
             mine = [chunk for chunk in chunks if chunk.root == offer.rank]
-            threads = _threads(_MAX_READ_THREADS, offer.place.readers_on_host)
-            self._source = FileSource(mine, reader, buffers, num_threads=threads)
+            hands = _num_hands(_MAX_READ_HANDS, offer.place.readers_on_host)
+            self._source = FileSource(mine, reader, buffers, num_hands=hands)
 
     def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
         """Make the process group and send or receive every chunk. All ranks."""
@@ -248,6 +253,20 @@ def _staging_bound(offer: Offer) -> int:
     return min(offer.staging, int(available[1]) * 1024 // 2 // offer.place.ranks_on_host)
 
 
-def _threads(limit: int, sharing: int) -> int:
-    """How many I/O threads: this rank's share of the cores it may use, at least two."""
+def _helpers_pay(offer: Offer) -> bool:
+    """Whether processes are to read, check and write instead of threads: this is the one place.
+
+    Beside a GPU copies run by themselves, so what is left of the loop and of many threads' calls
+    is bound by the interpreter's lock; on a CPU ring the broadcast is what takes the time.
+    """
+    cores = len(os.sched_getaffinity(0)) // offer.place.ranks_on_host
+    return (
+        torch.device(offer.device).type == "cuda"
+        and cores >= _MIN_HELPER_CORES
+        and offer.nbytes >= _MIN_HELPER_NBYTES
+    )
+
+
+def _num_hands(limit: int, sharing: int) -> int:
+    """How many threads or processes do the I/O: this rank's share of its cores, at least two."""
     return max(2, min(limit, len(os.sched_getaffinity(0)) // sharing))
