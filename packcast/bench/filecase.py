@@ -8,21 +8,23 @@ from __future__ import annotations
 import random
 import shutil
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from packcast.bench.check import digests_of_copy, wrong_blocks
 from packcast.bench.pagecache import evict
-from packcast.bench.ways import Job
+from packcast.bench.ways import Job as CaseJob
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.discard import DiscardSink
 from packcast.ends.source import FileReader
 from packcast.ends.verify import VerifySink
+from packcast.ends.work import Job
 from packcast.ends.write import WriteSink
 from packcast.errors import TransferError
 from packcast.packed.counters import Counters
-from packcast.packed.plan import check_buffers, check_staging, plan_chunks, plan_digest
+from packcast.packed.plan import Extent, check_buffers, check_staging, plan_chunks, plan_digest
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
 
@@ -53,13 +55,13 @@ class Gate:
 
 
 class GatedReader(FileReader):
-    """A FileReader that reads nothing before the start."""
+    """A FileReader that gives nothing to read before the start."""
 
     gate: Gate
 
-    def read(self, file: int, offset: int, into: memoryview) -> None:
+    def job(self, extent: Extent, into: memoryview) -> Job:
         self.gate.wait()
-        super().read(file, offset, into)
+        return super().job(extent, into)
 
 
 class FileCase:
@@ -68,13 +70,14 @@ class FileCase:
     Written files are made durable within the run, as the tool does, and named after it.
     """
 
-    def __init__(self, job: Job, write_folder: Path, *, cold: bool) -> None:
+    def __init__(self, job: CaseJob, write_folder: Path, *, cold: bool) -> None:
         self._job = job
         self._write_folder = write_folder
         self._cold = cold
         self._gate = Gate()
         self._sink: FileSink | None = None
         self._mover: Mover | None = None
+        self._incomplete = False
         self.pinned_nbytes = 0
 
     @property
@@ -109,14 +112,25 @@ class FileCase:
     def poison(self) -> None:
         self._made().overwrite_buffers(random.randrange(256))
 
-    def run(self) -> None:
+    def run(self) -> float:
+        """The moment of the last byte: buffers that are unpinned afterwards are no part of it."""
         mover, team = self._made(), self._job.team
         self._gate.open()
         moved = mover.run(team.group, team.channel)
-        if self._sink is not None:
-            with mover.counters.waiting_on(self._sink.stage):
-                self._sink.finish()
         self.pinned_nbytes = moved.pinned_nbytes
+        if self._sink is None:
+            return moved.ended
+        begin = time.perf_counter()
+        try:
+            self._sink.finish()
+        except TransferError:
+            # A sink that was kept from damaged blocks is not complete, which `check` will tell.
+            if not self._job.checked:
+                raise
+            self._incomplete = True
+        seconds = time.perf_counter() - begin
+        mover.counters.waited(self._sink.stage, seconds)
+        return moved.ended + seconds
 
     def check(self) -> int:
         truth, sink = self._job.stock.blocks, self._sink
@@ -126,6 +140,8 @@ class FileCase:
         wrong = wrong_blocks(self._made().block_digests(), truth)
         if isinstance(sink, VerifySink):
             return max(wrong, sink.differing_tensors, sink.differing_files)
+        if self._incomplete:
+            return max(wrong, 1)
         if isinstance(sink, WriteSink):
             sink.publish()
             files = self._made_files()
@@ -159,7 +175,7 @@ class FileCase:
         return DiscardSink()
 
 
-def offer_of_case(job: Job) -> Offer:
+def offer_of_case(job: CaseJob) -> Offer:
     """What the sender would offer for this case: the shape's offer with the case's own numbers."""
     base, case, team = job.stock.offer, job.case, job.team
     assert base is not None, "the sender has offered"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +17,10 @@ from packcast.group.line import Line
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Team:
-    """This rank among the others. `hosts` tells for each rank which host it is on, from 0."""
+    """This rank among the others. `hosts` tells for each rank which host it is on, from 0.
+
+    It is what engines call a communicator, too: the library's functions and the original's take it.
+    """
 
     rank: int
     sender: int
@@ -61,10 +63,9 @@ class Team:
     def start_together(self) -> None:
         """Returns on all ranks at about the same moment, with idle devices."""
         self.synchronize()
-        options: dict[str, Any] = {}
-        if self.device.type == "cuda":
-            options["device_ids"] = [self.device.index]
-        dist.barrier(self.group, **options)
+        token = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        for rank in range(self.world_size):  # who has heard from all may begin
+            self.broadcast(token, rank)
         self.synchronize()
 
     def release_memory(self) -> None:

@@ -48,13 +48,13 @@ class ReplayCase(Plain):
         if job.team.is_sender:
             self._pair = ReplaySender(
                 job.stock.resident,
-                job.team.group,
+                job.team,
                 job.team.sender,
                 buffer_size=job.case.buffer_size,
                 num_buffers=job.case.num_buffers,
             )
         else:
-            self._pair = ReplayReceiver(job.team.group, job.team.sender, job.stock.resident)
+            self._pair = ReplayReceiver(job.team, job.team.sender, job.stock.resident)
 
     def warm(self) -> None:
         """What a pair learns in its first pass serves all later ones."""
@@ -170,11 +170,9 @@ class PackedCase(Plain):
         sizes = (case.buffer_size, case.num_buffers)
         described = ((spec.name, (spec.shape, spec.dtype)) for spec in job.stock.specs)
         if case.method == "compat" and team.is_sender:
-            packed_broadcast_producer(self._sent(), team.group, team.sender, _value, *sizes)
+            packed_broadcast_producer(self._sent(), team, team.sender, _value, *sizes)
         elif case.method == "compat":
-            packed_broadcast_consumer(
-                described, team.group, team.sender, take, *sizes, borrow=not keep
-            )
+            packed_broadcast_consumer(described, team, team.sender, take, *sizes, borrow=not keep)
         elif team.is_sender:
             original_producer(self._sent(), team, team.sender, _value, *sizes, team.device)
         else:

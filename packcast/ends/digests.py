@@ -12,12 +12,6 @@ import xxhash
 from packcast.packed.plan import BLOCK, DIGEST_NBYTES, Extent
 
 
-def block_digests(data: memoryview) -> bytes:
-    """The digests of the data's blocks, one after the other; the last block may be short."""
-    digest = xxhash.xxh3_128_digest  # releases the interpreter for the whole block
-    return b"".join(digest(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK))
-
-
 class BlockDigests:
     """The digests of every block of every file, recorded as they come."""
 

@@ -72,20 +72,26 @@ class Slot:
 class Ring:
     """`num_buffers` slots of `slot_nbytes`, their lanes, and who may use them when.
 
-    The slots are one allocation, made here. Where a chunk turns out larger (on a wire that learns
-    sizes late), its slot grows to it. Built and used by the main thread; `await_turn`, `hold` and
-    `let_go` by host threads too.
+    The slots are one allocation, made here unless `memory` is given for them. Where a chunk turns
+    out larger (on a wire that learns sizes late), its slot grows to it. Built and used by the main
+    thread; `await_turn`, `hold` and `let_go` by host threads too.
     """
 
     def __init__(
-        self, device: torch.device, slot_nbytes: int, num_buffers: int, counters: Counters
+        self,
+        device: torch.device,
+        slot_nbytes: int,
+        num_buffers: int,
+        counters: Counters,
+        memory: torch.Tensor | None = None,
     ) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
         self.counters = counters
         self.fill, self.comm, self.drain = Lane(device), Lane(device), Lane(device)
         self.clock = LaneClock(device, counters)
-        memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
+        if memory is None:
+            memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
         self._after_caller()
         self._slots = [
             Slot(i, memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
@@ -166,6 +172,10 @@ class Ring:
         for lane in (self.fill, self.comm, self.drain):
             lane.synchronize()
         self.clock.collect(wait=True)
+
+    def is_idle(self) -> bool:
+        """Are all lanes empty? Never blocks."""
+        return all(lane.is_idle() for lane in (self.fill, self.comm, self.drain))
 
     def _after_caller(self) -> None:
         """Memory just allocated on the caller's stream may still be in use there until then."""

@@ -90,16 +90,7 @@ def damage_broadcasts(rank: int, at_least: int = 64 * KIB) -> None:
 
 def slow_reads(seconds: float) -> None:
     """Every read of a source file takes a while longer."""
-    from packcast.ends.source import FileReader
-
-    read = FileReader.read
-
-    def slowly(self: FileReader, file: int, offset: int, into: memoryview) -> None:
-        time.sleep(seconds)
-        read(self, file, offset, into)
-
-    patched: Any = FileReader
-    patched.read = slowly
+    slow_tasks({"READ"}, seconds)
 
 
 def slow_broadcasts(seconds: float) -> None:
@@ -117,22 +108,23 @@ def slow_broadcasts(seconds: float) -> None:
 
 def slow_sinks(rank: int, seconds: float) -> None:
     """On one rank, every sink takes a while longer for each run of bytes."""
-    from packcast.ends.discard import DiscardSink
-    from packcast.ends.verify import VerifySink
-    from packcast.ends.write import WriteSink
+    if os.environ["RANK"] == str(rank):
+        slow_tasks({"CHECK", "WRITE", "COMPARE"}, seconds)
 
-    def slowed(kind: Any) -> None:
-        put = kind.put
 
-        def slowly(self: Any, file: int, offset: int, data: memoryview) -> None:
-            if os.environ["RANK"] == str(rank):
-                time.sleep(seconds)
-            put(self, file, offset, data)
+def slow_tasks(names: set[str], seconds: float) -> None:
+    """In this process, every piece of host I/O of these kinds takes a while longer."""
+    from packcast.ends import hands, source
+    from packcast.ends.work import Job, Outcome, perform
 
-        kind.put = slowly
+    def slowly(job: Job, memory: memoryview) -> Outcome:
+        if job.task.name in names:
+            time.sleep(seconds)
+        return perform(job, memory)
 
-    for kind in (DiscardSink, VerifySink, WriteSink):
-        slowed(kind)
+    for module in (hands, source):
+        patched: Any = module
+        patched.perform = slowly
 
 
 FAULTS = {
