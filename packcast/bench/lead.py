@@ -1,6 +1,6 @@
 """The sender's side of a bench: the sweep in its order, turn about, and what comes of it.
 
-Gives orders to all ranks, its own hands among them, and tells the view. Moves no bytes itself.
+Gives orders to all ranks, its own bench_rank among them, and tells the view. Moves no bytes itself.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from packcast.bench.bench_rank import BenchRank
 from packcast.bench.bottleneck import settle_waiting
 from packcast.bench.cases import (
     Series,
@@ -18,7 +19,6 @@ from packcast.bench.cases import (
 )
 from packcast.bench.ceiling import Ceilings, Cluster
 from packcast.bench.facts import file_systems, versions
-from packcast.bench.hands import Hands
 from packcast.bench.model import (
     BenchSettings,
     BenchView,
@@ -51,20 +51,20 @@ class Row:
 
 
 class Lead:
-    """Drives one bench on the sender; `hands` are the sender's own."""
+    """Drives one bench on the sender; `bench_rank` are the sender's own."""
 
     def __init__(
         self,
         settings: BenchSettings,
         hub: Hub,
-        hands: Hands,
+        bench_rank: BenchRank,
         members: Sequence[Member],
         transfer: Settings,
         view: BenchView,
     ) -> None:
         self._settings = settings
         self._hub = hub
-        self._hands = hands
+        self._bench_rank = bench_rank
         self._members = members
         self._transfer = transfer
         self._view = view
@@ -99,9 +99,9 @@ class Lead:
         """Have all ranks do one thing; their answers by rank. The stall watch is its bound."""
         order = {"kind": "DO", "step": step, **fields}
         self._hub.broadcast(order)
-        mine = self._hands.do(order)
+        mine = self._bench_rank.do(order)
         answers = self._hub.gather("DID", None)
-        answers[self._hands.team.rank] = mine
+        answers[self._bench_rank.team.rank] = mine
         return dict(sorted(answers.items()))
 
     def _fault_of(self, answers: dict[int, Message]) -> str | None:
@@ -121,7 +121,7 @@ class Lead:
         return [checkpoint.name or str(checkpoint)] if checkpoint else list(self._settings.shapes)
 
     def _series_of(self, shape: str, installed: set[str]) -> tuple[Series, ...]:
-        settings, team = self._settings, self._hands.team
+        settings, team = self._settings, self._bench_rank.team
         if settings.checkpoint is not None:
             nbytes = open_checkpoint(settings.checkpoint).nbytes
         else:
@@ -138,7 +138,7 @@ class Lead:
         )
 
     def _begin(self, facts: dict[int, Message], num_cases: int) -> None:
-        settings, team = self._settings, self._hands.team
+        settings, team = self._settings, self._bench_rank.team
         backend = "nccl" if team.device.type == "cuda" else "gloo"
         directories = [settings.checkpoint or settings.directory]
         if "write" in settings.sinks:
@@ -187,7 +187,7 @@ class Lead:
 
     def _make_files(self, shape: str, cases: Sequence[Case]) -> str | None:
         """Write and open the files where they are needed, and offer them; or why that failed."""
-        team = self._hands.team
+        team = self._bench_rank.team
         everywhere = any(map(reads_everywhere, cases))
         hosts = sorted(set(team.hosts)) if everywhere else [team.hosts[team.sender]]
         if self._settings.checkpoint is None:
@@ -208,13 +208,13 @@ class Lead:
             if any(case.method == "packcast" for case in cases):
                 self._tell_truth("file", blocks=True)
             loads = any(case.method != "packcast" or case.sink == "land" for case in cases)
-            if loads and self._hands.stock.specs_fault is None:
+            if loads and self._bench_rank.stock.specs_fault is None:
                 self._tell_truth("file", blocks=False)
         return None
 
     def _offer(self, shape: str) -> None:
         """Every rank learns of the files as the ranks of a transfer do."""
-        stock, team = self._hands.stock, self._hands.team
+        stock, team = self._bench_rank.stock, self._bench_rank.team
         checkpoint = stock.opened()
         # Who reads is a matter of the case; here all but the sender are plain receivers.
         members = [
@@ -228,11 +228,11 @@ class Lead:
         self._hub.broadcast(offers[team.sender].to_json())
         for rank in team.workers:
             self._hub.send(rank, offers[rank].place.to_json())
-        self._hands.take_offer(offers[team.sender])
+        self._bench_rank.take_offer(offers[team.sender])
         self._hub.gather("DID", None)
 
     def _tell_truth(self, source: str, *, blocks: bool) -> None:
-        self._ask("truth", **self._hands.find_truth(source, blocks=blocks))
+        self._ask("truth", **self._bench_rank.find_truth(source, blocks=blocks))
 
     # -- one series ------------------------------------------------------------------------------
 
@@ -268,8 +268,10 @@ class Lead:
         if case.source == "file" and case.readers > len(self._able):
             return f"only {len(self._able)} ranks can read {case.shape}"
         self._num_runs += 1
-        run_id = f"{self._hands.bench_id}-{self._num_runs}"
-        readers = self._able[: case.readers] if case.source == "file" else [self._hands.team.sender]
+        run_id = f"{self._bench_rank.bench_id}-{self._num_runs}"
+        readers = (
+            self._able[: case.readers] if case.source == "file" else [self._bench_rank.team.sender]
+        )
         order = {"case": case_to_json(case), "readers": readers, "run_id": run_id}
         fault = self._fault_of(self._ask("prepare", **order)) or self._fault_of(
             self._ask("connect")

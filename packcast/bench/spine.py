@@ -1,6 +1,6 @@
 """A whole bench on one rank, in the order in which it happens: join, settle, work, leave.
 
-The sender leads; every rank, the sender too, lends its hands.
+The sender leads; every rank, the sender too, lends its bench_rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import xxhash
 
-from packcast.bench.hands import Hands
+from packcast.bench.bench_rank import BenchRank
 from packcast.bench.lead import Lead
 from packcast.bench.model import BenchSettings, BenchView
 from packcast.bench.team import Team
@@ -86,23 +86,25 @@ def _lead(settings: BenchSettings, seat: Seat, hub: Hub, view: BenchView, leaver
     host = host_to_reach(hub.address)
     begin = _begin_message(settings, members, assignment, seat, host)
     hub.broadcast(begin)
-    hands = _open_hands(settings, seat, begin, seat.launch.rank)
-    lead = Lead(settings, hub, hands, members, _as_transfer(settings), view)
+    bench_rank = _open_bench_rank(settings, seat, begin, seat.launch.rank)
+    lead = Lead(settings, hub, bench_rank, members, _as_transfer(settings), view)
     leaver.on_leave(lead.tell_partial)
-    leaver.on_leave(hands.abandon)
+    leaver.on_leave(bench_rank.abandon)
 
     def progress() -> Message:
-        return {"moved": [hands.moved(), *(said.get("moved") for said in hub.progress().values())]}
+        return {
+            "moved": [bench_rank.moved(), *(said.get("moved") for said in hub.progress().values())]
+        }
 
     hub.set_progress(progress)
     try:
-        with StallWatch(hands, hub, leaver, settings.stall_timeout_s):
+        with StallWatch(bench_rank, hub, leaver, settings.stall_timeout_s):
             lead.run()
             hub.broadcast({"kind": "DO", "step": "end"})
-            _close_group(hands.team)
+            _close_group(bench_rank.team)
             hub.gather("DID", None)
     finally:
-        hands.abandon()
+        bench_rank.abandon()
     code = _exit_code(lead)
     leaver.shield()
     hub.committed()
@@ -120,23 +122,23 @@ def _follow(settings: BenchSettings, seat: Seat, line: Line, leaver: Leaver) -> 
         raise RendezvousError(
             f"{me.label} was started with other options than the sender, {line.sender.label}"
         )
-    hands = _open_hands(settings, seat, begin, rank_of(me))
-    leaver.on_leave(hands.abandon)
-    line.set_progress(lambda: {"moved": hands.moved()})
+    bench_rank = _open_bench_rank(settings, seat, begin, rank_of(me))
+    leaver.on_leave(bench_rank.abandon)
+    line.set_progress(lambda: {"moved": bench_rank.moved()})
     try:
-        with StallWatch(hands, line, leaver, settings.stall_timeout_s):
+        with StallWatch(bench_rank, line, leaver, settings.stall_timeout_s):
             while (order := line.expect("DO", None))["step"] != "end":
                 if order["step"] == "offer":
                     offer = Offer.from_json(line.expect("OFFER", None), line.expect("PLACE", None))
-                    hands.take_offer(offer)
+                    bench_rank.take_offer(offer)
                     line.send({"kind": "DID"})
                 else:
-                    line.send(hands.do(order))
-            _close_group(hands.team)
+                    line.send(bench_rank.do(order))
+            _close_group(bench_rank.team)
             line.send({"kind": "DID"})
             committed = line.expect("COMMIT", None)
     finally:
-        hands.abandon()
+        bench_rank.abandon()
     leaver.shield()
     line.committed()
     line.send({"kind": "LEFT"})
@@ -201,8 +203,8 @@ def _begin_message(
     }
 
 
-def _open_hands(settings: BenchSettings, seat: Seat, begin: Message, rank: int) -> Hands:
-    """Make the process group, which waits for all ranks, and this rank's hands."""
+def _open_bench_rank(settings: BenchSettings, seat: Seat, begin: Message, rank: int) -> BenchRank:
+    """Make the process group, which waits for all ranks, and this rank's bench_rank."""
     told: dict[str, Any] = begin
     device = torch.device(told["devices"][rank])
     if device.type == "cuda":
@@ -230,9 +232,9 @@ def _open_hands(settings: BenchSettings, seat: Seat, begin: Message, rank: int) 
         group=group,
         channel=seat.channel,
     )
-    hands = Hands(settings, team, seat.transfer_id)
-    seat.channel.arm(hands.position)
-    return hands
+    bench_rank = BenchRank(settings, team, seat.transfer_id)
+    seat.channel.arm(bench_rank.position)
+    return bench_rank
 
 
 def _close_group(team: Team) -> None:

@@ -56,10 +56,10 @@ class Moved:
     """
 
     began: float
-    ended: float
     digests: list[str] | None  # of every file, if this rank saw every block
     peak_device_nbytes: int
     pinned_nbytes: int
+    ended: float
 
 
 class Mover:

@@ -55,7 +55,7 @@ Order = Mapping[str, Any]
 _MAY_FAIL = frozenset({"write", "open", "resident", "prepare", "connect", "limit"})
 
 
-class Hands:
+class BenchRank:
     """One rank's side of a bench, from the first order to the last."""
 
     def __init__(self, settings: BenchSettings, team: Team, bench_id: str) -> None:
