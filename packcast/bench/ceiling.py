@@ -18,7 +18,7 @@ _READ_THREADS = (1, 2, 4, 8, 16, 24)
 _BUDGET_S = {"cpu": 0.2, "cuda": 0.7}
 _BROADCAST_NBYTES = {"cpu": 64 * MIB, "cuda": GIB}
 _WRITE_NBYTES = {"cpu": 256 * MIB, "cuda": 4 * GIB}
-_MAX_BROADCASTS = 200
+_MIN_BROADCASTS, _MAX_BROADCASTS = 3, 200
 # Faster than any of this is a mistake of ours, not a machine.
 _ABSURD = 1e14
 
@@ -116,7 +116,8 @@ class Ceilings:
             return self._limit("broadcast", list(everyone), nbytes=nbytes, count=count)
 
         trial_s = max(float(str(answer["seconds"])) for answer in once(1).values())
-        count = max(1, min(_MAX_BROADCASTS, int(_BUDGET_S[kind] / max(trial_s, 1e-6))))
+        wanted = int(_BUDGET_S[kind] / max(trial_s, 1e-6))
+        count = max(_MIN_BROADCASTS, min(_MAX_BROADCASTS, wanted))
         calls = f"{count} calls of {format_exact_size(nbytes)}"
         return self._limit_of("broadcast", once(count), calls, buffer_size=buffer_size)
 
@@ -126,7 +127,7 @@ class Ceilings:
         best: Limit | None = None
         for threads in _counts(max(2, self._cluster.read_threads // readers)):
             answers = self._limit("read", ranks, threads=threads, budget=budget_s, shared=shared)
-            detail = f"{threads} thread{'s' * (threads > 1)}"
+            detail = _so_many(threads, "thread")
             if readers > 1:
                 detail += f" on each of {readers} ranks" + ("" if shared else ", all of it on each")
             limit = self._limit_of("read", answers, detail, readers=readers, shared=shared)
@@ -138,7 +139,7 @@ class Ceilings:
     def _copies(self, stage: LimitStage, ranks: list[int], *, shared: bool) -> Limit:
         budget_s = _BUDGET_S[self._cluster.device_type]
         answers = self._limit(stage, ranks, budget=budget_s)
-        detail = f"pinned, 16MiB at a time, {len(ranks)} rank{'s' * (len(ranks) > 1)} at once"
+        detail = f"pinned, 16MiB at a time, {_so_many(len(ranks), 'rank')} at once"
         readers = len(ranks) if stage == "h2d" else None
         return self._limit_of(stage, answers, detail, readers=readers, shared=shared)
 
@@ -147,7 +148,8 @@ class Ceilings:
         best: Limit | None = None
         for threads in _counts(self._cluster.write_threads)[-2:]:
             answers = self._limit("write", self._workers(), threads=threads, nbytes=amount)
-            detail = f"{threads} threads, 8 files, {len(answers)} ranks at once, fsync included"
+            detail = f"{_so_many(threads, 'thread')}, 8 files, fsync included"
+            detail += f", {_so_many(len(answers), 'rank')} at once"
             limit = self._limit_of("write", answers, detail)
             if best is None or limit.bytes_per_second > best.bytes_per_second:
                 best = limit
@@ -195,6 +197,10 @@ class Ceilings:
 
     def _workers(self) -> list[int]:
         return [rank for rank in range(self._cluster.world_size) if rank != self._cluster.sender]
+
+
+def _so_many(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _counts(most: int) -> Sequence[int]:

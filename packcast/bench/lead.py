@@ -1,6 +1,6 @@
 """The sender's side of a bench: the sweep in its order, turn about, and what comes of it.
 
-Gives orders to all ranks, its own bench_rank among them, and tells the view. Moves no bytes itself.
+Gives orders to all ranks, the sender's own part among them, and tells the view.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Row:
 
 
 class Lead:
-    """Drives one bench on the sender; `bench_rank` are the sender's own."""
+    """Drives one bench on the sender; `bench_rank` is the sender's own part."""
 
     def __init__(
         self,

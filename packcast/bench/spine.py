@@ -1,6 +1,6 @@
 """A whole bench on one rank, in the order in which it happens: join, settle, work, leave.
 
-The sender leads; every rank, the sender too, lends its bench_rank.
+The sender leads; every rank, the sender too, does its part.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _begin_message(
 
 
 def _open_bench_rank(settings: BenchSettings, seat: Seat, begin: Message, rank: int) -> BenchRank:
-    """Make the process group, which waits for all ranks, and this rank's bench_rank."""
+    """Make the process group, which waits for all ranks, and this rank's part."""
     told: dict[str, Any] = begin
     device = torch.device(told["devices"][rank])
     if device.type == "cuda":
