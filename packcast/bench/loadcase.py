@@ -57,8 +57,11 @@ class LoadCase(Plain):
     def _load(self, method: str) -> None:
         paths = [path for path, _ in self.job.stock.shards()]
         if method == "load_file":
+            device = self.job.team.device
             for path in paths:
-                self._loaded |= load_file(path, device=str(self.job.team.device))
+                for name, tensor in load_file(path, device=str(device)).items():
+                    # On a CPU it maps the file, and reads nothing until somebody looks.
+                    self._loaded[name] = tensor.clone() if device.type == "cpu" else tensor
         elif method == "instanttensor":
             self._loaded.update(self._by_instanttensor(paths))
         else:
