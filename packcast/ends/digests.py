@@ -12,12 +12,6 @@ import xxhash
 from packcast.packed.plan import BLOCK, DIGEST_NBYTES, Extent
 
 
-def block_digests(data: memoryview) -> bytes:
-    """The digests of the data's blocks, one after the other; the last block may be short."""
-    digest = xxhash.xxh3_128_digest  # releases the interpreter for the whole block
-    return b"".join(digest(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK))
-
-
 class BlockDigests:
     """The digests of every block of every file, recorded as they come."""
 
@@ -28,6 +22,10 @@ class BlockDigests:
         """Remember an extent's block digests; from many threads, each block once."""
         at = extent.offset // BLOCK * DIGEST_NBYTES
         self._tables[extent.file][at : at + len(digests)] = digests
+
+    def of_blocks(self) -> list[bytes]:
+        """For each file its blocks' digests, one after the other; zeros where none is recorded."""
+        return [bytes(table) for table in self._tables]
 
     def of_files(self) -> list[str]:
         """The digest of each file, in hex; right once every block is recorded."""

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from typing import Final
 
+from packcast.ends.work import Outcome, Span, Task
+from packcast.packed.plan import Extent
+
 
 class DiscardSink:
     """Takes runs that are already proven by their digests, and forgets them."""
 
     stage: Final = "discard"
+    task: Final = Task.CHECK
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -19,7 +23,13 @@ class DiscardSink:
     def prepare(self) -> None:
         """Nothing to reserve."""
 
-    def put(self, file: int, offset: int, data: memoryview) -> None:
+    def lend(self, extent: Extent) -> tuple[Span, ...]:
+        """Its bytes go nowhere."""
+        return ()
+
+    def take(
+        self, extent: Extent, spans: tuple[Span, ...], data: memoryview, outcome: Outcome
+    ) -> None:
         """Drop `data`."""
 
     def finish(self) -> None:

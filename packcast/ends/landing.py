@@ -1,6 +1,6 @@
 """The consumer's end: chunks go from slots through staging to a sink, each block proven on the way.
 
-Threads compare every block with its digest in the chunk's trailer before the sink sees it.
+Every block is compared with its digest in the chunk's trailer before anything is done with it.
 """
 
 from __future__ import annotations
@@ -8,20 +8,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.ends.digests import BlockDigests, block_digests
-from packcast.ends.staging import (
-    CLOSE_LIMIT_S,
-    Buffers,
-    Lease,
-    Staging,
-    join_all,
-    make_staging,
-    use_device,
-)
+from packcast.ends.digests import BlockDigests
+from packcast.ends.hands import CLOSE_LIMIT_S, join_all
+from packcast.ends.staging import Buffers, Lease, make_hands, make_staging, use_device
+from packcast.ends.work import Job, Outcome, Span, Task
 from packcast.errors import PackcastError, TransferError, as_packcast_error
 from packcast.packed.counters import Stage
 from packcast.packed.lanes import Mark
@@ -31,12 +26,15 @@ from packcast.packed.plan import (
     Chunk,
     Extent,
     Piece,
+    Unit,
     num_blocks,
-    piece_nbytes,
     pieces_of,
+    units_of,
 )
 from packcast.packed.ring import Slot
 from packcast.packed.trailer import read_trailer
+
+_NOTICED_S = 0.001  # a wait that is longer was one
 
 
 class Sink(Protocol):
@@ -48,14 +46,26 @@ class Sink(Protocol):
     def stage(self) -> Stage:
         """The name under which its work is counted."""
 
+    @property
+    def task(self) -> Task:
+        """What is done with each proven block."""
+
     def prepare(self) -> None:
         """Before READY: check and reserve; raises DestinationError or CheckpointError."""
 
-    def put(self, file: int, offset: int, data: memoryview) -> None:
-        """Take a proven run of bytes; from many threads at once, disjoint runs."""
+    def lend(self, extent: Extent) -> tuple[Span, ...]:
+        """The parts of files that `task` is about, good until `take`; many threads."""
+
+    def take(
+        self, extent: Extent, spans: tuple[Span, ...], data: memoryview, outcome: Outcome
+    ) -> None:
+        """`task` was done, or not, as `outcome` says; once for each `lend`, many threads.
+
+        Raises what went wrong with the sink's files; damage on the way is not its concern.
+        """
 
     def finish(self) -> None:
-        """After the last `put`: make it durable."""
+        """After the last `take`: make it durable."""
 
     def publish(self) -> None:
         """After COMMIT: make it appear."""
@@ -68,33 +78,45 @@ class Sink(Protocol):
 
 
 class _Arrival:
-    """A received chunk until the last of its pieces is done: they share its trailer."""
+    """A received chunk; its digests are there once its last unit is."""
 
-    def __init__(self, chunk: Chunk, trailer: Lease, num_pieces: int) -> None:
+    __slots__ = ("chunk", "digests")
+
+    def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
-        self._trailer = trailer
-        self._left = num_pieces
+        self.digests = b""
+
+
+class _Stay:
+    """A unit's stay in staging, which ends when the last of its users has done with it."""
+
+    __slots__ = ("_lock", "_num_users", "arrival", "lease", "mark", "unit")
+
+    def __init__(self, arrival: _Arrival, unit: Unit, lease: Lease, mark: Mark) -> None:
+        self.arrival = arrival
+        self.unit = unit
+        self.lease = lease
+        self.mark = mark  # the copy into it
+        self._num_users = 1  # who hands out its pieces
         self._lock = threading.Lock()
-        self._digests: bytes | None = None
 
-    def digests(self, tag: bytes) -> bytes:
-        """The block digests; valid once a piece's mark has passed, which follows the trailer's."""
+    def enter(self) -> None:
         with self._lock:
-            if self._digests is None:
-                blocks = sum(num_blocks(extent.nbytes) for extent in self.chunk.extents)
-                self._digests = read_trailer(self._trailer.view, tag, self.chunk, blocks)
-            return self._digests
+            self._num_users += 1
 
-    def piece_done(self) -> None:
+    def leave(self) -> None:
         with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self._trailer.release()
+            self._num_users -= 1
+            is_last = self._num_users == 0
+        if is_last:
+            self.lease.release()
 
 
 class Landing:
-    """Takes chunks out of slots and puts their blocks into `sink`, with `num_threads` threads."""
+    """Takes chunks out of slots and has their blocks put into `sink`, by `num_hands` hands.
+
+    A damaged block ends it; a `tolerant` one goes on, and `digests` tell what came.
+    """
 
     def __init__(
         self,
@@ -102,29 +124,32 @@ class Landing:
         files: Sequence[FileSpec],
         buffers: Buffers,
         *,
-        num_threads: int,
+        num_hands: int,
+        tolerant: bool = False,
     ) -> None:
         self.digests = BlockDigests([spec.nbytes for spec in files])
         self._sink = sink
+        self._tolerant = tolerant
+        self._held_up_by: Stage = sink.stage
         self._files = files
         self._ring = buffers.ring
         self._counters = buffers.ring.counters
         self._tag = buffers.tag
-        self._piece_nbytes = piece_nbytes(buffers.buffer_size)
-        self._staging, self._trailers = make_staging(buffers)
-        self._queue: SimpleQueue[tuple[_Arrival, Piece, Lease, Mark] | None] = SimpleQueue()
+        self._staging = make_staging(buffers)
+        self._hands = make_hands(buffers, self._staging, num_hands, sink.stage)
+        self._queue: SimpleQueue[_Stay | None] = SimpleQueue()
         self._failure: PackcastError | None = None
-        self._threads = [
-            threading.Thread(target=self._work, name=f"packcast-{sink.stage}-{i}", daemon=True)
-            for i in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._num_jobs = 0
+        self._changed = threading.Condition()
+        self._feeder = threading.Thread(
+            target=self._feed, name=f"packcast-{sink.stage}", daemon=True
+        )
+        self._feeder.start()
 
     @property
     def pinned_nbytes(self) -> int:
         """Pinned memory that this end holds."""
-        return self._staging.pinned_nbytes + self._trailers.pinned_nbytes
+        return self._staging.pinned_nbytes
 
     @property
     def stage(self) -> Stage:
@@ -132,91 +157,128 @@ class Landing:
         return self._sink.stage
 
     def drain(self, chunk: Chunk, slot: Slot) -> None:
-        """Give the chunk to the drain lane, and each piece to the threads once it is copied."""
-        ring = self._ring
+        """Give the chunk to the drain lane, and each unit to the sink once it is copied."""
+        ring, arrival, begin = self._ring, _Arrival(chunk), None
         self._raise_failure()
-        with ring.drain:
-            ring.drain.wait(slot.arrived)
-            begin = ring.drain.mark()
-            pieces = list(pieces_of(chunk, self._piece_nbytes))
-            offset = chunk.trailer_offset
-            trailer = self._lease(self._trailers, chunk, offset, chunk.trailer_nbytes)
-            trailer.copy_from(slot, offset)
-            arrival = _Arrival(chunk, trailer, len(pieces))
-            for piece in pieces:
-                lease = self._lease(self._staging, chunk, piece.slot_offset, piece.nbytes)
-                lease.copy_from(slot, piece.slot_offset)
+        # From the last one on, which has the trailer: without it nothing can be done with others,
+        # and they may need each other's staging.
+        for unit in reversed(list(units_of(chunk, self._staging.unit_nbytes))):
+            waited_since = time.perf_counter()
+            lease = self._staging.lease(chunk, unit.slot_offset, unit.nbytes)
+            self._counters.waited(self._held_up_by, time.perf_counter() - waited_since)
+            with ring.drain:
+                ring.drain.wait(slot.arrived)
+                begin = begin or ring.drain.mark()
+                lease.copy_from(slot, unit.slot_offset)
                 slot.drained = ring.drain.mark()
-                self._queue.put((arrival, piece, lease, slot.drained))
-        self._counters.newest = pieces[-1].extents[-1]
-        if not ring.is_host and slot.drained is not None:
+            self._queue.put(_Stay(arrival, unit, lease, slot.drained))
+        self._counters.newest = chunk.extents[-1]
+        if not ring.is_host and begin and slot.drained:
             ring.clock.span("d2h", chunk.index, chunk.nbytes, begin, slot.drained)
 
     def finish(self) -> None:
         """Block until every piece is in the sink; raises the first thing that went wrong."""
-        self._end_threads()
+        self._queue.put(None)
         with self._counters.waiting_on(self.stage):
-            for thread in self._threads:
-                thread.join()
+            self._feeder.join()
+            with self._changed:
+                self._changed.wait_for(lambda: self._failure or not self._num_jobs)
         self._raise_failure()
 
     def close(self) -> None:
         """End the threads; after a failure what is queued is dropped."""
         over = TransferError("the transfer is over")
-        self._staging.close(over)
-        self._trailers.close(over)
         self._failure = self._failure or over
-        self._end_threads()
-        join_all(self._threads, CLOSE_LIMIT_S)
-
-    def _end_threads(self) -> None:
-        for _ in self._threads:
-            self._queue.put(None)
-
-    def _lease(self, staging: Staging, chunk: Chunk, offset: int, nbytes: int) -> Lease:
-        with self._counters.waiting_on(self.stage):
-            return staging.lease(chunk, offset, nbytes)
+        self._staging.close(over)
+        self._queue.put(None)
+        self._hands.close()
+        join_all([self._feeder], CLOSE_LIMIT_S)
+        self._staging.free(self._ring)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
 
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            arrival, piece, lease, mark = item
+    def _feed(self) -> None:
+        """Hand out the pieces of each unit as soon as it has been copied."""
+        use_device(self._ring.device)
+        while (stay := self._queue.get()) is not None:
             try:
                 if self._failure is None:
-                    use_device(self._ring.device)
-                    mark.synchronize()
-                    self._land(arrival, piece, lease)
+                    waited_since = time.perf_counter()
+                    stay.mark.synchronize()
+                    # Staging is full of what waits for its copy, while the sink has nothing to do.
+                    starved = time.perf_counter() - waited_since > _NOTICED_S and not self._num_jobs
+                    self._held_up_by = "d2h" if starved else self.stage
+                    self._hand_out(stay)
             except Exception as error:
                 self._fail(as_packcast_error(error, self.stage))
             finally:
-                lease.release()
-                arrival.piece_done()
+                stay.leave()
 
-    def _land(self, arrival: _Arrival, piece: Piece, lease: Lease) -> None:
-        begin = time.perf_counter()
-        promised = arrival.digests(self._tag)[piece.first_block * DIGEST_NBYTES :]
-        view = lease.view
-        for extent in piece.extents:
-            part, view = view[: extent.nbytes], view[extent.nbytes :]
-            found = block_digests(part)
-            expected, promised = promised[: len(found)], promised[len(found) :]
-            if found != expected:
-                raise TransferError(self._damage(arrival.chunk, extent, found, expected))
-            self._sink.put(extent.file, extent.offset, part)
-            self.digests.record(extent, found)
-        self._counters.add(
-            self.stage, arrival.chunk.index, piece.nbytes, begin, time.perf_counter()
+    def _hand_out(self, stay: _Stay) -> None:
+        arrival, unit, chunk = stay.arrival, stay.unit, stay.arrival.chunk
+        if unit.is_last:
+            page = stay.lease.view[chunk.trailer_offset - unit.slot_offset :]
+            blocks = sum(num_blocks(extent.nbytes) for extent in chunk.extents)
+            arrival.digests = self._read_trailer(page, chunk, blocks)
+            # Those of a unit are the last ones of what the units handed out before have left.
+        at = len(arrival.digests) - DIGEST_NBYTES * sum(
+            num_blocks(extent.nbytes) for extent in unit.extents
         )
+        mine, arrival.digests = arrival.digests[at:], arrival.digests[:at]
+        for piece in pieces_of(unit):
+            nbytes = DIGEST_NBYTES * num_blocks(piece.extent.nbytes)
+            promised, mine = mine[:nbytes], mine[nbytes:]
+            self._submit(stay, piece, promised)
 
-    def _damage(self, chunk: Chunk, extent: Extent, found: bytes, expected: bytes) -> str:
-        starts = range(0, len(found), DIGEST_NBYTES)
-        same = (
-            found[at : at + DIGEST_NBYTES] == expected[at : at + DIGEST_NBYTES] for at in starts
-        )
-        begin = extent.offset + list(same).index(False) * BLOCK
+    def _read_trailer(self, page: memoryview, chunk: Chunk, blocks: int) -> bytes:
+        try:
+            return read_trailer(page, self._tag, chunk, blocks)
+        except TransferError:
+            if not self._tolerant:
+                raise
+            return bytes(DIGEST_NBYTES * blocks)  # without its word nothing is proven
+
+    def _submit(self, stay: _Stay, piece: Piece, promised: bytes) -> None:
+        extent = piece.extent
+        memory = stay.lease.view[piece.at : piece.at + extent.nbytes]
+        spans = self._sink.lend(extent)
+        job = Job(self._sink.task if spans else Task.CHECK, extent.nbytes, spans, promised)
+        done = partial(self._landed, stay, extent, job, memory)
+        stay.enter()
+        with self._changed:
+            self._num_jobs += 1
+        try:
+            self._hands.submit(job, memory, done)
+        except PackcastError as error:  # then it has not been taken on
+            done(Outcome(error=error))
+
+    def _landed(
+        self, stay: _Stay, extent: Extent, job: Job, memory: memoryview, outcome: Outcome
+    ) -> None:
+        chunk = stay.arrival.chunk
+        try:
+            self._sink.take(extent, job.spans, memory, outcome)
+            if outcome.error:
+                raise outcome.error
+            if outcome.damaged_block is None:
+                self.digests.record(extent, job.digests)
+            elif not self._tolerant:
+                raise TransferError(self._damage(chunk, extent, outcome.damaged_block))
+            end = time.perf_counter()
+            self._counters.add(self.stage, chunk.index, extent.nbytes, end - outcome.seconds, end)
+        except Exception as error:
+            self._fail(as_packcast_error(error, self.stage))
+        finally:
+            stay.leave()
+            with self._changed:
+                self._num_jobs -= 1
+                if not self._num_jobs:
+                    self._changed.notify_all()
+
+    def _damage(self, chunk: Chunk, extent: Extent, block: int) -> str:
+        begin = extent.offset + block * BLOCK
         end = min(begin + BLOCK, extent.offset + extent.nbytes)
         spec = self._files[extent.file]
         tensor = spec.header.tensor_at(begin) if spec.header else None
@@ -227,7 +289,8 @@ class Landing:
         )
 
     def _fail(self, error: PackcastError) -> None:
-        if self._failure is None:
-            self._failure = error
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
         # The loop may be waiting for memory that only a healthy sink would give back.
         self._staging.close(error)

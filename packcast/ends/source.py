@@ -1,7 +1,7 @@
-"""The producer's end: threads read outgoing files piece by piece, ahead of the loop, into staging.
+"""The producer's end: outgoing files are read piece by piece, ahead of the loop, into staging.
 
 Reads by `preadv`, never by mapping: a file that is cut short while it is read is then an error,
-not the death of the process. Digests are taken while a piece is still in the cache.
+not the death of the process. Digests are taken while a block is still in the cache.
 """
 
 from __future__ import annotations
@@ -10,16 +10,27 @@ import os
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from queue import SimpleQueue
 
 from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile
-from packcast.ends.digests import BlockDigests, block_digests
-from packcast.ends.staging import CLOSE_LIMIT_S, Buffers, Lease, join_all, make_staging, use_device
+from packcast.ends.digests import BlockDigests
+from packcast.ends.hands import CLOSE_LIMIT_S, join_all
+from packcast.ends.staging import Buffers, Lease, make_hands, make_staging, use_device
+from packcast.ends.work import Job, Outcome, Span, Task, perform
 from packcast.errors import CheckpointError, PackcastError, TransferError, as_packcast_error
-from packcast.packed.plan import Chunk, Piece, piece_nbytes, pieces_of
+from packcast.packed.plan import (
+    DIGEST_NBYTES,
+    Chunk,
+    Extent,
+    Unit,
+    num_blocks,
+    pieces_of,
+    units_of,
+)
 from packcast.packed.ring import Slot
 from packcast.packed.trailer import write_trailer
 
@@ -43,17 +54,42 @@ class FileReader:
         return [file.spec.nbytes for file in self._files]
 
     def read(self, file: int, offset: int, into: memoryview) -> None:
-        """Fill `into` with the outgoing file's bytes from `offset`."""
-        begins, segments = self._begins[file], self._files[file].segments
-        i = bisect_right(begins, offset) - 1
-        while into:
-            segment, skip = segments[i], offset - begins[i]
-            part, into = into[: segment.nbytes - skip], into[segment.nbytes - skip :]
+        """Fill `into` with the outgoing file's bytes from `offset`, in this thread."""
+        extent = Extent(file, offset, len(into))
+        job = self.job(extent, into)
+        self.check(extent, job, perform(job, into))
+
+    def job(self, extent: Extent, into: memoryview) -> Job:
+        """How the extent's bytes come to lie in `into`; what is in no source is there already."""
+        begins, segments = self._begins[extent.file], self._files[extent.file].segments
+        spans, at = [], 0
+        i = bisect_right(begins, extent.offset) - 1
+        while at < extent.nbytes:
+            segment, skip = segments[i], extent.offset + at - begins[i]
+            nbytes = min(segment.nbytes - skip, extent.nbytes - at)
             if isinstance(segment, Literal):
-                part[:] = segment.data[skip : skip + len(part)]
+                into[at : at + nbytes] = segment.data[skip : skip + nbytes]
             else:
-                self._read_source(segment.source, segment.offset + skip, part)
-            offset, i = offset + len(part), i + 1
+                descriptor = self._descriptor(segment.source)
+                spans.append(Span(descriptor, segment.offset + skip, at, nbytes))
+            at, i = at + nbytes, i + 1
+        return Job(Task.READ, extent.nbytes, tuple(spans))
+
+    def check(self, extent: Extent, job: Job, outcome: Outcome) -> None:
+        """Raise what went wrong with the job, if anything did."""
+        if outcome.error:
+            raise outcome.error
+        failure = outcome.failure
+        if failure is None:
+            return
+        at = extent.offset + job.spans[failure.span].at
+        i = bisect_right(self._begins[extent.file], at) - 1
+        segment = self._files[extent.file].segments[i]
+        assert not isinstance(segment, Literal)
+        name = self._sources[segment.source].name
+        if failure.errno:
+            raise CheckpointError(f"{name}: reading failed: {failure.error.strerror}")
+        raise CheckpointError(f"{name} ended at byte {failure.offset} while it was being sent")
 
     def close_file(self, file: int) -> None:
         """Every byte of the outgoing file was read: see that its sources have not changed."""
@@ -73,20 +109,6 @@ class FileReader:
             self._open.clear()
         for descriptor in descriptors:
             os.close(descriptor)
-
-    def _read_source(self, source: int, offset: int, into: memoryview) -> None:
-        descriptor = self._descriptor(source)
-        while into:
-            try:
-                got = os.preadv(descriptor, [into], offset)
-            except OSError as error:
-                name = self._sources[source].name
-                raise CheckpointError(f"{name}: reading failed: {error.strerror}") from error
-            if got == 0:
-                raise CheckpointError(
-                    f"{self._sources[source].name} ended at byte {offset} while it was being sent"
-                )
-            into, offset = into[got:], offset + got
 
     def _descriptor(self, source: int) -> int:
         with self._lock:
@@ -115,16 +137,30 @@ class FileReader:
 
 
 class _Load:
-    """One piece on its way from file to slot."""
+    """One unit on its way from files to slot."""
 
-    __slots__ = ("digests", "error", "lease", "piece", "ready")
+    __slots__ = ("_left", "_lock", "digests", "error", "lease", "ready", "unit")
 
-    def __init__(self, piece: Piece, lease: Lease) -> None:
-        self.piece = piece
+    def __init__(self, unit: Unit, lease: Lease) -> None:
+        self.unit = unit
         self.lease = lease
-        self.digests = b""
+        num_blocks_ = sum(num_blocks(extent.nbytes) for extent in unit.extents)
+        self.digests = bytearray(num_blocks_ * DIGEST_NBYTES)
         self.error: PackcastError | None = None
         self.ready = threading.Event()
+        self._left = sum(extent.nbytes for extent in unit.extents)
+        self._lock = threading.Lock()
+
+    def piece_read(self, nbytes: int) -> None:
+        with self._lock:
+            self._left -= nbytes
+            is_last = self._left == 0
+        if is_last:
+            self.ready.set()
+
+    def fail(self, error: PackcastError) -> None:
+        self.error = error
+        self.ready.set()
 
 
 class FileSource:
@@ -139,116 +175,115 @@ class FileSource:
         reader: FileReader,
         buffers: Buffers,
         *,
-        num_threads: int,
+        num_hands: int,
     ) -> None:
         self.digests = BlockDigests(reader.file_nbytes)
         self._reader = reader
         self._ring = buffers.ring
         self._counters = buffers.ring.counters
         self._tag = buffers.tag
-        self._piece_nbytes = piece_nbytes(buffers.buffer_size)
-        self._staging, self._trailers = make_staging(buffers)
+        self._staging = make_staging(buffers)
+        self._hands = make_hands(buffers, self._staging, num_hands, "read")
         self._unread: dict[int, int] = {}
         for chunk in chunks:
             for extent in chunk.extents:
                 self._unread[extent.file] = self._unread.get(extent.file, 0) + extent.nbytes
         self._unread_lock = threading.Lock()
-        self._next = self._loads_ahead(chunks)
-        self._next_lock = threading.Lock()
         self._loads: SimpleQueue[_Load | PackcastError] = SimpleQueue()
         self._stopped = False
-        self._threads = [
-            threading.Thread(target=self._read, name=f"packcast-read-{i}", daemon=True)
-            for i in range(num_threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._feeder = threading.Thread(
+            target=self._feed, args=(chunks,), name="packcast-read", daemon=True
+        )
+        self._feeder.start()
 
     @property
     def pinned_nbytes(self) -> int:
         """Pinned memory that this end holds."""
-        return self._staging.pinned_nbytes + self._trailers.pinned_nbytes
+        return self._staging.pinned_nbytes
 
     def fill(self, chunk: Chunk, slot: Slot) -> None:
-        """Give the chunk and its trailer to the fill lane, each piece as soon as it was read."""
-        ring, digests = self._ring, bytearray()
-        with ring.fill:
-            begin = ring.fill.mark()
-            filled = 0
-            while filled < chunk.nbytes:
-                load = self._await_load()
-                filled += load.piece.nbytes
-                load.lease.copy_to(slot, load.piece.slot_offset)
-                load.lease.release(ring.fill.mark())
-                digests += load.digests
-                self._counters.newest = load.piece.extents[-1]
-            offset = chunk.trailer_offset
-            trailer = self._trailers.lease(chunk, offset, chunk.trailer_nbytes)
-            write_trailer(trailer.view, self._tag, chunk, bytes(digests))
-            trailer.copy_to(slot, offset)
-            slot.filled = ring.fill.mark()
-            trailer.release(slot.filled)
-        if not ring.is_host:
+        """Give the chunk and its trailer to the fill lane, each unit as soon as it was read."""
+        ring, digests, begin = self._ring, bytearray(), None
+        is_last = False
+        while not is_last:
+            load = self._await_load()
+            unit, lease, is_last = load.unit, load.lease, load.unit.is_last
+            digests += load.digests
+            if is_last:
+                trailer = lease.view[chunk.trailer_offset - unit.slot_offset :]
+                write_trailer(trailer, self._tag, chunk, bytes(digests))
+            with ring.fill:
+                begin = begin or ring.fill.mark()
+                lease.copy_to(slot, unit.slot_offset)
+                slot.filled = ring.fill.mark()
+            lease.release(slot.filled)
+        self._counters.newest = chunk.extents[-1]
+        if not ring.is_host and begin and slot.filled:
             ring.clock.span("h2d", chunk.index, chunk.nbytes, begin, slot.filled)
 
     def close(self) -> None:
         """End the threads and close the files."""
         self._stopped = True
-        over = TransferError("the transfer is over")
-        self._staging.close(over)
-        self._trailers.close(over)
-        if join_all(self._threads, CLOSE_LIMIT_S):
+        self._staging.close(TransferError("the transfer is over"))
+        self._hands.close()
+        if join_all([self._feeder], CLOSE_LIMIT_S):
             self._reader.close()
+        self._staging.free(self._ring)
 
     def _await_load(self) -> _Load:
-        with self._counters.waiting_on("read"):
+        # No piece has been begun: beside a GPU staging is full of what waits for its copy.
+        with self._counters.waiting_on("read" if self._ring.is_host else "h2d"):
             load = self._loads.get()
-            if isinstance(load, PackcastError):
-                raise load
+        if isinstance(load, PackcastError):
+            raise load
+        with self._counters.waiting_on("read"):
             load.ready.wait()
         if load.error is not None:
             raise load.error
         return load
 
-    def _loads_ahead(self, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, _Load]]:
-        for chunk in chunks:
-            for piece in pieces_of(chunk, self._piece_nbytes):
-                lease = self._staging.lease(chunk, piece.slot_offset, piece.nbytes)
-                yield chunk, _Load(piece, lease)
-
-    def _read(self) -> None:
-        while not self._stopped:
-            try:
-                use_device(self._ring.device)
-                # Staging is lent under the lock, in chunk order: were it lent out of order, later
-                # pieces could hold all of it while the loop waits for an earlier one.
-                with self._next_lock:
-                    entry = next(self._next, None)
-                    if entry is None:
-                        return
-                    chunk, load = entry
-                    self._loads.put(load)
-            except Exception as error:
-                self._loads.put(as_packcast_error(error, "reading"))
-                return
-            self._read_piece(chunk, load)
-
-    def _read_piece(self, chunk: Chunk, load: _Load) -> None:
-        begin = time.perf_counter()
+    def _feed(self, chunks: Sequence[Chunk]) -> None:
+        """Lend staging to units, in chunk order, and have their pieces read."""
         try:
-            found, view = [], load.lease.view
-            for extent in load.piece.extents:
-                part, view = view[: extent.nbytes], view[extent.nbytes :]
-                self._reader.read(extent.file, extent.offset, part)
-                found.append(block_digests(part))
-                self.digests.record(extent, found[-1])
-                self._count_off(extent.file, extent.nbytes)
-            load.digests = b"".join(found)
+            use_device(self._ring.device)
+            for chunk in chunks:
+                for unit in units_of(chunk, self._staging.unit_nbytes):
+                    if self._stopped:
+                        return
+                    lease = self._staging.lease(chunk, unit.slot_offset, unit.nbytes)
+                    load = _Load(unit, lease)
+                    self._loads.put(load)
+                    self._have_read(chunk, load)
         except Exception as error:
-            load.error = as_packcast_error(error, "reading")
-        finally:
-            self._counters.add("read", chunk.index, load.piece.nbytes, begin, time.perf_counter())
-            load.ready.set()
+            self._loads.put(as_packcast_error(error, "reading"))
+
+    def _have_read(self, chunk: Chunk, load: _Load) -> None:
+        begin = 0
+        for piece in pieces_of(load.unit):
+            extent = piece.extent
+            memory = load.lease.view[piece.at : piece.at + extent.nbytes]
+            try:
+                job = self._reader.job(extent, memory)
+                done = partial(self._piece_read, chunk.index, load, extent, begin, job)
+                self._hands.submit(job, memory, done)
+            except Exception as error:
+                load.fail(as_packcast_error(error, "reading"))
+                return
+            begin += num_blocks(extent.nbytes) * DIGEST_NBYTES
+
+    def _piece_read(
+        self, chunk: int, load: _Load, extent: Extent, begin: int, job: Job, outcome: Outcome
+    ) -> None:
+        try:
+            self._reader.check(extent, job, outcome)
+            load.digests[begin : begin + len(outcome.digests)] = outcome.digests
+            self.digests.record(extent, outcome.digests)
+            end = time.perf_counter()
+            self._counters.add("read", chunk, extent.nbytes, end - outcome.seconds, end)
+            self._count_off(extent.file, extent.nbytes)
+            load.piece_read(extent.nbytes)
+        except Exception as error:
+            load.fail(as_packcast_error(error, "reading"))
 
     def _count_off(self, file: int, nbytes: int) -> None:
         with self._unread_lock:

@@ -1,6 +1,6 @@
 """Host memory between files and slots: pinned beside a GPU, the slot itself on a CPU.
 
-Both are lent in pieces, by chunk and place in its slot, in chunk order, once there is room.
+Both are lent in units, by chunk and place in its slot, in chunk order, once there is room.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from packcast.errors import PackcastError, TransferError
+from packcast.ends.arena import Arena
+from packcast.ends.hands import CLOSE_LIMIT_S, Hands, ProcessHands, ThreadHands
+from packcast.errors import PackcastError
 from packcast.packed.lanes import Mark
-from packcast.packed.plan import Chunk, piece_nbytes, staging_count, trailer_nbytes
+from packcast.packed.plan import Chunk, pinned_nbytes, staged_nbytes, unit_nbytes
 from packcast.packed.ring import Ring, Slot, host_view
-from packcast.units import format_size
-
-CLOSE_LIMIT_S = 1.0  # for threads at the end: after a failure some may be stuck in I/O
 
 _used = threading.local()
 
@@ -31,22 +30,20 @@ def use_device(device: torch.device) -> None:
         _used.device = device
 
 
-def join_all(threads: Sequence[threading.Thread], limit_s: float) -> bool:
-    """Wait for the threads to end, `limit_s` for all of them together; True if they did."""
-    deadline = time.monotonic() + limit_s
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    return not any(thread.is_alive() for thread in threads)
-
-
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """What both ends of a rank share, and the share of pinned memory that each of them may take."""
+    """What both ends of a rank share, and the share of pinned memory that each of them may take.
+
+    With `helpers` the ends' work is done by processes. On a CPU they need the slots to lie in
+    shared memory: `slots`.
+    """
 
     ring: Ring
     buffer_size: int
     staging_nbytes: int
     tag: bytes
+    helpers: bool = False
+    slots: Arena | None = None
 
 
 class Lease:
@@ -82,41 +79,33 @@ class Lease:
 
 
 class PinnedStaging:
-    """`count` pinned buffers of `nbytes`, made once; the bound on this rank's pinned memory."""
+    """Buffers of `nbytes`, cut from one arena: the bound on this end's pinned memory."""
 
-    def __init__(self, nbytes: int, count: int) -> None:
-        try:
-            self._memory = [
-                torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(count)
-            ]
-        except RuntimeError as error:
-            raise TransferError(
-                f"this host cannot pin {format_size(nbytes * count)} of memory",
-                hint="choose less with --staging on the sender",
-            ) from error
-        self._free: deque[tuple[torch.Tensor, memoryview, Mark | None]] = deque(
-            (tensor, host_view(tensor), None) for tensor in self._memory
-        )
+    def __init__(self, arena: Arena, nbytes: int, unit_nbytes: int) -> None:
+        self.arena = arena
+        self.unit_nbytes = unit_nbytes
+        self.pinned_nbytes = arena.pinned_nbytes
+        begins = range(0, arena.nbytes - nbytes + 1, nbytes)
+        self._free = [_Buffer(arena, begin, nbytes) for begin in reversed(begins)]
+        self._in_use: deque[tuple[_Buffer, Mark]] = deque()  # by copies, in the lane's order
         self._changed = threading.Condition()
         self._closed_by: PackcastError | None = None
-        self.pinned_nbytes = count << (nbytes - 1).bit_length()
 
     def lease(self, chunk: Chunk, offset: int, nbytes: int) -> Lease:
         """Any free buffer's first `nbytes`; blocks until there is one and its last copy is over."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed_by or self._free)
-            if self._closed_by:
-                raise self._closed_by
-            tensor, view, after = self._free.popleft()
+        buffer, after = self._take()
         if after is not None:
             after.synchronize()
 
         def give_back(mark: Mark | None) -> None:
             with self._changed:
-                self._free.append((tensor, view, mark))
+                if mark is None:
+                    self._free.append(buffer)
+                else:
+                    self._in_use.append((buffer, mark))
                 self._changed.notify()
 
-        return Lease(tensor[:nbytes], view[:nbytes], False, give_back)
+        return Lease(buffer.tensor[:nbytes], buffer.view[:nbytes], False, give_back)
 
     def close(self, error: PackcastError) -> None:
         """Wake everyone who waits for a buffer with `error`; the first one counts."""
@@ -124,13 +113,40 @@ class PinnedStaging:
             self._closed_by = self._closed_by or error
             self._changed.notify_all()
 
+    def free(self, ring: Ring) -> None:
+        """Nobody wants a buffer any more: unpin them, unless copies of a broken transfer hang."""
+        deadline = time.monotonic() + CLOSE_LIMIT_S
+        while not ring.is_idle() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.arena.close(is_idle=ring.is_idle())
+
+    def _take(self) -> tuple[_Buffer, Mark | None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed_by or self._free or self._in_use)
+            if self._closed_by:
+                raise self._closed_by
+            while self._in_use and self._in_use[0][1].passed():
+                self._free.append(self._in_use.popleft()[0])
+            if self._free:
+                return self._free.pop(), None  # the newest one: its lines are still in the cache
+            return self._in_use.popleft()
+
+
+class _Buffer:
+    __slots__ = ("tensor", "view")
+
+    def __init__(self, arena: Arena, begin: int, nbytes: int) -> None:
+        self.tensor = arena.tensor[begin : begin + nbytes]
+        self.view = arena.view[begin : begin + nbytes]
+
 
 class SlotStaging:
     """On a CPU: the place in the slot itself, lent once the slot belongs to the chunk."""
 
     pinned_nbytes = 0
 
-    def __init__(self, ring: Ring) -> None:
+    def __init__(self, ring: Ring, unit_nbytes: int) -> None:
+        self.unit_nbytes = unit_nbytes
         self._ring = ring
 
     def lease(self, chunk: Chunk, offset: int, nbytes: int) -> Lease:
@@ -144,17 +160,26 @@ class SlotStaging:
         """Wake everyone who waits for a slot with `error`; the first one counts."""
         self._ring.stop(error)
 
+    def free(self, ring: Ring) -> None:
+        """The slots are the ring's."""
+
 
 Staging = PinnedStaging | SlotStaging
 
 
-def make_staging(buffers: Buffers) -> tuple[Staging, Staging]:
-    """Staging for pieces and for trailers; beside a GPU it is pinned here, once."""
-    ring = buffers.ring
-    if ring.is_host:
-        return SlotStaging(ring), SlotStaging(ring)
-    count = staging_count(buffers.buffer_size, buffers.staging_nbytes)
-    return (
-        PinnedStaging(piece_nbytes(buffers.buffer_size), count),
-        PinnedStaging(trailer_nbytes(buffers.buffer_size), count),
-    )
+def make_staging(buffers: Buffers) -> Staging:
+    """Staging for one end; beside a GPU it is pinned here, once."""
+    size = buffers.buffer_size
+    if buffers.ring.is_host:
+        return SlotStaging(buffers.ring, size)
+    arena = Arena(pinned_nbytes(size, buffers.staging_nbytes), is_pinned=True)
+    return PinnedStaging(arena, staged_nbytes(size), unit_nbytes(size))
+
+
+def make_hands(buffers: Buffers, staging: Staging, num_hands: int, name: str) -> Hands:
+    """Who does one end's reading, checking and writing in that staging."""
+    if not buffers.helpers:
+        return ThreadHands(num_hands, name)
+    arena = buffers.slots if isinstance(staging, SlotStaging) else staging.arena
+    assert arena is not None, "helpers need memory that they can map"
+    return ProcessHands(arena, num_hands, name)

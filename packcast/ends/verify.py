@@ -10,6 +10,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Final
 
@@ -17,11 +18,10 @@ from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.descriptors import Descriptors, DescriptorsClosed, open_files_limit
-from packcast.ends.syscalls import address_of, first_difference
+from packcast.ends.work import Outcome, Span, Task
 from packcast.errors import CheckpointError
-from packcast.units import MIB
+from packcast.packed.plan import Extent
 
-_PIECE_NBYTES = MIB  # read and compared while it is in the core's cache
 _FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 
@@ -38,12 +38,13 @@ class Difference:
 class VerifySink:
     """Compares proven runs with the `local` checkpoint and records where they differ.
 
-    Calls as a sink's: prepare, put (many threads), finish, publish; abort at any time. A difference
-    is never raised; CheckpointError is, where the local checkpoint cannot be read or changes
-    meanwhile. Read `difference` after finish.
+    Calls as a sink's: prepare, lend and take (many threads), finish, publish; abort at any time. A
+    difference is never raised; CheckpointError is, where the local checkpoint cannot be read or
+    changes meanwhile. Read `difference` after finish.
     """
 
     stage: Final = "verify"
+    task: Final = Task.COMPARE
 
     def __init__(self, local: Checkpoint, files: Sequence[FileSpec]) -> None:
         self._checkpoint = local
@@ -55,7 +56,6 @@ class VerifySink:
         self._differing_files: set[int] = set()
         self._differing_tensors: set[tuple[int, int]] = set()
         self._descriptors = Descriptors(self._open, open_files_limit(len(self._files)))
-        self._buffers = threading.local()
 
     @property
     def difference(self) -> Difference | None:
@@ -85,27 +85,44 @@ class VerifySink:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
             self.notes.append(f"{self._checkpoint.path} also has {extra[0]}{more}, not compared")
 
-    def put(self, file: int, offset: int, data: memoryview) -> None:
-        """Compare `data` with the local bytes at `offset`; any thread, runs that do not overlap."""
-        local = self._locals[file]
-        if local is None:
-            return
-        data = data.cast("B")
-        if data.readonly:  # an address can be had of writable memory only
-            data = memoryview(bytearray(data))
-        end = min(offset + len(data), local.nbytes)
+    def lend(self, extent: Extent) -> tuple[Span, ...]:
+        """The local bytes to compare with, cut where tensors begin and end."""
+        local = self._locals[extent.file]
+        if local is None or extent.offset >= local.nbytes:
+            return ()
         try:
-            with self._descriptors.borrow(file) as fd:
-                for begin in range(offset, end, _PIECE_NBYTES):
-                    piece = data[begin - offset : min(begin + _PIECE_NBYTES, end) - offset]
-                    self._compare(file, fd, begin, piece)
+            fd = self._descriptors.lend(extent.file)
         except DescriptorsClosed:
-            return
+            return ()
         except OSError as error:
             raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
+        end = min(extent.offset + extent.nbytes, local.nbytes)
+        cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
+        return tuple(
+            Span(fd, begin, begin - extent.offset, end - begin) for begin, end in pairwise(cuts)
+        )
+
+    def take(
+        self, extent: Extent, spans: tuple[Span, ...], data: memoryview, outcome: Outcome
+    ) -> None:
+        """The extent was compared with `spans`, or not; any thread."""
+        if not spans:
+            return
+        self._descriptors.give_back(extent.file)
+        local = self._locals[extent.file]
+        failure = outcome.failure
+        if failure and failure.errno and local:
+            raise CheckpointError(f"cannot read {local.path}: {failure.error.strerror}")
+        if failure:
+            raise CheckpointError(
+                f"{self._files[extent.file].name} was cut off while it was compared",
+                hint="run it again",
+            )
+        for span, at in outcome.differences:
+            self._record_difference(extent.file, spans[span].offset + at)
 
     def finish(self) -> None:
-        """After the last put: make sure that what was compared with is still what is there."""
+        """After the last extent: make sure that what was compared with is still what is there."""
         self._descriptors.close()
         for local in self._locals:
             if local is not None:
@@ -159,32 +176,24 @@ class VerifySink:
             raise
         return fd
 
-    def _compare(self, file: int, fd: int, begin: int, data: memoryview) -> None:
-        nbytes = len(data)
-        buffer = self._buffer()[:nbytes]
-        _read_exactly(fd, begin, buffer, self._files[file].name)
-        mine, theirs = address_of(buffer), address_of(data)
-        at = first_difference(mine, theirs, nbytes)
-        if at is None:
-            return
+    def _cuts(self, file: int, begin: int, end: int) -> list[int]:
+        """Where tensors begin or end strictly between two bytes of the file."""
         header = self._files[file].header
         tensors = header.tensors if header else ()
-        differing = set()
+        cuts = []
         # Tensors do not overlap, so those that reach into this run are neighbours.
-        index = bisect_right(tensors, begin + at, key=_end_of)
-        while index < len(tensors) and tensors[index].begin < begin + nbytes:
-            low = max(tensors[index].begin - begin, 0)
-            high = min(tensors[index].end - begin, nbytes)
-            if first_difference(mine + low, theirs + low, high - low) is not None:
-                differing.add((file, index))
+        index = bisect_right(tensors, begin, key=_end_of)
+        while index < len(tensors) and tensors[index].begin < end:
+            cuts += [tensors[index].begin, tensors[index].end]
             index += 1
-        self._record(file, begin + at, differing, None)
+        return sorted({cut for cut in cuts if begin < cut < end})
 
-    def _buffer(self) -> memoryview:
-        buffer: memoryview | None = getattr(self._buffers, "piece", None)
-        if buffer is None:
-            buffer = self._buffers.piece = memoryview(bytearray(_PIECE_NBYTES))
-        return buffer
+    def _record_difference(self, file: int, offset: int) -> None:
+        header = self._files[file].header
+        tensors = header.tensors if header else ()
+        index = bisect_right(tensors, offset, key=_end_of)
+        is_inside = index < len(tensors) and tensors[index].begin <= offset
+        self._record(file, offset, {(file, index)} if is_inside else set(), None)
 
     def _record_size(self, index: int, spec: FileSpec, local: SourceFile | None) -> None:
         tensors = spec.header.tensors if spec.header else ()
@@ -273,15 +282,6 @@ def _check_unchanged(local: SourceFile, found: os.stat_result) -> None:
         raise CheckpointError(
             f"{local.path} was changed while it was compared", hint="run it again"
         )
-
-
-def _read_exactly(fd: int, offset: int, into: memoryview, name: str) -> None:
-    while into:
-        num_read = os.preadv(fd, [into], offset)
-        if not num_read:
-            raise CheckpointError(f"{name} was cut off while it was compared", hint="run it again")
-        offset += num_read
-        into = into[num_read:]
 
 
 def _end_of(tensor: Tensor) -> int:

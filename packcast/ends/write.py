@@ -23,7 +23,9 @@ from packcast.ends.owned import mark_as_own, open_folder
 from packcast.ends.place import Place, check_replaceable, destination_error, locate, make_parents
 from packcast.ends.publish import publish, sync_folder
 from packcast.ends.space import free_nbytes, reserve
+from packcast.ends.work import Outcome, Span, Task
 from packcast.errors import DestinationError, TransferError
+from packcast.packed.plan import Extent
 
 _NUM_SYNC_THREADS = 8
 _WAIT_FOR_WRITERS_S = 1.0
@@ -40,13 +42,14 @@ class _State(enum.Enum):
 class WriteSink:
     """Writes the offered files into `target`, a directory, which appears complete or not at all.
 
-    Calls, in order: prepare, put (many threads, disjoint runs), finish, publish; the three from one
-    thread. abort from any thread, at any time. Where several sinks of one transfer name the same
-    directory, one writes and the others drop their bytes. All raise DestinationError for
-    what the file system says, and TransferError when they meet an abort.
+    Calls, in order: prepare, lend and take (many threads, disjoint extents), finish, publish; the
+    three from one thread. abort from any thread, at any time. Where several sinks of one transfer
+    name the same directory, one writes and the others drop their bytes. All raise DestinationError
+    for what the file system says, and TransferError when they meet an abort.
     """
 
     stage: Final = "write"
+    task: Final = Task.WRITE
 
     def __init__(
         self, target: Path, files: Sequence[FileSpec], *, transfer_id: str, force: bool
@@ -90,29 +93,36 @@ class WriteSink:
             self.notes += reserve(self._descriptors, self._files, place, free)
             self._raise_if_aborted()
 
-    def put(self, file: int, offset: int, data: memoryview) -> None:
-        """Write `data` at `offset` of file `file`; any thread, runs that do not overlap."""
+    def lend(self, extent: Extent) -> tuple[Span, ...]:
+        """Where the extent's bytes are to be written; nowhere where another sink writes."""
         if not self.wrote or self._state is not _State.WRITING:
-            return
-        data = data.cast("B")
-        nbytes = len(data)
+            return ()
         try:
-            with self._descriptors.borrow(file) as fd:
-                while data:
-                    num_written = os.pwrite(fd, data, offset)
-                    offset += num_written
-                    data = data[num_written:]
+            fd = self._descriptors.lend(extent.file)
         except DescriptorsClosed:
-            return
+            return ()
         except OSError as error:
             if self._state is _State.WRITING:
-                raise destination_error(error, f"write {self._path_of(file)}") from error
+                raise destination_error(error, f"write {self._path_of(extent.file)}") from error
+            return ()
+        return (Span(fd, extent.offset, 0, extent.nbytes),)
+
+    def take(
+        self, extent: Extent, spans: tuple[Span, ...], data: memoryview, outcome: Outcome
+    ) -> None:
+        """The extent was written to `spans`, or not; any thread."""
+        if not spans:
             return
-        with self._lock:
-            self._put_nbytes[file] += nbytes
+        self._descriptors.give_back(extent.file)
+        if outcome.failure and self._state is _State.WRITING:
+            doing = f"write {self._path_of(extent.file)}"
+            raise destination_error(outcome.failure.error, doing)
+        if outcome.good:
+            with self._lock:
+                self._put_nbytes[extent.file] += extent.nbytes
 
     def finish(self) -> None:
-        """After the last put: make files and folders durable, with their times."""
+        """After the last extent: make files and folders durable, with their times."""
         if not self.wrote:
             return
         with self._step("finish"):

@@ -70,9 +70,12 @@ class Counters:
         try:
             yield
         finally:
-            waited = time.perf_counter() - begin
-            with self._lock:
-                self._totals.setdefault(stage, StageTotal()).waiting_s += waited
+            self.waited(stage, time.perf_counter() - begin)
+
+    def waited(self, stage: Stage, seconds: float) -> None:
+        """The same, where the stage is known only once the wait is over."""
+        with self._lock:
+            self._totals.setdefault(stage, StageTotal()).waiting_s += seconds
 
     def nbytes(self, stage: Stage) -> int:
         """How many bytes the stage has finished."""

@@ -89,6 +89,10 @@ class Lane:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
+    def is_idle(self) -> bool:
+        """Is everything done that the lane was given? Never blocks."""
+        return self._stream is None or bool(self._stream.query())
+
     def synchronize(self) -> None:
         """Block this host thread until the lane is empty."""
         if self._stream is not None:

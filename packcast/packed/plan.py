@@ -18,7 +18,9 @@ BLOCK = MIB  # the unit of digests, at multiples of itself in a file
 PAGE = 4096
 DIGEST_NBYTES = 16  # xxh3_128
 TRAILER_HEAD_NBYTES = 64
-MAX_PIECE = 8 * MIB  # so large that Python's cost per piece vanishes, so small that pieces overlap
+# So large that Python's cost per piece vanishes, so small that a core's cache holds it.
+MAX_PIECE = 4 * MIB
+MAX_UNIT = 32 * MIB
 MAX_BUFFER_SIZE = 16 << 30
 # Beside the whole blocks that fill a buffer a chunk may carry this many short ones (ends of files);
 # 64 keep the trailer within one page for every buffer up to 188 MiB.
@@ -61,17 +63,24 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Whole blocks of one chunk, together at most one staging buffer: the unit of host I/O.
+class Unit:
+    """A part of a chunk that is staged and copied as one: whole blocks, the last with the trailer.
 
-    Its extents lie one after the other in the slot. Its blocks' digests begin at `first_block`
-    in the trailer.
+    Its extents lie one after the other from `slot_offset` on; `nbytes` is all that is copied.
     """
 
     slot_offset: int
     nbytes: int
-    first_block: int
     extents: tuple[Extent, ...]
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Whole blocks of one extent: a job of host I/O. Its first byte is the unit's byte `at`."""
+
+    at: int
+    extent: Extent
 
 
 def align_up(nbytes: int, unit: int) -> int:
@@ -92,12 +101,12 @@ def check_buffers(buffer_size: int, num_buffers: int) -> None:
 
 def check_staging(buffer_size: int, staging_nbytes: int) -> None:
     """Raise UsageError unless a rank that reads and writes could stage within that bound."""
-    least = 2 * _staged_nbytes(buffer_size)
+    least = 2 * staged_nbytes(buffer_size)
     if staging_nbytes < least:
         raise UsageError(
             f"staging of {format_exact_size(staging_nbytes)} is less than the"
             f" {format_size(least)} that buffers of {format_exact_size(buffer_size)} need",
-            hint="try --staging 64MiB",
+            hint=f"try --staging {align_up(least, MIB) // MIB}MiB, or smaller buffers",
         )
 
 
@@ -121,25 +130,27 @@ def ring_nbytes(buffer_size: int, num_buffers: int) -> int:
     return num_buffers * slot_nbytes(buffer_size)
 
 
-def piece_nbytes(buffer_size: int) -> int:
-    """The size of a staging buffer: a power of two, since pinned allocations are rounded to one."""
-    largest = min(buffer_size, MAX_PIECE)
-    return max(BLOCK, 1 << (largest.bit_length() - 1))
+def unit_nbytes(buffer_size: int) -> int:
+    """The payload of a unit: a whole buffer where that is not too large."""
+    return min(buffer_size, MAX_UNIT)
+
+
+def staged_nbytes(buffer_size: int) -> int:
+    """The size of a staging buffer: a unit, and the trailer that the last one brings."""
+    unit = unit_nbytes(buffer_size)
+    # A unit that is not the first may begin anywhere in a page, and the trailer begins a page.
+    padding = PAGE if buffer_size > unit else 0
+    return unit + padding + trailer_nbytes(buffer_size)
 
 
 def staging_count(buffer_size: int, staging_nbytes: int) -> int:
-    """How many staging buffers, each with a trailer of its own, `staging_nbytes` pay for."""
-    return max(1, staging_nbytes // _staged_nbytes(buffer_size))
+    """How many staging buffers `staging_nbytes` pay for."""
+    return max(1, staging_nbytes // staged_nbytes(buffer_size))
 
 
 def pinned_nbytes(buffer_size: int, staging_nbytes: int) -> int:
     """Pinned memory of a rank with a GPU that reads or writes: at most `staging_nbytes`."""
-    return staging_count(buffer_size, staging_nbytes) * _staged_nbytes(buffer_size)
-
-
-def _staged_nbytes(buffer_size: int) -> int:
-    trailer = trailer_nbytes(buffer_size)
-    return piece_nbytes(buffer_size) + (1 << (trailer - 1).bit_length())
+    return staging_count(buffer_size, staging_nbytes) * staged_nbytes(buffer_size)
 
 
 def plan_chunks(
@@ -201,22 +212,34 @@ def num_blocks(nbytes: int) -> int:
     return -(-nbytes // BLOCK)
 
 
-def pieces_of(chunk: Chunk, piece_nbytes: int) -> Iterator[Piece]:
-    """The chunk in pieces of at most `piece_nbytes` (at least BLOCK), each of whole blocks."""
+def units_of(chunk: Chunk, unit_nbytes: int) -> Iterator[Unit]:
+    """The chunk in units of at most `unit_nbytes` of payload (at least BLOCK)."""
+    if chunk.nbytes <= unit_nbytes:
+        yield Unit(0, chunk.wire_nbytes, chunk.extents, is_last=True)
+        return
     extents: list[Extent] = []
-    begin = used = first = seen = 0
+    begin = used = 0
     for extent in chunk.extents:
         offset, end = extent.offset, extent.offset + extent.nbytes
         while offset < end:
-            room = piece_nbytes - used
+            room = unit_nbytes - used
             nbytes = end - offset if end - offset <= room else room - room % BLOCK
             if not nbytes:
-                yield Piece(begin, used, first, tuple(extents))
-                extents, begin, used, first = [], begin + used, 0, seen
+                yield Unit(begin, used, tuple(extents), is_last=False)
+                extents, begin, used = [], begin + used, 0
                 continue
             extents.append(Extent(extent.file, offset, nbytes))
             offset += nbytes
             used += nbytes
-            seen += num_blocks(nbytes)
-    if extents:
-        yield Piece(begin, used, first, tuple(extents))
+    yield Unit(begin, chunk.wire_nbytes - begin, tuple(extents), is_last=True)
+
+
+def pieces_of(unit: Unit) -> Iterator[Piece]:
+    """The unit in pieces of at most MAX_PIECE."""
+    at = 0
+    for extent in unit.extents:
+        end = extent.offset + extent.nbytes
+        for offset in range(extent.offset, end, MAX_PIECE):
+            nbytes = min(MAX_PIECE, end - offset)
+            yield Piece(at, Extent(extent.file, offset, nbytes))
+            at += nbytes

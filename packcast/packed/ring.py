@@ -81,9 +81,10 @@ class Slot:
 class Ring:
     """`num_buffers` slots of `slot_nbytes`, their lanes, and who may use them when.
 
-    The slots are one allocation, made here. Where a chunk turns out larger (on a wire that learns
-    sizes late), its slot grows to it, rounded up to a multiple of `step_nbytes`. Built and used by
-    the main thread; `await_turn`, `hold` and `let_go` by host threads too.
+    The slots are one allocation, made here unless `memory` is given for them. Where a chunk turns
+    out larger (on a wire that learns sizes late), its slot grows to it, rounded up to a multiple of
+    `step_nbytes`. Built and used by the main thread; `await_turn`, `hold` and `let_go` by host
+    threads too.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Ring:
         slot_nbytes: int,
         num_buffers: int,
         counters: Counters,
+        memory: torch.Tensor | None = None,
         *,
         step_nbytes: int = 1,
     ) -> None:
@@ -101,7 +103,8 @@ class Ring:
         # Copies would hold up the broadcasts that begin beside them, which are what takes long.
         self.fill, self.comm, self.drain = Lane(device), Lane(device, urgent=True), Lane(device)
         self.clock = LaneClock(device, counters)
-        memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
+        if memory is None:
+            memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
         self._after_caller()
         self._slots = [
             Slot(i, memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
@@ -166,6 +169,12 @@ class Ring:
             self._stopped_by = self._stopped_by or error
             self._changed.notify_all()
 
+    def overwrite(self, byte: int) -> None:
+        """Leave nothing of an earlier use in the slots; before the first chunk."""
+        for slot in self._slots:
+            slot.memory.fill_(byte)
+        self._after_caller()
+
     def rewind(self) -> None:
         """Begin again at chunk 0 with slot 0: for another run over chunks, once one is over."""
         self.synchronize()
@@ -179,6 +188,10 @@ class Ring:
         for lane in (self.fill, self.comm, self.drain):
             lane.synchronize()
         self.clock.collect(wait=True)
+
+    def is_idle(self) -> bool:
+        """Are all lanes empty? Never blocks."""
+        return all(lane.is_idle() for lane in (self.fill, self.comm, self.drain))
 
     def _after_caller(self) -> None:
         """Memory just allocated on the caller's stream may still be in use there until then."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from packcast.packed.plan import Chunk, slot_nbytes
 from packcast.packed.ring import Ring
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
-from packcast.units import format_duration, format_exact_size, format_size
+from packcast.units import GIB, format_duration, format_exact_size, format_size
 from packcast.view import Snapshot
 
 # Backstops only: the control channel is faster in every case it was made for.
@@ -39,18 +40,26 @@ _GROUP_TIMEOUT_S = 24 * 3600.0
 _CLOSE_LIMIT_S = 15.0
 _VERDICT_WAIT_S = 5.0
 
-_MAX_READ_THREADS = 24
-_MAX_SINK_THREADS = 16
+_MAX_READ_HANDS = 24
+_MAX_SINK_HANDS = 16
+
+# Below that a few threads do as well as processes, which take a moment to start.
+_MIN_HELPER_CORES = 8
+_MIN_HELPER_NBYTES = GIB
 
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What the data phase left: when it began (`time.perf_counter()`), and proof of each file."""
+    """What the data phase left: when it began (`time.perf_counter()`), and proof of each file.
+
+    `ended` is when the last byte was through on this rank, before its buffers were let go.
+    """
 
     began: float
     digests: list[str] | None  # of every file, if this rank saw every block
     peak_device_nbytes: int
     pinned_nbytes: int
+    ended: float
 
 
 class Mover:
@@ -64,6 +73,7 @@ class Mover:
         *,
         reader: FileReader | None,
         sink: Sink | None,
+        tolerant: bool = False,
     ) -> None:
         self.counters = Counters()
         self._is_moved = False
@@ -78,16 +88,17 @@ class Mover:
             offer.buffer_size,
             staging_nbytes=_staging_bound(offer) // max(1, ends),
             tag=transfer_tag(transfer_id),
+            helpers=_helpers_pay(offer),
         )
         self._landing: Landing | None = None
         self._source: FileSource | None = None
         if sink is not None:
-            threads = _threads(_MAX_SINK_THREADS, offer.place.ranks_on_host)
-            self._landing = Landing(sink, offer.files, buffers, num_threads=threads)
+            hands = num_sink_hands(offer.place.ranks_on_host)
+            self._landing = Landing(sink, offer.files, buffers, num_hands=hands, tolerant=tolerant)
         if reader is not None:
             mine = [chunk for chunk in chunks if chunk.root == offer.rank]
-            threads = _threads(_MAX_READ_THREADS, offer.place.readers_on_host)
-            self._source = FileSource(mine, reader, buffers, num_threads=threads)
+            hands = num_read_hands(offer.place.readers_on_host)
+            self._source = FileSource(mine, reader, buffers, num_hands=hands)
 
     def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
         """Make the process group and send or receive every chunk. All ranks."""
@@ -100,7 +111,7 @@ class Mover:
         offer = self._offer
         try:
             began = time.perf_counter()
-            run_pipeline(
+            ended = run_pipeline(
                 self._chunks,
                 rank=offer.rank,
                 ring=self._ring,
@@ -120,10 +131,26 @@ class Mover:
         peak = torch.cuda.max_memory_reserved(self._device) if on_gpu else 0
         return Moved(
             began=began,
+            ended=ended,
             digests=self._digests(),
             peak_device_nbytes=peak,
             pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
         )
+
+    def overwrite_buffers(self, byte: int) -> None:
+        """Leave nothing of an earlier use in them; before `move` or `run`."""
+        self._ring.overwrite(byte)
+
+    def block_digests(self) -> list[bytes]:
+        """For each file the digests of the blocks that this rank took; after `move` or `run`."""
+        assert self._landing is not None, "this rank takes nothing"
+        return self._landing.digests.of_blocks()
+
+    def close(self) -> None:
+        """End the threads of both ends, wherever they are. Idempotent."""
+        for end in (self._source, self._landing):
+            if end is not None:
+                end.close()
 
     def begin_close(self) -> Callable[[], bool]:
         """Take the process group down, once every rank has moved all: some backends break the
@@ -200,10 +227,23 @@ class Mover:
             ) from error
 
 
+class Watched(Protocol):
+    """What moves bytes, as Mover does."""
+
+    @property
+    def counters(self) -> Counters:
+        """They change whenever something has moved."""
+
+    def position(self) -> str:
+        """How far it is, for a sentence."""
+
+
 class StallWatch:
     """Ends the process when no byte has moved anywhere for `timeout_s` although all are alive."""
 
-    def __init__(self, mover: Mover, channel: Hub | Line, leaver: Leaver, timeout_s: float) -> None:
+    def __init__(
+        self, mover: Watched, channel: Hub | Line, leaver: Leaver, timeout_s: float
+    ) -> None:
         self._mover = mover
         self._channel = channel
         self._leaver = leaver
@@ -248,6 +288,30 @@ def _staging_bound(offer: Offer) -> int:
     return min(offer.staging, int(available[1]) * 1024 // 2 // offer.place.ranks_on_host)
 
 
-def _threads(limit: int, sharing: int) -> int:
-    """How many I/O threads: this rank's share of the cores it may use, at least two."""
+def _helpers_pay(offer: Offer) -> bool:
+    """Whether processes are to read, check and write instead of threads: this is the one place.
+
+    Beside a GPU copies run by themselves, so what is left of the loop and of many threads' calls
+    is bound by the interpreter's lock; on a CPU ring the broadcast is what takes the time.
+    """
+    cores = len(os.sched_getaffinity(0)) // offer.place.ranks_on_host
+    return (
+        torch.device(offer.device).type == "cuda"
+        and cores >= _MIN_HELPER_CORES
+        and offer.nbytes >= _MIN_HELPER_NBYTES
+    )
+
+
+def num_read_hands(readers_on_host: int) -> int:
+    """With how many threads or processes a rank reads."""
+    return _num_hands(_MAX_READ_HANDS, readers_on_host)
+
+
+def num_sink_hands(ranks_on_host: int) -> int:
+    """With how many threads or processes a worker checks, writes or compares."""
+    return _num_hands(_MAX_SINK_HANDS, ranks_on_host)
+
+
+def _num_hands(limit: int, sharing: int) -> int:
+    """How many threads or processes do the I/O: this rank's share of its cores, at least two."""
     return max(2, min(limit, len(os.sched_getaffinity(0)) // sharing))

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import xxhash
+
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.ends.landing import Sink
+from packcast.ends.work import Job, perform
 from packcast.ends.write import WriteSink
+from packcast.packed.plan import BLOCK, Extent
 
 MTIME_NS = 1_600_000_000_123_456_789
 CONTENT = {
@@ -36,10 +41,23 @@ def sink_for(
     return WriteSink(target, specs(content), transfer_id=transfer_id, force=force)
 
 
+def digests_of(data: bytes | memoryview) -> bytes:
+    blocks = (data[at : at + BLOCK] for at in range(0, len(data), BLOCK))
+    return b"".join(map(xxhash.xxh3_128_digest, blocks))
+
+
+def put(sink: Sink, file: int, offset: int, data: bytes | memoryview) -> None:
+    """Have the sink take a run of bytes, in this thread."""
+    extent, memory = Extent(file, offset, len(data)), memoryview(bytearray(data))
+    spans = sink.lend(extent)
+    job = Job(sink.task, extent.nbytes, spans, digests_of(memory))
+    sink.take(extent, spans, memory, perform(job, memory))
+
+
 def put_all(sink: WriteSink, content: Mapping[str, bytes] = CONTENT, step: int = 65_536) -> None:
     for index, (_, data) in enumerate(sorted(content.items())):
         for offset in range(0, len(data), step):
-            sink.put(index, offset, memoryview(data)[offset : offset + step])
+            put(sink, index, offset, data[offset : offset + step])
 
 
 def copy(target: Path, content: Mapping[str, bytes] = CONTENT, **options: object) -> WriteSink:

@@ -13,7 +13,7 @@ import pytest
 
 from packcast.ends.write import WriteSink
 from packcast.errors import DestinationError, TransferError
-from tests.ends.sinks import CONTENT, copy, names_in, put_all, sink_for, tree
+from tests.ends.sinks import CONTENT, copy, names_in, put, put_all, sink_for, tree
 
 # -- several sinks, one directory ----------------------------------------------------------------
 
@@ -132,7 +132,7 @@ def test_abort_during_puts_from_four_threads_leaves_nothing(tmp_path: Path, dela
         try:
             while not stop.is_set():
                 for offset in range(0, 400_000, 10_000):
-                    sink.put(index, offset, memoryview(bytes(10_000)))
+                    put(sink, index, offset, memoryview(bytes(10_000)))
         except BaseException as error:
             failures.append(error)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,16 +16,20 @@ import torch
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.ends import hands
+from packcast.ends.arena import Arena
 from packcast.ends.landing import Landing
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
+from packcast.ends.work import Job, Outcome, perform
 from packcast.errors import CheckpointError, DestinationError, PackcastError, TransferError
 from packcast.packed.counters import Counters, StageEvent
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import plan_chunks, slot_nbytes
+from packcast.packed.plan import Extent, plan_chunks, slot_nbytes
 from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
 from tests.helpers.checkpoints import every_dtype, sharded, write_safetensors
+from tests.helpers.processes import helpers_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sinks import MemorySink
 
@@ -35,9 +41,9 @@ class SlowReader(FileReader):
 
     before_read: Callable[[int, int], None]
 
-    def read(self, file: int, offset: int, into: memoryview) -> None:
-        self.before_read(file, offset)
-        super().read(file, offset, into)
+    def job(self, extent: Extent, into: memoryview) -> Job:
+        self.before_read(extent.file, extent.offset)
+        return super().job(extent, into)
 
 
 @dataclass
@@ -48,7 +54,8 @@ class Setup:
     readers: int = 1
     buffer_size: int = MIB
     num_buffers: int = 2
-    threads: int = 3
+    hands: int = 3
+    helpers: bool = False
     before_read: Callable[[int, int, int], None] = lambda rank, file, offset: None
     before_put: Callable[[int, int, int], None] = lambda rank, file, offset: None
     spoil: Callable[[int, torch.Tensor], None] = lambda rank, tensor: None
@@ -57,7 +64,7 @@ class Setup:
 
 
 @dataclass
-class Outcome:
+class Ending:
     """What a rank has at the end."""
 
     bytes: list[bytearray] = field(default_factory=list)
@@ -65,18 +72,34 @@ class Outcome:
     trace: list[StageEvent] = field(default_factory=list)
 
 
-def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...], list[Outcome]]:
+def make_buffers(setup: Setup) -> Buffers:
+    """A CPU ring; with helpers its slots lie where they can reach them."""
+    nbytes = slot_nbytes(setup.buffer_size)
+    slots = None
+    if setup.helpers:
+        slots = Arena(setup.num_buffers * nbytes, is_pinned=False)
+        slots.tensor.fill_(0xA5)
+    ring = Ring(
+        torch.device("cpu"),
+        nbytes,
+        setup.num_buffers,
+        Counters(trace=True),
+        memory=slots.tensor if slots else None,
+    )
+    return Buffers(
+        ring, setup.buffer_size, 0, transfer_tag("test"), helpers=setup.helpers, slots=slots
+    )
+
+
+def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...], list[Ending]]:
     """Send it from rank 0 to all; the outgoing files and the ranks' outcomes."""
     files = outgoing_files(checkpoint, include=setup.include)
     specs = [file.spec for file in files]
     chunks = plan_chunks([spec.nbytes for spec in specs], setup.buffer_size, range(setup.readers))
 
-    def rank_body(rank: int, broadcast: Broadcast) -> Outcome:
-        counters = Counters(trace=True)
-        ring = Ring(
-            torch.device("cpu"), slot_nbytes(setup.buffer_size), setup.num_buffers, counters
-        )
-        buffers = Buffers(ring, setup.buffer_size, 0, transfer_tag("test"))
+    def rank_body(rank: int, broadcast: Broadcast) -> Ending:
+        buffers = make_buffers(setup)
+        ring, counters = buffers.ring, buffers.ring.counters
         source = drain = sink = None
         if rank < setup.readers:
             reader = SlowReader(files, checkpoint.files)
@@ -85,7 +108,7 @@ def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...]
                 [chunk for chunk in chunks if chunk.root == rank],
                 reader,
                 buffers,
-                num_threads=setup.threads,
+                num_hands=setup.hands,
             )
         if rank > 0:
             sink = MemorySink(specs, lambda file, offset: setup.before_put(rank, file, offset))
@@ -93,7 +116,7 @@ def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...]
                 sink,
                 specs,
                 buffers,
-                num_threads=setup.threads,
+                num_hands=setup.hands,
             )
 
         def spoiled(tensor: torch.Tensor, root: int) -> None:
@@ -102,12 +125,12 @@ def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...]
 
         run_pipeline(chunks, rank=rank, ring=ring, broadcast=spoiled, source=source, drain=drain)
         digests = (drain or source).digests.of_files() if drain or source else []
-        return Outcome(sink.bytes if sink else [], digests, counters.trace())
+        return Ending(sink.bytes if sink else [], digests, counters.trace())
 
     return files, run_ranks(setup.workers + 1, rank_body, setup.timeout_s)
 
 
-def arrives(checkpoint: Checkpoint, setup: Setup) -> list[Outcome]:
+def arrives(checkpoint: Checkpoint, setup: Setup) -> list[Ending]:
     """Send it, and compare every byte on every worker with the source."""
     files, outcomes = send(checkpoint, setup)
     for outcome in outcomes[1:]:
@@ -119,6 +142,19 @@ def arrives(checkpoint: Checkpoint, setup: Setup) -> list[Outcome]:
     if setup.readers == 1:
         assert outcomes[0].digests == outcomes[1].digests
     return outcomes
+
+
+@pytest.mark.parametrize(("workers", "readers", "buffer_size"), [(1, 1, 2), (2, 2, 9), (2, 3, 3)])
+def test_helper_processes_deliver_every_byte(
+    tmp_path: Path, workers: int, readers: int, buffer_size: int
+) -> None:
+    checkpoint = open_checkpoint(sharded(tmp_path / "c", 3, 9 * MIB, seed=workers))
+    setup = Setup(workers, readers, buffer_size * MIB, hands=2, helpers=True)
+    arrives(checkpoint, setup)
+
+
+def test_helper_processes_take_a_selection_as_the_segments_say(tmp_path: Path) -> None:
+    a_selection_arrives(tmp_path, helpers=True)
 
 
 @pytest.mark.parametrize("num_buffers", [1, 2, 3, 4])
@@ -153,11 +189,15 @@ def test_a_file_of_no_tensors_and_an_empty_file_arrive(tmp_path: Path) -> None:
 
 
 def test_a_selection_arrives_as_the_segments_say(tmp_path: Path) -> None:
+    a_selection_arrives(tmp_path, helpers=False)
+
+
+def a_selection_arrives(tmp_path: Path, *, helpers: bool) -> None:
     tensors = {f"t{i}": ("U8", (MIB // 2 + i,)) for i in range(9)}
     write_safetensors(tmp_path / "m.safetensors", tensors, seed=3)
     checkpoint = open_checkpoint(tmp_path)
     source = checkpoint.files[0]
-    files, outcomes = send(checkpoint, Setup(include=("t[1357]",)))
+    files, outcomes = send(checkpoint, Setup(include=("t[1357]",), helpers=helpers))
     got = bytes(outcomes[1].bytes[0])
     header = files[0].spec.header
     assert header is not None
@@ -184,22 +224,25 @@ def test_random_delays_everywhere_never_change_a_byte(tmp_path: Path, seed: int)
             workers=dice.randint(1, 3),
             readers=dice.randint(1, 2),
             num_buffers=dice.randint(1, 3),
-            threads=dice.randint(1, 4),
+            hands=dice.randint(1, 4),
             before_read=dawdle,
             before_put=dawdle,
         ),
     )
 
 
-def test_reading_goes_on_while_writing_is_slow(tmp_path: Path) -> None:
+def test_reading_goes_on_while_writing_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_safetensors(tmp_path / "m.safetensors", {"t": ("U8", (8 * MIB,))})
 
-    def slow(rank: int, file: int, offset: int) -> None:
+    def slow(job: Job, memory: memoryview) -> Outcome:
         time.sleep(0.02)
+        outcome = perform(job, memory)
+        return replace(outcome, seconds=outcome.seconds + 0.02)
 
-    outcomes = arrives(
-        open_checkpoint(tmp_path), Setup(num_buffers=4, before_read=slow, before_put=slow)
-    )
+    monkeypatch.setattr(hands, "perform", slow)
+    outcomes = arrives(open_checkpoint(tmp_path), Setup(num_buffers=4))
     read_begins = {e.chunk: e.begin for e in outcomes[0].trace if e.stage == "read"}
     write_ends = {e.chunk: e.end for e in outcomes[1].trace if e.stage == "write"}
     assert len(read_begins) == len(write_ends) == 9
@@ -266,17 +309,17 @@ def test_a_sink_that_fails_ends_the_transfer_with_its_own_error(tmp_path: Path) 
 
 
 def run_one_worker_alone(
-    checkpoint: Checkpoint, before_put: Callable[[int, int, int], None]
+    checkpoint: Checkpoint, before_put: Callable[[int, int, int], None], *, helpers: bool = False
 ) -> None:
     """A worker whose root never blocks: what it meets is its own."""
     files = outgoing_files(checkpoint)
     specs = [file.spec for file in files]
     chunks = plan_chunks([spec.nbytes for spec in specs], MIB, [0])
-    ring = Ring(torch.device("cpu"), slot_nbytes(MIB), 2, Counters())
-    buffers = Buffers(ring, MIB, 0, transfer_tag("test"))
-    source = FileSource(chunks, FileReader(files, checkpoint.files), buffers, num_threads=2)
+    buffers = make_buffers(Setup(helpers=helpers))
+    ring = buffers.ring
+    source = FileSource(chunks, FileReader(files, checkpoint.files), buffers, num_hands=2)
     sink = MemorySink(specs, lambda file, offset: before_put(0, file, offset))
-    drain = Landing(sink, specs, buffers, num_threads=2)
+    drain = Landing(sink, specs, buffers, num_hands=2)
     run_pipeline(chunks, rank=0, ring=ring, broadcast=lambda t, r: None, source=source, drain=drain)
 
 
@@ -313,4 +356,28 @@ def test_threads_end_with_the_transfer_also_after_a_failure(tmp_path: Path) -> N
 
     with pytest.raises(PackcastError, match="a bug"):
         run_one_worker_alone(open_checkpoint(tmp_path), broken)
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("packcast")]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("stage", ["read", "write"])
+def test_a_helper_that_is_killed_meanwhile_ends_the_transfer_by_its_name(
+    tmp_path: Path, stage: str
+) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"w": ("U8", (30 * MIB,))})
+    killed: list[int] = []
+
+    def kill_all_of_one_end(rank: int, file: int, offset: int) -> None:
+        if offset >= 10 * MIB and not killed:
+            helpers = sorted(helpers_of(os.getpid()))  # the source's two, then the landing's
+            killed.extend(helpers[:2] if stage == "read" else helpers[2:])
+            for helper in killed:
+                os.kill(helper, signal.SIGKILL)
+
+    with pytest.raises(TransferError) as caught:
+        run_one_worker_alone(open_checkpoint(tmp_path), kill_all_of_one_end, helpers=True)
+    assert caught.value.message in [
+        f"helper process {helper} was killed by SIGKILL" for helper in killed
+    ]
+    assert helpers_of(os.getpid()) == []
     assert not [t.name for t in threading.enumerate() if t.name.startswith("packcast")]

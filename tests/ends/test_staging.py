@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
 
 import pytest
 import torch
 
-from packcast.ends.staging import (
-    Buffers,
-    PinnedStaging,
-    SlotStaging,
-    join_all,
-    make_staging,
-    use_device,
-)
+from packcast.ends.arena import Arena
+from packcast.ends.hands import join_all
+from packcast.ends.staging import Buffers, PinnedStaging, SlotStaging, make_staging, use_device
 from packcast.errors import PackcastError, TransferError
 from packcast.packed.counters import Counters
 from packcast.packed.lanes import Mark
-from packcast.packed.plan import BLOCK, Chunk, Extent, slot_nbytes, trailer_nbytes
+from packcast.packed.plan import BLOCK, PAGE, Chunk, Extent, slot_nbytes, trailer_nbytes
 from packcast.packed.ring import Ring
 from tests.helpers.waiting import Waiter
 
@@ -35,6 +29,9 @@ class SlowMark(Mark):
         super().__init__(None)
         self.done = threading.Event()
 
+    def passed(self) -> bool:
+        return self.done.is_set()
+
     def synchronize(self) -> None:
         assert self.done.wait(10)
 
@@ -47,23 +44,16 @@ def make_ring(num_buffers: int = 2) -> Ring:
     return Ring(CPU, slot_nbytes(BLOCK), num_buffers, Counters())
 
 
-@pytest.fixture
-def unpinned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ordinary memory for pinned: all but the copies' speed is the same."""
-    empty = torch.empty
-
-    def plain(*args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        return empty(*args, **options)
-
-    monkeypatch.setattr(torch, "empty", plain)
+def staged(count: int) -> PinnedStaging:
+    """`count` buffers of a page."""
+    return PinnedStaging(Arena(count * PAGE, is_pinned=False), PAGE, PAGE)
 
 
-@pytest.mark.usefixtures("unpinned")
 class TestPinnedStaging:
     """Beside a GPU, but for the pinning."""
 
     def test_each_buffer_is_lent_once_and_again_when_it_is_given_back(self) -> None:
-        staging = PinnedStaging(100, 2)
+        staging = staged(2)
         one, two = (staging.lease(chunk(0), 0, 100) for _ in range(2))
         assert one.tensor.data_ptr() != two.tensor.data_ptr()
         third = Waiter(lambda: staging.lease(chunk(1), 0, 50).tensor.data_ptr())
@@ -72,13 +62,13 @@ class TestPinnedStaging:
         assert third.result() == two.tensor.data_ptr()
 
     def test_a_lease_is_as_long_as_asked_for_and_its_view_the_same_memory(self) -> None:
-        lease = PinnedStaging(100, 1).lease(chunk(0), 0, 7)
+        lease = staged(1).lease(chunk(0), 0, 7)
         lease.view[:] = b"seventy"
         assert bytes(lease.tensor.tolist()) == b"seventy"
         assert not lease.in_slot
 
     def test_the_copies_go_between_the_lease_and_its_place_in_the_slot(self) -> None:
-        ring, staging = make_ring(), PinnedStaging(100, 1)
+        ring, staging = make_ring(), staged(1)
         slot = ring.take(chunk(0))
         slot.memory.zero_()
         lease = staging.lease(chunk(0), 40, 3)
@@ -90,7 +80,7 @@ class TestPinnedStaging:
         assert bytes(lease.view) == b"xbc"
 
     def test_a_buffer_is_lent_again_only_after_its_last_copy(self) -> None:
-        staging, mark = PinnedStaging(100, 1), SlowMark()
+        staging, mark = staged(1), SlowMark()
         staging.lease(chunk(0), 0, 1).release(mark)
         again = Waiter(lambda: staging.lease(chunk(1), 0, 1))
         assert again.waits()
@@ -98,7 +88,7 @@ class TestPinnedStaging:
         again.result()
 
     def test_waiting_for_a_copy_keeps_nobody_from_giving_back(self) -> None:
-        staging, mark = PinnedStaging(100, 2), SlowMark()
+        staging, mark = staged(2), SlowMark()
         first, second = (staging.lease(chunk(0), 0, 1) for _ in range(2))
         first.release(mark)
         slow = Waiter(lambda: staging.lease(chunk(1), 0, 1))
@@ -109,7 +99,7 @@ class TestPinnedStaging:
         slow.result()
 
     def test_close_wakes_everyone_who_waits_with_the_first_error(self) -> None:
-        staging = PinnedStaging(100, 1)
+        staging = staged(1)
         lease = staging.lease(chunk(0), 0, 1)
         waiters = [Waiter(lambda: staging.lease(chunk(1), 0, 1)) for _ in range(3)]
         assert all(waiter.waits() for waiter in waiters)
@@ -122,25 +112,46 @@ class TestPinnedStaging:
         with pytest.raises(TransferError, match="it is over"):
             staging.lease(chunk(1), 0, 1)
 
-    @pytest.mark.parametrize(
-        ("nbytes", "count", "pinned"), [(1, 3, 3), (4096, 2, 8192), (4097, 2, 16384)]
-    )
-    def test_what_it_says_to_pin_is_what_the_allocator_rounds_to(
-        self, nbytes: int, count: int, pinned: int
-    ) -> None:
-        assert PinnedStaging(nbytes, count).pinned_nbytes == pinned
+    def test_the_buffer_given_back_last_is_lent_first_as_it_is_still_in_the_cache(self) -> None:
+        staging = staged(3)
+        one, two, three = (staging.lease(chunk(0), 0, 1) for _ in range(3))
+        for lease in (two, three, one):
+            lease.release()
+        again = [staging.lease(chunk(1), 0, 1) for _ in range(3)]
+        assert [lease.tensor.data_ptr() for lease in again] == [
+            lease.tensor.data_ptr() for lease in (one, three, two)
+        ]
+
+    def test_a_free_buffer_is_preferred_to_one_that_is_still_being_copied(self) -> None:
+        staging, mark = staged(2), SlowMark()
+        copied, free = (staging.lease(chunk(0), 0, 1) for _ in range(2))
+        free.release()
+        copied.release(mark)
+        assert staging.lease(chunk(1), 0, 1).tensor.data_ptr() == free.tensor.data_ptr()
+        waiting = Waiter(lambda: staging.lease(chunk(1), 0, 1).tensor.data_ptr())
+        assert waiting.waits()
+        mark.done.set()
+        assert waiting.result() == copied.tensor.data_ptr()
+
+    def test_buffers_lie_apart_and_fill_the_arena(self) -> None:
+        staging = staged(4)
+        leases = [staging.lease(chunk(0), 0, PAGE) for _ in range(4)]
+        for i, lease in enumerate(leases):
+            lease.tensor.fill_(i)
+        assert sorted(staging.arena.view[::PAGE]) == [0, 1, 2, 3]
+        assert [set(lease.view) for lease in leases] == [{i} for i in range(4)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be pinned here")
 def test_memory_that_cannot_be_pinned_is_an_error_with_a_way_out() -> None:
     with pytest.raises(TransferError, match=r"cannot pin 2\.0 MiB") as caught:
-        PinnedStaging(BLOCK, 2)
+        Arena(2 * BLOCK, is_pinned=True)
     assert "--staging" in str(caught.value.hint)
 
 
 def test_on_a_cpu_the_slot_itself_is_lent_in_its_turn() -> None:
     ring = make_ring(2)
-    staging = SlotStaging(ring)
+    staging = SlotStaging(ring, BLOCK)
     slot = ring.take(chunk(0))
     lease = staging.lease(chunk(0), 10, 5)
     lease.view[:] = b"bytes"
@@ -157,7 +168,7 @@ def test_on_a_cpu_the_slot_itself_is_lent_in_its_turn() -> None:
 
 def test_closing_a_slots_staging_stops_its_ring() -> None:
     ring = make_ring(1)
-    staging = SlotStaging(ring)
+    staging = SlotStaging(ring, BLOCK)
     waiters = [Waiter(lambda: staging.lease(chunk(1), 0, 1)), Waiter(lambda: ring.take(chunk(1)))]
     assert all(waiter.waits() for waiter in waiters)
     staging.close(OVER)
@@ -167,10 +178,9 @@ def test_closing_a_slots_staging_stops_its_ring() -> None:
 
 
 def test_on_a_cpu_nothing_is_pinned() -> None:
-    pieces, trailers = make_staging(Buffers(make_ring(), BLOCK, 1 << 40, b"tag"))
-    assert isinstance(pieces, SlotStaging)
-    assert isinstance(trailers, SlotStaging)
-    assert pieces.pinned_nbytes + trailers.pinned_nbytes == 0
+    staging = make_staging(Buffers(make_ring(), BLOCK, 1 << 40, b"tag"))
+    assert isinstance(staging, SlotStaging)
+    assert staging.pinned_nbytes == 0
 
 
 def test_a_cpu_needs_no_device_made_current() -> None:

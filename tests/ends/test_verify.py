@@ -12,10 +12,12 @@ from safetensors.numpy import save_file
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.ends import verify
+from packcast.ends import work
 from packcast.ends.discard import DiscardSink
 from packcast.ends.verify import VerifySink
 from packcast.errors import CheckpointError
+from tests.ends import sinks
+from tests.ends.sinks import put
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -62,7 +64,7 @@ def compared(sent: Path, here: Path, *, step: int = 1 << 20, backwards: bool = F
         for offset in range(0, len(data), step)
     ]
     for run in reversed(runs) if backwards else runs:
-        sink.put(*run)
+        put(sink, *run)
     sink.finish()
     sink.publish()
     return sink
@@ -126,8 +128,8 @@ def test_every_single_byte_is_compared(tmp_path: Path) -> None:
         changed[offset] ^= 1
         sink = VerifySink(checkpoint, specs(checkpoint))
         sink.prepare()
-        sink.put(0, 0, memoryview(changed)[:37])
-        sink.put(0, 37, memoryview(bytes(changed))[37:])  # read-only memory too
+        put(sink, 0, 0, memoryview(changed)[:37])
+        put(sink, 0, 37, memoryview(bytes(changed))[37:])
         sink.finish()
         assert sink.difference is not None
         assert sink.difference.offset == offset
@@ -192,7 +194,7 @@ def test_many_threads_agree_on_the_first_difference(sent: Path, here: Path) -> N
 
     def work(mine: int) -> None:
         for offset in list(range(0, nbytes, 16_384))[mine::4][::-1]:
-            sink.put(file, offset, data[offset : offset + 16_384])
+            put(sink, file, offset, data[offset : offset + 16_384])
 
     threads = [threading.Thread(target=work, args=(mine,)) for mine in range(4)]
     for thread in threads:
@@ -216,18 +218,18 @@ def test_a_local_file_that_changes_meanwhile_is_no_verdict(
     file = [entry.name for entry in offered.files].index("config.json")
     path = here / "config.json"
     if change == "touch":
-        sink.put(file, 0, data)
+        put(sink, file, 0, data)
         os.utime(path, ns=(1, 1))
     elif change == "truncate":
-        sink.put(file, 0, data)
+        put(sink, file, 0, data)
         os.truncate(path, 0)
         with pytest.raises(CheckpointError, match="was cut off"):
-            sink.put(file, 0, data)
+            put(sink, file, 0, data)
     else:
         (here / "new").write_bytes(path.read_bytes())
         (here / "new").rename(path)
         with pytest.raises(CheckpointError, match="was changed"):
-            sink.put(file, 0, data)
+            put(sink, file, 0, data)
     with pytest.raises(CheckpointError, match="was changed"):
         sink.finish()
 
@@ -246,7 +248,7 @@ def test_a_file_that_cannot_be_read_is_an_error_and_not_a_difference(
         with pytest.raises(
             CheckpointError, match=r"cannot read .*config\.json: Input/output error"
         ):
-            sink.put(0, 0, memoryview(b"{}"))
+            put(sink, 0, 0, memoryview(b"{}"))
     assert sink.difference is None
 
 
@@ -254,10 +256,10 @@ def test_after_abort_puts_are_dropped_and_no_descriptor_stays_open(sent: Path, h
     num_before = len(os.listdir("/proc/self/fd"))
     sink = VerifySink(open_checkpoint(here), specs(open_checkpoint(sent)))
     sink.prepare()
-    sink.put(0, 0, memoryview(b"{}"))
+    put(sink, 0, 0, memoryview(b"{}"))
     sink.abort()
     sink.abort()
-    sink.put(0, 0, memoryview(b"!!"))
+    put(sink, 0, 0, memoryview(b"!!"))
     assert sink.difference is None
     assert len(os.listdir("/proc/self/fd")) == num_before
 
@@ -265,7 +267,8 @@ def test_after_abort_puts_are_dropped_and_no_descriptor_stays_open(sent: Path, h
 def test_a_difference_in_the_last_byte_of_many_pieces_is_found(
     sent: Path, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "_PIECE_NBYTES", 1000)
+    monkeypatch.setattr(work, "BLOCK", 1000)
+    monkeypatch.setattr(sinks, "BLOCK", 1000)
     damage(here / TWO, -1)
     sink = compared(sent, here, step=2500)
     assert sink.difference is not None
@@ -275,7 +278,7 @@ def test_a_difference_in_the_last_byte_of_many_pieces_is_found(
 def test_the_discarding_sink_takes_everything_and_keeps_nothing() -> None:
     sink = DiscardSink()
     sink.prepare()
-    sink.put(0, 0, memoryview(b"x"))
+    put(sink, 0, 0, memoryview(b"x"))
     for step in (sink.finish, sink.publish, sink.abort):
         step()
     assert sink.stage == "discard"

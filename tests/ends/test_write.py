@@ -22,6 +22,7 @@ from tests.ends.sinks import (
     MTIME_NS,
     copy,
     names_in,
+    put,
     put_all,
     sink_for,
     specs,
@@ -76,7 +77,7 @@ def test_runs_may_come_in_any_order_and_from_many_threads(tmp_path: Path) -> Non
 
     def work(mine: int) -> None:
         for run in runs[mine::4]:
-            sink.put(*run)
+            put(sink, *run)
 
     threads = [threading.Thread(target=work, args=(mine,)) for mine in range(4)]
     for thread in threads:
@@ -176,7 +177,7 @@ def test_a_short_write_goes_on_where_it_stopped(tmp_path: Path, monkeypatch) -> 
 def test_missing_bytes_are_found_before_publishing(tmp_path: Path) -> None:
     sink = sink_for(tmp_path / "out", {"a.bin": b"x" * 100})
     sink.prepare()
-    sink.put(0, 0, memoryview(b"x" * 99))
+    put(sink, 0, 0, memoryview(b"x" * 99))
     with pytest.raises(TransferError, match=r"a\.bin is incomplete: 99 of 100"):
         sink.finish()
     assert names_in(tmp_path) == []

@@ -21,9 +21,10 @@ from packcast.checkpoint.outgoing import outgoing_files
 from packcast.ends.landing import Landing
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
+from packcast.ends.work import Job
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import plan_chunks, slot_nbytes
+from packcast.packed.plan import Extent, plan_chunks, slot_nbytes
 from packcast.packed.ring import Ring
 from packcast.packed.trailer import transfer_tag
 from tests.helpers.checkpoints import sharded
@@ -38,9 +39,9 @@ class DawdlingReader(FileReader):
 
     dice: random.Random
 
-    def read(self, file: int, offset: int, into: memoryview) -> None:
+    def job(self, extent: Extent, into: memoryview) -> Job:
         time.sleep(self.dice.random() * 0.004)
-        super().read(file, offset, into)
+        return super().job(extent, into)
 
 
 def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
@@ -52,7 +53,7 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
     dice = random.Random(seed + 1)
     num_readers = dice.randint(1, world_size)
     buffer_size, num_buffers = dice.randint(1, 3) * MIB, dice.randint(1, 3)
-    staging = dice.randint(1, 6) * MIB
+    staging, helpers = dice.randint(2, 9) * MIB, dice.random() < 0.5
     checkpoint = open_checkpoint(folder)
     files = outgoing_files(checkpoint)
     specs = [file.spec for file in files]
@@ -66,13 +67,13 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
     for chunk in chunks[:num_buffers]:
         ring.await_turn(chunk).memory.fill_(0xA5)
     torch.cuda.synchronize()
-    buffers = Buffers(ring, buffer_size, staging, transfer_tag(str(seed)))
+    buffers = Buffers(ring, buffer_size, staging, transfer_tag(str(seed)), helpers=helpers)
     reader = DawdlingReader(files, checkpoint.files)
     reader.dice = mine
     own = [chunk for chunk in chunks if chunk.root == rank]
-    source = FileSource(own, reader, buffers, num_threads=3) if own else None
+    source = FileSource(own, reader, buffers, num_hands=3) if own else None
     sink = MemorySink(specs, lambda file, offset: time.sleep(mine.random() * 0.004))
-    landing = Landing(sink, specs, buffers, num_threads=3)
+    landing = Landing(sink, specs, buffers, num_hands=3)
 
     def broadcast(tensor: torch.Tensor, root: int) -> None:
         for lane in (ring.fill, ring.comm, ring.drain):
@@ -92,7 +93,7 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
     print(
         f"round {seed}: rank {rank} {'right' if right else 'WRONG'}, {num_readers} readers,"
         f" {num_buffers} x {buffer_size // MIB} MiB, staging {staging // MIB} MiB,"
-        f" {len(chunks)} chunks",
+        f" {len(chunks)} chunks, {'processes' if helpers else 'threads'}",
         flush=True,
     )
     return right

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.ends.work import Outcome, Span, Task
+from packcast.packed.plan import Extent
 
 
 class MemorySink:
     """Keeps what it gets; `before_put(file, offset)` may sleep or raise."""
 
     stage: Final = "write"
+    task: Final = Task.CHECK
 
     def __init__(self, files: Sequence[FileSpec], before_put: Callable[[int, int], object]) -> None:
         self.bytes = [bytearray(b"\xa5" * spec.nbytes) for spec in files]
@@ -20,9 +23,15 @@ class MemorySink:
 
     def prepare(self) -> None: ...
 
-    def put(self, file: int, offset: int, data: memoryview) -> None:
-        self.before_put(file, offset)
-        self.bytes[file][offset : offset + len(data)] = data
+    def lend(self, extent: Extent) -> tuple[Span, ...]:
+        return ()
+
+    def take(
+        self, extent: Extent, spans: tuple[Span, ...], data: memoryview, outcome: Outcome
+    ) -> None:
+        self.before_put(extent.file, extent.offset)
+        if outcome.good:
+            self.bytes[extent.file][extent.offset : extent.offset + extent.nbytes] = data
 
     def finish(self) -> None: ...
 

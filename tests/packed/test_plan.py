@@ -10,6 +10,7 @@ from packcast.errors import UsageError
 from packcast.packed.plan import (
     BLOCK,
     DIGEST_NBYTES,
+    MAX_PIECE,
     PAGE,
     TRAILER_HEAD_NBYTES,
     align_up,
@@ -22,7 +23,10 @@ from packcast.packed.plan import (
     plan_chunks,
     plan_digest,
     ring_nbytes,
+    staged_nbytes,
     trailer_nbytes,
+    unit_nbytes,
+    units_of,
 )
 from tests.helpers.blocks import blocks_of
 
@@ -80,22 +84,47 @@ def test_blocks_lie_at_multiples_of_a_block_and_are_whole_but_for_a_files_last(
             assert block.nbytes == min(BLOCK, files[block.file] - block.offset)
 
 
-@given(sizes, buffers, st.sampled_from([1, 2, 8]))
-def test_pieces_are_the_chunk_cut_between_blocks(
-    files: list[int], buffer_size: int, piece_mib: int
+@given(sizes, buffers, st.sampled_from([1, 2, 8, 16]))
+def test_units_are_the_chunk_cut_between_blocks_and_the_last_has_the_trailer(
+    files: list[int], buffer_size: int, unit_mib: int
 ) -> None:
     for chunk in plan_chunks(files, buffer_size, [0]):
-        pieces = list(pieces_of(chunk, piece_mib * MIB))
+        units = list(units_of(chunk, unit_mib * MIB))
         blocks = list(blocks_of(chunk.extents))
-        assert [b for piece in pieces for b in blocks_of(piece.extents)] == blocks
+        assert [b for unit in units for b in blocks_of(unit.extents)] == blocks
         at = 0
-        for piece in pieces:
-            assert piece.slot_offset == at
-            assert blocks[piece.first_block] == next(blocks_of(piece.extents))
-            assert piece.nbytes == sum(extent.nbytes for extent in piece.extents)
-            assert 0 < piece.nbytes <= piece_mib * MIB
-            at += piece.nbytes
+        for unit in units:
+            payload = sum(extent.nbytes for extent in unit.extents)
+            assert unit.slot_offset == at
+            assert 0 < payload <= unit_mib * MIB
+            assert unit.is_last is (unit is units[-1])
+            at += payload
         assert at == chunk.nbytes
+        for unit in units[:-1]:
+            assert unit.nbytes == sum(extent.nbytes for extent in unit.extents)
+        assert units[-1].slot_offset + units[-1].nbytes == chunk.wire_nbytes
+
+
+@given(sizes, st.integers(1, 70).map(lambda n: n * MIB))
+def test_every_unit_fits_into_a_staging_buffer(files: list[int], buffer_size: int) -> None:
+    for chunk in plan_chunks(files, buffer_size, [0]):
+        for unit in units_of(chunk, unit_nbytes(buffer_size)):
+            assert unit.nbytes <= staged_nbytes(buffer_size)
+    assert staged_nbytes(buffer_size) % PAGE == 0
+
+
+@given(sizes, buffers)
+def test_pieces_are_the_unit_cut_between_blocks(files: list[int], buffer_size: int) -> None:
+    for chunk in plan_chunks(files, buffer_size, [0]):
+        for unit in units_of(chunk, unit_nbytes(buffer_size)):
+            pieces = list(pieces_of(unit))
+            extents = [piece.extent for piece in pieces]
+            assert list(blocks_of(extents)) == list(blocks_of(unit.extents))
+            at = 0
+            for piece in pieces:
+                assert piece.at == at
+                assert 0 < piece.extent.nbytes <= MAX_PIECE
+                at += piece.extent.nbytes
 
 
 def test_a_large_file_is_split_at_full_buffers() -> None:
@@ -147,7 +176,7 @@ def test_pinned_memory_stays_within_the_staging_or_is_refused(
     try:
         check_staging(buffer_size, staging)
     except UsageError:
-        assert staging < 2 * (8 * MIB + 2 * PAGE)
+        assert staging < 2 * staged_nbytes(buffer_size)
     else:
         assert 2 * pinned_nbytes(buffer_size, staging // 2) <= staging
         assert pinned_nbytes(buffer_size, staging) <= staging

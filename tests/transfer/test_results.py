@@ -34,7 +34,7 @@ from packcast.transfer.results import (
 from tests.transfer.offers import member, offer_of, sidecar, valid_offer
 
 OFFER = offer_of([sidecar("a", 3), sidecar("b", 5)])
-MOVED = Moved(1.0, ["d1", "d2"], 11, 12)
+MOVED = Moved(1.0, ["d1", "d2"], 11, 12, ended=2.0)
 GOOD: dict[str, object] = {
     "kind": "PUBLISHED",
     "result": {},

@@ -1,0 +1,191 @@
+"""packcast itself, from files: the data path of a transfer, once per run, over the bench's group.
+
+Knows how an offer becomes this case's; what is measured around it is told elsewhere.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from packcast.bench.check import digests_of_copy, wrong_blocks
+from packcast.bench.pagecache import evict
+from packcast.bench.ways import Job as CaseJob
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.ends.discard import DiscardSink
+from packcast.ends.source import FileReader
+from packcast.ends.verify import VerifySink
+from packcast.ends.work import Job
+from packcast.ends.write import WriteSink
+from packcast.errors import TransferError
+from packcast.packed.counters import Counters
+from packcast.packed.plan import Extent, check_buffers, check_staging, plan_chunks, plan_digest
+from packcast.transfer.moving import Mover
+from packcast.transfer.offer import Offer
+
+FileSink = DiscardSink | VerifySink | WriteSink
+
+
+class Gate:
+    """Holds the readers back until the common start: a Mover begins to read when it is made."""
+
+    def __init__(self) -> None:
+        self._open = threading.Event()
+        self._given_up = False
+
+    def open(self) -> None:
+        """Let everything through."""
+        self._open.set()
+
+    def give_up(self) -> None:
+        """Nothing will be read; raises in those who wait."""
+        self._given_up = True
+        self._open.set()
+
+    def wait(self) -> None:
+        """Block until it is open."""
+        self._open.wait()
+        if self._given_up:
+            raise TransferError("the run was given up")
+
+
+class GatedReader(FileReader):
+    """A FileReader that gives nothing to read before the start."""
+
+    gate: Gate
+
+    def job(self, extent: Extent, into: memoryview) -> Job:
+        self.gate.wait()
+        return super().job(extent, into)
+
+
+class FileCase:
+    """One run of `packcast send` as far as its data phase goes; a Way.
+
+    Written files are made durable within the run, as the tool does, and named after it.
+    """
+
+    def __init__(self, job: CaseJob, write_folder: Path, *, cold: bool) -> None:
+        self._job = job
+        self._write_folder = write_folder
+        self._cold = cold
+        self._gate = Gate()
+        self._sink: FileSink | None = None
+        self._mover: Mover | None = None
+        self._incomplete = False
+        self.pinned_nbytes = 0
+
+    @property
+    def counters(self) -> Counters:
+        return self._mover.counters if self._mover else Counters()
+
+    def prepare(self) -> None:
+        job, case = self._job, self._job.case
+        check_buffers(case.buffer_size, case.num_buffers)
+        offer = offer_of_case(job)
+        check_staging(case.buffer_size, offer.staging)
+        chunks = offer.chunks()
+        if self._cold and (job.team.rank in job.readers or case.sink == "verify"):
+            evict(job.stock.paths())
+        reader: GatedReader | None = None
+        if job.team.rank in job.readers:
+            reader = GatedReader(job.stock.files, job.stock.opened().files)
+            reader.gate = self._gate
+        if not job.team.is_sender:
+            self._sink = self._make_sink(offer.files)
+            self._sink.prepare()
+        self._mover = Mover(
+            offer, chunks, job.run_id, reader=reader, sink=self._sink, tolerant=job.checked
+        )
+
+    def connect(self) -> None:
+        """The group is there."""
+
+    def warm(self) -> None:
+        """A transfer's first pass is its only one."""
+
+    def poison(self) -> None:
+        self._made().overwrite_buffers(random.randrange(256))
+
+    def run(self) -> float:
+        """The moment of the last byte: buffers that are unpinned afterwards are no part of it."""
+        mover, team = self._made(), self._job.team
+        self._gate.open()
+        moved = mover.run(team.group, team.channel)
+        self.pinned_nbytes = moved.pinned_nbytes
+        if self._sink is None:
+            return moved.ended
+        begin = time.perf_counter()
+        try:
+            self._sink.finish()
+        except TransferError:
+            # A sink that was kept from damaged blocks is not complete, which `check` will tell.
+            if not self._job.checked:
+                raise
+            self._incomplete = True
+        seconds = time.perf_counter() - begin
+        mover.counters.waited(self._sink.stage, seconds)
+        return moved.ended + seconds
+
+    def check(self) -> int:
+        truth, sink = self._job.stock.blocks, self._sink
+        if sink is None:
+            return 0
+        assert truth is not None, "the sender has told"
+        wrong = wrong_blocks(self._made().block_digests(), truth)
+        if isinstance(sink, VerifySink):
+            return max(wrong, sink.differing_tensors, sink.differing_files)
+        if self._incomplete:
+            return max(wrong, 1)
+        if isinstance(sink, WriteSink):
+            sink.publish()
+            files = self._made_files()
+            return max(wrong, wrong_blocks(digests_of_copy(self._write_folder, files), truth))
+        return wrong
+
+    def close(self) -> None:
+        self._gate.give_up()
+        if self._mover is not None:
+            self._mover.close()
+            self._mover = None
+        if self._sink is not None:
+            self._sink.abort()
+            self._sink = None
+        if self._job.case.sink == "write":
+            shutil.rmtree(self._write_folder, ignore_errors=True)
+
+    def _made(self) -> Mover:
+        assert self._mover is not None, "prepare comes first"
+        return self._mover
+
+    def _made_files(self) -> tuple[FileSpec, ...]:
+        return offer_of_case(self._job).files
+
+    def _make_sink(self, files: Sequence[FileSpec]) -> FileSink:
+        job = self._job
+        if job.case.sink == "write":
+            return WriteSink(self._write_folder, files, transfer_id=job.run_id, force=False)
+        if job.case.sink == "verify":
+            return VerifySink(job.stock.opened(), files)
+        return DiscardSink()
+
+
+def offer_of_case(job: CaseJob) -> Offer:
+    """What the sender would offer for this case: the shape's offer with the case's own numbers."""
+    base, case, team = job.stock.offer, job.case, job.team
+    assert base is not None, "the sender has offered"
+    sizes = [spec.nbytes for spec in base.files]
+    chunks = plan_chunks(sizes, case.buffer_size, job.readers)
+    return replace(
+        base,
+        buffer_size=case.buffer_size,
+        num_buffers=case.num_buffers,
+        readers=job.readers,
+        plan=plan_digest(sizes, case.buffer_size, chunks),
+        place=replace(base.place, readers_on_host=max(1, team.on_my_host(job.readers))),
+    )

@@ -1,0 +1,250 @@
+"""A whole bench on one rank, in the order in which it happens: join, settle, work, leave.
+
+The sender leads; every rank, the sender too, does its part.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import Any
+
+import torch
+import xxhash
+
+from packcast.bench.bench_rank import BenchRank
+from packcast.bench.lead import Lead
+from packcast.bench.model import BenchSettings, BenchView
+from packcast.bench.team import Team
+from packcast.errors import (
+    PackcastError,
+    RendezvousError,
+    TransferError,
+    UsageError,
+    VerificationError,
+)
+from packcast.group.devices import Assignment, assign_devices
+from packcast.group.hub import Hub
+from packcast.group.launch import detect_launch, reachable_host
+from packcast.group.leave import Leaver
+from packcast.group.line import Line
+from packcast.group.member import Member
+from packcast.group.processgroup import begin_close, interface_of, open_process_group
+from packcast.group.wire import Message
+from packcast.packed.plan import check_buffers
+from packcast.settings import Settings
+from packcast.transfer.agreement import rank_of
+from packcast.transfer.moving import StallWatch
+from packcast.transfer.offer import Offer
+from packcast.transfer.seat import Seat, host_to_reach, take_seat
+from packcast.view import View
+
+_PATIENCE_S = 30.0
+_CLOSE_LIMIT_S = 15.0
+_VERDICT_WAIT_S = 5.0
+# A backstop only, as in a transfer.
+_GROUP_TIMEOUT_S = 24 * 3600.0
+
+
+def run(settings: BenchSettings, view: BenchView, leaver: Leaver) -> int:
+    """Take part in one bench; every rank that a launcher started calls it, with the same settings.
+
+    Returns the exit code, the same on all ranks: 0, 5 where no row could be measured, 6 where
+    bytes were wrong. Raises PackcastError after telling the other ranks; a lost rank or a stall
+    ends the process through `leaver`. Files that it made are removed however it ends. Only the
+    sender's view is told anything.
+    """
+    for buffer_size in settings.buffer_sizes:
+        for num_buffers in settings.num_buffers:
+            check_buffers(buffer_size, num_buffers)
+    if detect_launch(os.environ).kind == "none":
+        raise UsageError(
+            "a bench needs at least two ranks", hint="start them with --nproc 2, torchrun or srun"
+        )
+    seat = take_seat(_as_transfer(settings), View(), leaver)
+    leaver.on_leave(lambda: seat.channel.abort(leaver.error or TransferError("it left")))
+    try:
+        if isinstance(seat.channel, Hub):
+            return _lead(settings, seat, seat.channel, view, leaver)
+        return _follow(settings, seat, seat.channel, leaver)
+    except PackcastError as error:
+        seat.channel.abort(error)
+        raise
+    except RuntimeError as error:  # torch's own, of a collective or a copy
+        cause = seat.channel.wait_verdict(_VERDICT_WAIT_S) or TransferError(
+            f"the bench broke: {(str(error).splitlines() or ['?'])[0]}"
+        )
+        seat.channel.abort(cause)
+        raise cause from error
+
+
+def _lead(settings: BenchSettings, seat: Seat, hub: Hub, view: BenchView, leaver: Leaver) -> int:
+    members = hub.join(seat.expected, settings.join_timeout_s, lambda *_: None)
+    assignment = assign_devices(members, settings.backend)
+    if assignment.loud:
+        view.warn(f"{assignment.backend}: {assignment.reason}")
+    host = host_to_reach(hub.address)
+    begin = _begin_message(settings, members, assignment, seat, host)
+    hub.broadcast(begin)
+    bench_rank = _open_bench_rank(settings, seat, begin, seat.launch.rank)
+    lead = Lead(settings, hub, bench_rank, members, _as_transfer(settings), view)
+    leaver.on_leave(lead.tell_partial)
+    leaver.on_leave(bench_rank.abandon)
+
+    def progress() -> Message:
+        return {
+            "moved": [bench_rank.moved(), *(said.get("moved") for said in hub.progress().values())]
+        }
+
+    hub.set_progress(progress)
+    try:
+        with StallWatch(bench_rank, hub, leaver, settings.stall_timeout_s):
+            lead.run()
+            hub.broadcast({"kind": "DO", "step": "end"})
+            _close_group(bench_rank.team)
+            hub.gather("DID", None)
+    finally:
+        bench_rank.abandon()
+    code = _exit_code(lead)
+    leaver.shield()
+    hub.committed()
+    hub.broadcast({"kind": "COMMIT", "code": code})
+    hub.gather("LEFT", _PATIENCE_S)
+    hub.close()
+    return code
+
+
+def _follow(settings: BenchSettings, seat: Seat, line: Line, leaver: Leaver) -> int:
+    patience_s = settings.join_timeout_s + _PATIENCE_S
+    me, _ = line.await_joined(patience_s)
+    begin = line.expect("BEGIN", patience_s)
+    if begin.get("settings") != _digest(settings):
+        raise RendezvousError(
+            f"{me.label} was started with other options than the sender, {line.sender.label}"
+        )
+    bench_rank = _open_bench_rank(settings, seat, begin, rank_of(me))
+    leaver.on_leave(bench_rank.abandon)
+    line.set_progress(lambda: {"moved": bench_rank.moved()})
+    try:
+        with StallWatch(bench_rank, line, leaver, settings.stall_timeout_s):
+            while (order := line.expect("DO", None))["step"] != "end":
+                if order["step"] == "offer":
+                    offer = Offer.from_json(line.expect("OFFER", None), line.expect("PLACE", None))
+                    bench_rank.take_offer(offer)
+                    line.send({"kind": "DID"})
+                else:
+                    line.send(bench_rank.do(order))
+            _close_group(bench_rank.team)
+            line.send({"kind": "DID"})
+            committed = line.expect("COMMIT", None)
+    finally:
+        bench_rank.abandon()
+    leaver.shield()
+    line.committed()
+    line.send({"kind": "LEFT"})
+    line.close()
+    code = committed.get("code")
+    return code if isinstance(code, int) else PackcastError.exit_code
+
+
+def _as_transfer(settings: BenchSettings) -> Settings:
+    """What a transfer with these settings would be: for joining, and for offers."""
+    return Settings(
+        command="send",
+        checkpoint=settings.checkpoint,
+        buffer_size=settings.buffer_sizes[0],
+        num_buffers=settings.num_buffers[0],
+        staging=settings.staging,
+        backend=settings.backend,
+        device=settings.device,
+        port=settings.port,
+        token=settings.token,
+        join_timeout_s=settings.join_timeout_s,
+        heartbeat_timeout_s=settings.heartbeat_timeout_s,
+        stall_timeout_s=settings.stall_timeout_s,
+    )
+
+
+def _digest(settings: BenchSettings) -> str:
+    """Equal on two ranks iff they were asked for the same; where files lie may differ."""
+    asked = (
+        settings.shapes,
+        settings.size,
+        settings.sources,
+        settings.sinks,
+        settings.readers,
+        settings.buffer_sizes,
+        settings.num_buffers,
+        settings.runs,
+        settings.warmup,
+        settings.checkpoint is None,
+        (settings.cold, settings.check, settings.baselines, settings.limits, settings.staging),
+    )
+    return xxhash.xxh3_128_hexdigest(repr(asked).encode())
+
+
+def _begin_message(
+    settings: BenchSettings,
+    members: tuple[Member, ...],
+    assignment: Assignment,
+    seat: Seat,
+    host: str,
+) -> Message:
+    """What every rank needs to know before there is a group."""
+    boots = list(dict.fromkeys(member.boot_id for member in members))
+    return {
+        "kind": "BEGIN",
+        "settings": _digest(settings),
+        "hosts": [boots.index(member.boot_id) for member in members],
+        "devices": [assignment.devices[rank] for rank in range(len(members))],
+        "backend": assignment.backend,
+        "sender": seat.launch.rank,
+        "host": host,
+    }
+
+
+def _open_bench_rank(settings: BenchSettings, seat: Seat, begin: Message, rank: int) -> BenchRank:
+    """Make the process group, which waits for all ranks, and this rank's part."""
+    told: dict[str, Any] = begin
+    device = torch.device(told["devices"][rank])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    assert seat.store is not None, "a launcher has one"
+    try:
+        group = open_process_group(
+            told["backend"],
+            rank=rank,
+            world_size=len(told["hosts"]),
+            store=seat.store,
+            device=device,
+            timeout_s=_GROUP_TIMEOUT_S,
+            interface=interface_of(
+                told["host"] if rank == told["sender"] else reachable_host((told["host"], 9))
+            ),
+        )
+    except RendezvousError as error:
+        raise seat.channel.wait_verdict(_VERDICT_WAIT_S) or error from error
+    team = Team(
+        rank=rank,
+        sender=told["sender"],
+        hosts=tuple(told["hosts"]),
+        device=device,
+        group=group,
+        channel=seat.channel,
+    )
+    bench_rank = BenchRank(settings, team, seat.transfer_id)
+    seat.channel.arm(bench_rank.position)
+    return bench_rank
+
+
+def _close_group(team: Team) -> None:
+    """Every rank has done its last collective; a group that will not close is left behind."""
+    team.synchronize()
+    with suppress(RuntimeError):
+        begin_close(team.group, team.device).wait(_CLOSE_LIMIT_S)
+
+
+def _exit_code(lead: Lead) -> int:
+    if lead.num_wrong:
+        return VerificationError.exit_code
+    return 0 if lead.num_measured else TransferError.exit_code

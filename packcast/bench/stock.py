@@ -1,0 +1,187 @@
+"""What one rank has of the weights being measured: files, tensors, and what they should be.
+
+Made and dropped between series, never while a run is timed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from packcast.bench.check import digests_of_files, sums_of
+from packcast.bench.model import SourceKind
+from packcast.bench.team import Team
+from packcast.bench.weights import Weight, write_weights
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.checkpoint.header import Tensor
+from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.ends.source import FileReader
+from packcast.errors import CheckpointError, DestinationError, PackcastError
+from packcast.packed.layout import TensorSpec
+from packcast.transfer.offer import Offer
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "C64": torch.complex64,
+}
+
+
+@dataclass(slots=True)
+class Stock:
+    """One shape on one rank. What is None is not there (yet), or not on this rank.
+
+    `folder` is set where this rank wrote the files itself and has to remove them. `blocks` and
+    `sums` are what the sender says is right: digests of each file's blocks, tensors' sums.
+    """
+
+    shape: str
+    folder: Path | None = None
+    checkpoint: Checkpoint | None = None
+    files: tuple[OutgoingFile, ...] = ()
+    offer: Offer | None = None
+    specs: tuple[TensorSpec, ...] = ()
+    specs_fault: PackcastError | None = None
+    resident: dict[str, torch.Tensor] = field(default_factory=dict)
+    blocks: list[bytes] | None = None
+    sums: dict[SourceKind, list[int]] = field(default_factory=dict)
+
+    def check_specs(self) -> None:
+        """Raise CheckpointError where torch cannot represent all tensors."""
+        if self.specs_fault is not None:
+            raise self.specs_fault
+
+    def reader(self) -> FileReader:
+        """Opens the files anew; raises CheckpointError where this rank has none."""
+        return FileReader(self.files, self.opened().files)
+
+    def paths(self) -> list[Path]:
+        """Every file of the checkpoint on this rank's host."""
+        return [file.path for file in self.opened().files]
+
+    def shards(self) -> list[tuple[Path, tuple[Tensor, ...]]]:
+        """Each shard with its tensors, in the order of all."""
+        files = self.opened().files
+        return [(file.path, file.header.tensors) for file in files if file.header]
+
+    def opened(self) -> Checkpoint:
+        """The checkpoint; raises CheckpointError where this rank has none."""
+        if self.checkpoint is None:
+            raise CheckpointError(f"this rank cannot read {self.shape}")
+        return self.checkpoint
+
+
+def write_stock(
+    stock: Stock, folder: Path, weights: Sequence[Weight], written: Callable[[int], object]
+) -> None:
+    """Write generated weights; whoever ends the bench removes `stock.folder`."""
+    stock.folder = folder
+    try:
+        write_weights(folder, weights, written)
+    except OSError as error:
+        raise DestinationError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def open_stock(stock: Stock, path: Path) -> None:
+    """Take the checkpoint at `path`, written for the bench or given."""
+    stock.checkpoint = open_checkpoint(path)
+    stock.files = outgoing_files(stock.checkpoint)
+
+
+def drop_stock(stock: Stock) -> None:
+    """Free tensors and remove files that were made for it. Idempotent, from any thread."""
+    stock.resident.clear()
+    if stock.folder is not None:
+        shutil.rmtree(stock.folder, ignore_errors=True)
+
+
+def specs_of_weights(weights: Sequence[Weight]) -> tuple[TensorSpec, ...]:
+    """What the generated weights are as tensors."""
+    return tuple(TensorSpec(w.name, w.shape, torch.bfloat16) for w in weights)
+
+
+def specs_of_offer(offer: Offer) -> tuple[TensorSpec, ...]:
+    """The tensors of the offered files, in order; CheckpointError for dtypes torch has not."""
+    return tuple(
+        TensorSpec(tensor.name, tensor.shape, dtype_of(tensor))
+        for spec in offer.files
+        if spec.header
+        for tensor in spec.header.tensors
+    )
+
+
+def dtype_of(tensor: Tensor) -> torch.dtype:
+    """Its dtype in torch."""
+    dtype = _DTYPES.get(tensor.dtype)
+    if dtype is None:
+        raise CheckpointError(f"tensor {tensor.name} is {tensor.dtype}, which torch has not")
+    return dtype
+
+
+def take_offer(stock: Stock, offer: Offer) -> None:
+    """What the sender says the files are."""
+    stock.offer = offer
+    try:
+        stock.specs = specs_of_offer(offer)
+    except CheckpointError as fault:
+        stock.specs_fault = fault
+
+
+def make_resident(stock: Stock, team: Team) -> None:
+    """Tensors on this rank's device: random on all, so that nothing is right by chance.
+
+    Raises PackcastError where the device has no room.
+    """
+    stock.check_specs()
+    generator = torch.Generator(device=team.device).manual_seed(1 + team.rank)
+    try:
+        for spec in stock.specs:
+            tensor = torch.empty(spec.shape, dtype=spec.dtype, device=team.device)
+            stock.resident[spec.name] = tensor
+            if tensor.numel():
+                flat = tensor.view(-1).view(torch.uint8)
+                whole = flat.numel() // 8 * 8
+                flat[:whole].view(torch.int64).random_(generator=generator)
+                flat[whole:].random_(generator=generator)
+    except RuntimeError as error:  # out of memory; the CPU's is a plain one
+        stock.resident.clear()
+        raise PackcastError(f"no room for the weights on {team.device}") from error
+
+
+def file_tensors(stock: Stock, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of every shard, loaded as the original's users load them."""
+    for path, tensors in stock.shards():
+        with safe_open(path, framework="pt", device=str(device)) as shard:
+            for tensor in tensors:
+                yield tensor.name, shard.get_tensor(tensor.name)
+
+
+def true_blocks(stock: Stock) -> list[bytes]:
+    """Digests of the files as they lie on the sender's disk."""
+    reader = stock.reader()
+    try:
+        return digests_of_files([file.spec for file in stock.files], reader.read)
+    finally:
+        reader.close()
+
+
+def true_sums(stock: Stock, source: SourceKind, device: torch.device) -> list[int]:
+    """Sums of the sender's tensors, in order."""
+    if source == "file":
+        return sums_of(tensor for _, tensor in file_tensors(stock, device))
+    return sums_of(stock.resident[spec.name] for spec in stock.specs)

@@ -1,0 +1,191 @@
+"""Weights made for a bench: which tensors, in which shards, and random bytes for them on disk.
+
+Pure layouts first, then files. The bytes follow from a seed, so every host makes the same files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from packcast.bench.model import ShapeKind
+from packcast.errors import DestinationError
+from packcast.packed.plan import PAGE, align_up
+from packcast.packed.ring import host_view
+from packcast.units import KIB, MIB, format_size
+
+NUM_SHARDS = 8
+# Beyond that nothing new is learnt, and every baseline takes minutes.
+MAX_TINY_TENSORS = 40_000
+
+_ELEMENT_NBYTES = 2  # all are bf16
+_PATTERN_NBYTES = 4 * MIB
+_SEED = 20_260_101
+_NUM_WRITERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """One bf16 tensor to be made."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ELEMENT_NBYTES
+
+
+def make_layout(kind: ShapeKind, nbytes: int) -> tuple[Weight, ...]:
+    """The tensors of about `nbytes` in all, in order; `tiny` stops at 40,000 of them."""
+    if kind == "dense":
+        return tuple(_dense(nbytes))
+    if kind == "moe":
+        return tuple(_until(_moe(), nbytes))
+    return tuple(_until(_tiny(), min(nbytes, MAX_TINY_TENSORS * 16 * KIB)))
+
+
+def in_shards(weights: Sequence[Weight]) -> list[list[Weight]]:
+    """The same, cut into shards of about equal size."""
+    total = sum(weight.nbytes for weight in weights)
+    shards: list[list[Weight]] = [[] for _ in range(min(NUM_SHARDS, len(weights)))]
+    before = 0
+    for weight in weights:
+        shards[min(len(shards) - 1, before * len(shards) // total)].append(weight)
+        before += weight.nbytes
+    return [shard for shard in shards if shard]
+
+
+def write_weights(
+    folder: Path, weights: Sequence[Weight], written: Callable[[int], object]
+) -> None:
+    """Write shards and index into `folder`, which is made; every 1 MiB of them is different.
+
+    On disk when this returns. `written(nbytes)` is called now and then, from threads. Raises
+    DestinationError where there is no room, OSError for what the file system says.
+    """
+    folder.mkdir(parents=True)
+    room = os.statvfs(folder)
+    needed = needed_nbytes(weights)
+    if needed > room.f_bavail * room.f_frsize:
+        free = format_size(room.f_bavail * room.f_frsize)
+        raise DestinationError(f"{folder}: {format_size(needed)} needed, {free} free")
+    shards = in_shards(weights)
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    pattern = torch.frombuffer(
+        bytearray(random.Random(_SEED).randbytes(_PATTERN_NBYTES)), dtype=torch.int64
+    )
+
+    def write(i: int) -> None:
+        _write_shard(folder / names[i], shards[i], pattern, random.Random(_SEED + 1 + i), written)
+
+    with ThreadPoolExecutor(_NUM_WRITERS, "packcast-weights") as pool:
+        list(pool.map(write, range(len(shards))))
+    weight_map = {
+        weight.name: name for name, shard in zip(names, shards, strict=True) for weight in shard
+    }
+    total = sum(weight.nbytes for weight in weights)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write_shard(
+    path: Path,
+    weights: Sequence[Weight],
+    pattern: torch.Tensor,
+    words: random.Random,
+    written: Callable[[int], object],
+) -> None:
+    header: dict[str, object] = {}
+    at = 0
+    for weight in weights:
+        offsets = [at, at + weight.nbytes]
+        header[weight.name] = {"dtype": "BF16", "shape": weight.shape, "data_offsets": offsets}
+        at += weight.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % PAGE)  # as torch and others map files: aligned data
+    piece = torch.empty_like(pattern)
+    view = host_view(piece.view(torch.uint8))
+    with path.open("xb", buffering=0) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for begin in range(0, at, _PATTERN_NBYTES):
+            torch.bitwise_xor(pattern, words.getrandbits(62), out=piece)
+            rest = view[: min(_PATTERN_NBYTES, at - begin)]
+            while rest:
+                rest = rest[file.write(rest) :]
+            written(min(_PATTERN_NBYTES, at - begin))
+        os.fsync(file.fileno())
+
+
+def _dense(nbytes: int) -> Iterator[Weight]:
+    """Llama-like: as wide as leaves room for eight layers, then as many layers as fit."""
+    hidden = 4096
+    while hidden > 32 and 336 * hidden**2 > nbytes:  # eight layers and both embeddings, in bytes
+        hidden //= 2
+    vocabulary, inner, key_value = 32 * hidden, hidden * 7 // 2, hidden // 4
+    yield Weight("model.embed_tokens.weight", (vocabulary, hidden))
+    layer = [
+        ("input_layernorm", (hidden,)),
+        ("self_attn.q_proj", (hidden, hidden)),
+        ("self_attn.k_proj", (key_value, hidden)),
+        ("self_attn.v_proj", (key_value, hidden)),
+        ("self_attn.o_proj", (hidden, hidden)),
+        ("post_attention_layernorm", (hidden,)),
+        ("mlp.gate_proj", (inner, hidden)),
+        ("mlp.up_proj", (inner, hidden)),
+        ("mlp.down_proj", (hidden, inner)),
+    ]
+    layer_nbytes = sum(math.prod(shape) for _, shape in layer) * _ELEMENT_NBYTES
+    row_nbytes = hidden * _ELEMENT_NBYTES
+    rest = nbytes - vocabulary * row_nbytes - row_nbytes
+    num_layers = max(1, (rest - vocabulary * row_nbytes) // layer_nbytes)
+    for i in range(num_layers):
+        for name, shape in layer:
+            yield Weight(f"model.layers.{i}.{name}.weight", shape)
+    yield Weight("model.norm.weight", (hidden,))
+    # The last matrix takes what is left, so that the size is the one that was asked for.
+    rows = max(1, (rest - num_layers * layer_nbytes) // row_nbytes)
+    yield Weight("lm_head.weight", (rows, hidden))
+
+
+def _moe() -> Iterator[Weight]:
+    """Thirty-two experts of three matrices a layer, 3 MiB each, beside a small attention."""
+    for i in itertools.count():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield Weight(f"model.layers.{i}.self_attn.{name}.weight", (256, 2048))
+        for expert in range(32):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                yield Weight(f"model.layers.{i}.mlp.experts.{expert}.{name}.weight", (768, 2048))
+
+
+def _tiny() -> Iterator[Weight]:
+    for i in itertools.count():
+        yield Weight(f"blocks.{i}.weight", (8192,))
+
+
+def _until(weights: Iterator[Weight], nbytes: int) -> Iterator[Weight]:
+    """As many as fit into `nbytes`, but at least one of them."""
+    first = next(weights)
+    yield first
+    left = nbytes - first.nbytes
+    for weight in weights:
+        left -= weight.nbytes
+        if left < 0:
+            return
+        yield weight
+
+
+def needed_nbytes(weights: Sequence[Weight]) -> int:
+    """Room for the files, headers and all."""
+    headers_and_index = 300 * len(weights) + 2 * PAGE * NUM_SHARDS
+    return align_up(sum(weight.nbytes for weight in weights) + headers_and_index, MIB)

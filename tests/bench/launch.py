@@ -1,0 +1,90 @@
+"""Benches started as real ranks over gloo, and what they found."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packcast.units import MIB
+from tests.helpers.commands import Command, Commands, free_port, rank_environment, wait_all
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """One bench of a test: its processes, its files, its findings."""
+
+    commands: Commands
+    folder: Path
+
+    @property
+    def found_path(self) -> Path:
+        return self.folder / "found.json"
+
+    @property
+    def directory(self) -> Path:
+        """Where the bench may make files, and has to leave none."""
+        return self.folder / "made"
+
+    def start(self, num_ranks: int = 2, **settings: Any) -> list[Command]:
+        """The ranks, rank 0 first."""
+        self.directory.mkdir(exist_ok=True)
+        given = {
+            "checkpoint": None,
+            "shapes": ["dense"],
+            "size": 8 * MIB,
+            "sources": ["file"],
+            "sinks": ["discard"],
+            "readers": [1],
+            "buffer_sizes": [MIB],
+            "num_buffers": [2],
+            "runs": 1,
+            "warmup": 0,
+            "limits": False,
+            "baselines": False,
+            "directory": str(self.directory),
+            "write_directory": str(self.directory),
+            "join_timeout_s": 50,
+            "stall_timeout_s": 20,
+        } | settings
+        port = free_port()
+        argv = [sys.executable, "-m", "tests.bench.entry", json.dumps(given), self.found_path]
+        return [
+            self.commands.start(argv, rank_environment(rank, num_ranks, port))
+            for rank in range(num_ranks)
+        ]
+
+    def run(self, num_ranks: int = 2, *, code: int = 0, **settings: Any) -> dict[str, Any]:
+        """What the sender found; every rank has to end with `code` and to leave nothing behind."""
+        ends = wait_all(self.start(num_ranks, **settings))
+        assert [end.returncode for end in ends] == [code] * num_ranks, [e.stderr for e in ends]
+        self.assert_nothing_left()
+        return self.found()
+
+    def found(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.found_path.read_text())
+        return found
+
+    def assert_nothing_left(self) -> None:
+        assert list(self.directory.iterdir()) == []
+
+
+def rank_runs(measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every rank's part in every run of a row."""
+    return (part for run in measured["runs"] for part in run["ranks"])
+
+
+def label(measured: dict[str, Any]) -> tuple[str, str, str]:
+    case = measured["case"]
+    return case["method"], case["source"], case["sink"]
+
+
+def longest_waiting(measured: dict[str, Any]) -> tuple[str, int]:
+    """The stage that was waited for longest in the last run, and the rank that waited."""
+    ranks = measured["runs"][-1]["ranks"]
+    waits = [(s, stage, part["rank"]) for part in ranks for stage, s in part["waiting"].items()]
+    _, stage, rank = max(waits)
+    return stage, rank

@@ -1,0 +1,173 @@
+"""Helper processes' lives: they end with their parent, and a transfer ends with any of them."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+
+from packcast.ends.arena import Arena
+from packcast.ends.hands import ProcessHands, ThreadHands
+from packcast.ends.work import Job, Outcome, Task
+from packcast.errors import PackcastError, TransferError
+from packcast.packed.plan import BLOCK
+from tests.ends.sinks import digests_of
+from tests.helpers.commands import eventually
+from tests.helpers.processes import helpers_of
+from tests.helpers.waiting import Waiter
+
+NBYTES = 2 * BLOCK
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    arena = Arena(NBYTES, is_pinned=False)
+    arena.view[:] = random.Random(3).randbytes(NBYTES)
+    yield arena
+    arena.close(is_idle=True)
+
+
+def check(arena: Arena) -> Job:
+    return Job(Task.CHECK, NBYTES, (), digests_of(arena.view))
+
+
+def test_closing_ends_the_helpers_and_leaves_no_descriptor(arena: Arena) -> None:
+    num_before = len(os.listdir("/proc/self/fd"))
+    hands = ProcessHands(arena, 3, "test")
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    for _ in range(20):
+        hands.submit(check(arena), arena.view, answers.put)
+    assert all(answers.get(timeout=20).good for _ in range(20))
+    assert len(helpers_of(os.getpid())) == 3
+    hands.close()
+    assert helpers_of(os.getpid()) == []
+    assert len(os.listdir("/proc/self/fd")) == num_before
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("packcast-test")]
+
+
+def test_a_killed_helper_is_named_and_ends_what_is_under_way(arena: Arena) -> None:
+    hands = ProcessHands(arena, 2, "test")
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    for helper in helpers_of(os.getpid()):
+        os.kill(helper, signal.SIGSTOP)
+    hands.submit(check(arena), arena.view, answers.put)
+    victim = helpers_of(os.getpid())[0]
+    os.kill(victim, signal.SIGKILL)
+    error = answers.get(timeout=20).error
+    assert isinstance(error, TransferError)
+    assert error.message == f"helper process {victim} was killed by SIGKILL"
+    assert "memory" in str(error.hint)
+    with pytest.raises(TransferError, match="was killed"):
+        hands.submit(check(arena), arena.view, answers.put)
+    hands.close()  # the other one is stopped, and killed
+    assert helpers_of(os.getpid()) == []
+
+
+def test_who_waits_for_busy_helpers_is_woken_when_it_is_over(arena: Arena) -> None:
+    hands = ProcessHands(arena, 1, "test")
+    for helper in helpers_of(os.getpid()):
+        os.kill(helper, signal.SIGSTOP)
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    for _ in range(2):
+        hands.submit(check(arena), arena.view, answers.put)
+    waiting = Waiter(lambda: hands.submit(check(arena), arena.view, answers.put))
+    assert waiting.waits()
+    hands.close()
+    with pytest.raises(PackcastError, match="is over"):
+        waiting.result()
+    errors = [answers.get(timeout=20).error for _ in range(2)]
+    assert [str(error) for error in errors] == ["the transfer is over"] * 2
+
+
+def test_an_interrupt_at_the_terminal_does_not_reach_the_helpers(arena: Arena) -> None:
+    hands = ProcessHands(arena, 2, "test")
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for helper in helpers_of(os.getpid()):  # from their first moment on
+            os.kill(helper, number)
+    for _ in range(10):
+        hands.submit(check(arena), arena.view, answers.put)
+    assert all(answers.get(timeout=20).good for _ in range(10))
+    hands.close()
+
+
+def test_a_thread_that_is_closed_drops_what_is_queued(arena: Arena) -> None:
+    hands = ThreadHands(1, "test")
+    begun, go_on = threading.Event(), threading.Event()
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+
+    def hold(outcome: Outcome) -> None:
+        begun.set()
+        go_on.wait(20)
+
+    hands.submit(check(arena), arena.view, hold)
+    hands.submit(check(arena), arena.view, answers.put)
+    assert begun.wait(20)
+    closing = Waiter(hands.close)
+    assert closing.waits()
+    go_on.set()
+    closing.result()
+    assert str(answers.get(timeout=20).error) == "the transfer is over"
+
+
+PARENT = """
+import os, signal, sys, time
+from packcast.ends.arena import Arena
+from packcast.ends.hands import ProcessHands
+from packcast.ends.work import Job, Task
+arena = Arena(1 << 20, is_pinned=False)
+hands = ProcessHands(arena, 3, "test")
+if "fork" in sys.argv and os.fork() == 0:
+    print(os.getpid(), flush=True)
+    time.sleep(20)  # with our ends of the sockets
+print("started", flush=True)
+sys.stdin.read(1)
+if "exit" in sys.argv: os._exit(3)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("how", ["exit", "kill", "fork"])
+def test_no_helper_outlives_its_parent(how: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, how],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        assert parent.stdin
+        assert parent.stdout
+        lines = [parent.stdout.readline()]
+        if how == "fork":
+            lines.append(parent.stdout.readline())
+        assert "started\n" in lines
+        helpers = helpers_of(parent.pid)
+        assert len(helpers) == 3
+        parent.stdin.write("x")
+        parent.stdin.flush()
+        assert parent.wait(20) == (3 if how == "exit" else -9)
+        eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in helpers), "their end")
+        for line in lines:
+            if line != "started\n":
+                os.kill(int(line), signal.SIGKILL)
+
+
+def test_nothing_is_said_by_helpers_and_they_import_no_torch(arena: Arena) -> None:
+    hands = ProcessHands(arena, 1, "test")
+    (helper,) = helpers_of(os.getpid())
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    hands.submit(check(arena), arena.view, answers.put)
+    assert answers.get(timeout=20).good
+    assert "torch" not in Path(f"/proc/{helper}/maps").read_text()
+    for number in (0, 1, 2):
+        assert os.readlink(f"/proc/{helper}/fd/{number}") == os.devnull
+    hands.close()

@@ -1,0 +1,140 @@
+"""The bench over NCCL: every way runs there too, is checked, and meets its limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packcast.units import GIB, MIB
+from tests.bench.launch import label, rank_runs
+from tests.gpu.conftest import Gpus
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+EVERY_WAY = {
+    ("packcast", "file", "discard"),
+    ("packcast", "file", "write"),
+    ("packcast", "file", "verify"),
+    ("original", "file", "discard"),
+    ("original", "file", "write"),
+    ("original", "file", "land"),
+    ("load_file", "file", "land"),
+    ("compat", "resident", "discard"),
+    ("packcast", "resident", "land"),
+    ("original", "resident", "discard"),
+    ("original", "resident", "land"),
+    ("per-tensor", "resident", "land"),
+}
+
+
+@pytest.fixture
+def made(memory: Path) -> Iterator[Path]:
+    """Where the bench makes its files; it has to leave none."""
+    folder = memory / "bench"
+    folder.mkdir()
+    yield folder
+    left = list(folder.iterdir())
+    for path in left:
+        path.unlink()
+    folder.rmdir()
+    assert not left
+
+
+def bench_on(gpus: Gpus, made: Path, found: Path, code: int = 0, **changes: Any) -> dict[str, Any]:
+    settings = {
+        "checkpoint": None,
+        "shapes": ["dense"],
+        "size": 256 * MIB,
+        "sources": ["file", "resident"],
+        "sinks": ["discard", "land", "write", "verify"],
+        "readers": [1, None],
+        "buffer_sizes": [16 * MIB, 64 * MIB],
+        "num_buffers": [2],
+        "runs": 2,
+        "warmup": 1,
+        "directory": str(made),
+        "write_directory": str(made),
+        "backend": "nccl",
+        "stall_timeout_s": 60,
+    } | changes
+    options = ["--standalone", "--nproc-per-node", str(gpus.num_ranks)]
+    ended = gpus.torchrun(options, "tests.bench.entry", json.dumps(settings), found).wait(500)
+    assert (ended.returncode == 0) == (code == 0), ended.stderr
+    result: dict[str, Any] = json.loads(found.read_text())
+    return result
+
+
+@pytest.mark.parametrize("shape", ["dense", "moe", "tiny"])
+def test_every_way_is_right_over_nccl(
+    gpus: Gpus, made: Path, tmp_path: Path, shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = bench_on(gpus, made, tmp_path / "found.json", shapes=[shape])
+    assert {label(row) for row in found["measured"]} >= EVERY_WAY
+    foreign = ("instanttensor", "fastsafetensors")
+    for row in found["measured"]:
+        if row["case"]["method"] in foreign and row["failure"]:
+            continue  # what others' loaders do wrong is on record in the row
+        assert row["failure"] is None
+        assert [part["wrong"] for part in rank_runs(row)] == [0] * (3 * gpus.num_ranks)
+    stages = {limit["stage"] for limit in found["limits"]}
+    assert stages == {"read", "h2d", "broadcast", "d2h", "write"}
+    with capsys.disabled():
+        print("\n" + "\n".join(table(found)))
+
+
+def test_damage_is_reported_as_wrong_on_the_device_too(
+    gpus: Gpus, made: Path, tmp_path: Path
+) -> None:
+    damage = {"kind": "damage", "with": {"rank": 1}}
+    found = bench_on(gpus, made, tmp_path / "found.json", code=6, fault=damage, limits=False)
+    for row in found["measured"]:
+        if row["case"]["method"] in ("load_file", "instanttensor", "fastsafetensors"):
+            continue
+        assert row["failure"] is None
+        wrong = {part["rank"]: part["wrong"] for part in rank_runs(row)}
+        assert wrong[0] == 0
+        assert wrong[1] > 0, label(row)
+
+
+def test_a_ring_larger_than_the_gpu_is_a_marked_row(gpus: Gpus, made: Path, tmp_path: Path) -> None:
+    found = bench_on(
+        gpus,
+        made,
+        tmp_path / "found.json",
+        sources=["file"],
+        sinks=["discard"],
+        buffer_sizes=[16 * GIB, 16 * MIB],
+        num_buffers=[64],
+        limits=False,
+        baselines=False,
+    )
+    failures = [row["failure"] for row in found["measured"]]
+    assert sum(failure is None for failure in failures) == 2
+    assert sum("no room for 64 buffers of 16GiB" in (failure or "") for failure in failures) == 2
+
+
+def table(found: dict[str, Any]) -> Iterator[str]:
+    """For whoever runs this: GB/s of the last runs, and the limits."""
+    for limit in found["limits"]:
+        rate = limit["bytes_per_second"] / 1e9
+        yield f"limit {limit['stage']:10s} {rate:8.1f} GB/s  {limit['detail']}"
+    for row in found["measured"]:
+        case = row["case"]
+        if row["failure"]:
+            yield f"{case['method']:16s} {row['failure']}"
+            continue
+        seconds = max(part["seconds"] for part in row["runs"][-1]["ranks"])
+        waits = [
+            (waited, f"{stage}, rank {part['rank']}")
+            for part in row["runs"][-1]["ranks"]
+            for stage, waited in part["waiting"].items()
+        ]
+        yield (
+            f"{case['method']:16s} {case['source']:9s} {case['sink']:8s} {case['readers']} reader"
+            f" {case['buffer_size'] >> 20:5d} MiB x {case['num_buffers']}"
+            f" {row['nbytes'] / seconds / 1e9:8.2f} GB/s  {max(waits, default=(0, ''))[1]}"
+        )
