@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from packcast.bench.model import Case, Environment, Limit
 from packcast.bench.rows import Row
+from packcast.bench.stats import Advice
 from packcast.units import format_exact_size
 
 
@@ -39,7 +40,7 @@ def case_label(case: Case) -> str:
 
 def limit_label(limit: Limit) -> str:
     """`broadcast, 64MiB per call`, `read, 2 readers`; without more words, 1 GiB per call."""
-    words = [limit.stage]
+    words: list[str] = [limit.stage]
     if limit.buffer_size is not None:
         words.append(f"{format_exact_size(limit.buffer_size)} per call")
     if limit.readers is not None and limit.readers > 1:
@@ -70,17 +71,16 @@ def facts(environment: Environment) -> list[tuple[str, str]]:
 def warning_lines(results: Results) -> list[str]:
     """Everything odd, each kind once, with where it was met and what to do."""
     met: dict[tuple[str, str], list[Row]] = {}
-    advice = {}
+    advice: dict[tuple[str, str], Advice] = {}
     for row in results.rows:
         for one in row.warnings:
             # Of spreads and first runs every row has its own numbers: the first stand for all.
-            key = (one.kind, one.text if one.kind == "impossible" else "")
+            key = (str(one.kind), one.text if one.kind == "impossible" else "")
             met.setdefault(key, []).append(row)
             advice.setdefault(key, one)
     lines = list(results.warnings)
     for key, rows in met.items():
-        one = advice[key]
-        lines.append(f"{_where(rows)}: {one.text}; {one.advice}")
+        lines.append(f"{_where(rows)}: {advice[key].text}; {advice[key].advice}")
     return lines
 
 
