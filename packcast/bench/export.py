@@ -193,8 +193,8 @@ def to_csv(results: Results) -> str:
 
 _MARKDOWN_TITLES = (
     "method",
-    "readers",
-    "buffer",
+    ">readers",
+    ">buffer",
     ">count",
     ">GB/s",
     ">min - max",
@@ -261,7 +261,9 @@ def _markdown_row(row: Row) -> list[str]:
         format_size(row.peak_device_nbytes) if row.peak_device_nbytes else "-",
         format_size(row.peak_pinned_nbytes) if row.peak_pinned_nbytes else "-",
     ]
-    return [f"**{cell}**" if cell else "" for cell in cells] if row.is_best else cells
+    if row.is_best:
+        cells[:5] = [f"**{cell}**" for cell in cells[:5]]
+    return cells
 
 
 def gigabytes(bytes_per_second: float) -> str:

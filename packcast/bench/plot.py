@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packcast.bench.export import gigabytes
+from packcast.bench.model import Environment
 from packcast.bench.results import Results
 from packcast.bench.rows import Row, grouped
 from packcast.bench.targets import file_target
@@ -78,18 +79,23 @@ def write_plot(path: Path, results: Results) -> None:
     for axes in panels[len(groups) :]:
         axes.set_visible(False)
     if results.environment:
-        environment = results.environment
-        figure.suptitle(f"packcast bench, {environment.world_size} ranks, {environment.backend}")
+        figure.suptitle(_title(results.environment))
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
         raise DestinationError(f"--plot: {path}: {error.strerror}") from error
 
 
+def _title(environment: Environment) -> str:
+    gpus = dict.fromkeys(str(rank["gpu"]) for rank in environment.ranks if rank.get("gpu"))
+    on = f" on {', '.join(gpus)}" if gpus else ""
+    return f"packcast bench: {environment.world_size} ranks{on}, {environment.backend}"
+
+
 def _draw(axes: Axes, rows: Sequence[Row]) -> None:
     """One panel: our lines, then limits and baselines straight across them."""
     shape, source, sink = rows[0].combination
-    sizes = sorted({row.case.buffer_size // MIB for row in rows if row.is_ours} or {1})
+    sizes = sorted({nbytes // MIB for nbytes, _ in _points(rows)})
     axes.set_title(f"{shape} ({format_size(max(row.nbytes for row in rows))}), {source} to {sink}")
     axes.set_xscale("log", base=2)
     axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
@@ -161,7 +167,11 @@ def _draw_ours(axes: Axes, rows: Sequence[Row]) -> None:
     if lines:
         # Below the picture: inside it some line would run through the legend.
         axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=min(4, len(lines)), frameon=False
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            ncols=min(4, len(lines) + 1),
+            frameon=False,
+            fontsize=9,
         )
 
 

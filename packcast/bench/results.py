@@ -3,7 +3,8 @@ and the few words that all of them use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from packcast.bench.model import Case, Environment, Limit
@@ -52,20 +53,25 @@ def facts(environment: Environment) -> list[tuple[str, str]]:
     """The environment as lines of a header: what, and the words for it."""
     lines = [("versions", ", ".join(f"{k} {v}" for k, v in environment.versions.items()))]
     lines.append(("group", f"{environment.world_size} ranks, {environment.backend}"))
-    hosts: dict[str, list[str]] = {}
+    hosts: dict[str, list[Mapping[str, object]]] = {}
     for rank in environment.ranks:
-        words = [str(rank[key]) for key in ("device", "gpu") if rank.get(key)]
-        if rank.get("cores"):
-            words.append(f"{rank['cores']} cores")
-        hosts.setdefault(str(rank.get("host", "?")), []).append(" ".join(words))
-    for host, ranks in hosts.items():
-        alike = {words: ranks.count(words) for words in ranks}
-        devices = ", ".join(f"{n} x {w}" if n > 1 else w for w, n in alike.items())
-        lines.append(("host", f"{host}: {devices}"))
+        hosts.setdefault(str(rank.get("host", "?")), []).append(rank)
+    lines += [("host", f"{host}: {_machine(ranks)}") for host, ranks in hosts.items()]
     if environment.file_systems:
         systems = (f"{path} ({kind})" for path, kind in environment.file_systems.items())
         lines.append(("files in", ", ".join(systems)))
     return lines
+
+
+def _machine(ranks: Sequence[Mapping[str, object]]) -> str:
+    """`2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores`."""
+    devices = ", ".join(dict.fromkeys(str(rank.get("device", "?")) for rank in ranks))
+    gpus = Counter(str(rank["gpu"]) for rank in ranks if rank.get("gpu"))
+    names = ", ".join(f"{number} x {name}" if number > 1 else name for name, number in gpus.items())
+    cores = {str(rank["cores"]) for rank in ranks if rank.get("cores")}
+    words = f"{len(ranks)} ranks" if len(ranks) > 1 else "1 rank"
+    words += f" on {devices}" + (f" ({names})" if names else "")
+    return words + (f", {', '.join(sorted(cores))} cores" if cores else "")
 
 
 def warning_lines(results: Results) -> list[str]:

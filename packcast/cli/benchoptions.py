@@ -166,8 +166,7 @@ Nproc = Annotated[
         metavar="N",
         min=2,
         panel=LAUNCH,
-        help="Start N ranks on this machine. \\[default without a launcher: one per GPU where there "
-        "are two or more, else 2]",
+        help="Start N ranks on this machine. \\[default without a launcher: one per GPU, or 2]",
     ),
 ]
 Staging = Annotated[

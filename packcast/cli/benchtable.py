@@ -5,6 +5,7 @@ Pure; a line is the same with and without colour. Knows no terminal but its widt
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def all_lines(results: Results, width: int | None) -> list[Line]:
     """Everything, from the command line to the warnings; `width` None: as wide as it must be."""
     blocks = [header_lines(results), limit_lines(results), row_lines(results, width)]
     blocks += [heat_map(rows) for rows in _maps(results.rows)]
-    blocks.append(closing_lines(results))
+    blocks.append(closing_lines(results, width))
     lines: list[Line] = []
     for block in blocks:
         if block:
@@ -109,7 +110,8 @@ def row_lines(results: Results, width: int | None) -> list[Line]:
         lines += [_row_line(row, columns, places[id(row)], width) for row in rows]
     if left_out:
         names = ", ".join(left_out)
-        lines += [line(), line(f"(no room for: {names}; a wider terminal shows them)", DIM)]
+        words = f"(no room for {names}; a wider terminal shows them)"
+        lines += [line(), *(line(text, DIM) for text in _wrapped(words, width))]
     return lines
 
 
@@ -133,8 +135,7 @@ _ASKED = 99
 
 def _columns(rows: Sequence[Row]) -> list[_Column]:
     columns = [
-        _Column("", False, _ASKED, tuple(MARK if row.is_best else " " for row in rows)),
-        _Column("method", False, _ASKED, tuple(row.case.method for row in rows)),
+        _Column("  method", False, _ASKED, tuple(_marked(row) for row in rows)),
     ]
     if any(row.case.readers > 1 for row in rows):
         counts = tuple(str(row.case.readers) for row in rows)
@@ -149,7 +150,7 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
         _Column(
             "cv", True, 3, tuple(f"{row.seconds.cv:.1%}" if row.seconds else "" for row in rows)
         ),
-        _Column("of the limit", False, 80, tuple(_limit(row) for row in rows)),
+        _Column("of limit", False, 80, tuple(_limit(row) for row in rows)),
         _Column("x", True, 81, tuple(_ratio(row) for row in rows)),
         _Column("wrong", True, 82, tuple(str(row.wrong) if row.seconds else "" for row in rows)),
         _Column("waiting on", False, 79, tuple(_waiting(row) for row in rows)),
@@ -173,6 +174,10 @@ def _fitting(columns: list[_Column], width: int | None) -> tuple[list[_Column], 
 
 def _total(columns: Sequence[_Column]) -> int:
     return sum(column.width for column in columns) + len(_GAP) * (len(columns) - 1)
+
+
+def _marked(row: Row) -> str:
+    return f"{MARK if row.is_best else ' '} {row.case.method}"
 
 
 def _rate(row: Row) -> str:
@@ -255,13 +260,20 @@ def _block(share: float) -> str:
     return f"{'black' if is_bright else 'white'} on rgb({red},{green},{blue})"
 
 
-def closing_lines(results: Results) -> list[Line]:
+def closing_lines(results: Results, width: int | None) -> list[Line]:
     """The best points in words, what is missing, and the warnings."""
-    lines = [line(text, BEST) for row in results.rows if row.is_best for text in [best_line(row)]]
+    said = [(best_line(row), BEST) for row in results.rows if row.is_best]
     if len(results.rows) < results.num_cases:
-        lines.append(line(f"{len(results.rows)} of {results.num_cases} rows were measured", BAD))
-    lines += [line(f"warning: {text}") for text in warning_lines(results)]
-    return lines
+        said.append((f"{len(results.rows)} of {results.num_cases} rows were measured", BAD))
+    said += [(f"warning: {text}", "") for text in warning_lines(results)]
+    return [line(text, style) for words, style in said for text in _wrapped(words, width)]
+
+
+def _wrapped(words: str, width: int | None) -> list[str]:
+    """Broken between words, which a terminal would not do."""
+    if width is None:
+        return [words]
+    return textwrap.wrap(words, max(width, 20), subsequent_indent="  ", break_on_hyphens=False)
 
 
 def best_line(row: Row) -> str:

@@ -21,7 +21,14 @@ from packcast.bench.model import BenchView, Case, Environment, Limit, Measured
 from packcast.bench.results import Results, case_label, facts, limit_label
 from packcast.bench.rows import make_rows
 from packcast.bench.targets import Target, write_targets
-from packcast.cli.benchtable import Line, all_lines, limit_lines, row_lines, short_line
+from packcast.cli.benchtable import (
+    Line,
+    all_lines,
+    header_lines,
+    limit_lines,
+    row_lines,
+    short_line,
+)
 from packcast.cli.options import ProgressMode
 from packcast.cli.terminal import can_draw, printable, say
 from packcast.errors import DestinationError, PackcastError
@@ -198,8 +205,11 @@ class RichBenchDisplay(BenchDisplay):
         results, now, done = self.results, self._now, self._done
         total = results.num_cases * self._runs_each
         width, height = self._console.size
-        lines = row_lines(results, width) or limit_lines(results)
-        shown: list[RenderableType] = [_one_line(line) for line in lines[-max(1, height - 4) :]]
+        room = max(1, height - 4)
+        lines = [*header_lines(results), *limit_lines(results), *row_lines(results, width)]
+        if len(lines) > room:
+            lines = row_lines(results, width)[-room:]
+        shown: list[RenderableType] = [_one_line(line) for line in lines]
         status = Table.grid(expand=True, padding=(0, 1, 0, 0))
         status.add_column(no_wrap=True, overflow="ellipsis", ratio=3)
         status.add_column(ratio=1, min_width=8)
