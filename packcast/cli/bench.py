@@ -25,7 +25,13 @@ from packcast.cli.outcome import Outcome, as_packcast_error
 from packcast.cli.profile import choose, profile_path, save_profile
 from packcast.cli.start import be_a_rank, begin, start_ranks
 from packcast.cli.terminal import say
-from packcast.errors import PackcastError, TransferError, UsageError, VerificationError
+from packcast.errors import (
+    PackcastError,
+    TransferError,
+    UsageError,
+    VerificationError,
+    error_from_code,
+)
 from packcast.group.nproc import LAUNCHER_PID_VARIABLE
 from packcast.units import format_exact_size, format_rate, parse_rate
 
@@ -147,10 +153,11 @@ def _measure(
     except (Exception, KeyboardInterrupt) as error:
         leaver.leave(as_packcast_error(error))
     results = display.results
-    if results.environment is None or code:  # not the sender, or a failure that was told already
-        display.end(None, code)
+    if results.environment is None:  # another rank than the sender
         return code
     missed = verdict(results.rows, least)
+    if code and not missed:
+        missed = error_from_code(code, "a baseline failed its check; see the warnings")
     display.end(missed)
     if missed:
         raise missed

@@ -86,7 +86,7 @@ class BenchDisplay(BenchView):
         if not self._quiet:
             self._print(f"packcast: warning: {text}")
 
-    def end(self, error: PackcastError | None, exit_code: int = 0) -> None:
+    def end(self, error: PackcastError | None) -> None:
         """Tell everything that was found, once: exports, the table, the plot.
 
         Nothing on a rank that is not the sender. Raises DestinationError where an export fails.
@@ -98,7 +98,7 @@ class BenchDisplay(BenchView):
         self.close()
         if not self._is_sender:
             return
-        code = error.exit_code if error else exit_code
+        code = error.exit_code if error else 0
         message = error.message if error else None
         self.results = replace(self.results, exit_code=code, error=message)
         self._tell()
@@ -148,6 +148,8 @@ class PlainBenchDisplay(BenchDisplay):
 
     def measured(self, measured: Measured) -> None:
         super().measured(measured)
+        if self._is_over:  # a signal was faster
+            return
         (row,) = make_rows([measured])
         place = f"[{len(self.results.rows)}/{self.results.num_cases}]"
         self._print(f"{place} {case_label(measured.case)}: {short_line(row)}")

@@ -18,7 +18,7 @@ from packcast.bench.targets import export_targets
 from packcast.cli import benchsettings, start
 from packcast.cli.app import run
 from packcast.cli.bench import verdict
-from packcast.cli.benchview import BenchDisplay
+from packcast.cli.benchview import PlainBenchDisplay
 from packcast.errors import TransferError
 from packcast.units import GIB, MIB
 from tests.bench.samples import ENVIRONMENT, a_bench, case, measured, show
@@ -279,6 +279,18 @@ def test_wrong_bytes_are_exit_6(ranks: FakeBench, capsys: Capture) -> None:
     assert "do not trust" in captured.out
 
 
+def test_a_fault_that_only_the_ranks_know_of_is_not_silent(
+    ranks: FakeBench, capsys: Capture
+) -> None:
+    def wrong(view: BenchView) -> int:
+        show(view, GOOD)
+        return 6
+
+    ranks.does = wrong
+    assert run(["bench", "-q"]) == 6
+    assert "a baseline failed its check" in capsys.readouterr().err
+
+
 def test_a_baselines_faults_are_its_own() -> None:
     rows = make_rows([measured(case(), [9.0]), measured(case("original"), [4.0], wrong=7)])
     assert verdict(rows, None) is None
@@ -384,10 +396,14 @@ def test_a_failed_export_does_not_hide_why_the_bench_ended(
     ]
 
 
-def test_a_late_row_changes_nothing_once_the_end_was_told(tmp_path: Path) -> None:
+def test_a_late_row_changes_nothing_once_the_end_was_told(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "r.json"
-    display = BenchDisplay("packcast bench", export_targets({"--export-json": str(path)}))
+    display = PlainBenchDisplay("packcast bench", export_targets({"--export-json": str(path)}))
     show(display, GOOD[:1])
     display.end(TransferError("lost rank 3"))
+    capsys.readouterr()
     display.measured(GOOD[1])
+    display.end(None)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
     assert json.loads(path.read_text())["error"] == "lost rank 3"
