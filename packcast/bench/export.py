@@ -226,9 +226,10 @@ def to_markdown(results: Results) -> str:
         blocks.append(_table(_MARKDOWN_TITLES, [_markdown_row(row) for row in rows]))
     if warnings := warning_lines(results):
         blocks.append("\n".join(f"- {_cell(line)}" for line in warnings))
-    if results.error or results.exit_code is None:
-        why = _cell(results.error or "still running")
-        blocks.append(f"Not complete ({len(results.rows)} of {results.num_cases} rows): {why}")
+    if len(results.rows) < results.num_cases:
+        blocks.append(f"{len(results.rows)} of {results.num_cases} rows were measured.")
+    if results.error:
+        blocks.append(f"It failed: {_cell(results.error)}")
     return "\n\n".join(blocks) + "\n"
 
 

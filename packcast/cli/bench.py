@@ -80,6 +80,13 @@ def bench(
 ) -> int:
     outcome = begin(context, "bench", json=None, verbose=verbose)
     least = given.read("--min-bandwidth", min_bandwidth, parse_rate) if min_bandwidth else None
+    alone = outcome.launch.kind == "none"
+
+    def num_ranks() -> int:
+        if not alone:
+            return outcome.launch.local_world_size
+        return nproc or default_nproc(backend, device)
+
     settings = bench_settings(
         checkpoint=checkpoint,
         shape=shape,
@@ -106,7 +113,7 @@ def bench(
         heartbeat_timeout=heartbeat_timeout,
         stall_timeout=stall_timeout,
         launch=outcome.launch,
-        num_ranks=nproc or outcome.launch.local_world_size,
+        num_ranks=num_ranks,
         environ=os.environ,
     )
     exports: tuple[Target, ...] = ()
@@ -119,9 +126,9 @@ def bench(
         }
         exports = export_targets(paths)
         draw = _plotter(plot) if plot is not None else None
-    if outcome.launch.kind == "none":
+    if alone:
         pin_defaults(settings, os.environ)
-        return start_ranks(outcome, nproc or default_nproc(backend, device))
+        return start_ranks(outcome, num_ranks())
     if nproc is not None:
         raise UsageError(
             f"--nproc is for use without a launcher; this process was started by "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import get_args
 
@@ -96,10 +96,13 @@ def bench_settings(
     heartbeat_timeout: str,
     stall_timeout: str,
     launch: Launch,
-    num_ranks: int,
+    num_ranks: Callable[[], int],
     environ: Mapping[str, str],
 ) -> BenchSettings:
-    """Everything, checked; raises UsageError. Touches nothing, makes nothing."""
+    """Everything, checked; raises UsageError. Touches nothing, makes nothing.
+
+    `num_ranks`, those on this host, is asked for only where no directory is given.
+    """
     shapes, sources, sinks = what(checkpoint, shape, size, source, sink)
     nbytes = size_of_weights(size, backend, device)
     sizes = grammar.buffer_sizes("--buffer-size", buffer_size)
@@ -107,20 +110,23 @@ def bench_settings(
     for one in sizes:
         check_staging(one, pinned)
     given.check_port(port, launch)
-    where = (
-        _directory("--dir", directory)
-        if directory
-        else default_directory(nbytes, write_too="write" in sinks, num_ranks=num_ranks, cold=cold)
-    )
+    readers_of = grammar.readers("--readers", readers)
+    counts = grammar.buffer_counts("--num-buffers", num_buffers)
+    if directory:
+        where = _directory("--dir", directory)
+    else:  # last, since counting ranks may mean counting GPUs, which takes torch seconds
+        where = default_directory(
+            nbytes, write_too="write" in sinks, num_ranks=num_ranks(), cold=cold
+        )
     return BenchSettings(
         checkpoint=Path(checkpoint) if checkpoint is not None else None,
         shapes=shapes,
         size=nbytes,
         sources=sources,
         sinks=sinks,
-        readers=grammar.readers("--readers", readers),
+        readers=readers_of,
         buffer_sizes=sizes,
-        num_buffers=grammar.buffer_counts("--num-buffers", num_buffers),
+        num_buffers=counts,
         runs=runs,
         warmup=warmup,
         directory=where,

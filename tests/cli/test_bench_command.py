@@ -55,14 +55,15 @@ def test_ctrl_c_leaves_the_rows_so_far_and_no_files(commands: Commands, tmp_path
     work, out = tmp_path / "work", tmp_path / "r.json"
     work.mkdir()
     words = ("--dir", work, "--device", "cpu", "--no-baselines", "--no-limits")
-    # The second combination is so long that the signal comes within it.
     more = ("--sink", "discard,write", "--runs", "1000", "--export-json", out)
     long = commands.packcast("bench", *SMALL[:-2], "--nproc", "2", *words, *more)
-    long.read_until(r"4 cases to measure|8 cases to measure")
+    long.read_until("8 cases to measure")
     long.send_signal(signal.SIGINT)
     ended = long.wait()
     assert ended.returncode == 130, ended.stderr
     found = json.loads(out.read_text())
-    assert (found["exit_code"], found["ok"]) == (130, False)
+    # The sender's own signal, or the news of a worker's, which may be faster.
+    assert found["exit_code"] in (130, 5)
+    assert found["error"].endswith("interrupted by SIGINT")
     assert f"{len(found['rows'])} of 8 rows were measured" in ended.stdout
     assert list(work.iterdir()) == []
