@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packcast.bench import grammar
@@ -115,6 +115,7 @@ def test_choices_are_words_of_a_list() -> None:
         grammar.choices("--sink", "lnad", ("discard", "land"))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(0, 4096), st.one_of(st.integers(2, 9), st.integers(-99, -1)))
 def test_a_range_begins_with_its_first_value_and_never_passes_its_last(
     first: int, more: int, step: int
@@ -128,6 +129,7 @@ def test_a_range_begins_with_its_first_value_and_never_passes_its_last(
     assert found[-1] <= last * MIB < nexts[-1]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 16384), min_size=1, max_size=20))
 def test_what_is_written_is_read_back(sizes: list[int]) -> None:
     text = ",".join(format_exact_size(size * MIB) for size in sizes)

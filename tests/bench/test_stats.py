@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packcast.bench.model import RankRun, Run
@@ -40,6 +40,7 @@ def test_p95_is_a_time_that_was_measured_within_which_95_of_100_were_done() -> N
     assert nearest_rank([7.0], 0.95) == 7.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60))
 def test_a_summary_is_in_order(times: list[float]) -> None:
     found = summarize(times)
