@@ -31,7 +31,7 @@ from packcast.cli.helps import (
 from packcast.cli.outcome import Outcome, as_packcast_error
 from packcast.cli.profile import profiled
 from packcast.cli.progress import make_view
-from packcast.cli.start import be_a_rank, begin, start_ranks
+from packcast.cli.start import be_a_rank, begin, start_ranks, was_given
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
@@ -123,7 +123,7 @@ def send(
     outcome = begin(context, "send", json=json, verbose=verbose)
     sink, target = given.destination(out, verify)
     ring = given.buffers(buffer_size, num_buffers, staging)
-    if not no_profile and not given.was_given(context, "buffer_size", "num_buffers"):
+    if not no_profile and not was_given(context, "buffer_size", "num_buffers"):
         starts_ranks = nproc is not None and not dry_run
         says = not quiet and not starts_ranks and outcome.launch.rank == 0
         ring = profiled(ring, profile, backend, device, os.environ, say if says else None)

@@ -18,8 +18,7 @@ from packcast.bench.rows import Row, grouped
 from packcast.bench.targets import Target, export_targets
 from packcast.cli import benchoptions as bo
 from packcast.cli import options as opt
-from packcast.cli import settings as given
-from packcast.cli.benchsettings import bench_settings, default_nproc, pin_defaults
+from packcast.cli.benchsettings import bench_settings, default_nproc, least_rate, pin_defaults
 from packcast.cli.helps import HEARTBEAT_TIMEOUT, JOIN_TIMEOUT, STAGING, STALL_TIMEOUT
 from packcast.cli.outcome import Outcome, as_packcast_error
 from packcast.cli.profile import choose, profile_path, save_profile
@@ -33,7 +32,7 @@ from packcast.errors import (
     error_from_code,
 )
 from packcast.group.nproc import LAUNCHER_PID_VARIABLE
-from packcast.units import format_exact_size, format_rate, parse_rate
+from packcast.units import format_exact_size, format_rate
 
 if TYPE_CHECKING:
     from packcast.bench.model import BenchSettings
@@ -79,7 +78,7 @@ def bench(
     verbose: opt.Verbose = False,
 ) -> int:
     outcome = begin(context, "bench", json=None, verbose=verbose)
-    least = given.read("--min-bandwidth", min_bandwidth, parse_rate) if min_bandwidth else None
+    least = least_rate(min_bandwidth) if min_bandwidth is not None else None
     alone = outcome.launch.kind == "none"
 
     def num_ranks() -> int:

@@ -20,7 +20,7 @@ from packcast.errors import UsageError
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_staging
 from packcast.settings import Backend
-from packcast.units import GIB, MIB, format_exact_size
+from packcast.units import GIB, MIB, format_exact_size, parse_rate
 
 SIZE_ON_CPUS, SIZE_ON_GPUS = 256 * MIB, 8 * GIB
 _SHAPES: tuple[ShapeKind, ...] = get_args(ShapeKind)
@@ -109,7 +109,8 @@ def bench_settings(
     pinned = given.size("--staging", staging)
     for one in sizes:
         check_staging(one, pinned)
-    given.check_port(port, launch)
+    if port is not None and launch.kind != "slurm":
+        raise UsageError("--port is for Slurm", hint="torchrun has --master-port")
     readers_of = grammar.readers("--readers", readers)
     counts = grammar.buffer_counts("--num-buffers", num_buffers)
     if directory:
@@ -142,6 +143,14 @@ def bench_settings(
         token=given.token(token_file, environ),
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
+
+
+def least_rate(text: str) -> float:
+    """--min-bandwidth, in bytes per second."""
+    try:
+        return parse_rate(text)
+    except UsageError as error:
+        raise UsageError(f"--min-bandwidth: {error.message}", hint=error.hint) from None
 
 
 def _directory(option: str, text: str) -> Path:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
-import typer
-
 from packcast.errors import UsageError
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_buffers, check_staging
@@ -32,8 +30,7 @@ WAYS_TO_LAUNCH = """ways to start the workers:
     under Slurm         srun packcast send CKPT --out DIR"""
 
 
-def read(option: str, text: str, reader: Callable[[str], T]) -> T:
-    """The value; what is wrong with it is said with the option's name."""
+def _read(option: str, text: str, reader: Callable[[str], T]) -> T:
     try:
         return reader(text)
     except UsageError as error:
@@ -42,21 +39,15 @@ def read(option: str, text: str, reader: Callable[[str], T]) -> T:
 
 def size(option: str, text: str) -> int:
     """Bytes; at least one block of digests, 1 MiB."""
-    nbytes = read(option, text, parse_size)
+    nbytes = _read(option, text, parse_size)
     if nbytes < MIB:
         raise UsageError(f"{option}: {text} is too small", hint="the least is 1MiB")
     return nbytes
 
 
-def was_given(context: typer.Context, *names: str) -> bool:
-    """Whether any of these options was typed, or set in the environment."""
-    sources = map(context.get_parameter_source, names)
-    return any(source is not None and source.name != "DEFAULT" for source in sources)
-
-
 def seconds(option: str, text: str) -> float:
     """A time limit; more than nothing."""
-    value = read(option, text, parse_duration)
+    value = _read(option, text, parse_duration)
     if value <= 0:
         raise UsageError(f"{option}: a limit of {text} is over before it begins")
     return value
@@ -203,7 +194,7 @@ def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None
         raise UsageError("--listen needs --workers N: how many `packcast recv` will come")
     if not launched and nproc is None and settings.workers is None:
         raise UsageError("there is nobody to send to", hint=WAYS_TO_LAUNCH)
-    check_port(settings.port, launch)
+    _check_port(settings, launch)
 
 
 def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
@@ -226,12 +217,11 @@ def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
         )
     if settings.address is not None and settings.address[1] == 0:
         raise UsageError("port 0 is not a place to connect to")
-    check_port(settings.port, launch)
+    _check_port(settings, launch)
 
 
-def check_port(port: int | None, launch: Launch) -> None:
-    """Only Slurm has a port of its own to choose."""
-    if port is not None and launch.kind != "slurm":
+def _check_port(settings: Settings, launch: Launch) -> None:
+    if settings.port is not None and launch.kind != "slurm":
         raise UsageError(
             "--port is for Slurm",
             hint="torchrun has --master-port; without a launcher use --listen",
