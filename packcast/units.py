@@ -12,8 +12,9 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 _SIZE_UNITS = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": 1 << 40}
+_RATE_UNITS = {"B/S": 1.0, "KB/S": 1e3, "MB/S": 1e6, "GB/S": 1e9, "TB/S": 1e12}
 _TIME_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
-_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*")
+_NUMBER_AND_UNIT = re.compile(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*(?:/s)?)\s*")
 
 
 def parse_size(text: str) -> int:
@@ -47,6 +48,15 @@ def format_exact_size(nbytes: int) -> str:
 def format_rate(bytes_per_second: float) -> str:
     """Decimal, as the field writes bandwidth: `43.6 GB/s`."""
     return f"{bytes_per_second / 1e9:.{1 if bytes_per_second >= 10e9 else 2}f} GB/s"
+
+
+def parse_rate(text: str) -> float:
+    """`10GB/s` or `500 MB/s`, in bytes per second; raises UsageError."""
+    match = _NUMBER_AND_UNIT.fullmatch(text)
+    unit = match and _RATE_UNITS.get(match[2].upper())
+    if not match or not unit:
+        raise UsageError(f"{text!r} is not a rate", hint="write rates as 10GB/s or 500MB/s")
+    return float(match[1]) * unit
 
 
 def parse_duration(text: str) -> float:

@@ -34,6 +34,7 @@ def checkpoint(tmp_path: Path) -> str:
         ["--help"],
         ["send", "--help"],
         ["recv", "--help"],
+        ["bench", "--help"],
         ["--version"],
         ["inspect", "CKPT", "--tensors"],
         ["send", "CKPT", "--dry-run", "--json", "-"],

@@ -18,6 +18,7 @@ from packcast.units import (
     format_rate,
     format_size,
     parse_duration,
+    parse_rate,
     parse_size,
 )
 
@@ -171,3 +172,19 @@ def test_a_duration_never_says_60_of_a_unit(seconds: float) -> None:
 )
 def test_a_rate_is_decimal(rate: float, text: str) -> None:
     assert format_rate(rate) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [("10GB/s", 10e9), ("1.5 GB/s", 1.5e9), ("500MB/s", 5e8), ("3 gb/s", 3e9), ("2TB/s", 2e12)],
+)
+def test_rates_are_read(text: str, rate: float) -> None:
+    assert parse_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "10", "10GB", "10GiB/s", "-1GB/s", "GB/s", "10 G/s"])
+def test_what_is_no_rate_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a rate"):
+        parse_rate(text)
+    with pytest.raises(UsageError):
+        parse_size("10GB/s")

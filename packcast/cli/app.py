@@ -14,53 +14,31 @@ import typer
 import packcast
 from packcast.cli import options as opt
 from packcast.cli import settings as given
+from packcast.cli.bench import bench
+from packcast.cli.helps import (
+    BENCH_EXAMPLES,
+    BENCH_HELP,
+    BUFFER_SIZE,
+    HEARTBEAT_TIMEOUT,
+    JOIN_TIMEOUT,
+    RECV_EXAMPLES,
+    RECV_HELP,
+    SEND_EXAMPLES,
+    SEND_HELP,
+    STAGING,
+    STALL_TIMEOUT,
+)
 from packcast.cli.outcome import Outcome, as_packcast_error
+from packcast.cli.profile import profiled
 from packcast.cli.progress import make_view
+from packcast.cli.start import be_a_rank, begin, start_ranks, was_given
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
-from packcast.group.launch import detect_launch
-from packcast.group.leave import Leaver, die_with_parent, record_failure, watch_signals
-from packcast.group.nproc import LAUNCHER_PID_VARIABLE, run_nproc
-from packcast.settings import (
-    DEFAULT_BUFFER_SIZE,
-    DEFAULT_HEARTBEAT_TIMEOUT_S,
-    DEFAULT_JOIN_TIMEOUT_S,
-    DEFAULT_NUM_BUFFERS,
-    DEFAULT_STAGING,
-    DEFAULT_STALL_TIMEOUT_S,
-    Settings,
-)
-from packcast.units import format_exact_size
+from packcast.group.leave import record_failure
+from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 
-# As they are typed, so that --help shows them so.
-BUFFER_SIZE = format_exact_size(DEFAULT_BUFFER_SIZE)
-STAGING = format_exact_size(DEFAULT_STAGING)
-JOIN_TIMEOUT = f"{DEFAULT_JOIN_TIMEOUT_S / 60:g}min"
-HEARTBEAT_TIMEOUT = f"{DEFAULT_HEARTBEAT_TIMEOUT_S:g}s"
-STALL_TIMEOUT = f"{DEFAULT_STALL_TIMEOUT_S / 60:g}min"
-
-COMMANDS = ("send", "recv", "inspect")
-EVERY_OPTION = "Every option also reads PACKCAST_<NAME>, as in PACKCAST_BUFFER_SIZE=64MiB."
-# One line per paragraph: the help is wrapped to the terminal, but keeps the lines that it is given.
-SEND_HELP = """Send a checkpoint to every worker.
-
-In a single launch (torchrun, Slurm, --nproc) every rank runs this command: \
-the lowest rank sends; the others write to --out, compare with --verify, \
-or, with neither, check digests and drop the bytes."""
-RECV_HELP = """Receive a checkpoint: write it, compare it with a local one, or drop it.
-
-Without a launcher, HOST:PORT is where `packcast send --workers N` listens. \
-It may be started before the sender."""
-SEND_EXAMPLES = f"""Example, three ranks on this machine: \
-packcast send CKPT --out '/local/copy-{{rank}}' --nproc 3
-
-Example, two other hosts: packcast send CKPT --workers 2 --listen node1:29400
-
-{EVERY_OPTION}"""
-RECV_EXAMPLES = f"""Example: packcast recv node1:29400 --out /local/model
-
-{EVERY_OPTION}"""
+COMMANDS = ("send", "recv", "bench", "inspect")
 
 app = typer.Typer(
     name="packcast",
@@ -129,6 +107,8 @@ def send(
     readers: opt.Readers = "1",
     buffer_size: opt.BufferSize = BUFFER_SIZE,
     num_buffers: opt.NumBuffers = DEFAULT_NUM_BUFFERS,
+    profile: opt.Profile = None,
+    no_profile: opt.NoProfile = False,
     staging: opt.Staging = STAGING,
     backend: opt.BackendChoice = "auto",
     device: opt.Device = "auto",
@@ -140,8 +120,13 @@ def send(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    outcome = _begin(context, "send", json=json, verbose=verbose)
+    outcome = begin(context, "send", json=json, verbose=verbose)
     sink, target = given.destination(out, verify)
+    ring = given.buffers(buffer_size, num_buffers, staging)
+    if not no_profile and not was_given(context, "buffer_size", "num_buffers"):
+        starts_ranks = nproc is not None and not dry_run
+        says = not quiet and not starts_ranks and outcome.launch.rank == 0
+        ring = profiled(ring, profile, backend, device, os.environ, say if says else None)
     outcome.settings = Settings(
         command="send",
         checkpoint=Path(checkpoint),
@@ -153,7 +138,7 @@ def send(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         readers=given.readers(readers),
-        **given.buffers(buffer_size, num_buffers, staging),
+        **ring,
         backend=backend,
         device=given.device(device),
         workers=workers,
@@ -168,7 +153,7 @@ def send(
         return _show(outcome, dry_run_of(outcome.settings), quiet=quiet)
     given.check_send(outcome.settings, outcome.launch, nproc=nproc)
     if nproc is not None:
-        return _start_ranks(outcome, nproc)
+        return start_ranks(outcome, nproc)
     return _move(outcome, outcome.settings, progress, quiet=quiet)
 
 
@@ -192,7 +177,7 @@ def recv(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    outcome = _begin(context, "recv", json=json, verbose=verbose)
+    outcome = begin(context, "recv", json=json, verbose=verbose)
     sink, target = given.destination(out, verify, discard=discard, required=True)
     outcome.settings = Settings(
         command="recv",
@@ -210,6 +195,9 @@ def recv(
     return _move(outcome, outcome.settings, progress, quiet=quiet)
 
 
+app.command(help=BENCH_HELP, epilog=BENCH_EXAMPLES)(bench)
+
+
 @app.command(epilog="Example: packcast inspect CKPT --tensors")
 def inspect(
     context: typer.Context,
@@ -223,20 +211,9 @@ def inspect(
     """Show what is in a checkpoint: files, sizes, tensors, dtypes."""
     from packcast.cli.inspect import inspect as listing_of
 
-    outcome = _begin(context, "inspect", json=json, verbose=verbose)
+    outcome = begin(context, "inspect", json=json, verbose=verbose)
     listing = listing_of(Path(checkpoint), all_files=all_files, tensors=tensors)
     return _show(outcome, listing, quiet=quiet)
-
-
-def _begin(context: typer.Context, command: str, *, json: str | None, verbose: bool) -> Outcome:
-    """What even a wrong command line's end must know: -v and --json."""
-    outcome = context.obj
-    assert isinstance(outcome, Outcome)
-    outcome.command, outcome.verbose = command, verbose
-    if command != "inspect":
-        outcome.launch = detect_launch(os.environ)
-    outcome.json = given.json_target(json)
-    return outcome
 
 
 def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
@@ -250,24 +227,11 @@ def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
     return 0
 
 
-def _start_ranks(outcome: Outcome, nproc: int) -> int:
-    os.environ.pop("PACKCAST_NPROC", None)  # or every rank would start ranks of its own
-    argv = given.without_nproc(outcome.argv)
-    return run_nproc(argv, nproc, verbose=outcome.verbose, say=say)
-
-
 def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet: bool) -> int:
     """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
-    leaver = Leaver(outcome.failed)
-    if outcome.launch.kind == "torchrun":  # --nproc is one too, and says who it is
-        launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
-        die_with_parent(int(launcher) if launcher.isdecimal() else None)
-    watch_signals(leaver)  # before torch, whose threads must inherit the mask
-    if not outcome.verbose:
-        # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    leaver = be_a_rank(outcome)
     try:
         from packcast import transfer
 

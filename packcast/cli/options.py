@@ -21,7 +21,7 @@ OUTPUT = "Output"
 # A repeatable option's variable is split at spaces: PACKCAST_INCLUDE="a* b*".
 
 
-def _option(
+def option(
     *names: str,
     panel: str,
     help: str,
@@ -53,7 +53,7 @@ Checkpoint = Annotated[
 ]
 Out = Annotated[
     str | None,
-    _option(
+    option(
         "--out",
         metavar="DIR",
         panel=DESTINATION,
@@ -62,7 +62,7 @@ Out = Annotated[
 ]
 Verify = Annotated[
     str | None,
-    _option(
+    option(
         "--verify",
         metavar="CKPT",
         panel=DESTINATION,
@@ -71,7 +71,7 @@ Verify = Annotated[
 ]
 Discard = Annotated[
     bool,
-    _option(
+    option(
         "--discard",
         panel=DESTINATION,
         help="Check digests and drop the bytes.",
@@ -79,7 +79,7 @@ Discard = Annotated[
 ]
 Force = Annotated[
     bool,
-    _option(
+    option(
         "--force",
         panel=DESTINATION,
         help="Replace an earlier copy in DIR. A directory that holds anything else is left alone.",
@@ -88,7 +88,7 @@ Force = Annotated[
 
 NoSidecars = Annotated[
     bool,
-    _option(
+    option(
         "--no-sidecars",
         panel=SELECTION,
         help="Only shards and their index: no config, no tokenizer.",
@@ -96,7 +96,7 @@ NoSidecars = Annotated[
 ]
 AllFiles = Annotated[
     bool,
-    _option(
+    option(
         "--all-files",
         panel=SELECTION,
         help="Also .safetensors files that the index does not name.",
@@ -104,7 +104,7 @@ AllFiles = Annotated[
 ]
 Include = Annotated[
     list[str] | None,
-    _option(
+    option(
         "--include",
         metavar="GLOB",
         panel=SELECTION,
@@ -113,7 +113,7 @@ Include = Annotated[
 ]
 Exclude = Annotated[
     list[str] | None,
-    _option(
+    option(
         "--exclude",
         metavar="GLOB",
         panel=SELECTION,
@@ -122,7 +122,7 @@ Exclude = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    _option(
+    option(
         "--dry-run",
         panel=SELECTION,
         help="Show what would be sent and the memory it needs, then stop.",
@@ -131,7 +131,7 @@ DryRun = Annotated[
 
 Nproc = Annotated[
     int | None,
-    _option(
+    option(
         "--nproc",
         metavar="N",
         min=2,
@@ -141,7 +141,7 @@ Nproc = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    _option(
+    option(
         "--workers",
         metavar="N",
         min=1,
@@ -151,7 +151,7 @@ Workers = Annotated[
 ]
 Listen = Annotated[
     str | None,
-    _option(
+    option(
         "--listen",
         metavar="HOST:PORT",
         panel=LAUNCH,
@@ -160,7 +160,7 @@ Listen = Annotated[
 ]
 Port = Annotated[
     int | None,
-    _option(
+    option(
         "--port",
         metavar="PORT",
         min=1,
@@ -179,7 +179,7 @@ Address = Annotated[
 ]
 Rank = Annotated[
     int | None,
-    _option(
+    option(
         "--rank",
         metavar="N",
         min=1,
@@ -189,7 +189,7 @@ Rank = Annotated[
 ]
 TokenFile = Annotated[
     str | None,
-    _option(
+    option(
         "--token-file",
         metavar="FILE",
         panel=LAUNCH,
@@ -198,7 +198,7 @@ TokenFile = Annotated[
 ]
 Readers = Annotated[
     str,
-    _option(
+    option(
         "--readers",
         metavar="N|all",
         panel=LAUNCH,
@@ -208,7 +208,7 @@ Readers = Annotated[
 
 BufferSize = Annotated[
     str,
-    _option(
+    option(
         "--buffer-size",
         metavar="SIZE",
         panel=TUNING,
@@ -217,16 +217,34 @@ BufferSize = Annotated[
 ]
 NumBuffers = Annotated[
     int,
-    _option(
+    option(
         "--num-buffers",
         metavar="N",
         panel=TUNING,
         help="Buffers on each device.",
     ),
 ]
+Profile = Annotated[
+    str | None,
+    option(
+        "--profile",
+        metavar="FILE",
+        panel=TUNING,
+        help="What `bench --save-profile` found best; used where no buffers are given. "
+        "\\[default: ~/.config/packcast/profile.json]",
+    ),
+]
+NoProfile = Annotated[
+    bool,
+    option(
+        "--no-profile",
+        panel=TUNING,
+        help="Use no profile.",
+    ),
+]
 Staging = Annotated[
     str,
-    _option(
+    option(
         "--staging",
         metavar="SIZE",
         panel=TUNING,
@@ -235,7 +253,7 @@ Staging = Annotated[
 ]
 BackendChoice = Annotated[
     Literal["auto", "nccl", "gloo"],
-    _option(
+    option(
         "--backend",
         panel=TUNING,
         help="auto: NCCL where every rank has a GPU of its own, else gloo.",
@@ -243,7 +261,7 @@ BackendChoice = Annotated[
 ]
 Device = Annotated[
     str,
-    _option(
+    option(
         "--device",
         metavar="auto|cpu|cuda|cuda:N",
         panel=TUNING,
@@ -253,7 +271,7 @@ Device = Annotated[
 
 JoinTimeout = Annotated[
     str,
-    _option(
+    option(
         "--join-timeout",
         metavar="TIME",
         panel=LIMITS,
@@ -262,7 +280,7 @@ JoinTimeout = Annotated[
 ]
 HeartbeatTimeout = Annotated[
     str,
-    _option(
+    option(
         "--heartbeat-timeout",
         metavar="TIME",
         panel=LIMITS,
@@ -271,7 +289,7 @@ HeartbeatTimeout = Annotated[
 ]
 StallTimeout = Annotated[
     str,
-    _option(
+    option(
         "--stall-timeout",
         metavar="TIME",
         panel=LIMITS,
@@ -281,7 +299,7 @@ StallTimeout = Annotated[
 
 Json = Annotated[
     str | None,
-    _option(
+    option(
         "--json",
         metavar="FILE|-",
         panel=OUTPUT,
@@ -290,7 +308,7 @@ Json = Annotated[
 ]
 InspectJson = Annotated[
     str | None,
-    _option(
+    option(
         "--json",
         metavar="FILE|-",
         panel=OUTPUT,
@@ -299,7 +317,7 @@ InspectJson = Annotated[
 ]
 Tensors = Annotated[
     bool,
-    _option(
+    option(
         "--tensors",
         panel=OUTPUT,
         help="List every tensor.",
@@ -307,7 +325,7 @@ Tensors = Annotated[
 ]
 Progress = Annotated[
     ProgressMode,
-    _option(
+    option(
         "--progress",
         panel=OUTPUT,
         help="auto: rich on a terminal, else plain lines.",
@@ -315,7 +333,7 @@ Progress = Annotated[
 ]
 Quiet = Annotated[
     bool,
-    _option(
+    option(
         "--quiet",
         "-q",
         panel=OUTPUT,
@@ -324,7 +342,7 @@ Quiet = Annotated[
 ]
 Verbose = Annotated[
     bool,
-    _option(
+    option(
         "--verbose",
         "-v",
         panel=OUTPUT,

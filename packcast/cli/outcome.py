@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -49,17 +50,26 @@ class Outcome:
     settings: Settings | None = None
     launch: Launch = NOT_LAUNCHED
     display: Display | None = None
+    before_error: Callable[[PackcastError], None] | None = None  # a bench's rows so far
 
     def failed(self, error: PackcastError) -> None:
         """Print the error and write the result; also on a thread other than the main one."""
         if self.display:
             self.display.close()
+        second: PackcastError | None = None
+        if self.before_error:
+            try:
+                self.before_error(error)
+            except PackcastError as unwritable:
+                second = unwritable
         if self.verbose:
             say("".join(traceback.format_exception(error)).rstrip())
         _say_error(error, with_hint=not (self.verbose and error.hint == _TRY_VERBOSE))
         try:
             self._write_failure(error)
-        except PackcastError as second:
+        except PackcastError as unwritable:
+            second = unwritable
+        if second:
             _say_error(second)
 
     def finished(self, report: Report) -> int:

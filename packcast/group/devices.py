@@ -51,13 +51,18 @@ def boot_id() -> str:
         return host_name() + told
 
 
+def has_gpu_driver() -> bool:
+    """Whether GPUs may be there, told without torch."""
+    return any(map(os.path.exists, _DRIVERS))
+
+
 def visible_gpus() -> tuple[str, ...]:
     """The UUIDs of the GPUs this process may use, in CUDA's order; empty if there are none.
 
     Asking initialises the driver but makes no context on any GPU (torch makes one with the first
     allocation or stream), so ranks do not leave 500 MB each on GPU 0.
     """
-    if not any(map(os.path.exists, _DRIVERS)):
+    if not has_gpu_driver():
         return ()  # and torch need not be imported
     import torch
     import torch.distributed as dist

@@ -14,7 +14,7 @@ from typing import NoReturn
 import pytest
 
 import packcast
-from packcast.cli import app
+from packcast.cli import start
 from packcast.errors import PackcastError
 from packcast.report import Report
 from packcast.settings import Settings
@@ -53,7 +53,9 @@ class FakeLeaver:
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor a profile of whoever runs the tests."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     for name in os.environ:
         if name.startswith(("PACKCAST_", "SLURM_")) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
@@ -80,9 +82,9 @@ def transfer(monkeypatch: pytest.MonkeyPatch) -> FakeTransfer:
     monkeypatch.setattr(module, "run", fake.run, raising=False)
     monkeypatch.setitem(sys.modules, "packcast.transfer", module)
     monkeypatch.setattr(packcast, "transfer", module, raising=False)
-    monkeypatch.setattr(app, "Leaver", FakeLeaver)
-    monkeypatch.setattr(app, "watch_signals", lambda leaver: None)
-    monkeypatch.setattr(app, "die_with_parent", fake.parents.append)
+    monkeypatch.setattr(start, "Leaver", FakeLeaver)
+    monkeypatch.setattr(start, "watch_signals", lambda leaver: None)
+    monkeypatch.setattr(start, "die_with_parent", fake.parents.append)
     return fake
 
 

@@ -260,7 +260,7 @@ def test_nproc_starts_the_same_command_once_per_rank(
         calls.append((argv, nproc))
         return 5
 
-    monkeypatch.setattr("packcast.cli.app.run_nproc", run_nproc)
+    monkeypatch.setattr("packcast.cli.start.run_nproc", run_nproc)
     assert run(["send", "c", "--nproc", "3", "--out", "d-{rank}"]) == 5
     monkeypatch.setenv("PACKCAST_NPROC", "2")
     assert run(["send", "c"]) == 5

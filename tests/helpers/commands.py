@@ -159,7 +159,7 @@ class Commands:
         self._commands: list[Command] = []
         self._environment = {
             name: value for name, value in os.environ.items() if not _LEFTOVERS.fullmatch(name)
-        } | {_MARK: self._mark, "OMP_NUM_THREADS": "1"}
+        } | {_MARK: self._mark, "OMP_NUM_THREADS": "1", "PACKCAST_NO_PROFILE": "1"}
 
     def __enter__(self) -> Commands:
         return self

@@ -1,0 +1,252 @@
+"""The options that only `packcast bench` has, or reads as lists; the others are in options.py."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from packcast.cli.options import LAUNCH, OUTPUT, TUNING, option
+
+WEIGHTS = "What is measured"
+SWEEP = "Sweep"
+
+Checkpoint = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="CKPT",
+        help="A checkpoint to measure with, instead of generated weights.",
+        show_default=False,
+    ),
+]
+Shape = Annotated[
+    str | None,
+    option(
+        "--shape",
+        metavar="LIST",
+        panel=WEIGHTS,
+        help="Generated weights: dense (like Llama), moe (matrices of 3 MiB), tiny (tensors of "
+        "16 KiB). \\[default: dense]",
+    ),
+]
+Size = Annotated[
+    str | None,
+    option(
+        "--size",
+        metavar="SIZE",
+        panel=WEIGHTS,
+        help="Bytes of generated weights. \\[default: 256MiB; with GPUs 8GiB]",
+    ),
+]
+Source = Annotated[
+    str,
+    option(
+        "--source",
+        metavar="LIST",
+        panel=WEIGHTS,
+        help="Where the bytes come from: file, resident (on the device already).",
+    ),
+]
+Sink = Annotated[
+    str | None,
+    option(
+        "--sink",
+        metavar="LIST",
+        panel=WEIGHTS,
+        help="Where they go: discard, land (in tensors on the device), write, verify. "
+        "\\[default: discard,write; of resident weights discard,land]",
+    ),
+]
+Cold = Annotated[
+    bool,
+    option(
+        "--cold",
+        panel=WEIGHTS,
+        help="Before each run drop the source's files from the page cache, and check that.",
+    ),
+]
+Directory = Annotated[
+    str | None,
+    option(
+        "--dir",
+        metavar="DIR",
+        panel=WEIGHTS,
+        help="Where generated checkpoints lie meanwhile. \\[default: /dev/shm if it has room, else "
+        "the directory for temporary files]",
+    ),
+]
+WriteDirectory = Annotated[
+    str | None,
+    option(
+        "--write-dir",
+        metavar="DIR",
+        panel=WEIGHTS,
+        help="Where the sink `write` writes. \\[default: --dir]",
+    ),
+]
+
+BufferSizes = Annotated[
+    str,
+    option(
+        "--buffer-size",
+        metavar="LIST",
+        panel=SWEEP,
+        help="Most bytes in one broadcast; multiples of 1MiB.",
+    ),
+]
+BufferCounts = Annotated[
+    str,
+    option(
+        "--num-buffers",
+        metavar="LIST",
+        panel=SWEEP,
+        help="Buffers on each device.",
+    ),
+]
+Readers = Annotated[
+    str,
+    option(
+        "--readers",
+        metavar="LIST",
+        panel=SWEEP,
+        help="How many ranks read and share the sending; `all` for every one.",
+    ),
+]
+Runs = Annotated[
+    int,
+    option(
+        "--runs",
+        metavar="N",
+        min=1,
+        max=10_000,
+        panel=SWEEP,
+        help="Runs that count, of each case.",
+    ),
+]
+Warmup = Annotated[
+    int,
+    option(
+        "--warmup",
+        metavar="N",
+        min=0,
+        max=1000,
+        panel=SWEEP,
+        help="Runs before them that do not.",
+    ),
+]
+NoCheck = Annotated[
+    bool,
+    option(
+        "--no-check",
+        panel=SWEEP,
+        help="Do not check that the right bytes arrived.",
+    ),
+]
+NoBaselines = Annotated[
+    bool,
+    option(
+        "--no-baselines",
+        panel=SWEEP,
+        help="Only packcast: nothing to compare with.",
+    ),
+]
+NoLimits = Annotated[
+    bool,
+    option(
+        "--no-limits",
+        panel=SWEEP,
+        help="Do not measure what the hardware can do.",
+    ),
+]
+
+Nproc = Annotated[
+    int | None,
+    option(
+        "--nproc",
+        metavar="N",
+        min=2,
+        panel=LAUNCH,
+        help="Start N ranks on this machine. \\[default without a launcher: one per GPU, or 2]",
+    ),
+]
+Staging = Annotated[
+    str,
+    option(
+        "--staging",
+        metavar="SIZE",
+        panel=TUNING,
+        help="Most pinned host memory between files and buffers.",
+    ),
+]
+
+ExportJson = Annotated[
+    str | None,
+    option(
+        "--export-json",
+        metavar="FILE|-",
+        panel=OUTPUT,
+        help="Write everything as JSON, every run of every rank too; again after each case.",
+    ),
+]
+ExportCsv = Annotated[
+    str | None,
+    option(
+        "--export-csv",
+        metavar="FILE|-",
+        panel=OUTPUT,
+        help="Write a line per row.",
+    ),
+]
+ExportMarkdown = Annotated[
+    str | None,
+    option(
+        "--export-markdown",
+        metavar="FILE|-",
+        panel=OUTPUT,
+        help="Write the tables for a web page.",
+    ),
+]
+Plot = Annotated[
+    str | None,
+    option(
+        "--plot",
+        metavar="FILE.png|svg",
+        panel=OUTPUT,
+        help="Draw throughput against buffer size. Needs packcast\\[plot].",
+    ),
+]
+MinBandwidth = Annotated[
+    str | None,
+    option(
+        "--min-bandwidth",
+        metavar="RATE",
+        panel=OUTPUT,
+        help="Exit 5 unless the best row of each table reaches it, as in 10GB/s.",
+    ),
+]
+SaveProfile = Annotated[
+    bool,
+    option(
+        "--save-profile",
+        panel=OUTPUT,
+        help="Keep the best buffers; `send` then uses them, and says so.",
+    ),
+]
+ProfileFile = Annotated[
+    str | None,
+    option(
+        "--profile",
+        metavar="FILE",
+        panel=OUTPUT,
+        help="Where --save-profile keeps them. \\[default: ~/.config/packcast/profile.json]",
+    ),
+]
+Quiet = Annotated[
+    bool,
+    option(
+        "--quiet",
+        "-q",
+        panel=OUTPUT,
+        help="Only errors, and the table at the end.",
+    ),
+]

@@ -1,0 +1,62 @@
+"""Longer words of --help, and defaults as they are typed. Text only."""
+
+from __future__ import annotations
+
+from packcast.settings import (
+    DEFAULT_BUFFER_SIZE,
+    DEFAULT_HEARTBEAT_TIMEOUT_S,
+    DEFAULT_JOIN_TIMEOUT_S,
+    DEFAULT_STAGING,
+    DEFAULT_STALL_TIMEOUT_S,
+)
+from packcast.units import format_exact_size
+
+# As they are typed, so that --help shows them so.
+BUFFER_SIZE = format_exact_size(DEFAULT_BUFFER_SIZE)
+STAGING = format_exact_size(DEFAULT_STAGING)
+JOIN_TIMEOUT = f"{DEFAULT_JOIN_TIMEOUT_S / 60:g}min"
+HEARTBEAT_TIMEOUT = f"{DEFAULT_HEARTBEAT_TIMEOUT_S:g}s"
+STALL_TIMEOUT = f"{DEFAULT_STALL_TIMEOUT_S / 60:g}min"
+
+EVERY_OPTION = "Every option also reads PACKCAST_<NAME>, as in PACKCAST_BUFFER_SIZE=64MiB."
+# One line per paragraph: the help is wrapped to the terminal, but keeps the lines that it is given.
+SEND_HELP = """Send a checkpoint to every worker.
+
+In a single launch (torchrun, Slurm, --nproc) every rank runs this command: \
+the lowest rank sends; the others write to --out, compare with --verify, \
+or, with neither, check digests and drop the bytes."""
+RECV_HELP = """Receive a checkpoint: write it, compare it with a local one, or drop it.
+
+Without a launcher, HOST:PORT is where `packcast send --workers N` listens. \
+It may be started before the sender."""
+SEND_EXAMPLES = f"""Example, three ranks on this machine: \
+packcast send CKPT --out '/local/copy-{{rank}}' --nproc 3
+
+Example, two other hosts: packcast send CKPT --workers 2 --listen node1:29400
+
+{EVERY_OPTION}"""
+RECV_EXAMPLES = f"""Example: packcast recv node1:29400 --out /local/model
+
+{EVERY_OPTION}"""
+
+BENCH_HELP = """Measure how fast weights go from one rank to the others, beside what the hardware \
+can do.
+
+Every rank runs this command: with torchrun, Slurm or --nproc; without any of them it starts \
+a rank for each GPU of this machine, or two on its CPUs. Without CKPT random weights are made \
+and removed again. The table goes to standard output.
+
+Lists are written 16MiB,64MiB; ranges 16MiB..1GiB:x4 or 16MiB..64MiB:+16MiB. \
+All combinations are measured, as far as they go together."""
+BENCH_EXAMPLES = f"""Example, a first look at this machine: packcast bench
+
+Example, which buffers for this checkpoint to disk: \
+packcast bench CKPT --sink write --dir /local --buffer-size 4MiB..256MiB:x4 --num-buffers 2,4,8 \
+--save-profile
+
+Example, four GPUs, weights on the device: \
+torchrun --nproc-per-node 4 -m packcast bench --shape dense,moe,tiny --source resident --sink land
+
+Exit code 5 where --min-bandwidth was not reached, 6 where bytes were wrong.
+
+{EVERY_OPTION}"""

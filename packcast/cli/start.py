@@ -1,0 +1,58 @@
+"""How a command's process becomes what it is: the parent of ranks, or a rank with its way out.
+
+What all commands that move data begin with. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from packcast.cli import settings as given
+from packcast.cli.outcome import Outcome
+from packcast.cli.terminal import say
+from packcast.group.launch import detect_launch
+from packcast.group.leave import Leaver, die_with_parent, watch_signals
+from packcast.group.nproc import LAUNCHER_PID_VARIABLE, run_nproc
+
+
+def begin(context: typer.Context, command: str, *, json: str | None, verbose: bool) -> Outcome:
+    """What even a wrong command line's end must know: -v and --json."""
+    outcome = context.obj
+    assert isinstance(outcome, Outcome)
+    outcome.command, outcome.verbose = command, verbose
+    if command != "inspect":
+        outcome.launch = detect_launch(os.environ)
+    outcome.json = given.json_target(json)
+    return outcome
+
+
+def was_given(context: typer.Context, *names: str) -> bool:
+    """Whether any of these options was typed, or set in the environment."""
+    sources = map(context.get_parameter_source, names)
+    return any(source is not None and source.name != "DEFAULT" for source in sources)
+
+
+def start_ranks(outcome: Outcome, nproc: int) -> int:
+    """Be the parent of `nproc` ranks that run the same command; the exit code of the whole."""
+    os.environ.pop("PACKCAST_NPROC", None)  # or every rank would start ranks of its own
+    argv = given.without_nproc(outcome.argv)
+    return run_nproc(argv, nproc, verbose=outcome.verbose, say=say)
+
+
+def be_a_rank(outcome: Outcome) -> Leaver:
+    """Take signals, and die with the launcher. Before torch, whose threads must inherit the mask.
+
+    What goes wrong from here on leaves through the leaver, which ends the process at once: tearing
+    down a broken process group can hang.
+    """
+    leaver = Leaver(outcome.failed)
+    if outcome.launch.kind == "torchrun":  # --nproc is one too, and says who it is
+        launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
+        die_with_parent(int(launcher) if launcher.isdecimal() else None)
+    watch_signals(leaver)
+    if not outcome.verbose:
+        # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return leaver

@@ -1,0 +1,409 @@
+"""Claims about `packcast bench`: what the ranks are asked, what a person sees, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import packcast.bench
+from packcast.bench.model import BenchSettings, BenchView
+from packcast.bench.rows import make_rows
+from packcast.bench.targets import export_targets
+from packcast.cli import benchsettings, start
+from packcast.cli.app import run
+from packcast.cli.bench import verdict
+from packcast.cli.benchview import PlainBenchDisplay
+from packcast.errors import TransferError
+from packcast.units import GIB, MIB
+from tests.bench.samples import ENVIRONMENT, a_bench, case, measured, show
+
+from .conftest import FakeLeaver
+
+Capture = pytest.CaptureFixture[str]
+GOOD = [one for one in a_bench() if not make_rows([one])[0].wrong]
+
+
+class FakeBench:
+    """Stands in for the ranks' side: on rank 0 it shows `GOOD`, or does what it is told."""
+
+    def __init__(self) -> None:
+        self.settings: list[BenchSettings] = []
+        self.does: Callable[[BenchView], int] | None = None
+
+    def run(self, settings: BenchSettings, view: BenchView, leaver: object) -> int:
+        self.settings.append(settings)
+        if self.does:
+            return self.does(view)
+        if os.environ["RANK"] == "0":
+            show(view, GOOD)
+        return 0
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch, torchrun: Callable[[int], None]) -> FakeBench:
+    """This process as rank 0 of four."""
+    fake = FakeBench()
+    monkeypatch.setattr(packcast.bench, "run", fake.run, raising=False)
+    monkeypatch.setattr(start, "Leaver", FakeLeaver)
+    monkeypatch.setattr(start, "watch_signals", lambda leaver: None)
+    monkeypatch.setattr(start, "die_with_parent", lambda pid: None)
+    torchrun(0)
+    return fake
+
+
+def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    words = "--shape dense,tiny --size 1GiB --source file,resident --sink land,write --cold "
+    words += "--buffer-size 1MiB..4MiB:x2 --num-buffers 1..4:x2 --readers 1,all --runs 5 "
+    words += "--warmup 2 --no-check --no-baselines --no-limits --staging 64MiB --backend gloo "
+    words += "--device cpu --join-timeout 1min --heartbeat-timeout 5s --stall-timeout 7s -q"
+    argv = ["bench", *words.split(), "--dir", str(tmp_path), "--write-dir", str(tmp_path / "w")]
+    assert run(argv) == 0
+    assert ranks.settings == [
+        BenchSettings(
+            checkpoint=None,
+            shapes=("dense", "tiny"),
+            size=GIB,
+            sources=("file", "resident"),
+            sinks=("land", "write"),
+            readers=(1, None),
+            buffer_sizes=(MIB, 2 * MIB, 4 * MIB),
+            num_buffers=(1, 2, 4),
+            runs=5,
+            warmup=2,
+            directory=tmp_path,
+            write_directory=tmp_path / "w",
+            cold=True,
+            check=False,
+            baselines=False,
+            limits=False,
+            staging=64 * MIB,
+            backend="gloo",
+            device="cpu",
+            join_timeout_s=60.0,
+            heartbeat_timeout_s=5.0,
+            stall_timeout_s=7.0,
+        )
+    ]
+
+
+def test_options_are_read_from_the_environment_too(
+    ranks: FakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SHAPE": "moe", "BUFFER_SIZE": "8MiB", "NO_LIMITS": "1"}.items():
+        monkeypatch.setenv(f"PACKCAST_{name}", value)
+    assert run(["bench", "-q"]) == 0
+    (settings,) = ranks.settings
+    assert (settings.shapes, settings.buffer_sizes, settings.limits) == (
+        ("moe",),
+        (8 * MIB,),
+        False,
+    )
+
+
+def test_the_defaults_are_a_small_sweep_of_dense_weights(
+    ranks: FakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packcast.cli.profile.has_gpu_driver", lambda: False)
+    assert run(["bench", "-q"]) == 0
+    (settings,) = ranks.settings
+    assert (settings.shapes, settings.size) == (("dense",), 256 * MIB)
+    assert (settings.sources, settings.sinks) == (("file",), ("discard", "write"))
+    assert (settings.runs, settings.warmup, settings.readers) == (3, 1, (1,))
+    monkeypatch.setattr("packcast.cli.profile.has_gpu_driver", lambda: True)
+    run(["bench", "-q"])
+    run(["bench", "-q", "--device", "cpu"])
+    run(["bench", "-q", "--source", "resident"])
+    assert [one.size for one in ranks.settings[1:3]] == [8 * GIB, 256 * MIB]
+    assert ranks.settings[3].sinks == ("discard", "land")
+
+
+def test_a_checkpoint_takes_the_place_of_shapes(ranks: FakeBench) -> None:
+    assert run(["bench", "ckpt", "-q"]) == 0
+    (settings,) = ranks.settings
+    assert (settings.checkpoint, settings.shapes) == (Path("ckpt"), ())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--buffer-size 16MiB..1GiB", "--buffer-size: '16MiB..1GiB' without a step"),
+        ("--num-buffers 0", "--num-buffers: 0 buffers"),
+        ("--readers some", "--readers: 'some'"),
+        ("--shape sparse", "--shape: 'sparse' is none of dense, moe, tiny"),
+        ("--source file,tape", "--source: 'tape'"),
+        ("--sink null", "--sink: 'null'"),
+        ("--source resident --sink write", "--sink write does not go with --source resident"),
+        ("ckpt --shape dense", "--shape is for generated weights"),
+        ("ckpt --size 1GiB", "--size is for generated weights"),
+        ("--size lots", "--size: 'lots'"),
+        ("--runs 0", "--runs"),
+        ("--nproc 3", "--nproc is for use without a launcher"),
+        ("--port 5", "--port is for Slurm"),
+        ("--dir /nowhere", "--dir: /nowhere is not a directory"),
+        ("--min-bandwidth fast", "--min-bandwidth: 'fast' is not a rate"),
+        ("--staging 1MiB", "staging of 1MiB is less than"),
+        ("--export-json /nowhere/r.json", "--export-json: the directory /nowhere does not exist"),
+        ("--export-json - --export-csv -", "--export-json and --export-csv would both write"),
+        ("--export-csv /tmp", "--export-csv: /tmp is a directory"),
+        ("--plot p.jpg", "--plot: p.jpg must end in .png or .svg"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_2_before_anything_runs(
+    words: str, said: str, ranks: FakeBench, capsys: Capture
+) -> None:
+    assert run(["bench", *words.split()]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("packcast: error: ")
+    assert said in captured.err
+    assert len(captured.err.splitlines()) <= 2
+    assert captured.out == ""
+    assert ranks.settings == []
+
+
+def test_a_plot_without_matplotlib_is_exit_2_before_anything_runs(
+    ranks: FakeBench, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    assert run(["bench", "--plot", str(tmp_path / "p.png")]) == 2
+    assert "pip install 'packcast[plot]'" in capsys.readouterr().err
+    assert ranks.settings == []
+
+
+def test_the_table_is_standard_output_and_what_happens_meanwhile_is_not(
+    ranks: FakeBench, capsys: Capture
+) -> None:
+    assert run(["bench"]) == 0
+    captured = capsys.readouterr()
+    assert "[4/10] packcast dense file->discard 16MiB x 4: 43.6 GB/s, 99% of read" in captured.err
+    assert "limit: read: 44.0 GB/s (16 threads)" in captured.err
+    out = captured.out.splitlines()
+    assert out[0] == "packcast bench"
+    (best,) = [line for line in out if line.startswith("* packcast   16MiB      4  43.6")]
+    assert re.search(r"42\.3 - 44\.5 +2\.5% +99% read +10\.38 +0 +read, rank 1 \(50%\)", best)
+    assert best.endswith("260 MiB  512 MiB")
+    assert "GB/s of packcast, dense, file to discard" in captured.out
+    assert "\x1b" not in captured.out + captured.err
+
+
+def test_quiet_leaves_only_the_table(ranks: FakeBench, capsys: Capture) -> None:
+    assert run(["bench", "-q"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "* packcast" in captured.out
+
+
+def test_an_export_to_standard_output_is_all_that_is_there(
+    ranks: FakeBench, capsys: Capture
+) -> None:
+    assert run(["bench", "--export-json", "-"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert (found["command_line"], found["exit_code"]) == ("packcast bench --export-json -", 0)
+    assert len(found["rows"]) == len(GOOD)
+    assert "* packcast" in captured.err
+
+
+def test_exports_are_rewritten_after_every_case(ranks: FakeBench, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    counts: list[int] = []
+
+    def step_by_step(view: BenchView) -> int:
+        view.environment(ENVIRONMENT, len(GOOD))
+        for one in GOOD:
+            view.measured(one)
+            counts.append(len(json.loads(path.read_text())["rows"]))
+        return 0
+
+    ranks.does = step_by_step
+    assert run(["bench", "-q", "--export-json", str(path)]) == 0
+    assert counts == list(range(1, len(GOOD) + 1))
+
+
+def test_ctrl_c_leaves_the_rows_so_far(ranks: FakeBench, capsys: Capture, tmp_path: Path) -> None:
+    def interrupted(view: BenchView) -> int:
+        show(view, GOOD[:2])
+        raise KeyboardInterrupt
+
+    ranks.does = interrupted
+    path = tmp_path / "r.json"
+    with pytest.raises(SystemExit) as left:
+        run(["bench", "--export-json", str(path)])
+    assert left.value.code == 130
+    captured = capsys.readouterr()
+    assert "packcast    4MiB      4  24.5" in captured.out
+    assert captured.err.splitlines()[-1] == "packcast: error: interrupted"
+    found = json.loads(path.read_text())
+    assert (len(found["rows"]), found["exit_code"], found["error"]) == (2, 130, "interrupted")
+
+
+def test_a_rank_that_is_not_the_sender_says_nothing(
+    ranks: FakeBench, torchrun: Callable[[int], None], capsys: Capture
+) -> None:
+    torchrun(1)
+    # Its host need not have the directories of the sender's exports.
+    argv = ["bench", "--export-json", "/nowhere/r.json", "--plot", "p.jpg", "--min-bandwidth"]
+    assert run([*argv, "99GB/s"]) == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+@pytest.mark.parametrize(("least", "code"), [("4.4GB/s", 0), ("4400MB/s", 0), ("10 GB/s", 5)])
+def test_the_gate_is_for_each_tables_best_row(
+    least: str, code: int, ranks: FakeBench, capsys: Capture, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.json"
+    assert run(["bench", "-q", "--min-bandwidth", least, "--export-json", str(path)]) == code
+    assert json.loads(path.read_text())["exit_code"] == code
+    said = capsys.readouterr().err
+    missed = "dense, file to write reached 4.40 GB/s, less than --min-bandwidth 10.0 GB/s"
+    assert said == (f"packcast: error: {missed}\n" if code else "")
+
+
+def test_wrong_bytes_are_exit_6(ranks: FakeBench, capsys: Capture) -> None:
+    def wrong(view: BenchView) -> int:
+        show(view, a_bench())
+        return 0
+
+    ranks.does = wrong
+    assert run(["bench", "-q"]) == 6
+    captured = capsys.readouterr()
+    assert "3 blocks or tensors in packcast dense file->write 64MiB x 4" in captured.err
+    assert "do not trust" in captured.out
+
+
+def test_a_fault_that_only_the_ranks_know_of_is_not_silent(
+    ranks: FakeBench, capsys: Capture
+) -> None:
+    def wrong(view: BenchView) -> int:
+        show(view, GOOD)
+        return 6
+
+    ranks.does = wrong
+    assert run(["bench", "-q"]) == 6
+    assert "a baseline failed its check" in capsys.readouterr().err
+
+
+def test_a_baselines_faults_are_its_own() -> None:
+    rows = make_rows([measured(case(), [9.0]), measured(case("original"), [4.0], wrong=7)])
+    assert verdict(rows, None) is None
+    rows = make_rows([measured(case(), [9.0]), measured(case("load_file"), [], failure="no")])
+    assert verdict(rows, 9e9) is None
+
+
+def test_a_combination_of_which_nothing_could_be_measured_is_a_failure() -> None:
+    rows = make_rows([measured(case(), [], failure="no room"), measured(case("original"), [4.0])])
+    error = verdict(rows, None)
+    assert isinstance(error, TransferError)
+    assert "no room" in error.message
+
+
+def test_without_a_launcher_ranks_are_started_that_agree_on_what_was_not_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[tuple[list[str], int]] = []
+
+    def run_nproc(argv: list[str], nproc: int, **more: object) -> int:
+        pinned.append((os.environ["PACKCAST_DIR"], os.environ["PACKCAST_SIZE"]))
+        calls.append((argv, nproc))
+        return 5
+
+    pinned: list[tuple[str, str]] = []
+    # As monkeypatch knows of them, what the command sets goes away again.
+    for name in ("PACKCAST_DIR", "PACKCAST_SIZE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(start, "run_nproc", run_nproc)
+    monkeypatch.setattr(benchsettings, "default_directory", lambda *a, **k: Path("/somewhere"))
+    assert run(["bench", "--backend", "gloo"]) == 5
+    assert run(["bench", "--nproc", "3", "--size", "64MiB", "-q", "--dir", "/tmp"]) == 5
+    assert calls == [
+        (["bench", "--backend", "gloo"], 2),
+        (["bench", "--size", "64MiB", "-q", "--dir", "/tmp"], 3),
+    ]
+    assert pinned == [("/somewhere", "256MiB"), ("/tmp", "64MiB")]
+
+
+def test_the_command_is_told_as_it_was_typed(
+    ranks: FakeBench, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("PACKCAST_LAUNCHER_PID", "4711")
+    assert run(["bench", "a b", "-q"]) == 0
+    assert capsys.readouterr().out.startswith("packcast bench 'a b' -q --nproc 4\n")
+
+
+def test_memory_is_the_place_where_it_has_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(benchsettings.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(benchsettings, "_MEMORY", tmp_path / "memory")
+    (tmp_path / "memory").mkdir()
+
+    def place(nbytes: int, *, write_too: bool = False, cold: bool = False) -> str:
+        found = benchsettings.default_directory(nbytes, write_too=write_too, num_ranks=4, cold=cold)
+        return found.name
+
+    monkeypatch.setattr(benchsettings, "_free_memory_for_files", lambda: 10 * GIB)
+    assert place(4 * GIB) == "memory"
+    assert place(9 * GIB) == tmp_path.name
+    assert place(4 * GIB, write_too=True) == tmp_path.name
+    assert place(GIB, write_too=True) == "memory"
+    assert place(GIB, cold=True) == tmp_path.name
+
+
+def test_an_export_that_fails_on_the_way_stops_no_run_but_is_the_end(
+    ranks: FakeBench, capsys: Capture, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+
+    def remove(view: BenchView) -> int:
+        folder.rmdir()
+        show(view, GOOD)
+        return 0
+
+    ranks.does = remove
+    assert run(["bench", "--export-json", str(folder / "r.json")]) == 7
+    captured = capsys.readouterr()
+    assert captured.err.count("packcast: warning: --export-json") == 1
+    assert "* packcast" in captured.out
+
+
+def test_a_failed_export_does_not_hide_why_the_bench_ended(
+    ranks: FakeBench, capsys: Capture, tmp_path: Path
+) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+
+    def lose(view: BenchView) -> int:
+        folder.rmdir()
+        show(view, GOOD[:1])
+        raise TransferError("lost rank 3")
+
+    ranks.does = lose
+    with pytest.raises(SystemExit) as left:
+        run(["bench", "-q", "--export-json", str(folder / "r.json")])
+    assert left.value.code == 5
+    assert [line.split(":")[2] for line in capsys.readouterr().err.splitlines()] == [
+        " lost rank 3",
+        " --export-json",
+    ]
+
+
+def test_a_late_row_changes_nothing_once_the_end_was_told(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "r.json"
+    display = PlainBenchDisplay("packcast bench", export_targets({"--export-json": str(path)}))
+    show(display, GOOD[:1])
+    display.end(TransferError("lost rank 3"))
+    capsys.readouterr()
+    display.measured(GOOD[1])
+    display.end(None)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+    assert json.loads(path.read_text())["error"] == "lost rank 3"
