@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -63,14 +61,9 @@ class Counters:
             if self._trace is not None:
                 self._trace.append(StageEvent(stage, chunk, nbytes, begin, end))
 
-    @contextmanager
-    def waiting_on(self, stage: Stage) -> Iterator[None]:
+    def waiting_on(self, stage: Stage) -> Waiting:
         """Count the time inside the `with` as time that the loop stood still for `stage`."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.waited(stage, time.perf_counter() - begin)
+        return Waiting(self, stage)
 
     def waited(self, stage: Stage, seconds: float) -> None:
         """The same, where the stage is known only once the wait is over."""
@@ -101,3 +94,19 @@ class Counters:
         """The events so far, in the order in which they ended; empty without `trace=True`."""
         with self._lock:
             return list(self._trace or ())
+
+
+class Waiting:
+    """The `with` of `Counters.waiting_on`: a class, since a generator costs the loop too much."""
+
+    __slots__ = ("_begin", "_counters", "_stage")
+
+    def __init__(self, counters: Counters, stage: Stage) -> None:
+        self._counters = counters
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._counters.waited(self._stage, time.perf_counter() - self._begin)

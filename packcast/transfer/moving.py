@@ -40,12 +40,11 @@ _GROUP_TIMEOUT_S = 24 * 3600.0
 _CLOSE_LIMIT_S = 15.0
 _VERDICT_WAIT_S = 5.0
 
-_MAX_READ_HANDS = 24
-_MAX_SINK_HANDS = 16
-
+_MAX_HANDS = 16
 # Below that a few threads do as well as processes, which take a moment to start.
 _MIN_HELPER_CORES = 8
 _MIN_HELPER_NBYTES = GIB
+_KEPT_CORES = 2  # of each rank's share: helpers must not push its own threads aside
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +92,20 @@ class Mover:
         self._landing: Landing | None = None
         self._source: FileSource | None = None
         if sink is not None:
-            hands = num_sink_hands(offer.place.ranks_on_host)
+            hands = num_hands(offer.place.ranks_on_host, helpers=buffers.helpers)
             self._landing = Landing(sink, offer.files, buffers, num_hands=hands, tolerant=tolerant)
         if reader is not None:
             mine = [chunk for chunk in chunks if chunk.root == offer.rank]
-            hands = num_read_hands(offer.place.readers_on_host)
+            hands = num_hands(offer.place.readers_on_host, helpers=buffers.helpers)
             self._source = FileSource(mine, reader, buffers, num_hands=hands)
 
     def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
         """Make the process group and send or receive every chunk. All ranks."""
-        self._group = self._open_group(store, interface, channel)
+        try:
+            self._group = self._open_group(store, interface, channel)
+        except PackcastError:
+            self.close()
+            raise
         channel.arm(self.position)
         return self.run(self._group, channel)
 
@@ -147,7 +150,7 @@ class Mover:
         return self._landing.digests.of_blocks()
 
     def close(self) -> None:
-        """End the threads of both ends, wherever they are. Idempotent."""
+        """End the threads and helpers of a rank that will not run; `run` ends them itself."""
         for end in (self._source, self._landing):
             if end is not None:
                 end.close()
@@ -302,16 +305,7 @@ def _helpers_pay(offer: Offer) -> bool:
     )
 
 
-def num_read_hands(readers_on_host: int) -> int:
-    """With how many threads or processes a rank reads."""
-    return _num_hands(_MAX_READ_HANDS, readers_on_host)
-
-
-def num_sink_hands(ranks_on_host: int) -> int:
-    """With how many threads or processes a worker checks, writes or compares."""
-    return _num_hands(_MAX_SINK_HANDS, ranks_on_host)
-
-
-def _num_hands(limit: int, sharing: int) -> int:
+def num_hands(sharing: int, *, helpers: bool = False) -> int:
     """How many threads or processes do the I/O: this rank's share of its cores, at least two."""
-    return max(2, min(limit, len(os.sched_getaffinity(0)) // sharing))
+    cores = len(os.sched_getaffinity(0)) // sharing
+    return max(2, min(_MAX_HANDS, cores - _KEPT_CORES if helpers else cores))

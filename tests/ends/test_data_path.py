@@ -17,17 +17,15 @@ import torch
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
 from packcast.ends import hands
-from packcast.ends.arena import Arena
 from packcast.ends.landing import Landing
 from packcast.ends.source import FileReader, FileSource
-from packcast.ends.staging import Buffers
 from packcast.ends.work import Job, Outcome, perform
 from packcast.errors import CheckpointError, DestinationError, PackcastError, TransferError
-from packcast.packed.counters import Counters, StageEvent
+from packcast.packed.counters import StageEvent
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import Extent, plan_chunks, slot_nbytes
-from packcast.packed.ring import Broadcast, Ring
-from packcast.packed.trailer import transfer_tag
+from packcast.packed.plan import Extent, plan_chunks
+from packcast.packed.ring import Broadcast
+from tests.ends.alone import make_buffers, run_alone, specs_of
 from tests.helpers.checkpoints import every_dtype, sharded, write_safetensors
 from tests.helpers.processes import helpers_of
 from tests.helpers.ranks import run_ranks
@@ -72,25 +70,6 @@ class Ending:
     trace: list[StageEvent] = field(default_factory=list)
 
 
-def make_buffers(setup: Setup) -> Buffers:
-    """A CPU ring; with helpers its slots lie where they can reach them."""
-    nbytes = slot_nbytes(setup.buffer_size)
-    slots = None
-    if setup.helpers:
-        slots = Arena(setup.num_buffers * nbytes, is_pinned=False)
-        slots.tensor.fill_(0xA5)
-    ring = Ring(
-        torch.device("cpu"),
-        nbytes,
-        setup.num_buffers,
-        Counters(trace=True),
-        memory=slots.tensor if slots else None,
-    )
-    return Buffers(
-        ring, setup.buffer_size, 0, transfer_tag("test"), helpers=setup.helpers, slots=slots
-    )
-
-
 def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...], list[Ending]]:
     """Send it from rank 0 to all; the outgoing files and the ranks' outcomes."""
     files = outgoing_files(checkpoint, include=setup.include)
@@ -98,7 +77,7 @@ def send(checkpoint: Checkpoint, setup: Setup) -> tuple[tuple[OutgoingFile, ...]
     chunks = plan_chunks([spec.nbytes for spec in specs], setup.buffer_size, range(setup.readers))
 
     def rank_body(rank: int, broadcast: Broadcast) -> Ending:
-        buffers = make_buffers(setup)
+        buffers = make_buffers(setup.buffer_size, setup.num_buffers, helpers=setup.helpers)
         ring, counters = buffers.ring, buffers.ring.counters
         source = drain = sink = None
         if rank < setup.readers:
@@ -312,15 +291,8 @@ def run_one_worker_alone(
     checkpoint: Checkpoint, before_put: Callable[[int, int, int], None], *, helpers: bool = False
 ) -> None:
     """A worker whose root never blocks: what it meets is its own."""
-    files = outgoing_files(checkpoint)
-    specs = [file.spec for file in files]
-    chunks = plan_chunks([spec.nbytes for spec in specs], MIB, [0])
-    buffers = make_buffers(Setup(helpers=helpers))
-    ring = buffers.ring
-    source = FileSource(chunks, FileReader(files, checkpoint.files), buffers, num_hands=2)
-    sink = MemorySink(specs, lambda file, offset: before_put(0, file, offset))
-    drain = Landing(sink, specs, buffers, num_hands=2)
-    run_pipeline(chunks, rank=0, ring=ring, broadcast=lambda t, r: None, source=source, drain=drain)
+    sink = MemorySink(specs_of(checkpoint), lambda file, offset: before_put(0, file, offset))
+    run_alone(checkpoint, sink, helpers=helpers)
 
 
 def test_a_source_that_shrinks_is_an_error_not_a_death(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from tests.ends.sinks import (
     tree,
     write_tree,
 )
+from tests.helpers.disks import small_tmpfs
 
 IS_ROOT = os.geteuid() == 0
 
@@ -36,13 +37,7 @@ IS_ROOT = os.geteuid() == 0
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 4 MiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)]
-    if not IS_ROOT or subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("cannot mount a tmpfs here")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    yield from small_tmpfs(tmp_path / "disk", 4 << 20)
 
 
 def failing(code: int):

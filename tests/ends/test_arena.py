@@ -1,0 +1,116 @@
+"""The arena: memory that other processes can map, exact in size, given back at the end."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from packcast.ends import arena as arenas
+from packcast.ends.arena import Arena
+from packcast.errors import TransferError
+from packcast.packed.plan import PAGE
+
+
+def test_tensor_view_and_descriptor_are_one_memory() -> None:
+    arena = Arena(3 * PAGE, is_pinned=False)
+    data = random.Random(0).randbytes(3 * PAGE)
+    arena.view[:] = data
+    assert bytes(arena.tensor.numpy()) == data
+    assert arena.address == arena.tensor.data_ptr()
+    with mmap.mmap(arena.fd, 3 * PAGE) as elsewhere:
+        assert elsewhere[:] == data
+        elsewhere[PAGE] = 7 ^ data[PAGE]
+    assert arena.tensor[PAGE] == 7 ^ data[PAGE]
+    arena.close(is_idle=True)
+
+
+def test_it_is_whole_pages_and_only_pinned_memory_counts_as_pinned() -> None:
+    arena = Arena(PAGE + 1, is_pinned=False)
+    assert (arena.nbytes, arena.tensor.numel(), arena.pinned_nbytes) == (2 * PAGE, 2 * PAGE, 0)
+    arena.close(is_idle=True)
+
+
+def test_every_page_is_there_from_the_start() -> None:
+    nbytes = 64 * PAGE
+    arena = Arena(nbytes, is_pinned=False)
+    assert os.fstat(arena.fd).st_blocks * 512 >= nbytes
+    arena.close(is_idle=True)
+
+
+def test_an_older_kernel_has_every_page_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arenas, "_MADV_POPULATE_WRITE", 12345)  # advice that no kernel knows
+    arena = Arena(64 * PAGE, is_pinned=False)
+    assert os.fstat(arena.fd).st_blocks * 512 >= 64 * PAGE
+    arena.close(is_idle=True)
+
+
+def test_views_outlive_it_and_the_mapping_goes_with_the_last_of_them() -> None:
+    arena = Arena(PAGE, is_pinned=False)
+    tensor, view = arena.tensor[100:200], arena.view[100:200]
+    arena.tensor.fill_(9)
+    arena.close(is_idle=True)
+    arena.close(is_idle=True)
+    del arena
+    gc.collect()
+    assert int(tensor.sum()) == 900
+    assert set(view) == {9}
+    assert _num_mappings() == 1
+    del tensor, view
+    gc.collect()
+    assert _num_mappings() == 0
+
+
+def test_memory_that_the_host_does_not_have_is_an_error_with_a_way_out() -> None:
+    num_before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(TransferError, match="cannot share") as caught:
+        Arena(1 << 60, is_pinned=False)
+    assert "--staging" in str(caught.value.hint)
+    del caught
+    assert len(os.listdir("/proc/self/fd")) == num_before
+
+
+def _num_mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("/memfd:packcast")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+class TestPinned:
+    """Beside a GPU."""
+
+    def test_it_is_pinned_and_copies_both_ways_do_not_wait(self) -> None:
+        nbytes = 64 << 20
+        arena = Arena(nbytes, is_pinned=True)
+        assert arena.tensor.is_pinned()
+        assert arena.pinned_nbytes == nbytes
+        arena.tensor.random_(0, 256)
+        expected = arena.tensor.clone()
+        there = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        there.copy_(arena.tensor, non_blocking=True)
+        torch.cuda.synchronize()
+        arena.tensor.fill_(0xA5)
+        arena.tensor.copy_(there, non_blocking=True)
+        torch.cuda.synchronize()
+        assert torch.equal(arena.tensor, expected)
+        arena.close(is_idle=True)
+
+    def test_the_same_memory_can_be_pinned_again_and_again(self) -> None:
+        for _ in range(20):
+            arena = Arena(16 << 20, is_pinned=True)
+            arena.close(is_idle=True)
+            assert not arena.tensor.is_pinned()
+            del arena
+
+    def test_what_a_stuck_copy_may_use_stays_pinned_and_mapped(self) -> None:
+        arena = Arena(PAGE, is_pinned=True)
+        tensor = arena.tensor
+        arena.close(is_idle=False)
+        del arena
+        gc.collect()
+        assert tensor.is_pinned()
