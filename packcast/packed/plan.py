@@ -6,6 +6,7 @@ Made before any byte moves, from nothing but sizes: every rank makes the same fr
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ TRAILER_HEAD_NBYTES = 64
 MAX_PIECE = 4 * MIB
 MAX_UNIT = 32 * MIB
 MAX_BUFFER_SIZE = 16 << 30
+NUM_INTERLEAVED = 8  # files of which chunks take turns
+MIN_LARGE_CHUNKS = 4  # of a file that has chunks of its own
 # Beside the whole blocks that fill a buffer a chunk may carry this many short ones (ends of files);
 # 64 keep the trailer within one page for every buffer up to 188 MiB.
 _SPARE_BLOCKS = 64
@@ -153,41 +156,66 @@ def plan_chunks(
 ) -> tuple[Chunk, ...]:
     """Cut files, given by their sizes, into chunks of at most `buffer_size` bytes.
 
-    Files go in order, one after the other; a chunk takes the end of one and the beginning of the
-    next where whole blocks fit. Chunk i has root `roots[i % len(roots)]`. Empty files have no
-    extent: they are made from the offer alone.
+    A large file has chunks of its own, and up to NUM_INTERLEAVED of them take turns: a file takes
+    only so many bytes per second, however many threads write to it. Smaller files come first, one
+    after the other; a chunk takes the end of one and the beginning of the next where whole blocks
+    fit. Chunk i has root `roots[i % len(roots)]`. Empty files have no extent: they are made from
+    the offer alone.
     """
-    chunks: list[Chunk] = []
+    large = buffer_size * MIN_LARGE_CHUNKS
+    small_files = [(file, size) for file, size in enumerate(file_nbytes) if size < large]
+    packed = _packed(small_files, buffer_size)
+    turns = [
+        (Extent(file, offset, min(buffer_size, size - offset)),)
+        for file, offset, size in _in_turns(file_nbytes, buffer_size, large)
+    ]
+    trailer = trailer_nbytes(buffer_size)
+    return tuple(
+        Chunk(
+            index,
+            roots[index % len(roots)],
+            extents,
+            sum(extent.nbytes for extent in extents),
+            trailer,
+        )
+        for index, extents in enumerate([*packed, *turns])
+    )
+
+
+def _in_turns(
+    file_nbytes: Sequence[int], buffer_size: int, large: int
+) -> Iterator[tuple[int, int, int]]:
+    """(file, offset, size) of the large files' chunks; one that is through makes room."""
+    waiting = deque((file, 0, size) for file, size in enumerate(file_nbytes) if size >= large)
+    active: deque[tuple[int, int, int]] = deque()
+    while waiting or active:
+        while waiting and len(active) < NUM_INTERLEAVED:
+            active.append(waiting.popleft())
+        file, offset, size = active.popleft()
+        yield file, offset, size
+        if offset + buffer_size < size:
+            active.append((file, offset + buffer_size, size))
+
+
+def _packed(files: Sequence[tuple[int, int]], buffer_size: int) -> list[tuple[Extent, ...]]:
+    """Files, by number and size, one after the other in as few chunks as whole blocks allow."""
+    chunks: list[tuple[Extent, ...]] = []
     extents: list[Extent] = []
     used = blocks = 0
-    block_limit, trailer = max_blocks(buffer_size), trailer_nbytes(buffer_size)
-
-    def close() -> None:
-        nonlocal used, blocks
-        index = len(chunks)
-        chunks.append(Chunk(index, roots[index % len(roots)], tuple(extents), used, trailer))
-        extents.clear()
-        used = blocks = 0
-
-    for file, size in enumerate(file_nbytes):
+    for file, size in files:
         offset = 0
         while offset < size:
-            room = min(buffer_size - used, (block_limit - blocks) * BLOCK)
+            room = min(buffer_size - used, (max_blocks(buffer_size) - blocks) * BLOCK)
             take = min(size - offset, room)
             if take < size - offset:
                 take -= take % BLOCK
-            if take <= 0:
-                close()
-                continue
-            extents.append(Extent(file, offset, take))
-            used += take
-            blocks += num_blocks(take)
-            offset += take
-            if used == buffer_size:
-                close()
-    if extents:
-        close()
-    return tuple(chunks)
+            if take > 0:
+                extents.append(Extent(file, offset, take))
+                used, blocks, offset = used + take, blocks + num_blocks(take), offset + take
+            if take <= 0 or used == buffer_size:
+                chunks.append(tuple(extents))
+                extents, used, blocks = [], 0, 0
+    return [*chunks, tuple(extents)] if extents else chunks
 
 
 def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Sequence[Chunk]) -> str:

@@ -11,6 +11,8 @@ from packcast.packed.plan import (
     BLOCK,
     DIGEST_NBYTES,
     MAX_PIECE,
+    MIN_LARGE_CHUNKS,
+    NUM_INTERLEAVED,
     PAGE,
     TRAILER_HEAD_NBYTES,
     align_up,
@@ -130,6 +132,28 @@ def test_pieces_are_the_unit_cut_between_blocks(files: list[int], buffer_size: i
 def test_a_large_file_is_split_at_full_buffers() -> None:
     chunks = plan_chunks([10 * MIB + 5], 4 * MIB, [0])
     assert [chunk.nbytes for chunk in chunks] == [4 * MIB, 4 * MIB, 2 * MIB + 5]
+
+
+def test_large_files_take_turns_and_one_that_is_through_makes_room() -> None:
+    sizes_mib = [9, 0.5, 7, 4, *[6] * (NUM_INTERLEAVED - 2), 3]
+    chunks = plan_chunks([int(size * MIB) for size in sizes_mib], MIB, [0])
+    files = [chunk.extents[0].file for chunk in chunks]
+    last = len(sizes_mib) - 1
+    assert files[:4] == [1, last, last, last]  # what is small comes first
+    first_turn = files[4 : 4 + NUM_INTERLEAVED]
+    assert first_turn == [0, *range(2, NUM_INTERLEAVED + 1)]
+    late = NUM_INTERLEAVED + 1  # one more than take turns at a time
+    assert sizes_mib[late] == 6
+    begins = files.index(late)
+    assert files[4:begins].count(3) == 4  # once a file is through
+    assert len({*files[begins : begins + NUM_INTERLEAVED]}) == NUM_INTERLEAVED
+
+
+def test_a_large_file_shares_no_chunk() -> None:
+    large = MIN_LARGE_CHUNKS * 2 * MIB
+    for chunk in plan_chunks([100, large + 5, 300, large, 7], 2 * MIB, [0]):
+        files = {extent.file for extent in chunk.extents}
+        assert files <= {0, 2, 4} or len(chunk.extents) == 1
 
 
 def test_small_files_share_a_chunk() -> None:
