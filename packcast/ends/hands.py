@@ -91,6 +91,8 @@ class ProcessHands:
     def __init__(self, arena: Arena, count: int, name: str) -> None:
         self._arena = arena
         self._limit = _JOBS_PER_HELPER * count
+        # Who waits is woken for a batch of jobs: a thread switch for each would cost more than it.
+        self._low = self._limit - max(1, count // 2)
         self._changed = threading.Condition()
         self._pending: dict[int, Done] = {}
         self._next_ticket = 0
@@ -127,7 +129,8 @@ class ProcessHands:
             done(perform(job, memory))
             return
         with self._changed:
-            self._changed.wait_for(lambda: self._ended_by or len(self._pending) < self._limit)
+            if len(self._pending) >= self._limit:
+                self._changed.wait_for(lambda: self._ended_by or len(self._pending) <= self._low)
             if self._ended_by:
                 raise self._ended_by
             ticket = self._next_ticket
@@ -163,7 +166,8 @@ class ProcessHands:
     def _take(self, ticket: int) -> Done | None:
         with self._changed:
             done = self._pending.pop(ticket, None)
-            self._changed.notify()
+            if len(self._pending) == self._low:
+                self._changed.notify_all()
             return done
 
     def _listen(self) -> None:
