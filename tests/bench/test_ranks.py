@@ -130,7 +130,8 @@ def test_ctrl_c_leaves_the_rows_so_far_and_no_files(bench: Bench) -> None:
     eventually(lambda: turns_begun(bench) > 2, "the third turn")
     for rank in ranks:
         rank.send_signal(signal.SIGINT)
-    assert [end.returncode for end in wait_all(ranks)] == [130, 130]
+    # One may hear of the other's end before its own signal is delivered.
+    assert sorted(end.returncode for end in wait_all(ranks)) in ([130, 130], [5, 130])
     rows = bench.found()["measured"]
     assert label(rows[0]) == ("packcast", "file", "discard")
     assert len(rows[0]["runs"]) >= 1
