@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from packcast.ends.landing import Landing, Sink
@@ -24,7 +23,12 @@ from packcast.errors import PackcastError, RendezvousError, TransferError
 from packcast.group.hub import Hub
 from packcast.group.leave import Leaver
 from packcast.group.line import Line
-from packcast.group.processgroup import begin_close, open_process_group
+from packcast.group.processgroup import (
+    Group,
+    begin_close,
+    broadcast_over,
+    open_process_group,
+)
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
@@ -67,7 +71,7 @@ class Mover:
     ) -> None:
         self.counters = Counters()
         self._is_moved = False
-        self._group: dist.ProcessGroup | None = None
+        self._group: Group | None = None
         self._offer = offer
         self._chunks = chunks
         self._device = torch.device(offer.device)
@@ -95,7 +99,7 @@ class Mover:
         channel.arm(self.position)
         return self.run(self._group, channel)
 
-    def run(self, group: dist.ProcessGroup, channel: Hub | Line) -> Moved:
+    def run(self, group: Group, channel: Hub | Line) -> Moved:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
         offer = self._offer
         try:
@@ -104,7 +108,7 @@ class Mover:
                 self._chunks,
                 rank=offer.rank,
                 ring=self._ring,
-                broadcast=lambda tensor, root: dist.broadcast(tensor, src=root, group=group),
+                broadcast=broadcast_over(group),
                 source=self._source,
                 drain=self._landing,
             )
@@ -133,11 +137,10 @@ class Mover:
         """
         assert self._group is not None, "close comes after move"
         closed = begin_close(self._group, self._device)
+        self._group = None  # gloo's is gone with whoever holds it last
         return lambda: closed.wait(_CLOSE_LIMIT_S)
 
-    def _open_group(
-        self, store: Store, interface: str | None, channel: Hub | Line
-    ) -> dist.ProcessGroup:
+    def _open_group(self, store: Store, interface: str | None, channel: Hub | Line) -> Group:
         try:
             return open_process_group(
                 "nccl" if self._offer.backend == "nccl" else "gloo",
