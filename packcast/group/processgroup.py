@@ -150,8 +150,8 @@ def _gloo_group(
     options._timeout = timeout
     options._devices = [gloo.create_device(interface=interface)]
     options._threads = 2  # torch's own number for each device
-    group = gloo(store, rank, world_size, options)
-    return group
+    made: Group = gloo(store, rank, world_size, options)
+    return made
 
 
 def _nccl_group(

@@ -16,15 +16,19 @@ from pathlib import Path
 import torch
 from torch._C._distributed_c10d import Store
 
+from packcast.ends.device_landing import DeviceLanding
 from packcast.ends.landing import Landing, Sink
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
+from packcast.ends.summed import Summed
+from packcast.ends.tensors import TensorSink
 from packcast.errors import PackcastError, RendezvousError, TransferError
 from packcast.group.hub import Hub
-from packcast.group.leave import Leaver
+from packcast.group.leave import WayOut
 from packcast.group.line import Line
 from packcast.group.processgroup import (
     Group,
+    begin_abort,
     begin_close,
     broadcast_over,
     open_process_group,
@@ -77,15 +81,18 @@ class Mover:
         self._device = torch.device(offer.device)
         self._ring = self._make_ring()
         ends = (reader is not None) + (sink is not None)
-        buffers = Buffers(
+        buffers = self._buffers = Buffers(
             self._ring,
             offer.buffer_size,
             staging_nbytes=_staging_bound(offer) // max(1, ends),
             tag=transfer_tag(transfer_id),
         )
-        self._landing: Landing | None = None
+        self._landing: Landing | DeviceLanding | None = None
         self._source: FileSource | None = None
-        if sink is not None:
+        self._summed: Summed | None = None
+        if isinstance(sink, TensorSink) and self._device.type == "cuda":
+            self._landing = DeviceLanding(sink, offer.files, buffers)
+        elif sink is not None:
             threads = _threads(_MAX_SINK_THREADS, offer.place.ranks_on_host)
             self._landing = Landing(sink, offer.files, buffers, num_threads=threads)
         if reader is not None:
@@ -93,8 +100,20 @@ class Mover:
             threads = _threads(_MAX_READ_THREADS, offer.place.readers_on_host)
             self._source = FileSource(mine, reader, buffers, num_threads=threads)
 
-    def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
-        """Make the process group and send or receive every chunk. All ranks."""
+    @property
+    def needs_sums(self) -> bool:
+        """Whether the roots have to prove their chunks by sums on the device."""
+        return isinstance(self._landing, DeviceLanding)
+
+    def move(
+        self, store: Store, interface: str | None, channel: Hub | Line, *, sums: bool
+    ) -> Moved:
+        """Make the process group and send or receive every chunk. All ranks.
+
+        `sums` if some rank needs them: all readers must be told alike.
+        """
+        if sums and self._source is not None:
+            self._summed = Summed(self._source, self._buffers)
         self._group = self._open_group(store, interface, channel)
         channel.arm(self.position)
         return self.run(self._group, channel)
@@ -109,7 +128,7 @@ class Mover:
                 rank=offer.rank,
                 ring=self._ring,
                 broadcast=broadcast_over(group),
-                source=self._source,
+                source=self._summed or self._source,
                 drain=self._landing,
             )
         except PackcastError:
@@ -128,6 +147,15 @@ class Mover:
             peak_device_nbytes=peak,
             pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
         )
+
+    def abandon(self) -> None:
+        """The transfer has failed, and some thread may be stuck in `move`: free what can be."""
+        group, self._group = self._group, None
+        if group is not None:
+            begin_abort(group, self._device)
+        for end in (self._source, self._landing):
+            if end is not None:
+                end.close()
 
     def begin_close(self) -> Callable[[], bool]:
         """Take the process group down, once every rank has moved all: some backends break the
@@ -204,9 +232,9 @@ class Mover:
 
 
 class StallWatch:
-    """Ends the process when no byte has moved anywhere for `timeout_s` although all are alive."""
+    """Ends the transfer when no byte has moved anywhere for `timeout_s` although all are alive."""
 
-    def __init__(self, mover: Mover, channel: Hub | Line, leaver: Leaver, timeout_s: float) -> None:
+    def __init__(self, mover: Mover, channel: Hub | Line, leaver: WayOut, timeout_s: float) -> None:
         self._mover = mover
         self._channel = channel
         self._leaver = leaver
@@ -237,6 +265,7 @@ class StallWatch:
                         hint="--stall-timeout allows longer pauses",
                     )
                 )
+                return
 
 
 def _staging_bound(offer: Offer) -> int:
