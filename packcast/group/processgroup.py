@@ -18,7 +18,7 @@ from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from packcast.errors import RendezvousError
+from packcast.errors import PackcastError, RendezvousError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _SIOCGIFCONF = 0x8912
 _IFREQ = struct.Struct("16s H 2x 4s 16x")  # name, address family, port, IPv4 address
 _MAX_INTERFACES = 1024
+_LOOK_UP_EVERY = timedelta(seconds=0.1)
 
 
 def interface_of(address: str) -> str | None:
@@ -82,9 +83,15 @@ def open_process_group(
         ) from error
 
 
-def broadcast_over(group: Group) -> Callable[[torch.Tensor, int], None]:
+def broadcast_over(
+    group: Group, verdict: Callable[[], PackcastError | None]
+) -> Callable[[torch.Tensor, int], None]:
     """The group's broadcast of a tensor from a rank of it: on a GPU ordered on the current stream,
-    on a CPU over when it returns."""
+    on a CPU over when it returns.
+
+    A thread that waits for gloo looks up now and then, and raises the `verdict` if there is one:
+    gloo itself would keep it until its connections end.
+    """
     from torch._C._distributed_c10d import BroadcastOptions
 
     def broadcast(tensor: torch.Tensor, root: int) -> None:
@@ -92,10 +99,26 @@ def broadcast_over(group: Group) -> Callable[[torch.Tensor, int], None]:
         options.rootRank, options.rootTensor = root, 0
         options.asyncOp = False
         work = group.broadcast([tensor], options)
-        if work is not None:  # NCCL's may be: then it went onto the current stream itself
+        if not tensor.is_cuda:
+            _await(work, verdict)
+        elif work is not None:  # NCCL's may be: then it went onto the current stream itself
             work.wait()
 
     return broadcast
+
+
+def _await(work: Work, verdict: Callable[[], PackcastError | None]) -> None:
+    while True:
+        try:
+            work.wait(_LOOK_UP_EVERY)
+            return
+        except RuntimeError:
+            error = verdict()
+            if error is not None:
+                raise error from None
+            if work.is_completed():
+                work.wait()  # it has ended meanwhile, or this is its own error
+                return
 
 
 def begin_close(group: Group, device: torch.device) -> threading.Event:
@@ -110,7 +133,8 @@ def begin_close(group: Group, device: torch.device) -> threading.Event:
 def begin_abort(group: Group, device: torch.device) -> threading.Event:
     """Break the group's collectives in the background, so that who waits for a GPU goes on.
 
-    gloo has no such thing: there a thread waits until the connections to its peers end.
+    gloo has no such thing: there the group's own threads go on until its connections end, or its
+    timeout. The group is given up to the background, where its end may take so long.
     """
     return _in_background("packcast-abort", group, device, ("abort",))
 

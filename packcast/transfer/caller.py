@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 OnTensor = Callable[[str, "torch.Tensor"], object]
 
-_END_LIMIT_S = 2.0  # for the transfer's thread to hear of the end, if it is not stuck
+_END_LIMIT_S = 1.0  # for the transfer's thread to hear of the end, if it is not stuck
 _LET_GO_LIMIT_S = 2.0
 _POLL_S = 0.25
 
@@ -114,32 +114,37 @@ class Caller:
                 if self.error is None:
                     call()
         except BaseException as fault:
-            self._give_up(thread, fault)
+            if self._shielded.is_set():
+                thread.join()
+            else:
+                self._give_up(fault)
+                self._await_end(thread, faults)
             raise
         if faults:
             self.leave(as_packcast_error(faults[0], "the transfer"))
         if not results:
-            self._await_end(thread)
+            self._await_end(thread, faults)
         if results:
             return results[0]
         cause = faults[0] if faults else self.error
         assert cause is not None, "it ended by itself, or by leave"
-        forget_frames(cause)
         raise cause
 
-    def _give_up(self, thread: threading.Thread, fault: BaseException) -> None:
-        if self._shielded.is_set():
-            thread.join()
-            return
+    def _give_up(self, fault: BaseException) -> None:
         if isinstance(fault, KeyboardInterrupt):
             self.leave(Interrupted("interrupted", signal_number=signal.SIGINT))
         else:
             self.leave(TransferError(f"this rank's program raised {fault!r}"))
-        self._await_end(thread)
 
-    def _await_end(self, thread: threading.Thread) -> None:
-        """The end of the transfer's thread; one that is stuck in a collective is left behind."""
+    def _await_end(self, thread: threading.Thread, faults: list[Exception]) -> None:
+        """The end of the transfer's thread; one that is stuck on a GPU is let go, or left behind.
+
+        What it held goes first: a process group's end may block whoever holds it last, and that
+        is to be the one that it is given up to.
+        """
         thread.join(_END_LIMIT_S)
+        for fault in faults:
+            _forget_frames(fault)
         for let_go in self._let_go:
             with suppress(Exception):
                 let_go()
@@ -151,7 +156,7 @@ class Caller:
                 clean_up()
 
 
-def forget_frames(fault: BaseException | None) -> None:
+def _forget_frames(fault: BaseException | None) -> None:
     """Drop what the frames of a thread that has ended still hold: buffers, and others' tensors."""
     while fault is not None:
         traceback.clear_frames(fault.__traceback__)

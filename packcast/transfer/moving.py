@@ -42,8 +42,9 @@ from packcast.transfer.offer import Offer
 from packcast.units import format_duration, format_exact_size, format_size
 from packcast.view import Snapshot
 
-# Backstops only: the control channel is faster in every case it was made for.
-_GROUP_TIMEOUT_S = 24 * 3600.0
+# Backstops only: the control channel is faster in every case it was made for, and the stall watch
+# in all others. But what is left behind in a library's process ends by it.
+_GROUP_TIMEOUT_BEYOND_STALL_S = 60.0
 _CLOSE_LIMIT_S = 15.0
 _VERDICT_WAIT_S = 5.0
 
@@ -106,7 +107,13 @@ class Mover:
         return isinstance(self._landing, DeviceLanding)
 
     def move(
-        self, store: Store, interface: str | None, channel: Hub | Line, *, sums: bool
+        self,
+        store: Store,
+        interface: str | None,
+        channel: Hub | Line,
+        *,
+        stall_timeout_s: float,
+        sums: bool,
     ) -> Moved:
         """Make the process group and send or receive every chunk. All ranks.
 
@@ -114,7 +121,8 @@ class Mover:
         """
         if sums and self._source is not None:
             self._summed = Summed(self._source, self._buffers)
-        self._group = self._open_group(store, interface, channel)
+        timeout_s = stall_timeout_s + _GROUP_TIMEOUT_BEYOND_STALL_S
+        self._group = self._open_group(store, interface, channel, timeout_s)
         channel.arm(self.position)
         return self.run(self._group, channel)
 
@@ -127,7 +135,7 @@ class Mover:
                 self._chunks,
                 rank=offer.rank,
                 ring=self._ring,
-                broadcast=broadcast_over(group),
+                broadcast=broadcast_over(group, lambda: channel.verdict),
                 source=self._summed or self._source,
                 drain=self._landing,
             )
@@ -168,7 +176,9 @@ class Mover:
         self._group = None  # gloo's is gone with whoever holds it last
         return lambda: closed.wait(_CLOSE_LIMIT_S)
 
-    def _open_group(self, store: Store, interface: str | None, channel: Hub | Line) -> Group:
+    def _open_group(
+        self, store: Store, interface: str | None, channel: Hub | Line, timeout_s: float
+    ) -> Group:
         try:
             return open_process_group(
                 "nccl" if self._offer.backend == "nccl" else "gloo",
@@ -176,7 +186,7 @@ class Mover:
                 world_size=self._offer.world_size,
                 store=store,
                 device=self._device,
-                timeout_s=_GROUP_TIMEOUT_S,
+                timeout_s=timeout_s,
                 interface=interface,
             )
         except RendezvousError as error:

@@ -113,7 +113,13 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
 
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
         view.phase("data")
-        moved = mover.move(store, interface_of(host), hub, sums=sums)
+        moved = mover.move(
+            store,
+            interface_of(host),
+            hub,
+            stall_timeout_s=settings.stall_timeout_s,
+            sums=sums,
+        )
         hub.gather("MOVED", None)  # the stall watch is its bound
     hub.broadcast({"kind": "CLOSE"})
     view.phase("finish")
@@ -181,7 +187,13 @@ def receive(
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
             view.phase("data")
             interface = interface_of(reachable_host((host, port or 9)))
-            moved = mover.move(store, interface, line, sums=go.get("sums") is True)
+            moved = mover.move(
+                store,
+                interface,
+                line,
+                stall_timeout_s=settings.stall_timeout_s,
+                sums=go.get("sums") is True,
+            )
             line.send({"kind": "MOVED"})
             line.expect("CLOSE", None)
         view.phase("finish")

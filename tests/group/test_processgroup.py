@@ -43,7 +43,7 @@ group = open_process_group(
     interface=interface_of("127.0.0.1"),
 )
 tensor = torch.full((4,), rank)
-broadcast_over(group)(tensor, 0)
+broadcast_over(group, lambda: None)(tensor, 0)
 assert tensor.tolist() == [0, 0, 0, 0]
 assert dict(os.environ) == before
 assert not torch.distributed.is_initialized()
