@@ -6,6 +6,8 @@ Knows nothing of launchers or of the control channel; errors of peers are that c
 from __future__ import annotations
 
 import array
+import atexit
+import ctypes
 import fcntl
 import os
 import socket
@@ -68,6 +70,7 @@ def open_process_group(
     """
     from torch._C._distributed_c10d import PrefixStore
 
+    _reap()
     own = PrefixStore("group", store)
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -90,7 +93,7 @@ def broadcast_over(
     on a CPU over when it returns.
 
     A thread that waits for gloo looks up now and then, and raises the `verdict` if there is one:
-    gloo itself would keep it until its connections end.
+    gloo itself would keep it until its connections end. The group is kept then until they do.
     """
     from torch._C._distributed_c10d import BroadcastOptions
 
@@ -100,41 +103,58 @@ def broadcast_over(
         options.asyncOp = False
         work = group.broadcast([tensor], options)
         if not tensor.is_cuda:
-            _await(work, verdict)
+            _await(group, work, verdict)
         elif work is not None:  # NCCL's may be: then it went onto the current stream itself
             work.wait()
 
     return broadcast
 
 
-def _await(work: Work, verdict: Callable[[], PackcastError | None]) -> None:
+def _await(group: Group, work: Work, verdict: Callable[[], PackcastError | None]) -> None:
     while True:
         try:
             work.wait(_LOOK_UP_EVERY)
             return
         except RuntimeError:
             error = verdict()
-            if error is not None:
-                raise error from None
             if work.is_completed():
                 work.wait()  # it has ended meanwhile, or this is its own error
                 return
+            if error is not None:
+                _left_behind.append((group, work))
+                raise error from None
+
+
+# gloo groups with an operation that has not ended: their destructor waits for it. So they are kept
+# until it has, by itself, by its time-out or by a peer's end.
+_left_behind: list[tuple[Group, Work]] = []
+
+
+def _reap() -> None:
+    """Let go of what was left behind and has ended."""
+    _left_behind[:] = [(group, work) for group, work in _left_behind if not work.is_completed()]
+
+
+@atexit.register
+def _leave_for_good() -> None:
+    """The interpreter must not destroy, and so wait for, what is still left behind at its end."""
+    for group, _ in _left_behind:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def begin_close(group: Group, device: torch.device) -> threading.Event:
-    """Take the group down in the background: NCCL's takes half a second, and can hang.
+    """Take the group down: NCCL's in the background, since it takes half a second, and can hang.
 
     Every collective must have ended, and every rank should call this. The event comes when it is
-    done; if it does not, a thread is stuck.
+    done; if it does not, a thread is stuck. gloo's ends with whoever holds it last.
     """
     return _in_background("packcast-close", group, device, ("shutdown", "_shutdown"))
 
 
 def begin_abort(group: Group, device: torch.device) -> threading.Event:
-    """Break the group's collectives in the background, so that who waits for a GPU goes on.
+    """Break NCCL's collectives, in the background, so that who waits for a GPU goes on.
 
-    gloo has no such thing: there the group's own threads go on until its connections end, or its
-    timeout. The group is given up to the background, where its end may take so long.
+    gloo has no such thing, and who waits for it need not.
     """
     return _in_background("packcast-abort", group, device, ("abort",))
 
@@ -143,17 +163,19 @@ def _in_background(
     name: str, group: Group, device: torch.device, methods: tuple[str, ...]
 ) -> threading.Event:
     import torch
+    import torch.distributed as dist
 
     done = threading.Event()
+    if isinstance(group, dist.ProcessGroupGloo):
+        done.set()
+        return done
 
     def act() -> None:
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            # By name: torch 2.6 has other names, and gloo's group none of them.
-            call = next((getattr(group, m) for m in methods if hasattr(group, m)), None)
-            if call is not None:
-                call()
+            # By name: torch 2.6 has another.
+            next(getattr(group, method) for method in methods if hasattr(group, method))()
         finally:
             done.set()
 

@@ -102,9 +102,9 @@ def send_checkpoint(
     found a difference, on that worker and on the sender. The error of a transfer that reached its
     end has its `report`. KeyboardInterrupt passes through, once the others were told, and after
     the point of no return only at the end. Partial directories are gone by then. No signal handler
-    is installed and no environment variable changed. After a failure a thread of ours may stay
-    behind in a collective, with its buffers, until the connections of its process group end or the
-    process does; on a GPU the group is aborted. New transfers in this process work all the same.
+    is installed and no environment variable changed. After a failure in mid-transfer the group may
+    stay behind in the background, with its buffers: gloo's until its connections end, or a minute
+    after the stall timeout; NCCL's until its abort is done. New transfers work all the same.
     """
     call = next(_calls)
     asked = {"out": out is not None, "verify": verify is not None}

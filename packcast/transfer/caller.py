@@ -122,10 +122,12 @@ class Caller:
             raise
         if faults:
             self.leave(as_packcast_error(faults[0], "the transfer"))
-        if not results:
-            self._await_end(thread, faults)
         if results:
+            # To its very end: what it drops last may be torch's, whose destructors, met by the end
+            # of the interpreter on a thread that is not the main one, abort the process.
+            thread.join(_END_LIMIT_S)
             return results[0]
+        self._await_end(thread, faults)
         cause = faults[0] if faults else self.error
         assert cause is not None, "it ended by itself, or by leave"
         raise cause

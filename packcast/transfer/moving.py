@@ -46,6 +46,7 @@ from packcast.view import Snapshot
 # in all others. But what is left behind in a library's process ends by it.
 _GROUP_TIMEOUT_BEYOND_STALL_S = 60.0
 _CLOSE_LIMIT_S = 15.0
+_ABORT_LIMIT_S = 2.0
 _VERDICT_WAIT_S = 5.0
 
 _MAX_READ_THREADS = 24
@@ -160,7 +161,7 @@ class Mover:
         """The transfer has failed, and some thread may be stuck in `move`: free what can be."""
         group, self._group = self._group, None
         if group is not None:
-            begin_abort(group, self._device)
+            begin_abort(group, self._device).wait(_ABORT_LIMIT_S)
         for end in (self._source, self._landing):
             if end is not None:
                 end.close()
