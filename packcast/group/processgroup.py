@@ -103,14 +103,16 @@ def broadcast_over(
         options.asyncOp = False
         work = group.broadcast([tensor], options)
         if not tensor.is_cuda:
-            _await(group, work, verdict)
+            _await(group, tensor, work, verdict)
         elif work is not None:  # NCCL's may be: then it went onto the current stream itself
             work.wait()
 
     return broadcast
 
 
-def _await(group: Group, work: Work, verdict: Callable[[], PackcastError | None]) -> None:
+def _await(
+    group: Group, tensor: torch.Tensor, work: Work, verdict: Callable[[], PackcastError | None]
+) -> None:
     while True:
         try:
             work.wait(_LOOK_UP_EVERY)
@@ -121,25 +123,28 @@ def _await(group: Group, work: Work, verdict: Callable[[], PackcastError | None]
                 work.wait()  # it has ended meanwhile, or this is its own error
                 return
             if error is not None:
-                _left_behind.append((group, work))
+                _left_behind.append((group, work, tensor))
                 raise error from None
 
 
 # gloo groups with an operation that has not ended: their destructor waits for it. So they are kept
 # until it has, by itself, by its time-out or by a peer's end.
-_left_behind: list[tuple[Group, Work]] = []
+_left_behind: list[tuple[Group, Work, torch.Tensor]] = []
 
 
 def _reap() -> None:
     """Let go of what was left behind and has ended."""
-    _left_behind[:] = [(group, work) for group, work in _left_behind if not work.is_completed()]
+    _left_behind[:] = [entry for entry in _left_behind if not entry[1].is_completed()]
 
 
 @atexit.register
 def _leave_for_good() -> None:
-    """The interpreter must not destroy, and so wait for, what is still left behind at its end."""
-    for group, _ in _left_behind:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    """The interpreter must not destroy, and so wait for, what is still left behind at its end.
+
+    The tensor neither: gloo's thread would meet the ended interpreter, and abort the process.
+    """
+    for entry in _left_behind:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(entry))
 
 
 def begin_close(group: Group, device: torch.device) -> threading.Event:

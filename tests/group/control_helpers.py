@@ -193,7 +193,8 @@ class Raw:
 
 def hello_frame(me: Member) -> bytes:
     return encode_frame(
-        {"kind": "HELLO", "protocol": PROTOCOL, "nonce": "0" * 64, "member": me.to_json()}, BEFORE_PROOF
+        {"kind": "HELLO", "protocol": PROTOCOL, "nonce": "0" * 64, "member": me.to_json()},
+        BEFORE_PROOF,
     )
 
 
