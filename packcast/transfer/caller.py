@@ -120,15 +120,17 @@ class Caller:
                 self._give_up(fault)
                 self._await_end(thread, faults)
             raise
-        if faults:
-            self.leave(as_packcast_error(faults[0], "the transfer"))
+        # What its thread met after `leave` only follows from that.
+        cause: Exception | None = self.error
+        if cause is None and faults:
+            cause = faults[0]
+            self.leave(as_packcast_error(cause, "the transfer"))
         if results:
             # To its very end: what it drops last may be torch's, whose destructors, met by the end
             # of the interpreter on a thread that is not the main one, abort the process.
             thread.join(_END_LIMIT_S)
             return results[0]
         self._await_end(thread, faults)
-        cause = faults[0] if faults else self.error
         assert cause is not None, "it ended by itself, or by leave"
         raise cause
 
