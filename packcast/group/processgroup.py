@@ -181,6 +181,8 @@ def _in_background(
                 torch.cuda.set_device(device)
             # By name: torch 2.6 has another.
             next(getattr(group, method) for method in methods if hasattr(group, method))()
+            if "abort" in methods and device.type == "cuda":
+                torch.cuda.synchronize(device)  # until nothing of it is in flight any more
         finally:
             done.set()
 

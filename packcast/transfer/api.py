@@ -187,9 +187,9 @@ def receive_checkpoint(
     - `into`: tensors by name, to receive in place, as a model's `state_dict()`. Shapes, dtypes and
       devices are compared before a byte moves, and names: `strict=False` takes those that are on
       both sides. A failure in mid-transfer leaves them partly overwritten.
-    - `on_tensor(name, tensor)`: called once for every tensor of every shard, with the whole tensor
-      on this rank's device (a GPU, or the CPU over gloo), of the header's dtype and shape, about in
-      the order of the files. It is the caller's own from then on.
+    - `on_tensor(name, tensor)`: called once for every tensor of every shard, in no certain order,
+      with the whole tensor on this rank's device (a GPU, or the CPU over gloo), of the header's
+      dtype and shape. It is the caller's own from then on.
     - `discard`: digests are checked, the bytes dropped.
 
         from packcast import receive_checkpoint
@@ -205,7 +205,7 @@ def receive_checkpoint(
     tensors of `staging` bytes wait (the sender's, 512 MiB unless told otherwise), so one that
     takes longer than the stall timeout ends the transfer. What it raises ends it too, and is
     raised here. Beside the tensors this needs the ring (`num_buffers` x `buffer_size`, of the
-    sender), on a GPU 16 MiB more, and for `on_tensor` the waiting tensors and the unfinished one.
+    sender), on a GPU 16 MiB more, and for `on_tensor` the tensors that wait or are unfinished.
 
     Returns when the checkpoint is where it belongs and every other rank has said so, or has been
     waited for. Raises as `send_checkpoint` does, and leaves behind what is said there; UsageError,

@@ -108,8 +108,8 @@ class Caller:
                 self._calls.put(None)
 
         thread = threading.Thread(target=work, name="packcast-transfer", daemon=True)
-        thread.start()
         try:
+            thread.start()  # inside: an interrupt may come in the middle of it
             while (call := self._calls.get()) is not None:
                 if self.error is None:
                     call()
@@ -146,13 +146,15 @@ class Caller:
         What it held goes first: a process group's end may block whoever holds it last, and that
         is to be the one that it is given up to.
         """
-        thread.join(_END_LIMIT_S)
+        if thread.is_alive():
+            thread.join(_END_LIMIT_S)
         for fault in faults:
             _forget_frames(fault)
         for let_go in self._let_go:
             with suppress(Exception):
                 let_go()
-        thread.join(_LET_GO_LIMIT_S)
+        if thread.is_alive():
+            thread.join(_LET_GO_LIMIT_S)
 
     def _clean_up(self) -> None:
         for clean_up in list(self._clean_ups):

@@ -49,6 +49,8 @@ _CLOSE_LIMIT_S = 15.0
 _ABORT_LIMIT_S = 2.0
 _VERDICT_WAIT_S = 5.0
 
+_left_behind: list[Ring] = []  # of transfers that failed, with a collective that would not end
+
 _MAX_READ_THREADS = 24
 _MAX_SINK_THREADS = 16
 
@@ -158,10 +160,13 @@ class Mover:
         )
 
     def abandon(self) -> None:
-        """The transfer has failed, and some thread may be stuck in `move`: free what can be."""
+        """The transfer has failed, and some thread may be stuck in `move`: free what can be.
+
+        The ring is not, as long as a GPU may still be writing into it.
+        """
         group, self._group = self._group, None
-        if group is not None:
-            begin_abort(group, self._device).wait(_ABORT_LIMIT_S)
+        if group is not None and not begin_abort(group, self._device).wait(_ABORT_LIMIT_S):
+            _left_behind.append(self._ring)
         for end in (self._source, self._landing):
             if end is not None:
                 end.close()
