@@ -175,15 +175,20 @@ def _in_background(
         done.set()
         return done
 
+    held = [group]
+
     def act() -> None:
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             # By name: torch 2.6 has another.
-            next(getattr(group, method) for method in methods if hasattr(group, method))()
+            next(getattr(held[0], method) for method in methods if hasattr(held[0], method))()
             if "abort" in methods and device.type == "cuda":
                 torch.cuda.synchronize(device)  # until nothing of it is in flight any more
         finally:
+            # Before anybody goes on: torch's destructors, met by the end of the interpreter on
+            # a thread that is not the main one, abort the process.
+            held.clear()
             done.set()
 
     threading.Thread(target=act, name=name, daemon=True).start()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,3 +128,15 @@ def test_an_address_of_somebody_else_is_on_no_interface() -> None:
 def test_this_hosts_address_towards_the_world_has_an_interface() -> None:
     name = interface_of(reachable_host(None))
     assert name in {name for _, name in socket.if_nameindex()}
+
+
+def test_whoever_has_waited_for_the_way_down_leaves_no_group_to_another_thread() -> None:
+    import torch
+
+    group = Hangs()
+    alive = weakref.ref(group)
+    ended = begin_close(group, torch.device("cpu"))
+    group.released.set()
+    del group
+    assert ended.wait(10)
+    assert alive() is None
