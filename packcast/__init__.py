@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from packcast.packed.replay import ReplayReceiver, ReplaySender
     from packcast.report import Report
     from packcast.settings import Settings
+    from packcast.transfer.api import receive_checkpoint, send_checkpoint
     from packcast.view import View
 
 __version__ = "0.1.0"
@@ -52,6 +53,8 @@ __all__ = [
     "View",
     "packed_broadcast_consumer",
     "packed_broadcast_producer",
+    "receive_checkpoint",
+    "send_checkpoint",
 ]
 
 _MODULES = {
@@ -65,6 +68,8 @@ _MODULES = {
     "View": "view",
     "packed_broadcast_consumer": "packed.compat",
     "packed_broadcast_producer": "packed.compat",
+    "receive_checkpoint": "transfer.api",
+    "send_checkpoint": "transfer.api",
 }
 
 

@@ -1,4 +1,4 @@
-"""Every error a user can meet, each with its exit code. Knows nothing of the rest.
+"""Every error a user can meet, each with its exit code. Knows nothing of the rest but a report.
 
 PackcastError                 1   (a bug, where nothing better is known)
 +-- UsageError                2
@@ -12,11 +12,22 @@ PackcastError                 1   (a bug, where nothing better is known)
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packcast.report import Report
+
 
 class PackcastError(Exception):
-    """What went wrong, where, and (as `hint`) the next thing to do; one or two lines in all."""
+    """What went wrong, where, and (as `hint`) the next thing to do; one or two lines in all.
+
+    `report` is set where a library call raises this of a transfer that reached its end: a
+    difference was found, or some worker could not publish. The hint may name an option of the
+    command line (`--force`); the argument has the same name (`force`).
+    """
 
     exit_code = 1
+    report: Report | None = None
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -1,19 +1,26 @@
-"""What a user asked for, typed and checked: plain data between the command line and the transfer.
+"""What a user asked for, typed and checked: plain data between whoever asks and the transfer.
 
-Knows no torch, no files' contents and no command line library.
+Knows no torch, no files' contents and no command line library. A check's `where` is what the user
+calls the value: `--device` on the command line, `device` in a library call.
 """
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from packcast.units import MIB
+from packcast.errors import UsageError
+from packcast.units import MIB, format_exact_size
 
 SinkKind = Literal["write", "verify", "discard"]
 Backend = Literal["auto", "nccl", "gloo"]
+
+PLACEHOLDERS = ("{rank}", "{local_rank}", "{host}")
+MAX_TOKEN_NBYTES = 4096
 
 DEFAULT_BUFFER_SIZE = 16 * MIB
 DEFAULT_NUM_BUFFERS = 4
@@ -22,10 +29,12 @@ DEFAULT_JOIN_TIMEOUT_S = 300.0
 DEFAULT_HEARTBEAT_TIMEOUT_S = 3.0
 DEFAULT_STALL_TIMEOUT_S = 600.0
 
+_DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d{1,3}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """One run of `packcast send` or `packcast recv` on one rank.
+    """One transfer, sent or received, on one rank.
 
     Sizes in bytes, times in seconds. What only the sender decides (buffers, readers, selection)
     is ignored on the others: it reaches them with the offer.
@@ -61,3 +70,48 @@ def fill_in(template: str, *, rank: int, local_rank: int, host: str) -> str:
     for name, value in (("rank", rank), ("local_rank", local_rank), ("host", host)):
         template = template.replace("{" + name + "}", str(value).replace(os.sep, "_"))
     return template
+
+
+def check_size(where: str, nbytes: int, text: str | None = None) -> int:
+    """At least one block of digests, 1 MiB; `text` is the size as it was given."""
+    if nbytes < MIB:
+        shown = text or format_exact_size(nbytes)
+        raise UsageError(f"{where}: {shown} is too small", hint="the least is 1MiB")
+    return nbytes
+
+
+def check_seconds(where: str, seconds: float, text: str | None = None) -> float:
+    """A time limit: more than nothing; `text` is the duration as it was given."""
+    if not seconds > 0:
+        shown = text or f"{seconds:g} s"
+        raise UsageError(f"{where}: a limit of {shown} is over before it begins")
+    return seconds
+
+
+def check_device(where: str, device: str) -> str:
+    """Whether it is there is found out later, on the device's host."""
+    if not _DEVICE.fullmatch(device):
+        raise UsageError(f"{where}: {device!r} is none of auto, cpu, cuda, cuda:N")
+    return device
+
+
+def check_template(where: str, text: str) -> str:
+    """A path that may hold placeholders; a misspelt one would make every rank write one place."""
+    if not text:
+        raise UsageError(f"{where}: the path is empty")
+    for found in re.findall(r"\{[a-z_]*\}", text):
+        if found not in PLACEHOLDERS:
+            raise UsageError(
+                f"{where}: {found} is not filled in", hint=f"there are {', '.join(PLACEHOLDERS)}"
+            )
+    return text
+
+
+def check_destinations(
+    given: Sequence[str], choices: Sequence[str], *, required: bool, hint: str | None = None
+) -> None:
+    """At most one of the `choices` was `given`, and exactly one where that is `required`."""
+    if len(given) > 1 or (required and not given):
+        amount = "only one of" if given else "one of"
+        options = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise UsageError(f"give {amount} {options}", hint=hint)

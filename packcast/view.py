@@ -1,7 +1,8 @@
 """What a transfer tells whoever watches it: an interface whose methods do nothing here.
 
 A display subclasses View; the transfer never knows which one it has, nor whether there is one.
-Every method but `progress` is called from the main thread.
+Every method is called from the thread that makes the transfer (the command line's main thread,
+a thread of its own in a library call), but where it says otherwise; `close` by the caller.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "packcast"
 # From the ground up; names on one line may use each other in the order in which they stand.
 ROOMS = (
+    "report",
     "errors",
     "units",
     "view",
     "settings",
-    "report",
     "checkpoint",
     "packed",
     "ends",

@@ -78,8 +78,7 @@ def case_from_json(text: str) -> Case:
 def _ours(
     settings: BenchSettings, shape: str, source: SourceKind, sink: BenchSink, world_size: int
 ) -> list[Case]:
-    # From files into tensors there is no drain to measure in this room's reach yet.
-    if not goes_together(source, sink) or (source, sink) == ("file", "land"):
+    if not goes_together(source, sink):
         return []
     method: Method = "compat" if (source, sink) == ("resident", "discard") else "packcast"
     wanted = settings.readers if source == "file" else (1,)

@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from packcast.bench.check import digests_of_copy, wrong_blocks
+import torch
+
+from packcast.bench.check import digests_of_copy, sums_of, wrong_blocks, wrong_tensors
 from packcast.bench.pagecache import evict
 from packcast.bench.ways import Job as CaseJob
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.discard import DiscardSink
+from packcast.ends.shelf import GivenTensors
 from packcast.ends.source import FileReader
+from packcast.ends.tensors import TensorSink
 from packcast.ends.verify import VerifySink
 from packcast.ends.work import Job
 from packcast.ends.write import WriteSink
@@ -28,7 +32,7 @@ from packcast.packed.plan import Extent, check_buffers, check_staging, plan_chun
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
 
-FileSink = DiscardSink | VerifySink | WriteSink
+FileSink = DiscardSink | VerifySink | WriteSink | TensorSink
 
 
 class Gate:
@@ -78,6 +82,7 @@ class FileCase:
         self._sink: FileSink | None = None
         self._mover: Mover | None = None
         self._incomplete = False
+        self._landed: dict[str, torch.Tensor] = {}  # a worker's own tensors
         self.pinned_nbytes = 0
 
     @property
@@ -102,6 +107,8 @@ class FileCase:
         self._mover = Mover(
             offer, chunks, job.run_id, reader=reader, sink=self._sink, tolerant=job.checked
         )
+        if case.sink == "land" and job.team.device.type == "cuda":
+            self._mover.prove_by_sums()
 
     def connect(self) -> None:
         """The group is there."""
@@ -110,7 +117,10 @@ class FileCase:
         """A transfer's first pass is its only one."""
 
     def poison(self) -> None:
-        self._made().overwrite_buffers(random.randrange(256))
+        byte = random.randrange(256)
+        self._made().overwrite_buffers(byte)
+        for tensor in self._landed.values():
+            tensor.view(-1).view(torch.uint8).fill_(byte)
 
     def run(self) -> float:
         """The moment of the last byte: buffers that are unpinned afterwards are no part of it."""
@@ -136,6 +146,9 @@ class FileCase:
         truth, sink = self._job.stock.blocks, self._sink
         if sink is None:
             return 0
+        if isinstance(sink, TensorSink):
+            found = sums_of(self._landed[spec.name] for spec in self._job.stock.specs)
+            return wrong_tensors(found, self._job.stock.sums["file"])
         assert truth is not None, "the sender has told"
         wrong = wrong_blocks(self._made().block_digests(), truth)
         if isinstance(sink, VerifySink):
@@ -156,6 +169,7 @@ class FileCase:
         if self._sink is not None:
             self._sink.abort()
             self._sink = None
+        self._landed.clear()
         if self._job.case.sink == "write":
             shutil.rmtree(self._write_folder, ignore_errors=True)
 
@@ -172,6 +186,14 @@ class FileCase:
             return WriteSink(self._write_folder, files, transfer_id=job.run_id, force=False)
         if job.case.sink == "verify":
             return VerifySink(job.stock.opened(), files)
+        if job.case.sink == "land":
+            job.stock.check_specs()
+            device = job.team.device
+            self._landed = {
+                spec.name: torch.empty(spec.shape, dtype=spec.dtype, device=device)
+                for spec in job.stock.specs
+            }
+            return TensorSink(files, GivenTensors(device, self._landed, strict=True))
         return DiscardSink()
 
 

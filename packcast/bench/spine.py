@@ -61,7 +61,7 @@ def run(settings: BenchSettings, view: BenchView, leaver: Leaver) -> int:
         raise UsageError(
             "a bench needs at least two ranks", hint="start them with --nproc 2, torchrun or srun"
         )
-    seat = take_seat(_as_transfer(settings), View(), leaver)
+    seat = take_seat(_as_transfer(settings), View(), leaver, call=0)
     leaver.on_leave(lambda: seat.channel.abort(leaver.error or TransferError("it left")))
     try:
         if isinstance(seat.channel, Hub):

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from packcast.group import processgroup
 from packcast.group.hub import Hub
 from packcast.group.line import Line
+from packcast.group.processgroup import Group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +27,7 @@ class Team:
     sender: int
     hosts: tuple[int, ...]
     device: torch.device
-    group: dist.ProcessGroup
+    group: Group
     channel: Hub | Line
 
     @property
@@ -53,7 +54,7 @@ class Team:
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         """In place, ordered after and before the current stream's other work."""
-        dist.broadcast(tensor, src=src, group=self.group)
+        processgroup.broadcast_over(self.group, lambda: self.channel.verdict)(tensor, src)
 
     def synchronize(self) -> None:
         """Until this rank's device is idle."""

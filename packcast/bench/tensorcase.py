@@ -55,6 +55,8 @@ class ReplayCase(Plain):
             )
         else:
             self._pair = ReplayReceiver(job.team, job.team.sender, job.stock.resident)
+        # As who sends the same tensors every step does.
+        self._pair.bind(job.stock.resident)
 
     def warm(self) -> None:
         """What a pair learns in its first pass serves all later ones."""
@@ -65,9 +67,9 @@ class ReplayCase(Plain):
 
     def run(self) -> None:
         if isinstance(self._pair, ReplaySender):
-            self._pair.send(self.job.stock.resident)
+            self._pair.send()
         elif self._pair is not None:
-            self._pair.receive(self.job.stock.resident)
+            self._pair.receive()
 
     def check(self) -> int:
         return wrong_resident(self.job)

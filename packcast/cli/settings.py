@@ -6,28 +6,30 @@ Every complaint is a UsageError that names the option. Knows no torch, and does 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from packcast.errors import UsageError
+from packcast.group import asking
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_buffers, check_staging
-from packcast.settings import Settings, SinkKind
-from packcast.units import MIB, parse_duration, parse_size
+from packcast.settings import (
+    MAX_TOKEN_NBYTES,
+    PLACEHOLDERS,
+    Settings,
+    SinkKind,
+    check_destinations,
+    check_device,
+    check_seconds,
+    check_size,
+    check_template,
+)
+from packcast.units import parse_duration, parse_size
 
 T = TypeVar("T")
 
-PLACEHOLDERS = ("{rank}", "{local_rank}", "{host}")
-_DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d{1,3}")
-_MAX_TOKEN_NBYTES = 4096
-
-WAYS_TO_LAUNCH = """ways to start the workers:
-    here, three ranks   packcast send CKPT --out 'DIR-{rank}' --nproc 3
-    on other hosts      packcast send CKPT --workers 3 --listen HOST:29400
-    under torchrun      torchrun --nproc-per-node 4 -m packcast send CKPT --out 'DIR-{rank}'
-    under Slurm         srun packcast send CKPT --out DIR"""
+LISTENING_SENDER = "`packcast send --workers N --listen HOST:PORT` prints the line to run"
 
 
 def _read(option: str, text: str, reader: Callable[[str], T]) -> T:
@@ -37,20 +39,19 @@ def _read(option: str, text: str, reader: Callable[[str], T]) -> T:
         raise UsageError(f"{option}: {error.message}", hint=error.hint) from None
 
 
+def option(name: str) -> str:
+    """What a setting is called here."""
+    return "HOST:PORT" if name == "address" else f"--{name.replace('_', '-')}"
+
+
 def size(option: str, text: str) -> int:
     """Bytes; at least one block of digests, 1 MiB."""
-    nbytes = _read(option, text, parse_size)
-    if nbytes < MIB:
-        raise UsageError(f"{option}: {text} is too small", hint="the least is 1MiB")
-    return nbytes
+    return check_size(option, _read(option, text, parse_size), text)
 
 
 def seconds(option: str, text: str) -> float:
     """A time limit; more than nothing."""
-    value = _read(option, text, parse_duration)
-    if value <= 0:
-        raise UsageError(f"{option}: a limit of {text} is over before it begins")
-    return value
+    return check_seconds(option, _read(option, text, parse_duration), text)
 
 
 class Buffers(TypedDict):
@@ -97,9 +98,7 @@ def readers(text: str) -> int | None:
 
 def device(text: str) -> str:
     """Whether it is there is found out later, on the device's host."""
-    if not _DEVICE.fullmatch(text):
-        raise UsageError(f"--device: {text!r} is none of auto, cpu, cuda, cuda:N")
-    return text
+    return check_device("--device", text)
 
 
 def address(option: str, text: str) -> tuple[str, int]:
@@ -115,31 +114,18 @@ def address(option: str, text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def template(option: str, text: str) -> str:
-    """A path that may hold placeholders; a misspelt one would make every rank write one place."""
-    if not text:
-        raise UsageError(f"{option}: the path is empty")
-    for found in re.findall(r"\{[a-z_]*\}", text):
-        if found not in PLACEHOLDERS:
-            raise UsageError(
-                f"{option}: {found} is not filled in", hint=f"there are {', '.join(PLACEHOLDERS)}"
-            )
-    return text
-
-
 def destination(
     out: str | None, verify: str | None, *, discard: bool = False, required: bool = False
 ) -> tuple[SinkKind, str | None]:
     """At most one of the three, exactly one where `required`; without any the bytes are dropped."""
-    given = (out is not None) + (verify is not None) + discard
-    if given > 1 or (required and not given):
-        options = "--out, --verify or --discard" if required else "--out or --verify"
-        amount = "only one of" if given > 1 else "one of"
-        raise UsageError(f"give {amount} {options}", hint="see --help for what each does")
+    asked = {"--out": out is not None, "--verify": verify is not None, "--discard": discard}
+    given = [name for name, is_given in asked.items() if is_given]
+    choices = list(asked) if required else ["--out", "--verify"]
+    check_destinations(given, choices, required=required, hint="see --help for what each does")
     if out is not None:
-        return "write", template("--out", out)
+        return "write", check_template("--out", out)
     if verify is not None:
-        return "verify", template("--verify", verify)
+        return "verify", check_template("--verify", verify)
     return "discard", None
 
 
@@ -149,13 +135,13 @@ def token(file: str | None, environ: Mapping[str, str]) -> bytes | None:
         return environ.get("PACKCAST_TOKEN", "").encode() or None
     try:
         with open(file, "rb") as stream:
-            secret = stream.read(_MAX_TOKEN_NBYTES + 1).strip()
+            secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
     except OSError as error:
         raise UsageError(f"--token-file: {file}: {error.strerror}") from None
     if not secret:
         raise UsageError(f"--token-file: {file} is empty")
-    if len(secret) > _MAX_TOKEN_NBYTES:
-        raise UsageError(f"--token-file: {file} is longer than {_MAX_TOKEN_NBYTES} bytes")
+    if len(secret) > MAX_TOKEN_NBYTES:
+        raise UsageError(f"--token-file: {file} is longer than {MAX_TOKEN_NBYTES} bytes")
     return secret
 
 
@@ -163,7 +149,7 @@ def json_target(text: str | None) -> str | None:
     """Where the result goes; checked now, not when the transfer is over."""
     if text is None or text == "-":
         return text
-    path = Path(template("--json", text))
+    path = Path(check_template("--json", text))
     if path.is_dir():
         raise UsageError(f"--json: {text} is a directory")
     if not any(name in str(path.parent) for name in PLACEHOLDERS):
@@ -176,56 +162,16 @@ def json_target(text: str | None) -> str | None:
 
 def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None:
     """Who takes part in `send` must be said once, by a launcher or by an option."""
-    launched = launch.kind != "none"
-    if launched:
-        for option, value in (("--workers", settings.workers), ("--nproc", nproc)):
-            if value is not None:
-                raise UsageError(
-                    f"{option} is for use without a launcher; this process was started by "
-                    f"{launch.kind}, which says how many ranks there are"
-                )
-    if nproc is not None and settings.workers is not None:
-        raise UsageError("--nproc starts the workers itself; --workers waits for others")
-    if settings.workers is not None and settings.address is None:
-        raise UsageError(
-            "--workers needs --listen HOST:PORT", hint="HOST is a name of this host that they reach"
-        )
-    if settings.address is not None and settings.workers is None:
-        raise UsageError("--listen needs --workers N: how many `packcast recv` will come")
-    if not launched and nproc is None and settings.workers is None:
-        raise UsageError("there is nobody to send to", hint=WAYS_TO_LAUNCH)
-    _check_port(settings, launch)
+    asking.check_send(settings, launch, option, nproc=nproc, ways=asking.WAYS_TO_LAUNCH)
 
 
 def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
     """Without a launcher `recv` must be told where the sender is; with one it must not."""
-    launched = launch.kind != "none"
-    if launched and json is not None and "{rank}" not in json:
+    if launch.kind != "none" and json is not None and "{rank}" not in json:
         raise UsageError(
             "--json: the ranks would all write one file", hint="put {rank} in its name"
         )
-    if launched and settings.address is not None:
-        raise UsageError(
-            f"HOST:PORT is for use without a launcher; this process was started by {launch.kind}"
-        )
-    if launched and settings.rank is not None:
-        raise UsageError(f"--rank is for use without a launcher; {launch.kind} gives out ranks")
-    if not launched and settings.address is None:
-        raise UsageError(
-            "where is the sender? no HOST:PORT was given, and there is no launcher",
-            hint="`packcast send --workers N --listen HOST:PORT` prints the line to run",
-        )
-    if settings.address is not None and settings.address[1] == 0:
-        raise UsageError("port 0 is not a place to connect to")
-    _check_port(settings, launch)
-
-
-def _check_port(settings: Settings, launch: Launch) -> None:
-    if settings.port is not None and launch.kind != "slurm":
-        raise UsageError(
-            "--port is for Slurm",
-            hint="torchrun has --master-port; without a launcher use --listen",
-        )
+    asking.check_recv(settings, launch, option, ways=LISTENING_SENDER)
 
 
 def without_nproc(argv: list[str]) -> list[str]:

@@ -49,10 +49,12 @@ def knock(
     token: bytes | None,
     join_timeout_s: float,
     log: Callable[[str], None],
+    still_wanted: Callable[[], bool],
 ) -> Welcome:
     """Connect and be let in; tries again until the join timeout, since the worker may be first.
 
-    Raises RendezvousError: nobody there, not let in, or another program at that address.
+    Or until it is not `still_wanted`. Raises RendezvousError: nobody there, not let in, or another
+    program at that address.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     deadline = time.monotonic() + join_timeout_s
@@ -71,6 +73,8 @@ def knock(
             sock.close()
             reason = "it closed the connection or said nothing"
         why = reason or why
+        if not still_wanted():
+            raise RendezvousError(f"the sender at {where} is waited for no longer")
         if time.monotonic() + RETRY_S > deadline:
             raise RendezvousError(
                 f"no sender at {where} within {format_duration(join_timeout_s)}: {why}",

@@ -1,8 +1,9 @@
-"""The one way out of a process that a peer, a signal or an error ends, from whichever thread.
+"""The one way out of what a peer, a signal or an error ends, from whichever thread.
 
-Collectives, destroy and abort can hang for ever, so nobody waits for the main thread: what must
-be undone is registered here, and the end is `os._exit`. Imports no torch, not even late: another
-thread may hold the import lock for the seconds that torch takes.
+For a command that is the process itself (`Leaver`): collectives, destroy and abort can hang for
+ever, so nobody waits for the main thread: what must be undone is registered here, and the end is
+`os._exit`. Imports no torch, not even late: another thread may hold the import lock for the
+seconds that torch takes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from packcast.errors import Interrupted, PackcastError
 
@@ -26,6 +27,27 @@ _PRINT_LIMIT_S = 1.0
 _VERDICT_WAIT_S = 1.2
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _PR_SET_PDEATHSIG = 1
+
+
+class WayOut(Protocol):
+    """What a transfer calls when it is over for a reason that its own thread cannot know.
+
+    `error` is why, once `leave` was called.
+    """
+
+    error: PackcastError | None
+
+    def on_leave(self, clean_up: Callable[[], object]) -> None:
+        """Call this when it ends so; at once, if it has."""
+
+    def on_abandon(self, let_go: Callable[[], object]) -> None:
+        """Call this where the transfer has failed, or hangs, and the process goes on without it."""
+
+    def leave(self, error: PackcastError) -> None:
+        """End it; the first call decides. May not return."""
+
+    def shield(self) -> None:
+        """From now on whoever wants to interrupt has to wait for the end, which is near."""
 
 
 class Leaver:
@@ -54,6 +76,9 @@ class Leaver:
         self._clean_ups.append(clean_up)
         if self._leaving.is_set():
             clean_up()
+
+    def on_abandon(self, let_go: Callable[[], object]) -> None:
+        """Nothing: the process ends, and all that it has."""
 
     def leave(self, error: PackcastError | None) -> NoReturn:
         """Record the error, clean up, print it and end the process with its exit code.

@@ -6,6 +6,7 @@ Knows no torch, and nothing of what the messages are about, but for COMMIT.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -76,14 +77,23 @@ class Line(Endpoint):
         heartbeat_timeout_s: float,
         on_fatal: OnFatal,
         log: Log,
+        still_wanted: Callable[[], bool] = lambda: True,
     ) -> Line:
         """Join the sender at `host:port`, waiting for it until the join timeout.
 
-        Returns as soon as the sender has let this worker in. Raises RendezvousError with the
-        sender's reason where it refuses.
+        Or until it is not `still_wanted`. Returns as soon as the sender has let this worker in.
+        Raises RendezvousError with the sender's reason where it refuses.
         """
         me = Member.from_json(me.to_json())
-        welcome = knock(host, port, me=me, token=token, join_timeout_s=join_timeout_s, log=log)
+        welcome = knock(
+            host,
+            port,
+            me=me,
+            token=token,
+            join_timeout_s=join_timeout_s,
+            log=log,
+            still_wanted=still_wanted,
+        )
         return cls(
             welcome, me=me, heartbeat_timeout_s=heartbeat_timeout_s, on_fatal=on_fatal, log=log
         )

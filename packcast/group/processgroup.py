@@ -6,26 +6,30 @@ Knows nothing of launchers or of the control channel; errors of peers are that c
 from __future__ import annotations
 
 import array
+import atexit
+import ctypes
 import fcntl
 import os
 import socket
 import struct
 import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from packcast.errors import RendezvousError
+from packcast.errors import PackcastError, RendezvousError
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
-    from torch._C._distributed_c10d import Store
+    from torch._C._distributed_c10d import BroadcastOptions, Store, Work
 
 _SIOCGIFCONF = 0x8912
 _IFREQ = struct.Struct("16s H 2x 4s 16x")  # name, address family, port, IPv4 address
 _MAX_INTERFACES = 1024
+_LOOK_UP_EVERY = timedelta(seconds=0.1)
 
 
 def interface_of(address: str) -> str | None:
@@ -40,6 +44,13 @@ def interface_of(address: str) -> str | None:
     return _ipv4_interfaces().get(packed)
 
 
+class Group(Protocol):
+    """What the data phase needs of a process group, whether it is one of torch's or our own."""
+
+    def broadcast(self, tensors: list[torch.Tensor], opts: BroadcastOptions) -> Work:
+        """Enqueue a broadcast of one tensor, in place."""
+
+
 def open_process_group(
     backend: Literal["nccl", "gloo"],
     *,
@@ -49,30 +60,23 @@ def open_process_group(
     device: torch.device,
     timeout_s: float,
     interface: str | None,
-) -> dist.ProcessGroup:
-    """Make the default process group; all ranks call this with the same store, and it waits.
+) -> Group:
+    """Make a process group of our own; all ranks call this with the same store, and it waits.
 
-    gloo and NCCL talk over `interface` unless the environment names one. `timeout_s` is a
-    backstop: whoever watches the ranks must be faster. Raises RendezvousError where the ranks do
-    not connect.
+    It stands beside torch.distributed's default group, which may be there or not, and is in none
+    of torch's tables: nothing global changes. gloo and NCCL talk over `interface` unless the
+    environment names one. `timeout_s` is a backstop: whoever watches the ranks must be faster.
+    Raises RendezvousError where the ranks do not connect.
     """
-    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
 
-    assert not dist.is_initialized(), "a default process group is there, and is not ours"
-    _use_interface(interface)
-    # A lost peer is the control channel's to tell. NCCL's own watchdog would abort this process
-    # with a C++ stack, in the middle of its clean-up.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
+    _reap()
+    own = PrefixStore("group", store)
+    timeout = timedelta(seconds=timeout_s)
     try:
-        dist.init_process_group(
-            backend,
-            rank=rank,
-            world_size=world_size,
-            store=store,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=device if backend == "nccl" else None,
-        )
+        if backend == "nccl":
+            return _nccl_group(own, rank, world_size, timeout, device, interface)
+        return _gloo_group(own, rank, world_size, timeout, interface)
     except RuntimeError as error:  # torch's DistError and its kin
         reason = str(error).splitlines()[0]
         where = f" over {interface}" if interface else ""
@@ -80,42 +84,178 @@ def open_process_group(
             f"the {backend} process group could not be made{where}: {reason}",
             hint=f"{_INTERFACE_VARIABLES[backend]} chooses another network interface",
         ) from error
-    group = dist.group.WORLD
-    assert group is not None
-    return group
 
 
-def begin_close(group: dist.ProcessGroup, device: torch.device) -> threading.Event:
-    """Take the group down in the background: NCCL's takes half a second, and can hang.
+def broadcast_over(
+    group: Group, verdict: Callable[[], PackcastError | None]
+) -> Callable[[torch.Tensor, int], None]:
+    """The group's broadcast of a tensor from a rank of it: on a GPU ordered on the current stream,
+    on a CPU over when it returns.
+
+    A thread that waits for gloo looks up now and then, and raises the `verdict` if there is one:
+    gloo itself would keep it until its connections end. The group is kept then until they do.
+    """
+    from torch._C._distributed_c10d import BroadcastOptions
+
+    def broadcast(tensor: torch.Tensor, root: int) -> None:
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        options.asyncOp = False
+        work = group.broadcast([tensor], options)
+        if not tensor.is_cuda:
+            _await(group, tensor, work, verdict)
+        elif work is not None:  # NCCL's may be: then it went onto the current stream itself
+            work.wait()
+
+    return broadcast
+
+
+def _await(
+    group: Group, tensor: torch.Tensor, work: Work, verdict: Callable[[], PackcastError | None]
+) -> None:
+    while True:
+        try:
+            work.wait(_LOOK_UP_EVERY)
+            return
+        except RuntimeError:
+            error = verdict()
+            if work.is_completed():
+                work.wait()  # it has ended meanwhile, or this is its own error
+                return
+            if error is not None:
+                _left_behind.append((group, work, tensor))
+                raise error from None
+
+
+# gloo groups with an operation that has not ended: their destructor waits for it. So they are kept
+# until it has, by itself, by its time-out or by a peer's end.
+_left_behind: list[tuple[Group, Work, torch.Tensor]] = []
+
+
+def _reap() -> None:
+    """Let go of what was left behind and has ended."""
+    _left_behind[:] = [entry for entry in _left_behind if not entry[1].is_completed()]
+
+
+@atexit.register
+def _leave_for_good() -> None:
+    """The interpreter must not destroy, and so wait for, what is still left behind at its end.
+
+    The tensor neither: gloo's thread would meet the ended interpreter, and abort the process.
+    """
+    for entry in _left_behind:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(entry))
+
+
+def begin_close(group: Group, device: torch.device) -> threading.Event:
+    """Take the group down: NCCL's in the background, since it takes half a second, and can hang.
 
     Every collective must have ended, and every rank should call this. The event comes when it is
-    done; if it does not, a thread is stuck, and the process must leave by `os._exit`.
+    done; if it does not, a thread is stuck. gloo's ends with whoever holds it last.
     """
+    return _in_background("packcast-close", group, device, ("shutdown", "_shutdown"))
+
+
+def begin_abort(group: Group, device: torch.device) -> threading.Event:
+    """Break NCCL's collectives, in the background, so that who waits for a GPU goes on.
+
+    gloo has no such thing, and who waits for it need not.
+    """
+    return _in_background("packcast-abort", group, device, ("abort",))
+
+
+def _in_background(
+    name: str, group: Group, device: torch.device, methods: tuple[str, ...]
+) -> threading.Event:
     import torch
     import torch.distributed as dist
 
     done = threading.Event()
+    if isinstance(group, dist.ProcessGroupGloo):
+        done.set()
+        return done
 
-    def destroy() -> None:
+    held = [group]
+
+    def act() -> None:
         try:
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            dist.destroy_process_group(group)
+            # By name: torch 2.6 has another.
+            next(getattr(held[0], method) for method in methods if hasattr(held[0], method))()
+            if "abort" in methods and device.type == "cuda":
+                torch.cuda.synchronize(device)  # until nothing of it is in flight any more
         finally:
+            # Before anybody goes on: torch's destructors, met by the end of the interpreter on
+            # a thread that is not the main one, abort the process.
+            held.clear()
             done.set()
 
-    threading.Thread(target=destroy, name="packcast-destroy", daemon=True).start()
+    threading.Thread(target=act, name=name, daemon=True).start()
     return done
 
 
-_INTERFACE_VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
+def _gloo_group(
+    store: Store, rank: int, world_size: int, timeout: timedelta, interface: str | None
+) -> Group:
+    import torch.distributed as dist
+
+    gloo: Any = dist.ProcessGroupGloo
+    if interface is None or _INTERFACE_VARIABLES["gloo"] in os.environ:
+        group: Group = gloo(store, rank, world_size, timeout)
+        return group
+    options = gloo._Options()
+    options._timeout = timeout
+    options._devices = [gloo.create_device(interface=interface)]
+    options._threads = 2  # torch's own number for each device
+    made: Group = gloo(store, rank, world_size, options)
+    return made
 
 
-def _use_interface(interface: str | None) -> None:
+def _nccl_group(
+    store: Store,
+    rank: int,
+    world_size: int,
+    timeout: timedelta,
+    device: torch.device,
+    interface: str | None,
+) -> Group:
+    import torch.distributed as dist
+
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timeout
+    options.group_name = "packcast"
+    options.global_ranks_in_group = list(range(world_size))
+    wanted = {
+        # A lost peer is the control channel's to tell. NCCL's own watchdog would abort this
+        # process with a C++ stack, in the middle of its clean-up.
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        "TORCH_NCCL_ENABLE_MONITORING": "0",
+    }
     if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         # NCCL takes a name for a prefix (eth1 for eth10 too) unless it is told otherwise.
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+        wanted[_INTERFACE_VARIABLES["nccl"]] = f"={interface}"
+    with _environment(wanted):
+        made = nccl(store, rank, world_size, options)
+        made.eager_connect_single_device(device)  # as init_process_group does, given a device
+    group: Group = made
+    return group
+
+
+@contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """These variables, where the environment does not say otherwise, and for as long only."""
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+_INTERFACE_VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
 
 
 def _ipv4_interfaces() -> dict[bytes, str]:

@@ -33,13 +33,19 @@ _MAX_NAMED_RANKS = 8
 
 
 def open_store(
-    launch: Launch, environ: Mapping[str, str], timeout_s: float, port: int | None = None
+    launch: Launch,
+    environ: Mapping[str, str],
+    timeout_s: float,
+    port: int | None = None,
+    *,
+    call: int = 0,
 ) -> Store:
     """The launcher's store, or under Slurm one hosted by rank 0. Every rank calls this.
 
     Does not wait for the other ranks, only (up to `timeout_s`) for the store's host. `port` goes
-    before the one derived from the Slurm step. Raises RendezvousError where the port is taken or
-    the host does not answer.
+    before the one derived from the Slurm step; `call` counts the transfers of this launch, each of
+    which has keys of its own. Raises RendezvousError where the port is taken or the host does not
+    answer.
     """
     if launch.kind == "slurm":
         host = first_host(slurm_nodelist(environ))
@@ -52,10 +58,10 @@ def open_store(
         store = _agents_store(launch, address, timeout_s)
     elif launch.rank == 0:
         option = "--port" if launch.kind == "slurm" else "--master-port (MASTER_PORT)"
-        store, _ = _serve(address, timeout_s, every_interface=True, option=option)
+        store = _own_store(address, timeout_s, option)
     else:
         store = connect_store(*address, timeout_s)
-    return _of_this_attempt(store, environ)
+    return _of_this_call(store, environ, call)
 
 
 def serve_store(host: str, timeout_s: float) -> tuple[Store, int]:
@@ -192,11 +198,33 @@ def _role_key(rank: int) -> str:
     return f"role/{rank}"
 
 
-def _of_this_attempt(store: Store, environ: Mapping[str, str]) -> Store:
+def _of_this_call(store: Store, environ: Mapping[str, str], call: int) -> Store:
     """Keys of our own: an agent's store outlives restarts of its workers, old addresses in it."""
     from torch._C._distributed_c10d import PrefixStore
 
-    return PrefixStore(f"packcast/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"packcast/{restart}/{call}", store)
+
+
+_own_stores: dict[tuple[str, int], Store] = {}
+
+
+def _own_store(address: tuple[str, int], timeout_s: float, option: str) -> Store:
+    """Rank 0's, hosted for as long as the process lives: another rank may come for the next
+    transfer before rank 0 has done with this one."""
+    import torch.distributed as dist
+
+    if address not in _own_stores:
+        try:
+            _own_stores[address], _ = _serve(
+                address, timeout_s, every_interface=True, option=option
+            )
+        except RendezvousError:
+            if not dist.is_initialized():
+                raise
+            # The port is most likely taken by the default group's own store, which serves as well.
+            return connect_store(*address, timeout_s)
+    return _own_stores[address]
 
 
 def _agents_store(launch: Launch, address: tuple[str, int], timeout_s: float) -> Store:

@@ -18,7 +18,7 @@ from packcast.units import MIB, format_exact_size, format_size
 BLOCK = MIB  # the unit of digests, at multiples of itself in a file
 PAGE = 4096
 DIGEST_NBYTES = 16  # xxh3_128
-TRAILER_HEAD_NBYTES = 64
+TRAILER_HEAD_NBYTES = 80
 # So large that Python's cost per piece vanishes, so small that a core's cache holds it.
 MAX_PIECE = 4 * MIB
 MAX_UNIT = 32 * MIB
@@ -26,8 +26,8 @@ MAX_BUFFER_SIZE = 16 << 30
 NUM_INTERLEAVED = 8  # files of which chunks take turns
 MIN_LARGE_CHUNKS = 4  # of a file that has chunks of its own
 # Beside the whole blocks that fill a buffer a chunk may carry this many short ones (ends of files);
-# 64 keep the trailer within one page for every buffer up to 188 MiB.
-_SPARE_BLOCKS = 64
+# 63 keep the trailer within one page for every buffer up to 188 MiB.
+_SPARE_BLOCKS = 63
 
 
 @dataclass(frozen=True, slots=True)

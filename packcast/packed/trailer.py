@@ -1,4 +1,4 @@
-"""The page behind each chunk that proves it: transfer, sequence, size, block digests.
+"""The page behind each chunk that proves it: transfer, sequence, size, block digests, device sum.
 
 A stale slot, a reordered or damaged chunk, or one of another transfer does not pass `read_trailer`.
 """
@@ -16,8 +16,13 @@ _MAGIC = b"packcast"
 _HEAD = struct.Struct(
     "<8s16sQQI4x16s"
 )  # magic, transfer, index, nbytes, blocks, digest of the rest
+# Behind the head, where a GPU writes it over what came from the host (packed/sums.py): so not
+# under the seal, and there only if some worker asked for it.
+SUM_OFFSET = _HEAD.size
+SUM_NBYTES = 8
 
-assert _HEAD.size == TRAILER_HEAD_NBYTES
+assert SUM_OFFSET + SUM_NBYTES <= TRAILER_HEAD_NBYTES
+assert SUM_OFFSET % SUM_NBYTES == 0
 
 
 def transfer_tag(transfer_id: str) -> bytes:
@@ -31,7 +36,8 @@ def write_trailer(into: memoryview, tag: bytes, chunk: Chunk, digests: bytes) ->
     head = (_MAGIC, tag, chunk.index, chunk.nbytes, num_blocks)
     seal = xxhash.xxh3_128_digest(_HEAD.pack(*head, b"") + digests)
     into[: _HEAD.size] = _HEAD.pack(*head, seal)
-    into[_HEAD.size : _HEAD.size + len(digests)] = digests
+    begin = TRAILER_HEAD_NBYTES
+    into[begin : begin + len(digests)] = digests
 
 
 def read_trailer(page: memoryview, tag: bytes, chunk: Chunk, num_blocks: int) -> bytes:
@@ -46,8 +52,14 @@ def read_trailer(page: memoryview, tag: bytes, chunk: Chunk, num_blocks: int) ->
         raise TransferError(
             f"{where} has {chunk.nbytes} bytes by the plan, {nbytes} by its trailer"
         )
-    digests = bytes(page[_HEAD.size : _HEAD.size + num_blocks * DIGEST_NBYTES])
+    begin = TRAILER_HEAD_NBYTES
+    digests = bytes(page[begin : begin + num_blocks * DIGEST_NBYTES])
     unsealed = _HEAD.pack(magic, its_tag, index, nbytes, its_blocks, b"")
     if xxhash.xxh3_128_digest(unsealed + digests) != seal:
         raise TransferError(f"the trailer of {where} was damaged on the way")
     return digests
+
+
+def sum_in(page: memoryview) -> bytes:
+    """The device sum that the root wrote; what is there instead where nobody asked for one."""
+    return bytes(page[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES])

@@ -15,17 +15,25 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from packcast.ends.device_landing import DeviceLanding
 from packcast.ends.landing import Landing, Sink
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
+from packcast.ends.summed import Summed
+from packcast.ends.tensors import TensorSink
 from packcast.errors import PackcastError, RendezvousError, TransferError
 from packcast.group.hub import Hub
-from packcast.group.leave import Leaver
+from packcast.group.leave import WayOut
 from packcast.group.line import Line
-from packcast.group.processgroup import begin_close, open_process_group
+from packcast.group.processgroup import (
+    Group,
+    begin_abort,
+    begin_close,
+    broadcast_over,
+    open_process_group,
+)
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
@@ -35,9 +43,11 @@ from packcast.transfer.offer import Offer
 from packcast.units import GIB, format_duration, format_exact_size, format_size
 from packcast.view import Snapshot
 
-# Backstops only: the control channel is faster in every case it was made for.
-_GROUP_TIMEOUT_S = 24 * 3600.0
+# Backstops only: the control channel is faster in every case it was made for, and the stall watch
+# in all others. But what is left behind in a library's process ends by it.
+_GROUP_TIMEOUT_BEYOND_STALL_S = 60.0
 _CLOSE_LIMIT_S = 15.0
+_ABORT_LIMIT_S = 2.0
 _VERDICT_WAIT_S = 5.0
 
 _MAX_HANDS = 16
@@ -45,6 +55,8 @@ _MAX_HANDS = 16
 _MIN_HELPER_CORES = 8
 _MIN_HELPER_NBYTES = GIB
 _KEPT_CORES = 2  # of each rank's share: helpers must not push its own threads aside
+
+_left_behind: list[Ring] = []  # of transfers that failed, with a collective that would not end
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +88,25 @@ class Mover:
     ) -> None:
         self.counters = Counters()
         self._is_moved = False
-        self._group: dist.ProcessGroup | None = None
+        self._group: Group | None = None
         self._offer = offer
         self._chunks = chunks
         self._device = torch.device(offer.device)
         self._ring = self._make_ring()
         ends = (reader is not None) + (sink is not None)
-        buffers = Buffers(
+        buffers = self._buffers = Buffers(
             self._ring,
             offer.buffer_size,
             staging_nbytes=_staging_bound(offer) // max(1, ends),
             tag=transfer_tag(transfer_id),
             helpers=_helpers_pay(offer),
         )
-        self._landing: Landing | None = None
+        self._landing: Landing | DeviceLanding | None = None
         self._source: FileSource | None = None
-        if sink is not None:
+        self._summed: Summed | None = None
+        if isinstance(sink, TensorSink) and self._device.type == "cuda":
+            self._landing = DeviceLanding(sink, offer.files, buffers)
+        elif sink is not None:
             hands = num_hands(offer.place.ranks_on_host, helpers=buffers.helpers)
             self._landing = Landing(sink, offer.files, buffers, num_hands=hands, tolerant=tolerant)
         if reader is not None:
@@ -99,17 +114,41 @@ class Mover:
             hands = num_hands(offer.place.readers_on_host, helpers=buffers.helpers)
             self._source = FileSource(mine, reader, buffers, num_hands=hands)
 
-    def move(self, store: Store, interface: str | None, channel: Hub | Line) -> Moved:
-        """Make the process group and send or receive every chunk. All ranks."""
+    @property
+    def needs_sums(self) -> bool:
+        """Whether the roots have to prove their chunks by sums on the device."""
+        return isinstance(self._landing, DeviceLanding)
+
+    def move(
+        self,
+        store: Store,
+        interface: str | None,
+        channel: Hub | Line,
+        *,
+        stall_timeout_s: float,
+        sums: bool,
+    ) -> Moved:
+        """Make the process group and send or receive every chunk. All ranks.
+
+        `sums` if some rank needs them: all readers must be told alike.
+        """
+        if sums:
+            self.prove_by_sums()
+        timeout_s = stall_timeout_s + _GROUP_TIMEOUT_BEYOND_STALL_S
         try:
-            self._group = self._open_group(store, interface, channel)
+            self._group = self._open_group(store, interface, channel, timeout_s)
         except PackcastError:
             self.close()
             raise
         channel.arm(self.position)
         return self.run(self._group, channel)
 
-    def run(self, group: dist.ProcessGroup, channel: Hub | Line) -> Moved:
+    def prove_by_sums(self) -> None:
+        """Before `run`, on all ranks: who needs sums of what the roots send shall have them."""
+        if self._source is not None:
+            self._summed = Summed(self._source, self._buffers)
+
+    def run(self, group: Group, channel: Hub | Line) -> Moved:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
         offer = self._offer
         try:
@@ -118,8 +157,8 @@ class Mover:
                 self._chunks,
                 rank=offer.rank,
                 ring=self._ring,
-                broadcast=lambda tensor, root: dist.broadcast(tensor, src=root, group=group),
-                source=self._source,
+                broadcast=broadcast_over(group, lambda: channel.verdict),
+                source=self._summed or self._source,
                 drain=self._landing,
             )
         except PackcastError:
@@ -149,6 +188,16 @@ class Mover:
         assert self._landing is not None, "this rank takes nothing"
         return self._landing.digests.of_blocks()
 
+    def abandon(self) -> None:
+        """The transfer has failed, and some thread may be stuck in `move`: free what can be.
+
+        The ring is not, as long as a GPU may still be writing into it.
+        """
+        group, self._group = self._group, None
+        if group is not None and not begin_abort(group, self._device).wait(_ABORT_LIMIT_S):
+            _left_behind.append(self._ring)
+        self.close()
+
     def close(self) -> None:
         """End the threads and helpers of a rank that will not run; `run` ends them itself."""
         for end in (self._source, self._landing):
@@ -163,11 +212,12 @@ class Mover:
         """
         assert self._group is not None, "close comes after move"
         closed = begin_close(self._group, self._device)
+        self._group = None  # gloo's is gone with whoever holds it last
         return lambda: closed.wait(_CLOSE_LIMIT_S)
 
     def _open_group(
-        self, store: Store, interface: str | None, channel: Hub | Line
-    ) -> dist.ProcessGroup:
+        self, store: Store, interface: str | None, channel: Hub | Line, timeout_s: float
+    ) -> Group:
         try:
             return open_process_group(
                 "nccl" if self._offer.backend == "nccl" else "gloo",
@@ -175,7 +225,7 @@ class Mover:
                 world_size=self._offer.world_size,
                 store=store,
                 device=self._device,
-                timeout_s=_GROUP_TIMEOUT_S,
+                timeout_s=timeout_s,
                 interface=interface,
             )
         except RendezvousError as error:
@@ -242,10 +292,10 @@ class Watched(Protocol):
 
 
 class StallWatch:
-    """Ends the process when no byte has moved anywhere for `timeout_s` although all are alive."""
+    """Ends the transfer when no byte has moved anywhere for `timeout_s` although all are alive."""
 
     def __init__(
-        self, mover: Watched, channel: Hub | Line, leaver: Leaver, timeout_s: float
+        self, mover: Watched, channel: Hub | Line, leaver: WayOut, timeout_s: float
     ) -> None:
         self._mover = mover
         self._channel = channel
@@ -277,6 +327,7 @@ class StallWatch:
                         hint="--stall-timeout allows longer pauses",
                     )
                 )
+                return
 
 
 def _staging_bound(offer: Offer) -> int:

@@ -18,7 +18,7 @@ from packcast.errors import PackcastError, RendezvousError, UsageError
 from packcast.group.devices import boot_id, host_name, visible_gpus
 from packcast.group.hub import Hub
 from packcast.group.launch import Launch, detect_launch, reachable_host
-from packcast.group.leave import Leaver
+from packcast.group.leave import WayOut
 from packcast.group.line import Line
 from packcast.group.member import Member
 from packcast.group.roster import Expected
@@ -60,11 +60,11 @@ class Seat:
     files: tuple[OutgoingFile, ...]
 
 
-def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
+def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> Seat:
     """Find the others and open the control channel; every rank calls this first.
 
-    Raises CheckpointError on the sender whose checkpoint is none (the others are told), and
-    RendezvousError where the group cannot come about.
+    `call` tells the transfers of one launch apart. Raises CheckpointError on the sender whose
+    checkpoint is none (the others are told), and RendezvousError where the group cannot come about.
     """
     launch = detect_launch(os.environ)
     checkpoint, files, fault = _open(settings)
@@ -85,7 +85,7 @@ def take_seat(settings: Settings, view: View, leaver: Leaver) -> Seat:
         )
     me = _introduce(settings, launch, checkpoint)
     deadline = time.monotonic() + settings.join_timeout_s + _GRACE_S
-    store = open_store(launch, os.environ, settings.join_timeout_s, settings.port)
+    store = open_store(launch, os.environ, settings.join_timeout_s, settings.port, call=call)
     try:
         return _sit_with_launcher(
             settings, launch, me, store, (checkpoint, files, fault), view, leaver
@@ -102,7 +102,7 @@ def _sit_with_launcher(
     store: Store,
     opened: Opened,
     view: View,
-    leaver: Leaver,
+    leaver: WayOut,
 ) -> Seat:
     checkpoint, files, fault = opened
     sender = settle_sender(store, launch, settings.command, settings.join_timeout_s)
@@ -131,7 +131,7 @@ def _sit_without_launcher(
     checkpoint: Checkpoint | None,
     files: tuple[OutgoingFile, ...],
     view: View,
-    leaver: Leaver,
+    leaver: WayOut,
 ) -> Seat:
     assert settings.address is not None, "the command line asks for it"
     if settings.command == "recv":
@@ -204,7 +204,7 @@ def _listen(
     transfer_id: str,
     token: bytes | None,
     view: View,
-    leaver: Leaver,
+    leaver: WayOut,
 ) -> Hub:
     return Hub(
         host=address[0],
@@ -219,7 +219,7 @@ def _listen(
 
 
 def _connect(
-    settings: Settings, address: tuple[str, int], me: Member, view: View, leaver: Leaver
+    settings: Settings, address: tuple[str, int], me: Member, view: View, leaver: WayOut
 ) -> Line:
     return Line.connect(
         *address,
@@ -229,6 +229,7 @@ def _connect(
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         on_fatal=leaver.leave,
         log=view.note,
+        still_wanted=lambda: leaver.error is None,
     )
 
 

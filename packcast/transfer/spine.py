@@ -5,19 +5,21 @@ Each step is one call; what a step does is told where it lives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from packcast.ends.discard import DiscardSink
 from packcast.ends.landing import Sink
+from packcast.ends.shelf import Shelf
 from packcast.ends.source import FileReader
+from packcast.ends.tensors import TensorSink
 from packcast.ends.verify import VerifySink, local_copy
 from packcast.ends.write import WriteSink
 from packcast.errors import PackcastError, TransferError
 from packcast.group.hub import Hub
 from packcast.group.launch import reachable_host
-from packcast.group.leave import Leaver
+from packcast.group.leave import WayOut
 from packcast.group.line import Line
 from packcast.group.member import Member
 from packcast.group.processgroup import interface_of
@@ -41,33 +43,44 @@ from packcast.transfer.results import (
 from packcast.transfer.seat import Seat, host_to_reach, take_seat
 from packcast.view import Start, View
 
+# Of a device and how many bytes of finished tensors may wait: where tensors are received.
+MakeShelf = Callable[[str, int], Shelf]
+
 _SLOWEST_DISK = 20e6  # bytes per second
 _PATIENCE_S = 30.0  # for the peers' last words, once their work is done
 
 
-def run(settings: Settings, view: View, leaver: Leaver) -> Report:
+def run(
+    settings: Settings,
+    view: View,
+    leaver: WayOut,
+    *,
+    call: int = 0,
+    make_shelf: MakeShelf | None = None,
+) -> Report:
     """Take part in one transfer, as `packcast send` or `packcast recv` does. Every rank calls it.
 
     Returns this rank's report, whose exit code is 6 where a comparison found a difference. Raises
     PackcastError after telling the other ranks; a verdict that comes from them, a lost peer or a
-    stall ends the process through `leaver`, since a collective may be hanging.
+    stall goes to `leaver`, from another thread, since a collective may be hanging. `call` counts
+    the transfers of one launch, alike on all ranks. A worker with `make_shelf` receives tensors.
     """
     if settings.command == "send":
         check_buffers(settings.buffer_size, settings.num_buffers)
         check_staging(settings.buffer_size, settings.staging)
     view.phase("join")
-    seat = take_seat(settings, view, leaver)
+    seat = take_seat(settings, view, leaver, call=call)
     leaver.on_leave(lambda: seat.channel.abort(leaver.error or TransferError("it left")))
     try:
         if isinstance(seat.channel, Hub):
             return send(settings, seat, seat.channel, view, leaver)
-        return receive(settings, seat, seat.channel, view, leaver)
+        return receive(settings, seat, seat.channel, view, leaver, make_shelf)
     except PackcastError as error:
         seat.channel.abort(error)
         raise
 
 
-def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -> Report:
+def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -> Report:
     """The sender's side."""
     checkpoint, files = seat.checkpoint, seat.files
     assert checkpoint is not None, "the sender has a checkpoint"
@@ -89,17 +102,24 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
         hub.send(rank, offers[rank].place.to_json())
     reader = FileReader(files, checkpoint.files)
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
-    _await_ready(hub, offer, settings.join_timeout_s)
+    leaver.on_abandon(mover.abandon)
+    sums = _await_ready(hub, offer, settings.join_timeout_s)
 
     view.phase("start")
     host = host_to_reach(hub.address)
     store, port = (seat.store, 0) if seat.store else serve_store(host, settings.join_timeout_s)
-    hub.broadcast({"kind": "GO", "host": host, "port": port})
+    hub.broadcast({"kind": "GO", "host": host, "port": port, "sums": sums})
     view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
 
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
         view.phase("data")
-        moved = mover.move(store, interface_of(host), hub)
+        moved = mover.move(
+            store,
+            interface_of(host),
+            hub,
+            stall_timeout_s=settings.stall_timeout_s,
+            sums=sums,
+        )
         hub.gather("MOVED", None)  # the stall watch is its bound
     hub.broadcast({"kind": "CLOSE"})
     view.phase("finish")
@@ -134,7 +154,14 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: Leaver) -
     )
 
 
-def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leaver) -> Report:
+def receive(
+    settings: Settings,
+    seat: Seat,
+    line: Line,
+    view: View,
+    leaver: WayOut,
+    make_shelf: MakeShelf | None,
+) -> Report:
     """A worker's side, which may read too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
     me, world_size = line.await_joined(patience_s)
@@ -142,13 +169,14 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
     view.phase("offer")
     offer = _expect_offer(line, me, world_size, patience_s)
     chunks = offer.chunks()
-    sink = _make_sink(settings, seat, offer, me)
+    sink = _make_sink(settings, seat, offer, me, make_shelf)
     leaver.on_leave(sink.abort)
     with _undone_on_error(sink, line):
         sink.prepare()
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
+        leaver.on_abandon(mover.abandon)
         line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
-        line.send({"kind": "READY", "plan": offer.plan})
+        line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
 
         go = line.expect("GO", patience_s)
         view.phase("start")
@@ -158,7 +186,14 @@ def receive(settings: Settings, seat: Seat, line: Line, view: View, leaver: Leav
 
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
             view.phase("data")
-            moved = mover.move(store, interface_of(reachable_host((host, port or 9))), line)
+            interface = interface_of(reachable_host((host, port or 9)))
+            moved = mover.move(
+                store,
+                interface,
+                line,
+                stall_timeout_s=settings.stall_timeout_s,
+                sums=go.get("sums") is True,
+            )
             line.send({"kind": "MOVED"})
             line.expect("CLOSE", None)
         view.phase("finish")
@@ -208,7 +243,11 @@ def _expect_offer(line: Line, me: Member, world_size: int, timeout_s: float) -> 
     return offer
 
 
-def _make_sink(settings: Settings, seat: Seat, offer: Offer, me: Member) -> Sink:
+def _make_sink(
+    settings: Settings, seat: Seat, offer: Offer, me: Member, make_shelf: MakeShelf | None
+) -> Sink:
+    if make_shelf is not None:
+        return TensorSink(offer.files, make_shelf(offer.device, offer.staging))
     if settings.target is None:
         return DiscardSink()
     where = fill_in(
@@ -256,11 +295,16 @@ def _publish(sink: Sink) -> PackcastError | None:
     return None
 
 
-def _await_ready(hub: Hub, offer: Offer, timeout_s: float) -> None:
-    """Every worker has reserved its space and buffers, and has made the same plan."""
-    for rank, ready in hub.gather("READY", timeout_s).items():
+def _await_ready(hub: Hub, offer: Offer, timeout_s: float) -> bool:
+    """Every worker has reserved its space and buffers, and has made the same plan.
+
+    Whether some worker needs the chunks' sums, since its bytes stay on the device.
+    """
+    answers = hub.gather("READY", timeout_s)
+    for rank, ready in answers.items():
         if ready.get("plan") != offer.plan:
             raise TransferError(f"rank {rank} makes another plan of the offer")
+    return any(ready.get("sums") is True for ready in answers.values())
 
 
 def _done_by_worker(hub: Hub) -> dict[int, int]:

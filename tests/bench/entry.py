@@ -11,6 +11,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from packcast.bench.model import BenchSettings, BenchView, Case, Environment, Li
 from packcast.errors import PackcastError
 from packcast.group.leave import Leaver, watch_signals
 from packcast.units import KIB
+
+
+Broadcast = Callable[[Any, int], None]
 
 
 class Recorder(BenchView):
@@ -73,19 +78,30 @@ def main(argv: list[str]) -> int:
 def damage_broadcasts(rank: int, at_least: int = 64 * KIB) -> None:
     """On one rank, a byte within every larger broadcast comes out wrong."""
     import torch
-    import torch.distributed as dist
 
-    broadcast = dist.broadcast
-
-    def damaged(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        work = broadcast(tensor, *args, **kwargs)
+    def damaged(broadcast: Broadcast, tensor: torch.Tensor, root: int) -> None:
+        broadcast(tensor, root)
         data = tensor.view(-1).view(torch.uint8) if tensor.is_contiguous() else tensor
         if os.environ["RANK"] == str(rank) and data.numel() >= at_least:
             # Neither in a trailer nor in what a limit's check looks at.
             data[data.numel() // 3] ^= 0x40
-        return work
 
-    dist.broadcast = damaged
+    change_broadcasts(damaged)
+
+
+def change_broadcasts(instead: Callable[[Broadcast, Any, int], None]) -> None:
+    """In this process, what `instead` does with the true one is done for every broadcast."""
+    from packcast.group import processgroup
+    from packcast.transfer import moving
+
+    true_one = processgroup.broadcast_over
+
+    def changed(*args: Any) -> Broadcast:
+        return partial(instead, true_one(*args))
+
+    for module in (processgroup, moving):
+        patched: Any = module
+        patched.broadcast_over = changed
 
 
 def slow_reads(seconds: float) -> None:
@@ -95,15 +111,12 @@ def slow_reads(seconds: float) -> None:
 
 def slow_broadcasts(seconds: float) -> None:
     """Every broadcast takes a while longer, on all ranks."""
-    import torch.distributed as dist
 
-    broadcast = dist.broadcast
-
-    def slowly(*args: Any, **kwargs: Any) -> Any:
+    def slowly(broadcast: Broadcast, tensor: Any, root: int) -> None:
         time.sleep(seconds)
-        return broadcast(*args, **kwargs)
+        broadcast(tensor, root)
 
-    dist.broadcast = slowly
+    change_broadcasts(slowly)
 
 
 def slow_sinks(rank: int, seconds: float) -> None:

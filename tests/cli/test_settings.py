@@ -72,9 +72,9 @@ def test_a_device_that_cannot_be_is_refused(text: str) -> None:
 
 
 def test_a_misspelt_placeholder_is_not_a_directory_name() -> None:
-    assert given.template("--out", "/x/{rank}-{host}") == "/x/{rank}-{host}"
+    assert given.destination("/x/{rank}-{host}", None) == ("write", "/x/{rank}-{host}")
     with pytest.raises(UsageError, match=r"\{ranks\}"):
-        given.template("--out", "/x/{ranks}")
+        given.destination("/x/{ranks}", None)
 
 
 def test_there_is_one_destination() -> None:

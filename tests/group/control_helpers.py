@@ -18,7 +18,7 @@ from packcast.errors import PackcastError
 from packcast.group.hub import Hub
 from packcast.group.line import Line
 from packcast.group.member import Member
-from packcast.group.wire import BEFORE_PROOF, FrameReader, Limits, encode_frame
+from packcast.group.wire import BEFORE_PROOF, PROTOCOL, FrameReader, Limits, encode_frame
 
 PATIENCE_S = 20.0
 ANYTHING = Limits(1 << 30)
@@ -187,13 +187,14 @@ class Raw:
     def enter(self, me: Member) -> None:
         """A correct handshake, where no token is asked for."""
         self.hear("CHALLENGE")
-        self.say("HELLO", protocol=1, nonce="0" * 64, member=me.to_json())
+        self.say("HELLO", protocol=PROTOCOL, nonce="0" * 64, member=me.to_json())
         self.hear("WELCOME")
 
 
 def hello_frame(me: Member) -> bytes:
     return encode_frame(
-        {"kind": "HELLO", "protocol": 1, "nonce": "0" * 64, "member": me.to_json()}, BEFORE_PROOF
+        {"kind": "HELLO", "protocol": PROTOCOL, "nonce": "0" * 64, "member": me.to_json()},
+        BEFORE_PROOF,
     )
 
 

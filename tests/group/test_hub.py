@@ -222,7 +222,7 @@ def test_a_late_arrival_is_sent_away(group: Group) -> None:
         b"\x00\x00\x40\x01" + b"x" * 100,
         b"\x00\x00\x00\x02{}",
         b"\x00\x00\x00\x11" + b'{"kind":"READY1"}',
-        b'\x00\x00\x00\x2f{"kind":"HELLO","protocol":1,"nonce":"","member"',
+        b'\x00\x00\x00\x2f{"kind":"HELLO","protocol":2,"nonce":"","member"',
         hello_frame(member(1)).replace(b"recv", b"boss"),
     ],
 )

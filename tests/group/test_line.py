@@ -15,7 +15,7 @@ from packcast.errors import CheckpointError, RendezvousError, TransferError
 from packcast.group import auth, handshake
 from packcast.group.hub import Hub
 from packcast.group.line import Line
-from packcast.group.wire import FROM_SENDER, FrameReader, encode_frame
+from packcast.group.wire import FROM_SENDER, PROTOCOL, FrameReader, encode_frame
 from tests.group.control_helpers import (
     PATIENCE_S,
     Child,
@@ -76,7 +76,7 @@ class FakeSender:
         """Until the test is over."""
         self._leave.wait(PATIENCE_S)
 
-    def challenge(self, *, token: bool = False, protocol: int = 1) -> None:
+    def challenge(self, *, token: bool = False, protocol: int = PROTOCOL) -> None:
         self.say("CHALLENGE", protocol=protocol, nonce="0" * 64, transfer="t", token=token)
         assert self.hear()["kind"] == "HELLO"
 
@@ -208,7 +208,7 @@ def test_a_sender_that_cannot_prove_the_token_is_not_believed(group: Group) -> N
 
 def test_a_workers_own_proof_reflected_is_not_believed(group: Group) -> None:
     def act(sender: FakeSender) -> None:
-        sender.say("CHALLENGE", protocol=1, nonce="0" * 64, transfer="t", token=True)
+        sender.say("CHALLENGE", protocol=PROTOCOL, nonce="0" * 64, transfer="t", token=True)
         proof = sender.hear()["proof"]
         sender.say("WELCOME", proof=proof, member=SENDER.to_json())
         sender.stay()
@@ -228,7 +228,7 @@ def test_a_sender_of_another_protocol_is_told_and_left(
 
     with (
         FakeSender(act) as sender,
-        pytest.raises(RendezvousError, match="speaks protocol 1, the sender protocol 9"),
+        pytest.raises(RendezvousError, match=f"speaks protocol {PROTOCOL}, the sender protocol 9"),
     ):
         group.line(sender.address, member(3))
 

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from packcast.group.launch import reachable_host
-from packcast.group.processgroup import begin_close, interface_of
+from packcast.group.processgroup import begin_abort, begin_close, interface_of
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -22,7 +24,9 @@ TWO_RANKS = """
 import os, sys, time
 import torch
 from packcast.errors import RendezvousError
-from packcast.group.processgroup import begin_close, interface_of, open_process_group
+from packcast.group.processgroup import (
+    begin_close, broadcast_over, interface_of, open_process_group
+)
 from packcast.group.store import connect_store, serve_store
 
 reader, writer = os.pipe()
@@ -34,19 +38,19 @@ if rank == 0:
 else:
     port = int(os.read(reader, 100))
     store = connect_store("127.0.0.1", port, 10.0)
+before = dict(os.environ)
 group = open_process_group(
     "gloo", rank=rank, world_size=2, store=store, device=torch.device("cpu"), timeout_s=20.0,
     interface=interface_of("127.0.0.1"),
 )
 tensor = torch.full((4,), rank)
-torch.distributed.broadcast(tensor, 0, group=group)
+broadcast_over(group, lambda: None)(tensor, 0)
 assert tensor.tolist() == [0, 0, 0, 0]
-assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
-assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
+assert dict(os.environ) == before
+assert not torch.distributed.is_initialized()
 started = time.monotonic()
 assert begin_close(group, torch.device("cpu")).wait(5.0)
 assert time.monotonic() - started < 4.0
-assert not torch.distributed.is_initialized()
 if rank == 1:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
@@ -74,17 +78,33 @@ def test_two_ranks_make_a_group_broadcast_and_take_it_down() -> None:
     assert len(ran.stdout.splitlines()) == 1
 
 
-def test_a_close_that_hangs_can_be_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    import torch.distributed as dist
+class Hangs:
+    """A group whose way down does not end until it is released."""
 
-    release = threading.Event()
-    monkeypatch.setattr(dist, "destroy_process_group", lambda group: release.wait(10))
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def broadcast(self, tensors: object, opts: object) -> None: ...
+
+    def shutdown(self) -> None:
+        self.released.wait(10)
+
+    abort = shutdown
+
+
+@pytest.mark.parametrize("begin", [begin_close, begin_abort])
+def test_a_way_down_that_hangs_can_be_given_up(
+    begin: Callable[[Hangs, object], threading.Event],
+) -> None:
+    import torch
+
+    group = Hangs()
     started = time.monotonic()
-    group = dist.ProcessGroup(dist.HashStore(), 0, 1)
-    assert not begin_close(group, torch.device("cpu")).wait(0.2)
+    ended = begin(group, torch.device("cpu"))
+    assert not ended.wait(0.2)
     assert time.monotonic() - started < 2
-    release.set()
+    group.released.set()
+    assert ended.wait(10)
 
 
 def test_loopback_addresses_belong_to_the_loopback_interface() -> None:
@@ -108,3 +128,15 @@ def test_an_address_of_somebody_else_is_on_no_interface() -> None:
 def test_this_hosts_address_towards_the_world_has_an_interface() -> None:
     name = interface_of(reachable_host(None))
     assert name in {name for _, name in socket.if_nameindex()}
+
+
+def test_whoever_has_waited_for_the_way_down_leaves_no_group_to_another_thread() -> None:
+    import torch
+
+    group = Hangs()
+    alive = weakref.ref(group)
+    ended = begin_close(group, torch.device("cpu"))
+    group.released.set()
+    del group
+    assert ended.wait(10)
+    assert alive() is None

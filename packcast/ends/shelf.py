@@ -1,0 +1,229 @@
+"""Where tensors are received: new ones that are handed out, or the caller's own.
+
+Knows headers' dtypes and torch's; not how the bytes come.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+
+from packcast.checkpoint.header import Tensor
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.errors import UsageError
+from packcast.packed.tensors import as_bytes, check_plain
+
+# By name: a version of torch may not have them all. None of it stands for a 4- or 6-bit dtype
+# with a header's shape: torch's float4 has two numbers in an element.
+_DTYPE_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+_DTYPES = {
+    name: getattr(torch, known) for name, known in _DTYPE_NAMES.items() if hasattr(torch, known)
+}
+
+
+def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
+    """The tensor's dtype; UsageError naming it where this torch has none."""
+    dtype = _DTYPES.get(tensor.dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(
+            f"tensor {tensor.name} in {where} is {tensor.dtype}, which torch {torch.__version__}"
+            " has no dtype for",
+            hint="leave it out on the sender (exclude), or receive files (out)",
+        )
+    return dtype
+
+
+class Shelf(Protocol):
+    """Where whole tensors go. `complete` and `stop` may be called from any thread."""
+
+    def check(self, files: Sequence[FileSpec]) -> None:
+        """Before READY: raise UsageError where the offered tensors do not fit."""
+
+    def memory_for(self, tensor: Tensor) -> torch.Tensor | None:
+        """Where to receive it: contiguous, on the ring's device, in any state. None: drop it.
+
+        What the current stream is given from now on may write there.
+        """
+
+    def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
+        """All of the tensor is in its memory and proven; the device has done with it."""
+
+    def finish(self) -> None:
+        """After the last `complete`: block until everything is where it belongs."""
+
+    def stop(self) -> None:
+        """The transfer is over; whoever blocks here is to go on. Any thread, any time."""
+
+
+class Taker(Protocol):
+    """Who is given new tensors."""
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Take it; may block, which holds up the transfer."""
+
+    def finish(self) -> None:
+        """Block until all are taken in."""
+
+    def stop(self) -> None:
+        """Block no longer."""
+
+
+class NewTensors:
+    """Makes a tensor for each one offered and gives it away when it is complete.
+
+    On a GPU its memory belongs to `stream`, the taker's: made and freed in its order.
+    """
+
+    def __init__(
+        self, device: torch.device, taker: Taker, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self._device = device
+        self._taker = taker
+        self._stream = stream
+
+    def check(self, files: Sequence[FileSpec]) -> None:
+        for spec in files:
+            for tensor in spec.header.tensors if spec.header else ():
+                torch_dtype(tensor, spec.name)
+
+    def memory_for(self, tensor: Tensor) -> torch.Tensor:
+        on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        with on_stream:
+            made = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)  # who had this memory before may still be at work
+            made.record_stream(current)  # and it is not given to others while we write
+        return made
+
+    def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
+        self._taker.put(tensor.name, memory)
+
+    def finish(self) -> None:
+        self._taker.finish()
+
+    def stop(self) -> None:
+        self._taker.stop()
+
+
+class GivenTensors:
+    """Receives into the caller's own tensors, by name; `strict`: all of both sides' names.
+
+    One that is not contiguous is received beside it and copied. On a GPU the tensors may be in use
+    on `stream`, the caller's, until this is made.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        strict: bool,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        self._device = device
+        self._tensors = tensors
+        self._strict = strict
+        self._stream = stream
+
+    def check(self, files: Sequence[FileSpec]) -> None:
+        offered = [
+            (spec.name, tensor)
+            for spec in files
+            if spec.header
+            for tensor in spec.header.tensors
+            if self._strict or tensor.name in self._tensors
+        ]
+        for where, tensor in offered:
+            self._check_tensor(where, tensor)
+        names = Counter(tensor.name for _, tensor in offered)
+        twice = next((name for name, count in names.items() if count > 1), None)
+        if twice is not None:
+            raise UsageError(f"tensor {twice} is in two shards, and into has one of that name")
+        if self._strict:
+            self._check_none_is_left(names)
+
+    def memory_for(self, tensor: Tensor) -> torch.Tensor | None:
+        target = self._tensors.get(tensor.name)
+        if target is None:
+            return None
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+            self._stream = None  # once: nothing of the caller's runs between here and the end
+        if not target.is_contiguous():
+            return torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+        return target.detach()
+
+    def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
+        target = self._tensors[tensor.name]
+        if not target.is_contiguous():
+            target.detach().copy_(memory)
+            if self._device.type == "cuda":  # or the memory could be another's while it is read
+                torch.cuda.current_stream(self._device).synchronize()
+
+    def finish(self) -> None:
+        """Nothing is on its way."""
+
+    def stop(self) -> None:
+        """Nobody blocks here."""
+
+    def _check_tensor(self, where: str, tensor: Tensor) -> None:
+        dtype = torch_dtype(tensor, where)
+        target = self._tensors.get(tensor.name)
+        if target is None:
+            raise UsageError(
+                f"tensor {tensor.name} of {where} is not in into",
+                hint="strict=False takes only the tensors that are in both",
+            )
+        check_plain(tensor.name, target)
+        if (tuple(target.shape), target.dtype) != (tensor.shape, dtype):
+            raise UsageError(
+                f"tensor {tensor.name} is {target.dtype} {tuple(target.shape)} in into, but"
+                f" {dtype} {tensor.shape} in {where}"
+            )
+        if target.device != self._device:
+            raise UsageError(
+                f"tensor {tensor.name} is on {target.device}, but this rank receives on"
+                f" {self._device}",
+                hint="say device= for the tensors' own, or move them",
+            )
+
+    def _check_none_is_left(self, names: Mapping[str, int]) -> None:
+        received = [self._tensors[name] for name in names]
+        memories = {(one.data_ptr(), one.nbytes) for one in received if one.numel()}
+        for name, tensor in self._tensors.items():
+            # A tied tensor is filled under its other name.
+            if name not in names and (tensor.data_ptr(), tensor.nbytes) not in memories:
+                raise UsageError(
+                    f"tensor {name} of into is not in the checkpoint",
+                    hint="strict=False leaves it as it is",
+                )
+
+
+def bytes_of(memory: torch.Tensor) -> torch.Tensor:
+    """The memory of a contiguous tensor as a flat uint8 tensor."""
+    return as_bytes("", memory, memory.device)

@@ -1,0 +1,78 @@
+"""Whether what a user asks for goes with how this process was started: by a launcher, or not.
+
+Pure. `said` turns a setting's name into what the user calls it: `--listen`, or `listen=`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from packcast.errors import UsageError
+from packcast.group.launch import Launch
+from packcast.settings import Settings
+
+Said = Callable[[str], str]
+
+WAYS_TO_LAUNCH = """ways to start the workers:
+    here, three ranks   packcast send CKPT --out 'DIR-{rank}' --nproc 3
+    on other hosts      packcast send CKPT --workers 3 --listen HOST:29400
+    under torchrun      torchrun --nproc-per-node 4 -m packcast send CKPT --out 'DIR-{rank}'
+    under Slurm         srun packcast send CKPT --out DIR"""
+
+
+def check_send(
+    settings: Settings, launch: Launch, said: Said, *, nproc: int | None, ways: str
+) -> None:
+    """Who takes part must be said once, by a launcher or by an option; `ways` is the hint."""
+    launched = launch.kind != "none"
+    if launched:
+        for name, value in (("workers", settings.workers), ("nproc", nproc)):
+            if value is not None:
+                raise UsageError(
+                    f"{said(name)} is for use without a launcher; this process was started by "
+                    f"{launch.kind}, which says how many ranks there are"
+                )
+    if nproc is not None and settings.workers is not None:
+        raise UsageError(
+            f"{said('nproc')} starts the workers itself; {said('workers')} waits for others"
+        )
+    if settings.workers is not None and settings.address is None:
+        raise UsageError(
+            f"{said('workers')} needs {said('listen')}, host and port",
+            hint="the host is a name of this one that the workers reach",
+        )
+    if settings.address is not None and settings.workers is None:
+        raise UsageError(f"{said('listen')} needs {said('workers')}: how many receivers will come")
+    if not launched and nproc is None and settings.workers is None:
+        raise UsageError("there is nobody to send to", hint=ways)
+    _check_port(settings, launch, said)
+
+
+def check_recv(settings: Settings, launch: Launch, said: Said, *, ways: str) -> None:
+    """Without a launcher it must be said where the sender is; with one it must not."""
+    launched = launch.kind != "none"
+    if launched and settings.address is not None:
+        raise UsageError(
+            f"{said('address')} is for use without a launcher; this process was started by"
+            f" {launch.kind}"
+        )
+    if launched and settings.rank is not None:
+        raise UsageError(
+            f"{said('rank')} is for use without a launcher; {launch.kind} gives out ranks"
+        )
+    if not launched and settings.address is None:
+        raise UsageError(
+            f"where is the sender? no {said('address')} was given, and there is no launcher",
+            hint=ways,
+        )
+    if settings.address is not None and settings.address[1] == 0:
+        raise UsageError("port 0 is not a place to connect to")
+    _check_port(settings, launch, said)
+
+
+def _check_port(settings: Settings, launch: Launch, said: Said) -> None:
+    if settings.port is not None and launch.kind != "slurm":
+        raise UsageError(
+            f"{said('port')} is for Slurm",
+            hint=f"torchrun has --master-port; without a launcher there is {said('listen')}",
+        )

@@ -1,0 +1,308 @@
+"""The library's whole transfers: `send_checkpoint` and `receive_checkpoint`.
+
+Typed arguments -> settings -> one call of `run`, as the command line does it; but what ends a
+transfer is raised here, and never ends the process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import torch
+
+from packcast.ends.shelf import GivenTensors, NewTensors, Shelf
+from packcast.errors import UsageError, error_from_code
+from packcast.group import asking
+from packcast.group.launch import detect_launch
+from packcast.packed.plan import check_buffers, check_staging
+from packcast.report import Report
+from packcast.settings import (
+    DEFAULT_BUFFER_SIZE,
+    DEFAULT_HEARTBEAT_TIMEOUT_S,
+    DEFAULT_JOIN_TIMEOUT_S,
+    DEFAULT_NUM_BUFFERS,
+    DEFAULT_STAGING,
+    DEFAULT_STALL_TIMEOUT_S,
+    MAX_TOKEN_NBYTES,
+    Backend,
+    Settings,
+    SinkKind,
+    check_destinations,
+    check_device,
+    check_seconds,
+    check_size,
+    check_template,
+)
+from packcast.transfer.caller import Caller, HandOut
+from packcast.transfer.spine import MakeShelf, run
+from packcast.view import View
+
+AnyPath: TypeAlias = "str | os.PathLike[str]"
+
+_WAYS = "under torchrun or Slurm every rank calls this; elsewhere say workers= and listen="
+_WHERE = "say address=(host, port), where send_checkpoint(..., listen=(host, port)) waits"
+
+_calls = itertools.count()  # alike on all ranks of a launch, as the calls are
+
+
+def send_checkpoint(
+    checkpoint: AnyPath,
+    *,
+    out: AnyPath | None = None,
+    verify: AnyPath | None = None,
+    force: bool = False,
+    sidecars: bool = True,
+    all_files: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    readers: int | Literal["all"] = 1,
+    buffer_size: int = DEFAULT_BUFFER_SIZE,
+    num_buffers: int = DEFAULT_NUM_BUFFERS,
+    staging: int = DEFAULT_STAGING,
+    backend: Backend = "auto",
+    device: str = "auto",
+    workers: int | None = None,
+    listen: tuple[str, int] | None = None,
+    port: int | None = None,
+    token: str | bytes | None = None,
+    join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S,
+    heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S,
+    stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
+    view: View | None = None,
+) -> Report:
+    """Send a safetensors checkpoint (a file or a directory) to every other rank of the group.
+
+    The group is that of torchrun or Slurm, by this process's environment; every rank of it calls
+    this or `receive_checkpoint`, equally often. The lowest rank that calls this is the sender;
+    other ranks that do are workers: they write to `out` (with {rank}, {local_rank} and {host}
+    filled in), compare with `verify`, or with neither check digests and drop the bytes. Without a
+    launcher the sender waits for `workers` receivers at `listen`, a host and a port; all need one
+    `token`, here or in PACKCAST_TOKEN.
+
+        from packcast import send_checkpoint
+
+        report = send_checkpoint("model", workers=2, listen=("node1", 29400), token="secret")
+        print(report.num_tensors, "tensors at", report.bytes_per_second / 1e9, "GB/s")
+
+    The arguments are the options of `packcast send`: sizes in bytes, times in seconds, `include`
+    and `exclude` globs over tensor names, `readers` how many of the ranks that call this read the
+    checkpoint and share the sending. `view` is told what happens, on a thread of the transfer.
+
+    Returns when every worker has a proven, published copy. A process group that is there already
+    is left alone, and none is left behind: this makes one of its own. The bytes move on threads;
+    the calling thread, which may be any, waits.
+
+    Raises, on every rank and with one sentence, within the bounds of the command line: UsageError
+    for arguments that cannot be meant (here only), CheckpointError, RendezvousError, TransferError
+    (a lost rank, damage, a stall), DestinationError; VerificationError where a worker's comparison
+    found a difference, on that worker and on the sender. The error of a transfer that reached its
+    end has its `report`. KeyboardInterrupt passes through, once the others were told, and after
+    the point of no return only at the end. Partial directories are gone by then. No signal handler
+    is installed and no environment variable changed. After a failure in mid-transfer the group may
+    stay behind in the background, with its buffers: gloo's until its connections end, or a minute
+    after the stall timeout; NCCL's until its abort is done. New transfers work all the same.
+    """
+    call = next(_calls)
+    asked = {"out": out is not None, "verify": verify is not None}
+    given = [name for name, is_given in asked.items() if is_given]
+    check_destinations(given, list(asked), required=False)
+    sink, target = _file_target(out, verify)
+    check_buffers(check_size("buffer_size", buffer_size), num_buffers)
+    check_staging(buffer_size, check_size("staging", staging))
+    if not (readers == "all" or (isinstance(readers, int) and readers > 0)):
+        raise UsageError(f"readers: {readers!r} is neither a count nor 'all'")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers: {workers} is nobody")
+    if backend not in ("auto", "nccl", "gloo"):
+        raise UsageError(f"backend: {backend!r} is none of auto, nccl, gloo")
+    for name, globs in (("include", include), ("exclude", exclude)):
+        if isinstance(globs, str):
+            raise UsageError(f"{name}: give a list of globs, not one text")
+    settings = Settings(
+        command="send",
+        checkpoint=Path(checkpoint),
+        sink=sink,
+        target=target,
+        force=force,
+        sidecars=sidecars,
+        all_files=all_files,
+        include=tuple(include),
+        exclude=tuple(exclude),
+        readers=None if readers == "all" else readers,
+        buffer_size=buffer_size,
+        num_buffers=num_buffers,
+        staging=staging,
+        backend=backend,
+        device=check_device("device", device),
+        workers=workers,
+        address=_address("listen", listen),
+        port=port,
+        token=_token(token),
+        join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
+        heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
+        stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
+    )
+    launch = detect_launch(os.environ)
+    asking.check_send(settings, launch, "{}=".format, nproc=None, ways=_WAYS)
+    if workers is not None and settings.token is None and view is None:
+        raise UsageError(
+            "workers= needs token=, which the workers give too",
+            hint="or set PACKCAST_TOKEN, or give a view, which is shown one",
+        )
+    return _transfer(Caller(), settings, view, call)
+
+
+def receive_checkpoint(
+    address: tuple[str, int] | None = None,
+    *,
+    out: AnyPath | None = None,
+    verify: AnyPath | None = None,
+    into: Mapping[str, torch.Tensor] | None = None,
+    on_tensor: Callable[[str, torch.Tensor], object] | None = None,
+    discard: bool = False,
+    strict: bool = True,
+    force: bool = False,
+    device: str = "auto",
+    rank: int | None = None,
+    port: int | None = None,
+    token: str | bytes | None = None,
+    join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S,
+    heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S,
+    stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
+    view: View | None = None,
+) -> Report:
+    """Receive what another rank sends with `send_checkpoint`, or `packcast send`.
+
+    Under torchrun or Slurm the group is the launcher's; else `address` is where the sender listens
+    (it may come later), `token` what it asks for, and `rank` the one to be, if that matters. The
+    checkpoint goes to exactly one of
+
+    - `out`: a directory that appears complete and proven, or not at all; `force` replaces an
+      earlier copy. {rank}, {local_rank} and {host} are filled in.
+    - `verify`: a local checkpoint to compare with; a difference raises VerificationError.
+    - `into`: tensors by name, to receive in place, as a model's `state_dict()`. Shapes, dtypes and
+      devices are compared before a byte moves, and names: `strict=False` takes those that are on
+      both sides. A failure in mid-transfer leaves them partly overwritten.
+    - `on_tensor(name, tensor)`: called once for every tensor of every shard, in no certain order,
+      with the whole tensor on this rank's device (a GPU, or the CPU over gloo), of the header's
+      dtype and shape. It is the caller's own from then on.
+    - `discard`: digests are checked, the bytes dropped.
+
+        from packcast import receive_checkpoint
+
+        receive_checkpoint(("node1", 29400), token="secret", into=model.state_dict())
+
+    `device` is auto, cpu, cuda or cuda:N; with `into` auto means the tensors' own. Every tensor is
+    proven before `on_tensor` has it: on a CPU by the digests that the reader took of the file's
+    bytes, on a GPU by a sum over what left the root's GPU (an accident between its host and its
+    GPU would not be seen). Sidecars are checked and dropped. `on_tensor` runs in the calling
+    thread; on a GPU the tensor is complete for every stream, and its memory belongs to the stream
+    that was current when this was called. While it runs the transfer goes on until finished
+    tensors of `staging` bytes wait (the sender's, 512 MiB unless told otherwise), so one that
+    takes longer than the stall timeout ends the transfer. What it raises ends it too, and is
+    raised here. Beside the tensors this needs the ring (`num_buffers` x `buffer_size`, of the
+    sender), on a GPU 16 MiB more, and for `on_tensor` the tensors that wait or are unfinished.
+
+    Returns when the checkpoint is where it belongs and every other rank has said so, or has been
+    waited for. Raises as `send_checkpoint` does, and leaves behind what is said there; UsageError,
+    also on the sender, where a tensor cannot be received (torch has no F4 and F6 of such shapes).
+    """
+    call = next(_calls)
+    asked = {
+        "out": out is not None,
+        "verify": verify is not None,
+        "into": into is not None,
+        "on_tensor": on_tensor is not None,
+        "discard": discard,
+    }
+    given = [name for name, is_given in asked.items() if is_given]
+    check_destinations(given, list(asked), required=True)
+    sink, target = _file_target(out, verify)
+    if device == "auto" and into is not None:
+        device = _device_of(into)
+    settings = Settings(
+        command="recv",
+        sink=sink,
+        target=target,
+        force=force,
+        device=check_device("device", device),
+        address=_address("address", address),
+        port=port,
+        token=_token(token),
+        rank=rank,
+        join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
+        heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
+        stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
+    )
+    asking.check_recv(settings, detect_launch(os.environ), "{}=".format, ways=_WHERE)
+    caller = Caller()
+
+    def make_shelf(device: str, waiting_nbytes: int) -> Shelf:
+        here = torch.device(device)
+        on_gpu = here.type == "cuda"
+        stream = caller.ask(lambda: torch.cuda.current_stream(here)) if on_gpu else None
+        if into is not None:
+            return GivenTensors(here, into, strict=strict, stream=stream)
+        assert on_tensor is not None
+        return NewTensors(here, HandOut(caller, on_tensor, waiting_nbytes), stream)
+
+    to_shelf = make_shelf if into is not None or on_tensor is not None else None
+    return _transfer(caller, settings, view, call, to_shelf)
+
+
+def _transfer(
+    caller: Caller,
+    settings: Settings,
+    view: View | None,
+    call: int,
+    make_shelf: MakeShelf | None = None,
+) -> Report:
+    told = view or View()
+    try:
+        report = caller.run(lambda: run(settings, told, caller, call=call, make_shelf=make_shelf))
+    finally:
+        told.close()
+    if not report.ok:
+        error = error_from_code(report.exit_code, report.error or "failed", report.hint)
+        error.report = report
+        raise error
+    return report
+
+
+def _file_target(out: AnyPath | None, verify: AnyPath | None) -> tuple[SinkKind, str | None]:
+    if out is not None:
+        return "write", check_template("out", os.fspath(out))
+    if verify is not None:
+        return "verify", check_template("verify", os.fspath(verify))
+    return "discard", None
+
+
+def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | None:
+    if address is None:
+        return None
+    if not isinstance(address, tuple) or [type(part) for part in address] != [str, int]:
+        raise UsageError(f"{where}: {address!r} is not (host, port)", hint="as ('node1', 29400)")
+    host, port = address
+    if not host or not 0 <= port <= 65535:
+        raise UsageError(f"{where}: {address!r} names no host, or no port")
+    return host, port
+
+
+def _token(token: str | bytes | None) -> bytes | None:
+    if token is None:
+        return os.environ.get("PACKCAST_TOKEN", "").encode() or None
+    secret = token.encode() if isinstance(token, str) else token
+    if not 0 < len(secret) <= MAX_TOKEN_NBYTES:
+        raise UsageError(f"token: from 1 to {MAX_TOKEN_NBYTES} bytes, not {len(secret)}")
+    return secret
+
+
+def _device_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Where all of them are, as far as it can be said in one word."""
+    devices = {str(tensor.device) for tensor in tensors.values() if hasattr(tensor, "device")}
+    one = devices.pop() if len(devices) == 1 else "auto"
+    return one if one == "cpu" or one.startswith("cuda") else "auto"
