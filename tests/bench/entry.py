@@ -22,7 +22,6 @@ from packcast.errors import PackcastError
 from packcast.group.leave import Leaver, watch_signals
 from packcast.units import KIB
 
-
 Broadcast = Callable[[Any, int], None]
 
 
