@@ -219,6 +219,17 @@ def test_ranks_meet_in_a_store_on_the_launchers_port_and_rank_0_need_not_be_firs
         assert await_address(late.result(), 5.0) == ("127.0.0.1", 1)
 
 
+def test_the_next_transfer_of_a_process_meets_in_the_same_store_under_keys_of_its_own() -> None:
+    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    host, client = Launch("torchrun", 0, 2, 0, 2), Launch("torchrun", 1, 2, 1, 2)
+    publish_address(open_store(host, environ, 10.0, call=0), ("127.0.0.1", 1))
+    early = open_store(client, environ, 10.0, call=1)  # before rank 0 is there again
+    with pytest.raises(RendezvousError, match="not said where it listens"):
+        await_address(early, 0.1)
+    publish_address(open_store(host, environ, 10.0, call=1), ("127.0.0.1", 2))
+    assert await_address(early, 5.0) == ("127.0.0.1", 2)
+
+
 def test_under_slurm_rank_0_serves_the_store_on_the_first_host() -> None:
     environ = SLURM | {"SLURM_STEP_NODELIST": "localhost"}
     port = free_port()
