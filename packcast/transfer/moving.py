@@ -37,7 +37,7 @@ from packcast.group.processgroup import (
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
-from packcast.packed.ring import Ring
+from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
 from packcast.units import GIB, format_duration, format_exact_size, format_size
@@ -157,7 +157,7 @@ class Mover:
                 self._chunks,
                 rank=offer.rank,
                 ring=self._ring,
-                broadcast=broadcast_over(group, lambda: channel.verdict),
+                broadcast=self._broadcast(group, channel),
                 source=self._summed or self._source,
                 drain=self._landing,
             )
@@ -219,7 +219,7 @@ class Mover:
         self, store: Store, interface: str | None, channel: Hub | Line, timeout_s: float
     ) -> Group:
         try:
-            return open_process_group(
+            group = open_process_group(
                 "nccl" if self._offer.backend == "nccl" else "gloo",
                 rank=self._offer.rank,
                 world_size=self._offer.world_size,
@@ -228,8 +228,18 @@ class Mover:
                 timeout_s=timeout_s,
                 interface=interface,
             )
+            if self._device.type == "cuda":
+                # NCCL connects with the first broadcast, for a quarter of a second: it belongs to
+                # the start, while readers fill the staging.
+                self._broadcast(group, channel)(torch.zeros(1, device=self._device), 0)
+                torch.cuda.current_stream(self._device).synchronize()
+            return group
         except RendezvousError as error:
             raise channel.wait_verdict(_VERDICT_WAIT_S) or error from error
+
+    @staticmethod
+    def _broadcast(group: Group, channel: Hub | Line) -> Broadcast:
+        return broadcast_over(group, lambda: channel.verdict)
 
     def position(self) -> str:
         """How far this rank is, for a sentence: the newest file and its bytes so far."""

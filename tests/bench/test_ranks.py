@@ -19,6 +19,7 @@ EVERY_WAY = {
     ("packcast", "file", "discard"),
     ("packcast", "file", "write"),
     ("packcast", "file", "verify"),
+    ("packcast", "file", "land"),
     ("original", "file", "discard"),
     ("original", "file", "write"),
     ("original", "file", "land"),
