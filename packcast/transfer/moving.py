@@ -9,7 +9,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,7 +38,7 @@ from packcast.group.processgroup import (
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
-from packcast.packed.ring import Broadcast, Ring
+from packcast.packed.ring import Ring
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
 from packcast.units import GIB, format_duration, format_exact_size, format_size
@@ -141,6 +142,7 @@ class Mover:
             self.close()
             raise
         channel.arm(self.position)
+        self._connect(self._group, channel)
         return self.run(self._group, channel)
 
     def prove_by_sums(self) -> None:
@@ -150,24 +152,16 @@ class Mover:
 
     def run(self, group: Group, channel: Hub | Line) -> Moved:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
-        offer = self._offer
-        try:
+        with self._cause_told(channel):
             began = time.perf_counter()
             ended = run_pipeline(
                 self._chunks,
-                rank=offer.rank,
+                rank=self._offer.rank,
                 ring=self._ring,
-                broadcast=self._broadcast(group, channel),
+                broadcast=broadcast_over(group, lambda: channel.verdict),
                 source=self._summed or self._source,
                 drain=self._landing,
             )
-        except PackcastError:
-            raise
-        except RuntimeError as error:  # torch's own, of a collective or a copy
-            # What broke it is often known on the control channel a moment later, by name.
-            raise channel.wait_verdict(_VERDICT_WAIT_S) or TransferError(
-                f"{offer.backend} failed at {self.position()}: {str(error).splitlines()[0]}"
-            ) from error
         self._is_moved = True
         on_gpu = self._device.type == "cuda"
         peak = torch.cuda.max_memory_reserved(self._device) if on_gpu else 0
@@ -219,7 +213,7 @@ class Mover:
         self, store: Store, interface: str | None, channel: Hub | Line, timeout_s: float
     ) -> Group:
         try:
-            group = open_process_group(
+            return open_process_group(
                 "nccl" if self._offer.backend == "nccl" else "gloo",
                 rank=self._offer.rank,
                 world_size=self._offer.world_size,
@@ -228,18 +222,28 @@ class Mover:
                 timeout_s=timeout_s,
                 interface=interface,
             )
-            if self._device.type == "cuda":
-                # NCCL connects with the first broadcast, for a quarter of a second: it belongs to
-                # the start, while readers fill the staging.
-                self._broadcast(group, channel)(torch.zeros(1, device=self._device), 0)
-                torch.cuda.current_stream(self._device).synchronize()
-            return group
         except RendezvousError as error:
             raise channel.wait_verdict(_VERDICT_WAIT_S) or error from error
 
-    @staticmethod
-    def _broadcast(group: Group, channel: Hub | Line) -> Broadcast:
-        return broadcast_over(group, lambda: channel.verdict)
+    def _connect(self, group: Group, channel: Hub | Line) -> None:
+        """NCCL's first broadcast, a quarter of a second, while readers fill the staging."""
+        if self._device.type == "cuda":
+            with self._cause_told(channel):
+                broadcast_over(group, lambda: channel.verdict)(torch.zeros(1).to(self._device), 0)
+                torch.cuda.current_stream(self._device).synchronize()
+
+    @contextmanager
+    def _cause_told(self, channel: Hub | Line) -> Iterator[None]:
+        """torch's own errors, of a collective or a copy, in our words."""
+        try:
+            yield
+        except PackcastError:
+            raise
+        except RuntimeError as error:
+            # What broke it is often known on the control channel a moment later, by name.
+            raise channel.wait_verdict(_VERDICT_WAIT_S) or TransferError(
+                f"{self._offer.backend} failed at {self.position()}: {str(error).splitlines()[0]}"
+            ) from error
 
     def position(self) -> str:
         """How far this rank is, for a sentence: the newest file and its bytes so far."""
