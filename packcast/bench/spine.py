@@ -34,9 +34,9 @@ from packcast.group.wire import Message
 from packcast.packed.plan import check_buffers
 from packcast.settings import Settings
 from packcast.transfer.agreement import rank_of
-from packcast.transfer.moving import StallWatch
 from packcast.transfer.offer import Offer
 from packcast.transfer.seat import Seat, host_to_reach, take_seat
+from packcast.transfer.stall import StallWatch
 from packcast.view import View
 
 _PATIENCE_S = 30.0

@@ -32,10 +32,11 @@ _PR_SET_PDEATHSIG = 1
 class WayOut(Protocol):
     """What a transfer calls when it is over for a reason that its own thread cannot know.
 
-    `error` is why, once `leave` was called.
+    `error` is why, once `leave` was called. `survives`: the process goes on after that.
     """
 
     error: PackcastError | None
+    survives: bool
 
     def on_leave(self, clean_up: Callable[[], object]) -> None:
         """Call this when it ends so; at once, if it has."""
@@ -55,6 +56,8 @@ class Leaver:
 
     `error` is what it was called with, for clean-ups that pass it on.
     """
+
+    survives = False
 
     def __init__(
         self, printer: Callable[[PackcastError], None], *, limit_s: float = CLEAN_UP_LIMIT_S

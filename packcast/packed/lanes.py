@@ -13,6 +13,8 @@ import torch
 
 from packcast.packed.counters import Counters, Stage
 
+_POLL_S = 0.001
+
 
 class Mark:
     """A point in a lane. On a CPU it has been passed when it exists."""
@@ -41,6 +43,15 @@ class Mark:
     def passed(self) -> bool:
         """Has the lane got here? Never blocks."""
         return self._event is None or bool(self._event.query())
+
+    def passes_within(self, limit_s: float) -> bool:
+        """Wait for the lane to get here, but no longer; has it?"""
+        deadline = time.monotonic() + limit_s
+        while not self.passed():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+        return True
 
     def synchronize(self) -> None:
         """Block this host thread until the lane has got here."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Protocol, TypeVar
 
 from packcast.errors import TransferError
@@ -50,6 +50,7 @@ def run_pipeline(
     broadcast: Broadcast,
     source: Source[C] | None,
     drain: Drain[C] | None,
+    on_failure: Callable[[BaseException], object] | None = None,
 ) -> float:
     """Move `chunks` through the ring; all ranks call this with the same chunks.
 
@@ -57,13 +58,15 @@ def run_pipeline(
     Read, copy, broadcast and write overlap, as far as there are slots and staging. Returns when
     the last byte is through on this rank: the moment, by `time.perf_counter()`, before the ends
     were closed. Errors of source and drain are raised as they are; the other ranks are then left
-    waiting, so the caller has to tell them.
+    waiting, so the caller has to tell them, or to mend it: `on_failure` is called first of all.
     """
     with ExitStack() as ending:
         for end in (source, drain):
             if end is not None:
                 ending.callback(end.close)
         ending.callback(ring.stop, TransferError("the transfer is over"))
+        if on_failure is not None:
+            ending.enter_context(_told(on_failure))
         for chunk in chunks:
             with ring.counters.waiting_on(drain.stage if drain is not None else "read"):
                 slot = ring.take(chunk)
@@ -79,3 +82,12 @@ def run_pipeline(
         if drain is not None:
             drain.finish()
         return time.perf_counter()
+
+
+@contextmanager
+def _told(on_failure: Callable[[BaseException], object]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        on_failure(error)
+        raise

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -21,6 +22,8 @@ from packcast.packed.plan import align_up
 
 # broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank.
 Broadcast = Callable[[torch.Tensor, int], object]
+
+_MAX_DRY = 16  # broadcasts under way
 
 NOBODY = -1  # the rank of one that is no chunk's root
 
@@ -110,6 +113,7 @@ class Ring:
             Slot(i, memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
         ]
         self._step_nbytes = step_nbytes
+        self.num_broadcast = 0
         self._changed = threading.Condition()
         self._stopped_by: PackcastError | None = None
 
@@ -134,8 +138,38 @@ class Ring:
             begin = self.comm.mark()
             memory = slot.memory[: chunk.wire_nbytes] if chunk.own is None else chunk.own
             broadcast(memory, chunk.root)
+            self.num_broadcast += 1
             slot.arrived = self.comm.mark()
         self.clock.span("broadcast", chunk.index, chunk.nbytes, begin, slot.arrived)
+
+    def run_dry(
+        self, chunks: Sequence[Carried], tokens: int, broadcast: Broadcast, patience_s: float
+    ) -> bool:
+        """After a failure: take part in the broadcasts that are left, whatever they carry.
+
+        A peer's memory must not go while a broadcast may still be reading it, so where all ranks
+        live they end what they began, at the speed of the broadcasts alone; then each of `tokens`
+        ranks is heard once more. False where no broadcast has ended for `patience_s`.
+        """
+        marks: deque[Mark] = deque()
+        token = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        self.comm.wait_for_caller(self.device)
+        rest = [(chunk, self._slots[chunk.index % len(self._slots)]) for chunk in chunks]
+        left = [
+            (chunk.root, slot.memory[: chunk.wire_nbytes], slot)
+            for chunk, slot in rest[self.num_broadcast :]
+        ]
+        for root, memory, slot in [*left, *((rank, token, None) for rank in range(tokens))]:
+            if slot is not None:
+                self.comm.wait(slot.filled)
+                self.comm.wait(slot.drained)
+            with self.comm:
+                broadcast(memory, root)
+                marks.append(self.comm.mark())
+            # Not far ahead: a launch blocks for good where too many are waiting on a dead peer.
+            if len(marks) > _MAX_DRY and not marks.popleft().passes_within(patience_s):
+                return False
+        return all(mark.passes_within(patience_s) for mark in marks)
 
     def release(self, slot: Slot) -> None:
         """The loop is done with the slot; the marks and holders say when it is free."""
@@ -178,6 +212,7 @@ class Ring:
     def rewind(self) -> None:
         """Begin again at chunk 0 with slot 0: for another run over chunks, once one is over."""
         self.synchronize()
+        self.num_broadcast = 0
         with self._changed:
             self._stopped_by = None
             for index, slot in enumerate(self._slots):

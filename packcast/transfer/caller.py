@@ -37,6 +37,8 @@ class Caller:
     handler, since Python's own reach a thread that waits here.
     """
 
+    survives = True
+
     def __init__(self) -> None:
         self.error: PackcastError | None = None
         self._first = threading.Lock()

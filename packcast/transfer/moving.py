@@ -10,10 +10,10 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -26,7 +26,6 @@ from packcast.ends.summed import Summed
 from packcast.ends.tensors import TensorSink
 from packcast.errors import PackcastError, RendezvousError, TransferError
 from packcast.group.hub import Hub
-from packcast.group.leave import WayOut
 from packcast.group.line import Line
 from packcast.group.processgroup import (
     Group,
@@ -38,10 +37,10 @@ from packcast.group.processgroup import (
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
-from packcast.packed.ring import Ring
+from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
-from packcast.units import GIB, format_duration, format_exact_size, format_size
+from packcast.units import GIB, format_exact_size, format_size
 from packcast.view import Snapshot
 
 # Backstops only: the control channel is faster in every case it was made for, and the stall watch
@@ -49,6 +48,9 @@ from packcast.view import Snapshot
 _GROUP_TIMEOUT_BEYOND_STALL_S = 60.0
 _CLOSE_LIMIT_S = 15.0
 _ABORT_LIMIT_S = 2.0
+# For broadcasts that others have to take part in; longer than a lost rank takes to be known.
+_DRY_PATIENCE_S = 4.0
+_DRY_LIMIT_S = 60.0
 _VERDICT_WAIT_S = 5.0
 
 _MAX_HANDS = 16
@@ -89,6 +91,9 @@ class Mover:
     ) -> None:
         self.counters = Counters()
         self._is_moved = False
+        self._survives = False
+        self._outside = threading.Event()  # of the loop
+        self._outside.set()
         self._group: Group | None = None
         self._offer = offer
         self._chunks = chunks
@@ -128,11 +133,14 @@ class Mover:
         *,
         stall_timeout_s: float,
         sums: bool,
+        survives: bool,
     ) -> Moved:
         """Make the process group and send or receive every chunk. All ranks.
 
-        `sums` if some rank needs them: all readers must be told alike.
+        `sums` if some rank needs them: all readers must be told alike. `survives` if this process
+        goes on after a failure.
         """
+        self._survives = survives and self._device.type == "cuda"
         if sums:
             self.prove_by_sums()
         timeout_s = stall_timeout_s + _GROUP_TIMEOUT_BEYOND_STALL_S
@@ -152,15 +160,16 @@ class Mover:
 
     def run(self, group: Group, channel: Hub | Line) -> Moved:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
-        with self._cause_told(channel):
+        with self._cause_told(channel), self._inside():
             began = time.perf_counter()
             ended = run_pipeline(
                 self._chunks,
                 rank=self._offer.rank,
                 ring=self._ring,
-                broadcast=broadcast_over(group, lambda: channel.verdict),
+                broadcast=self._broadcast(group, channel),
                 source=self._summed or self._source,
                 drain=self._landing,
+                on_failure=partial(self._run_dry, group, channel) if self._survives else None,
             )
         self._is_moved = True
         on_gpu = self._device.type == "cuda"
@@ -182,11 +191,38 @@ class Mover:
         assert self._landing is not None, "this rank takes nothing"
         return self._landing.digests.of_blocks()
 
+    def _broadcast(self, group: Group, channel: Hub | Line) -> Broadcast:
+        """The group's, which raises the verdict once there is one; see `_run_dry`."""
+        broadcast = broadcast_over(group, lambda: channel.verdict)
+        if not self._survives:
+            return broadcast
+
+        def broadcast_until_verdict(tensor: torch.Tensor, root: int) -> None:
+            if channel.verdict:
+                raise channel.verdict
+            broadcast(tensor, root)
+
+        return broadcast_until_verdict
+
+    def _run_dry(self, group: Group, channel: Hub | Line, error: BaseException) -> None:
+        """This rank has failed, or heard that another has, and its process will go on: nobody's
+        memory may go while others' GPUs still read it. Whoever hears of it does the same."""
+        cause = error if isinstance(error, PackcastError) else TransferError(repr(error))
+        channel.abort(cause)
+        with suppress(RuntimeError):
+            self._ring.run_dry(
+                self._chunks,
+                self._offer.world_size,
+                broadcast_over(group, lambda: None),
+                _DRY_PATIENCE_S,
+            )
+
     def abandon(self) -> None:
         """The transfer has failed, and some thread may be stuck in `move`: free what can be.
 
         The ring is not, as long as a GPU may still be writing into it.
         """
+        self._outside.wait(_DRY_LIMIT_S)
         group, self._group = self._group, None
         if group is not None and not begin_abort(group, self._device).wait(_ABORT_LIMIT_S):
             _left_behind.append(self._ring)
@@ -231,6 +267,14 @@ class Mover:
             with self._cause_told(channel):
                 broadcast_over(group, lambda: channel.verdict)(torch.zeros(1).to(self._device), 0)
                 torch.cuda.current_stream(self._device).synchronize()
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        self._outside.clear()
+        try:
+            yield
+        finally:
+            self._outside.set()
 
     @contextmanager
     def _cause_told(self, channel: Hub | Line) -> Iterator[None]:
@@ -292,56 +336,6 @@ class Mover:
                 f" {format_exact_size(offer.buffer_size)}",
                 hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
             ) from error
-
-
-class Watched(Protocol):
-    """What moves bytes, as Mover does."""
-
-    @property
-    def counters(self) -> Counters:
-        """They change whenever something has moved."""
-
-    def position(self) -> str:
-        """How far it is, for a sentence."""
-
-
-class StallWatch:
-    """Ends the transfer when no byte has moved anywhere for `timeout_s` although all are alive."""
-
-    def __init__(
-        self, mover: Watched, channel: Hub | Line, leaver: WayOut, timeout_s: float
-    ) -> None:
-        self._mover = mover
-        self._channel = channel
-        self._leaver = leaver
-        self._timeout_s = timeout_s
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="packcast-stall", daemon=True)
-
-    def __enter__(self) -> StallWatch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join(timeout=1.0)
-
-    def _watch(self) -> None:
-        last: object = None
-        since = time.monotonic()
-        while not self._over.wait(min(0.5, self._timeout_s / 4)):
-            now = (self._mover.counters.totals(), self._channel.progress())
-            if now != last:
-                last, since = now, time.monotonic()
-            elif time.monotonic() - since > self._timeout_s:
-                self._leaver.leave(
-                    TransferError(
-                        f"no byte has moved for {format_duration(self._timeout_s)}"
-                        f" at {self._mover.position()}, though no rank is known to be lost",
-                        hint="--stall-timeout allows longer pauses",
-                    )
-                )
-                return
 
 
 def _staging_bound(offer: Offer) -> int:

@@ -28,7 +28,7 @@ from packcast.packed.plan import check_buffers, check_staging
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import make_offers, same_files_as_offered
-from packcast.transfer.moving import Mover, StallWatch
+from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
 from packcast.transfer.results import (
     agreed_digests,
@@ -41,6 +41,7 @@ from packcast.transfer.results import (
     since,
 )
 from packcast.transfer.seat import Seat, host_to_reach, take_seat
+from packcast.transfer.stall import StallWatch
 from packcast.view import Start, View
 
 # Of a device and how many bytes of finished tensors may wait: where tensors are received.
@@ -119,6 +120,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
             hub,
             stall_timeout_s=settings.stall_timeout_s,
             sums=sums,
+            survives=leaver.survives,
         )
         hub.gather("MOVED", None)  # the stall watch is its bound
     hub.broadcast({"kind": "CLOSE"})
@@ -193,6 +195,7 @@ def receive(
                 line,
                 stall_timeout_s=settings.stall_timeout_s,
                 sums=go.get("sums") is True,
+                survives=leaver.survives,
             )
             line.send({"kind": "MOVED"})
             line.expect("CLOSE", None)

@@ -19,7 +19,8 @@ from packcast.packed.plan import (
     slot_nbytes,
     trailer_nbytes,
 )
-from packcast.packed.ring import Ring, host_view
+from packcast.packed.ring import Broadcast, Ring, host_view
+from tests.helpers.ranks import run_ranks
 from tests.helpers.waiting import Waiter
 
 OVER = TransferError("it is over")
@@ -233,3 +234,17 @@ def test_a_host_view_is_the_tensors_own_memory() -> None:
     view[:] = b"abc"
     assert bytes(tensor.tolist()) == b"\0\0abc\0\0\0\0\0"
     assert (view.format, view.itemsize, view.readonly) == ("B", 1, False)
+
+
+def test_ranks_that_failed_at_different_chunks_end_all_broadcasts_together() -> None:
+    chunks = [chunk(i, root=i % 2) for i in range(7)]
+
+    def fail_at(rank: int, broadcast: Broadcast) -> tuple[bool, int]:
+        ring = make_ring(2)
+        for each in chunks[: (2, 5, 7)[rank]]:
+            slot = ring.take(each)
+            ring.broadcast(each, slot, broadcast)
+            ring.release(slot)
+        return ring.run_dry(chunks, 3, broadcast, 10.0), ring.num_broadcast
+
+    assert run_ranks(3, fail_at) == [(True, 2), (True, 5), (True, 7)]

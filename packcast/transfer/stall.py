@@ -1,0 +1,67 @@
+"""The watch over a transfer in which everybody is alive and nothing moves.
+
+Knows counters and the control channel's view of the others, nothing of what is moved.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Protocol
+
+from packcast.errors import TransferError
+from packcast.group.hub import Hub
+from packcast.group.leave import WayOut
+from packcast.group.line import Line
+from packcast.packed.counters import Counters
+from packcast.units import format_duration
+
+
+class Watched(Protocol):
+    """What moves bytes, as Mover does."""
+
+    @property
+    def counters(self) -> Counters:
+        """They change whenever something has moved."""
+
+    def position(self) -> str:
+        """How far it is, for a sentence."""
+
+
+class StallWatch:
+    """Ends the transfer when no byte has moved anywhere for `timeout_s` although all are alive."""
+
+    def __init__(
+        self, mover: Watched, channel: Hub | Line, leaver: WayOut, timeout_s: float
+    ) -> None:
+        self._mover = mover
+        self._channel = channel
+        self._leaver = leaver
+        self._timeout_s = timeout_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="packcast-stall", daemon=True)
+
+    def __enter__(self) -> StallWatch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join(timeout=1.0)
+
+    def _watch(self) -> None:
+        last: object = None
+        since = time.monotonic()
+        while not self._over.wait(min(0.5, self._timeout_s / 4)):
+            now = (self._mover.counters.totals(), self._channel.progress())
+            if now != last:
+                last, since = now, time.monotonic()
+            elif time.monotonic() - since > self._timeout_s:
+                self._leaver.leave(
+                    TransferError(
+                        f"no byte has moved for {format_duration(self._timeout_s)}"
+                        f" at {self._mover.position()}, though no rank is known to be lost",
+                        hint="--stall-timeout allows longer pauses",
+                    )
+                )
+                return
