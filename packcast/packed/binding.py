@@ -229,7 +229,7 @@ class Copier:
         with ring.fill:
             begin = ring.fill.mark()
             if chunk.table is not None and self._move is not None:
-                self._move(chunk.table, slot.memory, into_slot=True)
+                self._move(chunk.table, slot.memory, into_slot=True, alone=chunk.index == 0)
             else:
                 torch._foreach_copy_(self._places(chunk, slot), list(chunk.parts))
             slot.filled = ring.fill.mark()

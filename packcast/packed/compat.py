@@ -240,7 +240,7 @@ class _Packer:
         with ring.fill:
             begin = ring.fill.mark()
             if table is not None and self._move is not None:
-                self._move(table, slot.memory, into_slot=True)
+                self._move(table, slot.memory, into_slot=True, alone=pack.index == 0)
             elif pack.parts:
                 parts = [part.view(-1).view(torch.uint8) for part in pack.parts]
                 torch.cat(parts, out=slot.memory[: pack.nbytes])

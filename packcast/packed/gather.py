@@ -16,9 +16,14 @@ _MAX_PROVEN_NBYTES = 300
 
 
 class Move(Protocol):
-    """Copies a table's pieces into a slot, or out of it, on the current stream of its device."""
+    """Copies a table's pieces into a slot, or out of it, on the current stream of its device.
 
-    def __call__(self, table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool) -> None: ...
+    `alone`: no broadcast runs beside it that would want its share of the GPU.
+    """
+
+    def __call__(
+        self, table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, alone: bool = False
+    ) -> None: ...
 
 
 def pieces_of(
@@ -61,7 +66,14 @@ def move_on(device: torch.device) -> Move | None:
     try:
         from packcast.packed import kernel
 
-        move = functools.partial(kernel.launch, programs=kernel.programs_on(device))
+        shared, most = kernel.programs_on(device)
+
+        def move(
+            table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, alone: bool = False
+        ) -> None:
+            programs = most if alone else shared
+            kernel.launch(table, slot, into_slot=into_slot, programs=programs)
+
         with torch.cuda.device(device):
             return move if is_right(move, device) else None
     except Exception:

@@ -83,7 +83,7 @@ def launch(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, programs
     )
 
 
-def programs_on(device: torch.device) -> int:
-    """How many programs leave room for a broadcast."""
+def programs_on(device: torch.device) -> tuple[int, int]:
+    """How many programs leave room for a broadcast, and how many fill the GPU."""
     processors: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, int(processors * _SHARE_OF_GPU))
+    return max(1, int(processors * _SHARE_OF_GPU)), processors

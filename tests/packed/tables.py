@@ -14,7 +14,9 @@ import torch
 POISON = 0xA5
 
 
-def move_by_rows(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool) -> None:
+def move_by_rows(
+    table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, alone: bool = False
+) -> None:
     """As `gather.Move`, on the host."""
     assert (table.dtype, table.shape[1:], table.is_contiguous()) == (torch.int64, (3,), True)
     for address, offset, nbytes in table.tolist():

@@ -54,7 +54,9 @@ def test_there_is_no_kernel_without_a_gpu() -> None:
 
 
 def test_a_kernel_that_is_wrong_about_one_byte_is_found_out() -> None:
-    def forgetful(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool) -> None:
+    def forgetful(
+        table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, alone: bool = False
+    ) -> None:
         table = table.clone()
         table[200, 2] -= 1
         move_by_rows(table, slot, into_slot=into_slot)
