@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 
 import torch
 
@@ -17,9 +18,9 @@ from packcast.units import format_size
 
 _MADV_POPULATE_WRITE = 23  # asm-generic/mman-common.h, since Linux 5.14
 
-# Pinned memory that a copy of a broken transfer may still be using: never unmapped, or the GPU
-# would write into whatever comes to lie at the same address.
-_abandoned: list[torch.Tensor] = []
+# By address: pinned memory that a copy of a broken transfer may still be using. It stays mapped
+# until it is unpinned, or the GPU would write into whatever comes to lie at the same address.
+_abandoned: dict[int, torch.Tensor] = {}
 
 
 class Arena:
@@ -33,6 +34,7 @@ class Arena:
         self.nbytes = align_up(nbytes, PAGE)
         self.pinned_nbytes = self.nbytes if is_pinned else 0
         self._is_pinned = False
+        self._closing = threading.Lock()
         self.fd = os.memfd_create("packcast", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self.fd, self.nbytes)
@@ -53,16 +55,22 @@ class Arena:
         self.view = memoryview(mapping)
 
     def close(self, *, is_idle: bool) -> None:
-        """Unpin it; only where `is_idle`: no copy to or from it is under way or may still begin."""
-        if self._is_pinned:
-            self._is_pinned = False
-            if is_idle:
-                torch.cuda.cudart().cudaHostUnregister(self.address)
-            else:
-                _abandoned.append(self.tensor)
-        if self.fd >= 0:
-            os.close(self.fd)
+        """Unpin it; only where `is_idle`: no copy to or from it is under way or may still begin.
+
+        Any thread, any number of times: a broken transfer is closed again once its collective has
+        been aborted, by another thread than the one that was stuck in it.
+        """
+        with self._closing:
+            was_pinned, fd = self._is_pinned, self.fd
+            self._is_pinned = was_pinned and not is_idle
             self.fd = -1
+            if self._is_pinned:
+                _abandoned[self.address] = self.tensor
+        if fd >= 0:
+            os.close(fd)
+        if was_pinned and is_idle:
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+            _abandoned.pop(self.address, None)
 
 
 def _populate(mapping: mmap.mmap) -> None:

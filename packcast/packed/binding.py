@@ -77,6 +77,7 @@ class Bound:
         # Not the caller's own objects: those may be given other memory.
         self._tensors = [self._checked(spec, tensors).detach() for spec in specs]
         self._dtypes = [spec.dtype for spec in specs]
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
         alone = {chunk.parts[0].tensor for chunk in chunks if not chunk.needs_slot}
         self._whole = [
@@ -95,12 +96,16 @@ class Bound:
         """Whether these are the memory that this was made for, of the same shape and strides.
 
         Asked before every send, of every tensor: so without a line of Python for each. The
-        objects may be others: a model's `state_dict()` makes new ones each time.
+        objects may be others: a model's `state_dict()` makes new ones each time. Addresses too: a
+        storage that was freed and filled again (offloaded weights, FSDP's) is the same storage
+        elsewhere, where the tables do not lead.
         """
         try:
             given = list(map(tensors.__getitem__, self._names))
-            return list(map(_DTYPE, given)) == self._dtypes and all(
-                map(torch.Tensor.is_set_to, given, self._tensors)
+            return (
+                list(map(_DTYPE, given)) == self._dtypes
+                and list(map(torch.Tensor.data_ptr, given)) == self._addresses
+                and all(map(torch.Tensor.is_set_to, given, self._tensors))
             )
         except (KeyError, AttributeError, TypeError, RuntimeError):  # missing, or no plain bytes
             return False

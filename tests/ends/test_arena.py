@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,40 @@ def test_memory_that_the_host_does_not_have_is_an_error_with_a_way_out() -> None
     assert "--staging" in str(caught.value.hint)
     del caught
     assert len(os.listdir("/proc/self/fd")) == num_before
+
+
+class Cudart:
+    """Pins and unpins, as CUDA's runtime; knows what is pinned."""
+
+    def __init__(self) -> None:
+        self.pinned: list[int] = []
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.pinned.append(address)
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self.pinned.remove(address)
+        return 0
+
+
+def test_what_a_stuck_copy_may_use_is_unpinned_when_it_is_closed_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cudart = Cudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    arena = Arena(PAGE, is_pinned=True)
+    assert cudart.pinned == [arena.address]
+    for _ in range(2):
+        arena.close(is_idle=False)
+    assert cudart.pinned == [arena.address]
+    tensor = weakref.ref(arena.tensor)
+    for _ in range(2):
+        arena.close(is_idle=True)
+    assert cudart.pinned == []
+    del arena
+    gc.collect()
+    assert tensor() is None
 
 
 def _num_mappings() -> int:

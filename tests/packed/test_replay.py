@@ -420,6 +420,48 @@ def test_data_that_was_turned_in_place_is_sent_as_it_lies_now() -> None:
     assert last_values(recorder, "w") == [0, 2, 1, 3]
 
 
+def reload(tensor: torch.Tensor, value: float) -> list[torch.Tensor]:
+    """Free the tensor's storage and fill it again, elsewhere, as offloading does to weights.
+
+    Keep what is returned: where they lay before, with other values in it.
+    """
+    storage = tensor.untyped_storage()
+    before, nbytes = tensor.data_ptr(), storage.nbytes()
+    storage.resize_(0)
+    kept = [torch.full((nbytes // 4,), -1.0) for _ in range(8)]
+    storage.resize_(nbytes)
+    assert tensor.data_ptr() != before, "it came back to the same place"
+    tensor.fill_(value)
+    return kept
+
+
+@pytest.mark.usefixtures("way")
+def test_a_storage_that_was_offloaded_and_reloaded_is_sent_from_where_it_is_now() -> None:
+    weights = torch.full((40,), 1.0)
+    tensors = {"v": weights[:3], "w": weights[3:]}
+    sender, recorder = record(tensors)
+    sender.send(tensors)
+    kept = reload(weights, 2)
+    sender.send(tensors)
+    assert kept
+    assert last_values(recorder, "w") == [2] * 37
+
+
+@pytest.mark.usefixtures("way")
+def test_a_storage_that_was_offloaded_and_reloaded_is_received_into_where_it_is_now() -> None:
+    sender, recorder = record({"v": torch.ones(3), "w": torch.ones(37)})
+    for value in (1.0, 2.0):
+        sender.send({"v": torch.full((3,), value), "w": torch.full((37,), value)})
+    weights = torch.zeros(40)
+    into = {"v": weights[:3], "w": weights[3:]}
+    receiver = ReplayReceiver(Player(recorder.wire), 0)
+    receiver.receive(into)
+    kept = reload(weights, 0)
+    receiver.receive(into)
+    assert weights.tolist() == [2] * 40
+    assert all(bool((other == -1).all()) for other in kept)
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize(
     ("other", "what"),
