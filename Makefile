@@ -64,8 +64,8 @@ ON_CPUS := --backend gloo --num-buffers 4
 bench: $(READY) ## the README's tables for CPUs: ranks over gloo, into .bench/ (minutes)
 	@mkdir -p .bench
 	$(BIN)/packcast bench --nproc 2 $(ON_CPUS) --shape dense --source file,resident --sink discard,land,write --buffer-size 4MiB,16MiB,64MiB $(call into,cpu-dense)
-	$(BIN)/packcast bench --nproc 2 $(ON_CPUS) --shape moe,tiny --source file,resident --sink land --buffer-size 16MiB,64MiB $(call into,cpu-moe-tiny)
-	$(BIN)/packcast bench --nproc 3 $(ON_CPUS) --shape dense --sink discard,write,verify --buffer-size 16MiB,64MiB $(call into,cpu-3-ranks)
+	$(BIN)/packcast bench --nproc 2 $(ON_CPUS) --shape moe,tiny --source file,resident --sink land --buffer-size 16MiB $(call into,cpu-moe-tiny)
+	$(BIN)/packcast bench --nproc 3 $(ON_CPUS) --shape dense --sink discard,write,verify --buffer-size 16MiB $(call into,cpu-3-ranks)
 
 # Files lie in memory. Writing takes seconds a run, and its baseline more: hence fewer of them.
 ON_GPUS = --nproc $(GPUS) --backend nccl --size 8GiB --num-buffers 4 --warmup 1 --readers 1
