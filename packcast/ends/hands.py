@@ -105,20 +105,17 @@ class ProcessHands:
         self._listener = threading.Thread(
             target=self._listen, name=f"packcast-{name}-helpers", daemon=True
         )
-        with their_jobs, their_replies:
-            # Blocked in the helpers from their first moment on, until they ignore them.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
-            try:
-                for _ in range(count):
-                    self._helpers.append(_start(their_jobs, their_replies, arena))
-            except OSError as error:
-                self.close()
-                raise TransferError(
-                    f"this host cannot start a helper process: {error.strerror}"
-                ) from error
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._listener.start()
+        try:
+            with their_jobs, their_replies:
+                self._start_helpers(count, their_jobs, their_replies)
+            self._listener.start()
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, OSError):
+                raise
+            raise TransferError(
+                f"this host cannot start a helper process: {error.strerror}"
+            ) from error
 
     def submit(self, job: Job, memory: memoryview, done: Done) -> None:
         """Do the job in `memory`, which is exactly its bytes, and call `done`.
@@ -147,6 +144,15 @@ class ProcessHands:
             self._listener.join(CLOSE_LIMIT_S)
         self._jobs.close()
         self._replies.close()
+
+    def _start_helpers(self, count: int, jobs: socket.socket, replies: socket.socket) -> None:
+        # Blocked in the helpers from their first moment on, until they ignore them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+        try:
+            for _ in range(count):
+                self._helpers.append(_start(jobs, replies, self._arena))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _send(self, ticket: int, job: Job, memory: memoryview) -> bool:
         """False if no message can carry it."""
