@@ -11,11 +11,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
 from packcast.ends.arena import Arena
-from packcast.ends.hands import ProcessHands, ThreadHands
+from packcast.ends.hands import Hands, ProcessHands, ThreadHands
 from packcast.ends.work import Job, Outcome, Task
 from packcast.errors import PackcastError, TransferError
 from packcast.packed.plan import BLOCK
@@ -116,6 +117,28 @@ def test_a_thread_that_is_closed_drops_what_is_queued(arena: Arena) -> None:
     go_on.set()
     closing.result()
     assert str(answers.get(timeout=20).error) == "the transfer is over"
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_job_that_comes_after_the_end_is_refused_and_not_forgotten(
+    arena: Arena, kind: str
+) -> None:
+    hands: Hands = ThreadHands(2, "test") if kind == "threads" else ProcessHands(arena, 1, "test")
+    hands.close()
+    with pytest.raises(TransferError, match="is over"):
+        hands.submit(check(arena), arena.view, lambda _: None)
+
+
+def test_a_search_path_with_things_that_are_no_text_is_the_helpers_too(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path: list[Any] = [Path("/nowhere"), *sys.path]
+    monkeypatch.setattr(sys, "path", path)
+    hands = ProcessHands(arena, 1, "test")
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    hands.submit(check(arena), arena.view, answers.put)
+    assert answers.get(timeout=20).good
+    hands.close()
 
 
 PARENT = """
