@@ -9,6 +9,7 @@ import errno
 import mmap
 import os
 import threading
+from contextlib import suppress
 
 import torch
 
@@ -89,4 +90,7 @@ def _register(tensor: torch.Tensor) -> None:
     cudart = torch.cuda.cudart()
     code = cudart.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
     if int(code) != 0:
+        # CUDA keeps it for whoever launches a kernel next in this thread: that is to be this one.
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
         raise RuntimeError(f"cudaHostRegister failed with code {int(code)}")

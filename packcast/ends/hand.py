@@ -112,12 +112,16 @@ def main() -> None:
         if not message:
             return
         try:
-            replies.send(_answer(message, descriptors, memory))
-        except OSError:  # nobody waits for it any more
-            return
+            answer = _answer(message, descriptors, memory)
         finally:
+            # Before the answer: NFS keeps a removed file's name for as long as anybody has it
+            # open, and who hears of the last job may remove what was written at once.
             for descriptor in descriptors:
                 os.close(descriptor)
+        try:
+            replies.send(answer)
+        except OSError:  # nobody waits for it any more
+            return
 
 
 def _answer(message: bytes, descriptors: Sequence[int], memory: memoryview) -> bytes:

@@ -52,6 +52,7 @@ class ThreadHands:
     def __init__(self, count: int, name: str) -> None:
         self._jobs: SimpleQueue[tuple[Job, memoryview, Done] | None] = SimpleQueue()
         self._ended_by: PackcastError | None = None
+        self._ending = threading.Lock()
         self._threads = [
             threading.Thread(target=self._work, name=f"packcast-{name}-{i}", daemon=True)
             for i in range(count)
@@ -60,14 +61,21 @@ class ThreadHands:
             thread.start()
 
     def submit(self, job: Job, memory: memoryview, done: Done) -> None:
-        """Do the job in `memory`, which is exactly its bytes, and call `done`."""
-        self._jobs.put((job, memory, done))
+        """Do the job in `memory`, which is exactly its bytes, and call `done`.
+
+        Raises what ended them.
+        """
+        with self._ending:  # behind the last one's end nobody would ever find it
+            if self._ended_by:
+                raise self._ended_by
+            self._jobs.put((job, memory, done))
 
     def close(self) -> None:
         """End the threads, and wait a moment for that; jobs that nobody has begun are over."""
-        self._ended_by = TransferError("the transfer is over")
-        for _ in self._threads:
-            self._jobs.put(None)
+        with self._ending:
+            self._ended_by = TransferError("the transfer is over")
+            for _ in self._threads:
+                self._jobs.put(None)
         join_all(self._threads, CLOSE_LIMIT_S)
 
     def _work(self) -> None:
@@ -105,20 +113,17 @@ class ProcessHands:
         self._listener = threading.Thread(
             target=self._listen, name=f"packcast-{name}-helpers", daemon=True
         )
-        with their_jobs, their_replies:
-            # Blocked in the helpers from their first moment on, until they ignore them.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
-            try:
-                for _ in range(count):
-                    self._helpers.append(_start(their_jobs, their_replies, arena))
-            except OSError as error:
-                self.close()
-                raise TransferError(
-                    f"this host cannot start a helper process: {error.strerror}"
-                ) from error
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        self._listener.start()
+        try:
+            with their_jobs, their_replies:
+                self._start_helpers(count, their_jobs, their_replies)
+            self._listener.start()
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, OSError):
+                raise
+            raise TransferError(
+                f"this host cannot start a helper process: {error.strerror}"
+            ) from error
 
     def submit(self, job: Job, memory: memoryview, done: Done) -> None:
         """Do the job in `memory`, which is exactly its bytes, and call `done`.
@@ -147,6 +152,15 @@ class ProcessHands:
             self._listener.join(CLOSE_LIMIT_S)
         self._jobs.close()
         self._replies.close()
+
+    def _start_helpers(self, count: int, jobs: socket.socket, replies: socket.socket) -> None:
+        # Blocked in the helpers from their first moment on, until they ignore them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
+        try:
+            for _ in range(count):
+                self._helpers.append(_start(jobs, replies, self._arena))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _send(self, ticket: int, job: Job, memory: memoryview) -> bool:
         """False if no message can carry it."""
@@ -240,7 +254,9 @@ def join_all(threads: list[threading.Thread], limit_s: float) -> bool:
 
 def _start(jobs: socket.socket, replies: socket.socket, arena: Arena) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).parents[2])  # where an editable install may have no path for it
-    path = [*sys.path, *(() if root in sys.path else (root,))]
+    # A Path in it is no text, and nothing to the parent's own imports either.
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    path += [] if root in path else [root]
     inherited = (jobs.fileno(), replies.fileno(), arena.fd)
     return subprocess.Popen(
         [*_PYTHON, _PROGRAM, json.dumps(path), str(os.getpid()), *map(str, inherited)],

@@ -187,9 +187,7 @@ class Landing:
 
     def close(self) -> None:
         """End the threads; after a failure what is queued is dropped."""
-        over = TransferError("the transfer is over")
-        self._failure = self._failure or over
-        self._staging.close(over)
+        self._fail(TransferError("the transfer is over"))
         self._queue.put(None)
         self._hands.close()
         join_all([self._feeder], CLOSE_LIMIT_S)

@@ -248,8 +248,8 @@ class FileSource:
             use_device(self._ring.device)
             for chunk in chunks:
                 for unit in units_of(chunk, self._staging.unit_nbytes):
-                    if self._stopped:
-                        return
+                    if self._stopped:  # the loop may still be waiting for what comes next
+                        raise TransferError("the transfer is over")
                     lease = self._staging.lease(chunk, unit.slot_offset, unit.nbytes)
                     load = _Load(unit, lease)
                     self._loads.put(load)

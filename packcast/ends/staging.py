@@ -182,4 +182,8 @@ def make_hands(buffers: Buffers, staging: Staging, num_hands: int, name: str) ->
         return ThreadHands(num_hands, name)
     arena = buffers.slots if isinstance(staging, SlotStaging) else staging.arena
     assert arena is not None, "helpers need memory that they can map"
-    return ProcessHands(arena, num_hands, name)
+    try:
+        return ProcessHands(arena, num_hands, name)
+    except BaseException:
+        staging.free(buffers.ring)  # nobody else will; and pinned memory must not be unmapped
+        raise

@@ -149,3 +149,10 @@ class TestPinned:
         del arena
         gc.collect()
         assert tensor.is_pinned()
+
+    def test_memory_that_cannot_be_pinned_spoils_nothing_that_comes_after(self) -> None:
+        arena = Arena(PAGE, is_pinned=True)
+        with pytest.raises(RuntimeError, match="cudaHostRegister failed"):
+            arenas._register(arena.tensor)  # it is already
+        assert int(torch.ones(7, device="cuda").sum()) == 7
+        arena.close(is_idle=True)

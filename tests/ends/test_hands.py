@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import pytest
 
+from packcast.ends import hand
 from packcast.ends.arena import Arena
-from packcast.ends.hands import ProcessHands, ThreadHands
-from packcast.ends.work import Job, Outcome, Task
+from packcast.ends.hands import Hands, ProcessHands, ThreadHands
+from packcast.ends.work import Job, Outcome, Span, Task
 from packcast.errors import PackcastError, TransferError
 from packcast.packed.plan import BLOCK
 from tests.ends.sinks import digests_of
@@ -118,6 +122,28 @@ def test_a_thread_that_is_closed_drops_what_is_queued(arena: Arena) -> None:
     assert str(answers.get(timeout=20).error) == "the transfer is over"
 
 
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_a_job_that_comes_after_the_end_is_refused_and_not_forgotten(
+    arena: Arena, kind: str
+) -> None:
+    hands: Hands = ThreadHands(2, "test") if kind == "threads" else ProcessHands(arena, 1, "test")
+    hands.close()
+    with pytest.raises(TransferError, match="is over"):
+        hands.submit(check(arena), arena.view, lambda _: None)
+
+
+def test_a_search_path_with_things_that_are_no_text_is_the_helpers_too(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path: list[Any] = [Path("/nowhere"), *sys.path]
+    monkeypatch.setattr(sys, "path", path)
+    hands = ProcessHands(arena, 1, "test")
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    hands.submit(check(arena), arena.view, answers.put)
+    assert answers.get(timeout=20).good
+    hands.close()
+
+
 PARENT = """
 import os, signal, sys, time
 from packcast.ends.arena import Arena
@@ -159,6 +185,43 @@ def test_no_helper_outlives_its_parent(how: str) -> None:
         for line in lines:
             if line != "started\n":
                 os.kill(int(line), signal.SIGKILL)
+
+
+def test_a_helper_has_closed_a_jobs_files_when_it_answers(
+    arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program, here: whoever hears of the last job may remove the files at once."""
+    num_open: list[int] = []
+    made = contextlib.ExitStack()
+
+    class Watched(socket.socket):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.enter_context(self)
+
+        def send(self, *args: Any) -> int:
+            num_open.append(len(os.listdir("/proc/self/fd")))
+            return super().send(*args)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    answers, replies = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, answers, made:
+        with (tmp_path / "out").open("wb") as file:
+            span = Span(file.fileno(), 0, 0, NBYTES)
+            job = Job(Task.WRITE, NBYTES, (span,), digests_of(arena.view))
+            message, descriptors = hand.pack_job(7, 0, job)
+            socket.send_fds(ours, [message], descriptors)
+        ours.shutdown(socket.SHUT_WR)
+        given = (os.getppid(), theirs.detach(), replies.detach(), arena.fd)
+        monkeypatch.setattr(hand, "PARENTS_SIGNALS", ())
+        monkeypatch.setattr(sys, "argv", ["-c", *map(str, given)])
+        monkeypatch.setattr(socket, "socket", Watched)
+        num_before = len(os.listdir("/proc/self/fd"))
+        hand.main()
+        ticket, outcome = hand.unpack_outcome(answers.recv(1000))
+    assert (ticket, outcome.good) == (7, True)
+    assert num_open == [num_before + 1]  # its mapping of the memory
+    assert (tmp_path / "out").read_bytes() == bytes(arena.view)
 
 
 def test_nothing_is_said_by_helpers_and_they_import_no_torch(arena: Arena) -> None:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import subprocess
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
 
+from packcast.ends import hands
 from packcast.ends.arena import Arena
 from packcast.ends.hands import join_all
-from packcast.ends.staging import Buffers, PinnedStaging, SlotStaging, make_staging, use_device
+from packcast.ends.staging import (
+    Buffers,
+    PinnedStaging,
+    SlotStaging,
+    make_hands,
+    make_staging,
+    use_device,
+)
 from packcast.errors import PackcastError, TransferError
 from packcast.packed.counters import Counters
 from packcast.packed.lanes import Mark
 from packcast.packed.plan import BLOCK, PAGE, Chunk, Extent, slot_nbytes, trailer_nbytes
 from packcast.packed.ring import Ring
+from tests.helpers.processes import helpers_of
 from tests.helpers.waiting import Waiter
 
 CPU = torch.device("cpu")
@@ -147,6 +160,29 @@ def test_memory_that_cannot_be_pinned_is_an_error_with_a_way_out() -> None:
     with pytest.raises(TransferError, match=r"cannot pin 2\.0 MiB") as caught:
         Arena(2 * BLOCK, is_pinned=True)
     assert "--staging" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [(OSError(errno.EAGAIN, "try again"), TransferError), (RuntimeError("no"), RuntimeError)],
+)
+def test_staging_is_given_back_where_not_every_helper_can_be_started(
+    fault: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging, start = staged(2), hands._start
+    num_before = len(os.listdir("/proc/self/fd"))
+
+    def start_two(*args: Any) -> subprocess.Popen[bytes]:
+        if len(helpers_of(os.getpid())) == 2:
+            raise fault
+        return start(*args)
+
+    monkeypatch.setattr(hands, "_start", start_two)
+    with pytest.raises(kind):
+        make_hands(Buffers(make_ring(), BLOCK, 0, b"tag", helpers=True), staging, 3, "test")
+    assert staging.arena.fd == -1
+    assert len(os.listdir("/proc/self/fd")) == num_before - 1
+    assert helpers_of(os.getpid()) == []
 
 
 def test_on_a_cpu_the_slot_itself_is_lent_in_its_turn() -> None:
