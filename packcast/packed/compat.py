@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -27,12 +26,6 @@ from packcast.packed.tensors import as_bytes, from_bytes, is_simple, nbytes_of
 
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
-
-# Buffers of a gigabyte keep every program of the kernel busy with larger pieces too, and their
-# tables are made anew each time.
-_PIECE_NBYTES = 512 << 10
-# Buffers whose tensors are kept alive until they are packed, while the next one's are pulled.
-_MAX_UNPACKED = 2
 
 _NBYTES = operator.attrgetter("nbytes")
 _NAME = operator.attrgetter("name")
@@ -66,7 +59,7 @@ def packed_broadcast_producer(
 
     Memory: `num_buffers` buffers, each as large as the largest that it has to carry and at most an
     eighth of `buffer_size_bytes` more; on a GPU also 24 bytes for every tensor of a buffer, or
-    every 512 KiB of one. Tensors that `post_iter_func` or the iterator make on the way live until
+    every 64 KiB of one. Tensors that `post_iter_func` or the iterator make on the way live until
     they are packed: those of two buffers at most.
 
     Three things are the wire's own, and no implementation can mend them: a buffer exceeds
@@ -229,13 +222,20 @@ class _Packer:
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._move = move_on(ring.device)
-        self._unpacked: deque[tuple[Mark, Sequence[torch.Tensor]]] = deque()
+        self._packed: Mark | None = None  # of the buffer before
+        self._in_use: Sequence[torch.Tensor] = ()  # what is kept alive until then
 
     def fill(self, pack: _Pack, slot: Slot) -> None:
         """Give the copies to the fill lane, behind what the caller's stream has made of them."""
         ring = self._ring
+        if self._packed is not None:
+            # Tensors made on the way live until they are packed: far ahead of a slow group the
+            # iterator would fill the memory with them. And until then nobody may free them,
+            # whichever stream they were made on.
+            self._packed.synchronize()
         # On the caller's stream: what is allocated on a lane is lost to other calls' lanes.
         table = _table_of(pack.parts, ring.device) if self._move is not None else None
+        self._in_use = pack.parts if table is None else (*pack.parts, table)
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
             begin = ring.fill.mark()
@@ -244,14 +244,8 @@ class _Packer:
             elif pack.parts:
                 parts = [part.view(-1).view(torch.uint8) for part in pack.parts]
                 torch.cat(parts, out=slot.memory[: pack.nbytes])
-            slot.filled = ring.fill.mark()
+            slot.filled = self._packed = ring.fill.mark()
         ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)
-        # Until they are packed nobody may free them, whichever stream they were made on. But far
-        # ahead of a slow group the iterator would fill the memory with them.
-        held = pack.parts if table is None else (*pack.parts, table)
-        self._unpacked.append((slot.filled, held))
-        if len(self._unpacked) == _MAX_UNPACKED:
-            self._unpacked.popleft()[0].synchronize()
 
     def close(self) -> None:
         """It has no threads."""
@@ -261,7 +255,7 @@ def _table_of(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tens
     """For the kernel: contiguous parts, one after the other; None if they have no bytes."""
     nbytes = torch.tensor(list(map(_NBYTES, parts)), dtype=torch.int64)
     addresses = torch.tensor(list(map(torch.Tensor.data_ptr, parts)), dtype=torch.int64)
-    table, _ = pieces_of(addresses, nbytes.cumsum(0) - nbytes, nbytes, _PIECE_NBYTES)
+    table, _ = pieces_of(addresses, nbytes.cumsum(0) - nbytes, nbytes)
     return on_device(table, device) if len(table) else None
 
 

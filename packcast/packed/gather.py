@@ -27,24 +27,21 @@ class Move(Protocol):
 
 
 def pieces_of(
-    addresses: torch.Tensor,
-    slot_offsets: torch.Tensor,
-    nbytes: torch.Tensor,
-    piece_nbytes: int = PIECE_NBYTES,
+    addresses: torch.Tensor, slot_offsets: torch.Tensor, nbytes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The table of some parts, and how many of its rows each part has; all int64, on the host.
 
-    A row is (address, offset in the slot, bytes) of a piece of at most `piece_nbytes`.
+    A row is (address, offset in the slot, bytes) of a piece of at most PIECE_NBYTES.
     """
-    counts = (nbytes + piece_nbytes - 1) // piece_nbytes
+    counts = (nbytes + PIECE_NBYTES - 1) // PIECE_NBYTES
     if bool(
         (counts == 1).all()
     ):  # many small ones, which are made often: in a fraction of the time
         return torch.stack([addresses, slot_offsets, nbytes], dim=1), counts
     part = torch.repeat_interleave(torch.arange(len(counts)), counts)
     first = (counts.cumsum(0) - counts)[part]
-    shift = (torch.arange(len(part)) - first) * piece_nbytes
-    left = (nbytes[part] - shift).clamp(max=piece_nbytes)
+    shift = (torch.arange(len(part)) - first) * PIECE_NBYTES
+    left = (nbytes[part] - shift).clamp(max=PIECE_NBYTES)
     return torch.stack([addresses[part] + shift, slot_offsets[part] + shift, left], dim=1), counts
 
 
