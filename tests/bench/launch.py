@@ -53,7 +53,7 @@ class Bench:
         port = free_port()
         argv = [sys.executable, "-m", "tests.bench.entry", json.dumps(given), self.found_path]
         return [
-            self.commands.start(argv, rank_environment(rank, num_ranks, port))
+            self.commands.start_warm(argv, rank_environment(rank, num_ranks, port))
             for rank in range(num_ranks)
         ]
 
