@@ -246,6 +246,19 @@ class Commands:
             for rank, argv in enumerate(argvs)
         ]
 
+    def start_program(
+        self, world_size: int, *argv: str | Path, environment: Mapping[str, str] | None = None
+    ) -> list[Command]:
+        """Every rank of a Python program, `-m MODULE` or a file, and its arguments; warm."""
+        port = free_port()
+        return [
+            self.start_warm(
+                [sys.executable, *argv],
+                rank_environment(rank, world_size, port) | dict(environment or {}),
+            )
+            for rank in range(world_size)
+        ]
+
     def run_ranks(
         self,
         *argvs: Sequence[str | Path],
