@@ -93,7 +93,11 @@ def run_three(program: str, commands: Commands, folder: Path, *argv: Path) -> En
 def test_two_workers_compute_exactly_what_the_trainer_does_after_each_of_three_rounds(
     commands: Commands, tmp_path: Path
 ) -> None:
-    said = run_three(REPLAY, commands, tmp_path).stdout
+    script = tmp_path / "example.py"
+    script.write_text(REPLAY)
+    ended = commands.run([*TORCHRUN, "--standalone", "--nproc-per-node", "3", script])
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout
     lines = re.findall(r"^step (\d) rank (\d): (.+)$", said, re.MULTILINE)
     outputs = {(int(step), int(rank)): output for step, rank, output in lines}
     assert sorted(outputs) == [(step, rank) for step in range(3) for rank in range(3)], said
@@ -106,7 +110,11 @@ def test_the_two_functions_work_as_shown(commands: Commands, tmp_path: Path) -> 
     imports, *parts = re.split(r"^# on .*\n", COMPAT, flags=re.MULTILINE)
     trainer, worker = (re.sub("^", "    ", part, flags=re.MULTILINE) for part in parts)
     program = COMPAT_FRAME.format(body=f"{imports}\nif rank == 0:\n{trainer}\nelse:\n{worker}")
-    said = run_three(program, commands, tmp_path).stdout
+    script = tmp_path / "example.py"
+    script.write_text(program)
+    ends = wait_all(commands.start_program(3, script))
+    assert [end.returncode for end in ends] == [0, 0, 0], [end.stderr for end in ends]
+    said = "".join(end.stdout for end in ends)
     outputs = dict(re.findall(r"^rank (\d): (.+)$", said, re.MULTILINE))
     assert sorted(outputs) == ["0", "1", "2"], said
     assert len(set(outputs.values())) == 1, said

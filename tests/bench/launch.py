@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from packcast.units import MIB
-from tests.helpers.commands import Command, Commands, free_port, rank_environment, wait_all
+from tests.helpers.commands import Command, Commands, wait_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +49,8 @@ class Bench:
             "join_timeout_s": 50,
             "stall_timeout_s": 20,
         } | settings
-        port = free_port()
-        argv = [sys.executable, "-m", "tests.bench.entry", json.dumps(given), self.found_path]
-        return [
-            self.commands.start(argv, rank_environment(rank, num_ranks, port))
-            for rank in range(num_ranks)
-        ]
+        argv = ("-m", "tests.bench.entry", json.dumps(given), self.found_path)
+        return self.commands.start_program(num_ranks, *argv)
 
     def run(self, num_ranks: int = 2, *, code: int = 0, **settings: Any) -> dict[str, Any]:
         """What the sender found; every rank has to end with `code` and to leave nothing behind."""

@@ -163,12 +163,12 @@ def test_a_damaged_profile_is_a_warning_not_a_failure(
 def test_a_profile_that_does_not_fit_the_staging_is_left(
     saved: Path, transfer: FakeTransfer, capsys: Capture
 ) -> None:
-    # Its larger trailers take a few KiB more.
+    # Large buffers are staged in units of 32 MiB, one each way; the default ones are smaller.
     (large,) = make_rows([measured(case(buffer_size=GIB), [9.0])])
     save_profile(saved, "gloo", large)
-    assert run([*SEND, "--staging", "16400KiB"]) == 0
+    assert run([*SEND, "--staging", "48MiB"]) == 0
     assert sent(transfer) == (16 * MIB, 4)
-    assert "is not used: staging of 16400KiB is less than" in capsys.readouterr().err
+    assert "is not used: staging of 48MiB is less than" in capsys.readouterr().err
 
 
 def test_a_named_profile_that_is_not_there_is_told(

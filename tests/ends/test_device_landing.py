@@ -73,7 +73,7 @@ def send(
         kept = Kept()
         if rank < readers:
             mine = [chunk for chunk in chunks if chunk.root == rank]
-            reading = FileSource(mine, FileReader(files, checkpoint.files), buffers, num_threads=2)
+            reading = FileSource(mine, FileReader(files, checkpoint.files), buffers, num_hands=2)
             source = Summed(reading, buffers) if with_sums else reading
         else:
             sink = TensorSink(specs, NewTensors(ring.device, kept))

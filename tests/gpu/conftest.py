@@ -16,7 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import TORCHRUN, Command, Commands, Ended, rank_environment
+from tests.helpers.commands import (
+    PACKCAST,
+    TORCHRUN,
+    Command,
+    Commands,
+    Ended,
+    rank_environment,
+)
 
 GIB = 1 << 30
 MIN_RANKS = 3
@@ -48,7 +55,7 @@ class Gpus:
         environment = self.environment() | rank_environment(rank, self.num_ranks, port)
         if self.shared:
             environment["NCCL_HOSTID"] = f"host{rank}"
-        return self.commands.packcast(*argv, environment=environment)
+        return self.commands.start([*PACKCAST, *argv], environment)
 
     def environment(self) -> dict[str, str]:
         """What the machine says about CUDA and NCCL, which other tests must not depend on."""

@@ -12,7 +12,7 @@ import pytest
 
 from tests.gpu.conftest import Gpus
 from tests.gpu.table import WAYS
-from tests.helpers.commands import TORCHRUN, Commands, Ended
+from tests.helpers.commands import Commands, Ended, wait_all
 
 GROUPS = 3
 TABLE_LINES = 1 + 3 * (1 + len(WAYS))
@@ -52,11 +52,13 @@ def test_how_fast_resident_weights_are(gpus: Gpus, capsys: pytest.CaptureFixture
 
 @pytest.fixture
 def over_gloo(commands: Commands) -> Callable[..., Ended]:
-    """Three ranks of the program that see no GPU."""
+    """Three ranks of the program that see no GPU, and what they say together."""
 
     def run(*argv: str) -> Ended:
-        options = ["--standalone", "--nproc-per-node", "3", "-m", "tests.gpu.api"]
-        return commands.run([*TORCHRUN, *options, *argv], {"CUDA_VISIBLE_DEVICES": ""})
+        no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
+        ends = wait_all(commands.start_program(3, "-m", "tests.gpu.api", *argv, environment=no_gpu))
+        said = ("".join(end.stdout for end in ends), "".join(end.stderr for end in ends))
+        return Ended(max((end.returncode for end in ends), key=abs), *said)
 
     return run
 

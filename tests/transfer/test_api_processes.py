@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import signal
+import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -19,7 +21,6 @@ from tests.helpers.commands import (
     Commands,
     eventually,
     free_port,
-    rank_environment,
     wait_all,
 )
 
@@ -96,6 +97,13 @@ print(f"rank {rank} done", file=sys.stderr)
 """
 
 
+def python_file(folder: Path, program: str) -> Path:
+    """The program as a file of its own."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py", dir=folder, delete=False) as file:
+        file.write(program)
+    return Path(file.name)
+
+
 def sender(commands: Commands, checkpoint: Path, port: int, **options: object) -> Command:
     argv = ("send", checkpoint, "--workers", "1", "--listen", f"127.0.0.1:{port}", *SMALL_RING)
     return commands.packcast(*argv, environment=TOKEN, **options)
@@ -110,8 +118,8 @@ def test_a_transfer_that_breaks_is_raised_and_the_next_one_works(
     disk = commands.held_disk()
     first = sender(commands, large, ports[0], disk=disk)
     second = sender(commands, checkpoint, ports[1])
-    python = first.argv[0]
-    receiver = commands.start([python, "-c", RECEIVER, *map(str, ports), tmp_path / "out"], TOKEN)
+    receiving = [python_file(tmp_path, RECEIVER), *map(str, ports), tmp_path / "out"]
+    receiver = commands.start_warm([sys.executable, *receiving], TOKEN)
     commands.await_reached(disk)
     eventually(lambda: bool(list(tmp_path.glob(".out-1.packcast-*"))), "it is in the middle")
     if what == "sender killed":
@@ -148,8 +156,8 @@ def test_a_sender_that_loses_its_worker_raises_and_sends_again(
         commands.packcast("recv", f"127.0.0.1:{port}", "--out", tmp_path / out, environment=TOKEN)
         for port, out in zip(ports, ("first", "second"), strict=True)
     ]
-    python = workers[0].argv[0]
-    sending = commands.start([python, "-c", SENDER, large, *map(str, ports)], TOKEN, disk=disk)
+    argv = [sys.executable, python_file(tmp_path, SENDER), large, *map(str, ports)]
+    sending = commands.start_warm(argv, TOKEN, disk=disk)
     commands.await_reached(disk)
     workers[0].kill()
     said = sending.read_until(r"raised: (.+)", 20)[1]
@@ -165,11 +173,9 @@ def test_a_sender_that_loses_its_worker_raises_and_sends_again(
 def test_a_default_process_group_is_not_disturbed_and_calls_repeat(
     commands: Commands, checkpoint: Path, tmp_path: Path
 ) -> None:
-    import sys
-
-    port = free_port()  # the default group's own store is there; rank 0 finds it taken
-    argv = [sys.executable, "-c", TRAINER, checkpoint, tmp_path / "out"]
-    ranks = [commands.start(argv, rank_environment(rank, 2, port)) for rank in range(2)]
+    # The default group's own store is at the port that they are given; rank 0 finds it taken.
+    trainer = python_file(tmp_path, TRAINER)
+    ranks = commands.start_program(2, trainer, checkpoint, tmp_path / "out")
     for rank, end in enumerate(wait_all(ranks)):
         assert end.returncode == 0, end.stderr
         assert f"rank {rank} done" in end.stderr
@@ -195,14 +201,13 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def test_the_docstrings_examples_run(commands: Commands, model_folder: Path) -> None:
-    import sys
-
     port = free_port()
 
     def start(program: str) -> Command:
         assert program.count('("node1", 29400)') == 1
         here = program.replace('("node1", 29400)', f'("127.0.0.1", {port})')
-        return commands.start([sys.executable, "-c", here.replace('"model"', f'"{folder}"')])
+        program = here.replace('"model"', f'"{folder}"')
+        return commands.start_warm([sys.executable, python_file(model_folder, program)])
 
     folder = model_folder / "model"
     show = "import torch\nmodel = torch.nn.Linear(5, 3)\n"
