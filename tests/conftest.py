@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+_STARTS_PROCESSES = frozenset({"commands", "bench", "forge", "launch"})
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _heard_interrupts() -> Iterator[None]:
@@ -19,3 +21,8 @@ def _heard_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that start processes come first: short ones fill the gaps at the end of a run."""
+    items.sort(key=lambda item: _STARTS_PROCESSES.isdisjoint(getattr(item, "fixturenames", ())))
