@@ -14,7 +14,7 @@ import torch
 from packcast.errors import UsageError
 from packcast.packed.counters import Stage
 from packcast.packed.gather import Move, on_device, pieces_of
-from packcast.packed.lanes import hold_caller
+from packcast.packed.lanes import hold_caller, mark_caller
 from packcast.packed.layout import Part, ReplayChunk, TensorSpec
 from packcast.packed.ring import Ring, Slot
 from packcast.packed.tensors import as_bytes, check_plain
@@ -87,6 +87,8 @@ class Bound:
         self.chunks = self._bound(chunks, move, device)
         position = {spec.name: i for i, spec in enumerate(specs)}
         self._ties = [(i, position[spec.same_as]) for i, spec in enumerate(specs) if spec.same_as]
+        self._device = device
+        self._newest = mark_caller(device)  # of its copies on callers' streams: tables, stand-ins
 
     def named(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         """Those of the plan, in its order."""
@@ -121,6 +123,10 @@ class Bound:
                     hint="make a new pair from the tensors as they are now",
                 )
 
+    def follow(self) -> None:
+        """Before a run: what was copied on another stream, as when it was bound, comes first."""
+        hold_caller(self._device, self._newest)
+
     def refresh(self) -> None:
         """Before a send: the stand-ins take the tensors' values of now."""
         for tensor, stand_in in self._stand_ins:
@@ -133,6 +139,7 @@ class Bound:
         for i, original in self._ties:
             if self._tensors[i].data_ptr() != self._tensors[original].data_ptr():
                 self._tensors[i].copy_(self._tensors[original])
+        self._newest = mark_caller(self._device)
 
     def _bound(
         self, chunks: Sequence[ReplayChunk], move: Move | None, device: torch.device

@@ -212,6 +212,7 @@ class _Replay:
     def run(self, rank: int, bound: Bound, *, fill: bool) -> None:
         """One send, or one receive."""
         ring = self._ring
+        bound.follow()
         if fill:
             bound.refresh()
         ring.rewind()
