@@ -34,7 +34,6 @@ from tests.helpers.commands import (
     TORCHRUN,
     Command,
     Commands,
-    Ended,
     free_port,
     wait_all,
 )
@@ -83,12 +82,13 @@ def checkpoint(tmp_path: Path) -> Path:
     return sharded(tmp_path / "model", 2, 300_000)
 
 
-def run_three(program: str, commands: Commands, folder: Path, *argv: Path) -> Ended:
+def run_three(program: str, commands: Commands, folder: Path, *argv: Path) -> str:
+    """What three ranks of the program have said together."""
     script = folder / "example.py"
     script.write_text(program)
-    ended = commands.run([*TORCHRUN, "--standalone", "--nproc-per-node", "3", script, *argv])
-    assert ended.returncode == 0, ended.stderr
-    return ended
+    ends = wait_all(commands.start_program(3, script, *argv))
+    assert [end.returncode for end in ends] == [0, 0, 0], [end.stderr for end in ends]
+    return "".join(end.stdout for end in ends)
 
 
 def test_two_workers_compute_exactly_what_the_trainer_does_after_each_of_three_rounds(
@@ -111,11 +111,7 @@ def test_the_two_functions_work_as_shown(commands: Commands, tmp_path: Path) -> 
     imports, *parts = re.split(r"^# on .*\n", COMPAT, flags=re.MULTILINE)
     trainer, worker = (re.sub("^", "    ", part, flags=re.MULTILINE) for part in parts)
     program = COMPAT_FRAME.format(body=f"{imports}\nif rank == 0:\n{trainer}\nelse:\n{worker}")
-    script = tmp_path / "example.py"
-    script.write_text(program)
-    ends = wait_all(commands.start_program(3, script))
-    assert [end.returncode for end in ends] == [0, 0, 0], [end.stderr for end in ends]
-    said = "".join(end.stdout for end in ends)
+    said = run_three(program, commands, tmp_path)
     outputs = dict(re.findall(r"^rank (\d): (.+)$", said, re.MULTILINE))
     assert sorted(outputs) == ["0", "1", "2"], said
     assert len(set(outputs.values())) == 1, said
@@ -124,7 +120,7 @@ def test_the_two_functions_work_as_shown(commands: Commands, tmp_path: Path) -> 
 def test_a_checkpoint_is_received_as_tensors_by_two_workers(
     commands: Commands, checkpoint: Path, tmp_path: Path
 ) -> None:
-    said = run_three(WHOLE, commands, tmp_path, checkpoint).stdout
+    said = run_three(WHOLE, commands, tmp_path, checkpoint)
     assert re.search(r"^sent 6 tensors at \d+\.\d+ GB/s$", said, re.MULTILINE), said
     assert said.count("received 6 tensors\n") == 2, said
 
