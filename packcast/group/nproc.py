@@ -58,6 +58,8 @@ def run_nproc(
         tempfile.TemporaryDirectory(prefix="packcast-nproc-") as log_dir,
         _no_child_left(),
         _environment(LAUNCHER_PID_VARIABLE, str(os.getpid())),
+        # As torchrun does: or each rank's torch has threads for all cores, and they wake each other.
+        _environment("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1")),
         contextlib.nullcontext() if verbose else _silence(_NOISY_LOGGERS),
     ):
         config = launcher.LaunchConfig(
@@ -180,11 +182,15 @@ def _children() -> set[int]:
 
 @contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
     os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ[name]
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager

@@ -34,15 +34,29 @@ def pieces_of(
     A row is (address, offset in the slot, bytes) of a piece of at most PIECE_NBYTES.
     """
     counts = (nbytes + PIECE_NBYTES - 1) // PIECE_NBYTES
-    if bool(
-        (counts == 1).all()
-    ):  # many small ones, which are made often: in a fraction of the time
-        return torch.stack([addresses, slot_offsets, nbytes], dim=1), counts
-    part = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    first = (counts.cumsum(0) - counts)[part]
-    shift = (torch.arange(len(part)) - first) * PIECE_NBYTES
-    left = (nbytes[part] - shift).clamp(max=PIECE_NBYTES)
-    return torch.stack([addresses[part] + shift, slot_offsets[part] + shift, left], dim=1), counts
+    if bool((counts == 1).all()):  # many small ones, which are made often
+        return _beside(addresses, slot_offsets, nbytes), counts
+    ends = counts.cumsum(0)
+    total = int(counts.sum())
+    # By these operations, since others (repeat_interleave, indexing, stack) wake all threads of the
+    # CPU, which takes many times longer than the work itself.
+    part = torch.zeros(total, dtype=torch.int64)
+    steps = ends[:-1][ends[:-1] < total]
+    part = part.index_add_(0, steps, torch.ones_like(steps)).cumsum(0)
+    addresses, slot_offsets, nbytes, begins = (
+        column.index_select(0, part) for column in (addresses, slot_offsets, nbytes, ends - counts)
+    )
+    shift = (torch.arange(total) - begins) * PIECE_NBYTES
+    left = (nbytes - shift).clamp(max=PIECE_NBYTES)
+    return _beside(addresses + shift, slot_offsets + shift, left), counts
+
+
+def _beside(*columns: torch.Tensor) -> torch.Tensor:
+    """The columns as a table."""
+    table = torch.empty((len(columns[0]), len(columns)), dtype=torch.int64)
+    for i, column in enumerate(columns):
+        table[:, i] = column
+    return table
 
 
 def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
