@@ -58,7 +58,7 @@ def run_nproc(
         tempfile.TemporaryDirectory(prefix="packcast-nproc-") as log_dir,
         _no_child_left(),
         _environment(LAUNCHER_PID_VARIABLE, str(os.getpid())),
-        # As torchrun does: or each rank's torch has threads for all cores, and they wake each other.
+        # As torchrun does: or each rank's torch has threads for all cores, which get in the way.
         _environment("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1")),
         contextlib.nullcontext() if verbose else _silence(_NOISY_LOGGERS),
     ):
