@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -164,17 +165,20 @@ def test_memory_that_cannot_be_pinned_is_an_error_with_a_way_out() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "kind"),
-    [(OSError(errno.EAGAIN, "try again"), TransferError), (RuntimeError("no"), RuntimeError)],
+    [
+        (lambda: OSError(errno.EAGAIN, "try again"), TransferError),
+        (lambda: RuntimeError("no"), RuntimeError),
+    ],
 )
 def test_staging_is_given_back_where_not_every_helper_can_be_started(
-    fault: Exception, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[], Exception], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     staging, start = staged(2), hands._start
     num_before = len(os.listdir("/proc/self/fd"))
 
     def start_two(*args: Any) -> subprocess.Popen[bytes]:
         if len(helpers_of(os.getpid())) == 2:
-            raise fault
+            raise fault()
         return start(*args)
 
     monkeypatch.setattr(hands, "_start", start_two)
