@@ -114,6 +114,7 @@ class Ring:
         ]
         self._step_nbytes = step_nbytes
         self.num_broadcast = 0
+        self.num_dry = 0
         self._changed = threading.Condition()
         self._stopped_by: PackcastError | None = None
 
@@ -167,8 +168,10 @@ class Ring:
                 broadcast(memory, root)
                 marks.append(self.comm.mark())
             # Not far ahead: a launch blocks for good where too many are waiting on a dead peer.
-            if len(marks) > _MAX_DRY and not marks.popleft().passes_within(patience_s):
-                return False
+            if len(marks) > _MAX_DRY:
+                if not marks.popleft().passes_within(patience_s):
+                    return False
+                self.num_dry += 1
         return all(mark.passes_within(patience_s) for mark in marks)
 
     def release(self, slot: Slot) -> None:

@@ -50,7 +50,6 @@ _CLOSE_LIMIT_S = 15.0
 _ABORT_LIMIT_S = 2.0
 # For broadcasts that others have to take part in; longer than a lost rank takes to be known.
 _DRY_PATIENCE_S = 4.0
-_DRY_LIMIT_S = 60.0
 _VERDICT_WAIT_S = 5.0
 
 _MAX_HANDS = 16
@@ -59,7 +58,7 @@ _MIN_HELPER_CORES = 8
 _MIN_HELPER_NBYTES = GIB
 _KEPT_CORES = 2  # of each rank's share: helpers must not push its own threads aside
 
-_left_behind: list[Ring] = []  # of transfers that failed, with a collective that would not end
+_left_behind: list[Mover] = []  # that failed, with a collective that would not end
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ class Mover:
         self._device = torch.device(offer.device)
         self._ring = self._make_ring()
         ends = (reader is not None) + (sink is not None)
-        buffers = self._buffers = Buffers(
+        self._buffers = Buffers(
             self._ring,
             offer.buffer_size,
             staging_nbytes=_staging_bound(offer) // max(1, ends),
@@ -110,13 +109,21 @@ class Mover:
         self._landing: Landing | DeviceLanding | None = None
         self._source: FileSource | None = None
         self._summed: Summed | None = None
+        try:
+            self._make_ends(reader, sink, tolerant=tolerant)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_ends(self, reader: FileReader | None, sink: Sink | None, *, tolerant: bool) -> None:
+        offer, buffers = self._offer, self._buffers
         if isinstance(sink, TensorSink) and self._device.type == "cuda":
             self._landing = DeviceLanding(sink, offer.files, buffers)
         elif sink is not None:
             hands = num_hands(offer.place.ranks_on_host, helpers=buffers.helpers)
             self._landing = Landing(sink, offer.files, buffers, num_hands=hands, tolerant=tolerant)
         if reader is not None:
-            mine = [chunk for chunk in chunks if chunk.root == offer.rank]
+            mine = [chunk for chunk in self._chunks if chunk.root == offer.rank]
             hands = num_hands(offer.place.readers_on_host, helpers=buffers.helpers)
             self._source = FileSource(mine, reader, buffers, num_hands=hands)
 
@@ -220,12 +227,17 @@ class Mover:
     def abandon(self) -> None:
         """The transfer has failed, and some thread may be stuck in `move`: free what can be.
 
-        The ring is not, as long as a GPU may still be writing into it.
+        Its memory is not, as long as a GPU may still be writing there.
         """
-        self._outside.wait(_DRY_LIMIT_S)
+        self.close()  # which wakes the loop, where it waits for an end
+        num_dry = -1
+        while self._survives and not self._outside.wait(_DRY_PATIENCE_S + 1):
+            if num_dry == self._ring.num_dry:
+                break  # it is stuck on the GPU, and the abort frees it
+            num_dry = self._ring.num_dry
         group, self._group = self._group, None
         if group is not None and not begin_abort(group, self._device).wait(_ABORT_LIMIT_S):
-            _left_behind.append(self._ring)
+            _left_behind.append(self)
         self.close()
 
     def close(self) -> None:
