@@ -43,6 +43,16 @@ _NOISE = re.compile(
 )
 
 
+def clean_environment() -> dict[str, str]:
+    """Whoever's runs the tests, without what would change them."""
+    kept = {name: value for name, value in os.environ.items() if not _LEFTOVERS.fullmatch(name)}
+    return kept | {"OMP_NUM_THREADS": "1", "PACKCAST_NO_PROFILE": "1"}
+
+
+# Of the process that is forked; not of a test, or each would have such a process of its own.
+_BASE = clean_environment()
+
+
 @dataclass(frozen=True, slots=True)
 class HeldDisk:
     """A process's disk that stops until `release`: once `after` bytes were read from it, or with
@@ -170,10 +180,7 @@ class Commands:
         self._folder = folder
         self._mark = uuid.uuid4().hex
         self._commands: list[Command] = []
-        self._base = {
-            name: value for name, value in os.environ.items() if not _LEFTOVERS.fullmatch(name)
-        } | {"OMP_NUM_THREADS": "1", "PACKCAST_NO_PROFILE": "1"}
-        self._base.pop("PYTEST_CURRENT_TEST", None)
+        self._environment = clean_environment() | {_MARK: self._mark}
 
     def __enter__(self) -> Commands:
         return self
@@ -206,7 +213,7 @@ class Commands:
         disk: HeldDisk | None = None,
     ) -> Command:
         """The same for Python, where it saves seconds: torch is imported already."""
-        return self._start(argv, environment, disk, self._base)
+        return self._start(argv, environment, disk, _BASE)
 
     def run(
         self,
@@ -297,8 +304,7 @@ class Commands:
     ) -> Command:
         output = self._folder / f"process-{len(self._commands)}"
         extra = (disk.environment() if disk else {}) | dict(environment or {})
-        whole = self._base | {_MARK: self._mark} | extra
-        started = Command(list(map(str, argv)), whole, output, base)
+        started = Command(list(map(str, argv)), self._environment | extra, output, base)
         self._commands.append(started)
         return started
 
