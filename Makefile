@@ -63,17 +63,21 @@ into = --export-markdown .bench/$(1).md --export-json .bench/$(1).json --plot .b
 ON_CPUS := --backend gloo --num-buffers 4
 bench: $(READY) ## the README's tables for CPUs: ranks over gloo, into .bench/ (minutes)
 	@mkdir -p .bench
-	$(BIN)/packcast bench --nproc 2 $(ON_CPUS) --shape dense --source file,resident --sink discard,land,write --buffer-size 4MiB,16MiB,64MiB $(call into,cpu-dense)
+	$(BIN)/packcast bench --nproc 2 --backend gloo --runs 5 --num-buffers 2,4 --buffer-size 4MiB,16MiB,64MiB $(call into,cpu-2-ranks)
 	$(BIN)/packcast bench --nproc 2 $(ON_CPUS) --shape moe,tiny --source file,resident --sink land --buffer-size 16MiB $(call into,cpu-moe-tiny)
-	$(BIN)/packcast bench --nproc 3 $(ON_CPUS) --shape dense --sink discard,write,verify --buffer-size 16MiB $(call into,cpu-3-ranks)
+	$(BIN)/packcast bench --nproc 3 --backend gloo --runs 5 --num-buffers 4 --buffer-size 16MiB,64MiB $(call into,cpu-3-ranks)
 
-# Files lie in memory. Writing takes seconds a run, and its baseline more: hence fewer of them.
-ON_GPUS = --nproc $(GPUS) --backend nccl --size 8GiB --num-buffers 4 --warmup 1 --readers 1
+# Files lie in memory. Baselines take most of the time.
+ON_GPUS = --nproc $(GPUS) --backend nccl --readers 1 --runs 5
+FILE_ON_GPUS = $(ON_GPUS) --num-buffers 4 --dir /dev/shm --source file
 bench-gpu: $(READY) ## the README's tables for GPUs: GPUS=2 of them, into .bench/ (minutes)
 	@mkdir -p .bench
-	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --source resident --sink discard,land --buffer-size 64MiB,128MiB --runs 5 $(call into,gpu-resident)
-	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --dir /dev/shm --source file --sink land --buffer-size 16MiB,64MiB --runs 5 $(call into,gpu-file)
-	$(BIN)/packcast bench $(ON_GPUS) --shape dense --dir /dev/shm --source file --sink discard,write --buffer-size 16MiB,64MiB --runs 3 $(call into,gpu-file-write)
+	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --size 8GiB --source resident --sink land --buffer-size 64MiB,128MiB --num-buffers 4 $(call into,gpu-replay)
+	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --size 8GiB --source resident --sink discard --buffer-size 1GiB --num-buffers 2 $(call into,gpu-compat)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink discard --buffer-size 16MiB,32MiB,64MiB $(call into,gpu-file)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 4GiB --sink land --buffer-size 16MiB,64MiB $(call into,gpu-land)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 4GiB --sink write --buffer-size 16MiB,64MiB $(call into,gpu-write)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape moe,tiny --size 2GiB --sink discard --buffer-size 16MiB --no-limits $(call into,gpu-moe-tiny)
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)
