@@ -17,8 +17,8 @@ import torch
 
 from packcast.errors import UsageError
 from packcast.packed.communicator import Communicator, communicator_of
-from packcast.packed.counters import Counters, Stage
-from packcast.packed.gather import move_on, on_device, pieces_of
+from packcast.packed.counters import Stage
+from packcast.packed.gather import PIECE_NBYTES, move_on, on_device, pieces_of
 from packcast.packed.lanes import Mark, hold_caller, mark_caller
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, Slot
@@ -26,6 +26,12 @@ from packcast.packed.tensors import as_bytes, from_bytes, is_simple, nbytes_of
 
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
+
+# Tables are made anew for each buffer, and while one is made nothing is sent: they are kept short,
+# with enough pieces for all programs of the kernel to end together.
+_ENOUGH_PIECES = 4096
+# Parts that are larger on average are joined at once, without a table, where nothing is under way.
+_LARGE = 1 << 20
 
 _NBYTES = operator.attrgetter("nbytes")
 _NAME = operator.attrgetter("name")
@@ -135,7 +141,7 @@ def _growing_ring(communicator: Communicator, num_buffers: int, limit: int) -> R
     # A slot is idle while it grows, and buffers exceed the limit by a little more or less each
     # time: in steps of a sixteenth to an eighth of it most slots grow once.
     step_nbytes = 1 << max(0, (int(limit) // 8).bit_length() - 1)
-    return Ring(communicator.device, 0, num_buffers, Counters(), step_nbytes=step_nbytes)
+    return Ring(communicator.device, 0, num_buffers, step_nbytes=step_nbytes)
 
 
 def _packs_to_send(
@@ -233,8 +239,11 @@ class _Packer:
             # iterator would fill the memory with them. And until then nobody may free them,
             # whichever stream they were made on.
             self._packed.synchronize()
+        # All wait for the first one, so it takes the shortest way; copies of this kind fill the
+        # GPU, though, which would hold up a broadcast beside them.
+        joins = pack.index == 0 and pack.nbytes >= _LARGE * len(pack.parts)
         # On the caller's stream: what is allocated on a lane is lost to other calls' lanes.
-        table = _table_of(pack.parts, ring.device) if self._move is not None else None
+        table = _table_of(pack.parts, ring.device) if self._move and not joins else None
         self._in_use = pack.parts if table is None else (*pack.parts, table)
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
@@ -255,7 +264,10 @@ def _table_of(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tens
     """For the kernel: contiguous parts, one after the other; None if they have no bytes."""
     nbytes = torch.tensor(list(map(_NBYTES, parts)), dtype=torch.int64)
     addresses = torch.tensor(list(map(torch.Tensor.data_ptr, parts)), dtype=torch.int64)
-    table, _ = pieces_of(addresses, nbytes.cumsum(0) - nbytes, nbytes)
+    ends = nbytes.cumsum(0)
+    share = int(ends[-1]) // _ENOUGH_PIECES if parts else 0
+    piece_nbytes = max(PIECE_NBYTES, 1 << share.bit_length())
+    table, _ = pieces_of(addresses, ends - nbytes, nbytes, piece_nbytes)
     return on_device(table, device) if len(table) else None
 
 

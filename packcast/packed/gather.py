@@ -27,13 +27,16 @@ class Move(Protocol):
 
 
 def pieces_of(
-    addresses: torch.Tensor, slot_offsets: torch.Tensor, nbytes: torch.Tensor
+    addresses: torch.Tensor,
+    slot_offsets: torch.Tensor,
+    nbytes: torch.Tensor,
+    piece_nbytes: int = PIECE_NBYTES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The table of some parts, and how many of its rows each part has; all int64, on the host.
 
-    A row is (address, offset in the slot, bytes) of a piece of at most PIECE_NBYTES.
+    A row is (address, offset in the slot, bytes) of a piece of at most `piece_nbytes`.
     """
-    counts = (nbytes + PIECE_NBYTES - 1) // PIECE_NBYTES
+    counts = (nbytes + piece_nbytes - 1) // piece_nbytes
     if bool((counts == 1).all()):  # many small ones, which are made often
         return _beside(addresses, slot_offsets, nbytes), counts
     ends = counts.cumsum(0)
@@ -46,8 +49,8 @@ def pieces_of(
     addresses, slot_offsets, nbytes, begins = (
         column.index_select(0, part) for column in (addresses, slot_offsets, nbytes, ends - counts)
     )
-    shift = (torch.arange(total) - begins) * PIECE_NBYTES
-    left = (nbytes - shift).clamp(max=PIECE_NBYTES)
+    shift = (torch.arange(total) - begins) * piece_nbytes
+    left = (nbytes - shift).clamp(max=piece_nbytes)
     return _beside(addresses + shift, slot_offsets + shift, left), counts
 
 

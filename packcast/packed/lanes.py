@@ -21,14 +21,14 @@ class Mark:
 
     __slots__ = ("_event", "_passed_at")
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None, *, timed: bool = True) -> None:
         self._event: torch.cuda.Event | None = None
         self._passed_at = 0.0
         if stream is None:
             self._passed_at = time.perf_counter()
         else:
             # blocking: a host thread that waits sleeps; spinning would take cores from the readers.
-            self._event = torch.cuda.Event(enable_timing=True, blocking=True)
+            self._event = torch.cuda.Event(enable_timing=timed, blocking=True)
             self._event.record(stream)
 
     @property
@@ -62,11 +62,13 @@ class Mark:
 class Lane:
     """A CUDA stream; used as a context manager it is the current stream of the calling thread.
 
-    What is given to an `urgent` one begins before what others are given, where both could.
+    What is given to an `urgent` one begins before what others are given, where both could. The
+    marks of one that is not `timed` tell that they are passed, but not when.
     """
 
-    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
+    def __init__(self, device: torch.device, *, urgent: bool = False, timed: bool = True) -> None:
         priority = -1 if urgent else 0
+        self._timed = timed
         self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
         self._entered: list[torch.cuda.StreamContext] = []
 
@@ -88,7 +90,7 @@ class Lane:
 
     def mark(self) -> Mark:
         """Mark the end of what has been given to the lane so far."""
-        return Mark(self._stream)
+        return Mark(self._stream, timed=self._timed)
 
     def wait(self, mark: Mark | None) -> None:
         """What is given to this lane from now on begins after `mark`; the host does not wait."""
@@ -122,25 +124,29 @@ def hold_caller(device: torch.device, mark: Mark | None) -> None:
 
 
 class LaneClock:
-    """Turns pairs of marks into counted stages, without ever making the host wait in the loop."""
+    """Turns pairs of marks into counted stages, without ever making the host wait in the loop.
 
-    def __init__(self, device: torch.device, counters: Counters) -> None:
+    Without counters it does nothing.
+    """
+
+    def __init__(self, device: torch.device, counters: Counters | None) -> None:
         self._counters = counters
         self._open: deque[tuple[Stage, int, int, Mark, Mark]] = deque()
         self._base: Mark | None = None
-        if device.type == "cuda":
+        if device.type == "cuda" and counters is not None:
             self._base = Mark(torch.cuda.current_stream(device))
             self._base.synchronize()
         self._base_at = time.perf_counter()
 
     def span(self, stage: Stage, chunk: int, nbytes: int, begin: Mark, end: Mark) -> None:
         """Count `stage` from `begin` to `end` once the lane has passed them."""
-        self._open.append((stage, chunk, nbytes, begin, end))
-        self.collect()
+        if self._counters is not None:
+            self._open.append((stage, chunk, nbytes, begin, end))
+            self.collect()
 
     def collect(self, *, wait: bool = False) -> None:
         """Count the spans that are over; with `wait`, all of them."""
-        while self._open and (wait or self._open[0][4].passed()):
+        while self._counters and self._open and (wait or self._open[0][4].passed()):
             stage, chunk, nbytes, begin, end = self._open.popleft()
             end.synchronize()
             self._counters.add(stage, chunk, nbytes, self._when(begin), self._when(end))

@@ -15,7 +15,6 @@ import torch
 from packcast.errors import TransferError, UsageError
 from packcast.packed.binding import Bound, Copier, Tensors
 from packcast.packed.communicator import Communicator, communicator_of
-from packcast.packed.counters import Counters
 from packcast.packed.gather import move_on
 from packcast.packed.layout import (
     TensorSpec,
@@ -183,7 +182,7 @@ class _Replay:
         self._specs = specs
         self._chunks = lay_out(specs, buffer_size, src)
         slot_nbytes = slot_nbytes_of(self._chunks)
-        self._ring = Ring(communicator.device, slot_nbytes, num_buffers, Counters())
+        self._ring = Ring(communicator.device, slot_nbytes, num_buffers)
         self._move = move_on(communicator.device)
         self._views: dict[int, list[torch.Tensor]] = {}
         self._seen: Bound | None = None  # of the tensors that were last given

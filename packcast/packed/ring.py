@@ -86,8 +86,8 @@ class Ring:
 
     The slots are one allocation, made here unless `memory` is given for them. Where a chunk turns
     out larger (on a wire that learns sizes late), its slot grows to it, rounded up to a multiple of
-    `step_nbytes`. Built and used by the main thread; `await_turn`, `hold` and `let_go` by host
-    threads too.
+    `step_nbytes`. Without `counters` nothing is timed. Built and used by the main thread;
+    `await_turn`, `hold` and `let_go` by host threads too.
     """
 
     def __init__(
@@ -95,16 +95,18 @@ class Ring:
         device: torch.device,
         slot_nbytes: int,
         num_buffers: int,
-        counters: Counters,
+        counters: Counters | None = None,
         memory: torch.Tensor | None = None,
         *,
         step_nbytes: int = 1,
     ) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
-        self.counters = counters
+        self.counters = counters or Counters()
+        timed = counters is not None
         # Copies would hold up the broadcasts that begin beside them, which are what takes long.
-        self.fill, self.comm, self.drain = Lane(device), Lane(device, urgent=True), Lane(device)
+        self.fill, self.drain = Lane(device, timed=timed), Lane(device, timed=timed)
+        self.comm = Lane(device, urgent=True, timed=timed)
         self.clock = LaneClock(device, counters)
         if memory is None:
             memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)

@@ -77,8 +77,12 @@ class Sending(SlowGroup):
 
     def wire(self) -> list[bytes]:
         """What went over the wire, once all is over everywhere."""
+        return [bytes(part.tolist()) for part in self.buffers()]
+
+    def buffers(self) -> Sequence[torch.Tensor]:
+        """The same, where it lies."""
         torch.cuda.synchronize(self.device)
-        return [bytes(part.tolist()) for part in self._arena[: sum(self._sizes)].split(self._sizes)]
+        return self._arena[: sum(self._sizes)].split(self._sizes)
 
 
 class Receiving(SlowGroup):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.packed.streams import (
+    MIB,
     Consumer,
     Pair,
     Producer,
@@ -217,6 +218,19 @@ def test_tensors_from_other_devices_are_brought_to_the_groups() -> None:
     group = Sending(0)
     ours_sends(pairs, group, 1 << 20)
     assert group.wire() == [b"".join(tensor.cpu().numpy().tobytes() for _, tensor in pairs)]
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_large_tensors_are_packed_whole_in_the_first_buffer_and_in_later_ones(odd: int) -> None:
+    sizes = [3 * MIB + odd, 5 * MIB, 2 * MIB + 2 * odd, 4 * MIB]
+    data = [torch.randint(0, 256, (n,), dtype=torch.uint8, device=gpu()) for n in sizes * 3]
+    pairs = [(f"t{i}", tensor) for i, tensor in enumerate(data)]
+    group = Sending(1_000_000, nbytes=64 * MIB)
+    ours_sends(pairs, group, 17 * MIB // 2)
+    buffers = group.buffers()
+    assert len(buffers) == 4  # of three tensors each
+    expected = [torch.cat(data[i : i + 3]) for i in range(0, len(data), 3)]
+    assert all(map(torch.equal, buffers, expected))
 
 
 def test_gpu_tensors_are_staged_for_a_group_on_the_cpu() -> None:

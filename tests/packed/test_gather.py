@@ -30,19 +30,22 @@ Parts = list[tuple[int, int, int]]
             st.integers(1, 300) | st.integers(1, 5 * PIECE_NBYTES),
         ),
         max_size=20,
-    )
+    ),
+    st.sampled_from((PIECE_NBYTES, 4 * PIECE_NBYTES)),
 )
-@example([(1 << 47, 0, PIECE_NBYTES)])
-@example([(1 << 47, 0, PIECE_NBYTES + 1), (5, 6, 2 * PIECE_NBYTES)])
-def test_a_table_has_each_part_once_in_pieces_that_are_as_large_as_may_be(parts: Parts) -> None:
+@example([(1 << 47, 0, PIECE_NBYTES)], PIECE_NBYTES)
+@example([(1 << 47, 0, PIECE_NBYTES + 1), (5, 6, 2 * PIECE_NBYTES)], PIECE_NBYTES)
+def test_a_table_has_each_part_once_in_pieces_that_are_as_large_as_may_be(
+    parts: Parts, piece_nbytes: int
+) -> None:
     expected, counts = [], []
     for address, offset, nbytes in parts:
-        begins = range(0, nbytes, PIECE_NBYTES)
+        begins = range(0, nbytes, piece_nbytes)
         counts.append(len(begins))
         for begin in begins:
-            expected.append((address + begin, offset + begin, min(PIECE_NBYTES, nbytes - begin)))
-    columns = torch.tensor(parts, dtype=torch.int64).view(-1, 3).unbind(1)
-    table, rows = pieces_of(*columns)
+            expected.append((address + begin, offset + begin, min(piece_nbytes, nbytes - begin)))
+    address, offset, nbytes = torch.tensor(parts, dtype=torch.int64).view(-1, 3).unbind(1)
+    table, rows = pieces_of(address, offset, nbytes, piece_nbytes)
     assert table.dtype == torch.int64
     assert table.is_contiguous()
     assert [tuple(row) for row in table.tolist()] == expected

@@ -691,9 +691,9 @@ def test_the_ring_is_no_larger_than_its_buffers_or_the_largest_chunk_that_needs_
     made = []
     real = replay.Ring
 
-    def ring(device: torch.device, slot_nbytes: int, count: int, counters: object) -> object:
+    def ring(device: torch.device, slot_nbytes: int, count: int) -> object:
         made.append(slot_nbytes * count)
-        return real(device, slot_nbytes, count, counters)
+        return real(device, slot_nbytes, count)
 
     monkeypatch.setattr(replay, "Ring", ring)
     tensors = {f"t{i}": torch.zeros(size, dtype=torch.uint8) for i, size in enumerate(sizes)}
