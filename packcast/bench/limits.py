@@ -26,7 +26,6 @@ from packcast.checkpoint.checkpoint import SourceFile
 from packcast.ends import syscalls
 from packcast.ends.staging import use_device
 from packcast.errors import PackcastError
-from packcast.packed.plan import MAX_PIECE
 from packcast.packed.ring import host_view
 from packcast.units import MIB
 
@@ -35,6 +34,7 @@ T = TypeVar("T")
 Start = Callable[[], None]
 
 COPY_NBYTES = 16 * MIB
+_PIECE_NBYTES = 4 * MIB
 _COPIES_AT_ONCE = 32
 _NUM_WRITTEN_FILES = 8
 
@@ -68,12 +68,12 @@ def pace_of_read(
         evict(file.path for file in files)
     first, step = share
     pieces = [
-        (index, offset, min(MAX_PIECE, file.nbytes - offset))
+        (index, offset, min(_PIECE_NBYTES, file.nbytes - offset))
         for index, file in enumerate(files)
-        for offset in range(0, file.nbytes, MAX_PIECE)
+        for offset in range(0, file.nbytes, _PIECE_NBYTES)
     ][first::step]
     descriptors = [os.open(file.path, os.O_RDONLY | os.O_CLOEXEC) for file in files]
-    buffers = [_host_memory(MAX_PIECE, team.device) for _ in range(num_threads)]
+    buffers = [_host_memory(_PIECE_NBYTES, team.device) for _ in range(num_threads)]
     views = [host_view(buffer) for buffer in buffers]
 
     def read(thread: int, piece: tuple[int, int, int]) -> int:
@@ -101,10 +101,10 @@ def pace_of_write(
     folder.mkdir(parents=True)
     each = nbytes // _NUM_WRITTEN_FILES
     descriptors: list[int] = []
-    data = memoryview(os.urandom(MAX_PIECE))
+    data = memoryview(os.urandom(_PIECE_NBYTES))
     pieces = [
-        (index, offset, min(MAX_PIECE, each - offset))
-        for offset in range(0, each, MAX_PIECE)
+        (index, offset, min(_PIECE_NBYTES, each - offset))
+        for offset in range(0, each, _PIECE_NBYTES)
         for index in range(_NUM_WRITTEN_FILES)
     ]
 

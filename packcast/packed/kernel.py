@@ -1,6 +1,6 @@
-"""The one GPU kernel: copies a table of pieces into a slot, or out of it. Imports Triton.
+"""The GPU kernels: one copies a table of pieces into a slot or out of it, one adds its words up.
 
-It knows addresses and sizes, any of them; nothing of tensors, names or streams.
+Imports Triton. They know addresses and sizes, any of them; nothing of tensors, names or streams.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton.language as tl
 
 _BLOCK = 2048  # words of 8 bytes: with 8 warps each thread has 4 copies of 16 bytes in flight
 _NUM_WARPS = 8
+SPAN = 16384  # words of 4 bytes that one program adds up; groups have a multiple of it
 # A broadcast's blocks need almost a whole multiprocessor each, and every copy begins just when a
 # broadcast does: one that filled the GPU would hold it up.
 _SHARE_OF_GPU = 2 / 3
@@ -68,8 +69,31 @@ def _copy_pieces(
             )
 
 
+def _add_up(
+    words: tl.tensor,
+    num_words: tl.tensor,
+    of_words: tl.tensor,
+    of_groups: tl.tensor,
+    words_each: tl.tensor,
+    totals: tl.tensor,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Each program adds up SPAN words of one group, times their multipliers, into its total."""
+    begin = tl.program_id(0).to(tl.int64) * SPAN
+    group = begin // words_each
+    in_group = begin - group * words_each
+    sums = tl.zeros([BLOCK], dtype=tl.int64)
+    for step in range(0, SPAN, BLOCK):
+        at = step + tl.arange(0, BLOCK)
+        word = tl.load(words + begin + at, mask=begin + at < num_words, other=0)
+        sums += word.to(tl.int64) * tl.load(of_words + in_group + at)
+    tl.store(totals + tl.program_id(0), tl.sum(sums, axis=0) * tl.load(of_groups + group))
+
+
 # Not by the sizes and alignments that the first call has: each kind would be compiled again.
 _compiled: Any = triton.jit(do_not_specialize=["table", "count", "slot"])(_copy_pieces)
+_compiled_sum: Any = triton.jit(do_not_specialize=["num_words", "words_each"])(_add_up)
 
 
 def launch(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, programs: int) -> None:
@@ -81,6 +105,32 @@ def launch(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, programs
     _compiled[(min(count, programs),)](
         table, count, slot, into_slot, BLOCK=_BLOCK, num_warps=_NUM_WARPS
     )
+
+
+def add_up(
+    words: torch.Tensor,
+    of_words: torch.Tensor,
+    of_groups: torch.Tensor,
+    totals: torch.Tensor,
+) -> int:
+    """On the current stream: parts of the sum of int32 `words`, in groups of as many as `of_words`
+    has; returns how many of `totals` they are. All others are int64.
+
+    A group is a multiple of SPAN words, and `totals` has one for each SPAN of `words`.
+    """
+    count = triton.cdiv(words.numel(), SPAN)
+    _compiled_sum[(count,)](
+        words,
+        words.numel(),
+        of_words,
+        of_groups,
+        of_words.numel(),
+        totals,
+        SPAN=SPAN,
+        BLOCK=_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
+    return int(count)
 
 
 def programs_on(device: torch.device) -> tuple[int, int]:
