@@ -33,6 +33,8 @@ _ENOUGH_PIECES = 4096
 # Parts that are larger on average are joined at once, without a table, where nothing is under way.
 _LARGE = 1 << 20
 
+_COPIED_AS_BYTES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8)  # by a GPU's cat
+
 _NBYTES = operator.attrgetter("nbytes")
 _NAME = operator.attrgetter("name")
 _KIND = operator.attrgetter("shape", "dtype")
@@ -229,7 +231,7 @@ class _Packer:
         self._ring = ring
         self._move = move_on(ring.device)
         self._packed: Mark | None = None  # of the buffer before
-        self._in_use: Sequence[torch.Tensor] = ()  # what is kept alive until then
+        self._in_use: Sequence[torch.Tensor | None] = ()  # what is kept alive until then
 
     def fill(self, pack: _Pack, slot: Slot) -> None:
         """Give the copies to the fill lane, behind what the caller's stream has made of them."""
@@ -244,20 +246,31 @@ class _Packer:
         joins = pack.index == 0 and pack.nbytes >= _LARGE * len(pack.parts)
         # On the caller's stream: what is allocated on a lane is lost to other calls' lanes.
         table = _table_of(pack.parts, ring.device) if self._move and not joins else None
-        self._in_use = pack.parts if table is None else (*pack.parts, table)
+        # Those before are let go when this returns: that takes time, for which nobody should wait.
+        _before, self._in_use = self._in_use, (*pack.parts, table)
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
             begin = ring.fill.mark()
             if table is not None and self._move is not None:
                 self._move(table, slot.memory, into_slot=True, alone=pack.index == 0)
             elif pack.parts:
-                parts = [part.view(-1).view(torch.uint8) for part in pack.parts]
-                torch.cat(parts, out=slot.memory[: pack.nbytes])
+                _join(pack.parts, slot.memory[: pack.nbytes])
             slot.filled = self._packed = ring.fill.mark()
         ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)
 
     def close(self) -> None:
         """It has no threads."""
+
+
+def _join(parts: tuple[torch.Tensor, ...], memory: torch.Tensor) -> None:
+    """Contiguous parts, one after the other, as bytes; without a view of each where they are alike,
+    since views take longer than the rest of it."""
+    looks = {(part.dtype, part.shape[1:]) for part in parts if memory.is_cuda}
+    if len(looks) == 1 and (look := looks.pop())[0] in _COPIED_AS_BYTES:
+        dtype, shape = look
+        torch.cat(parts, out=memory.view(dtype).view(-1, *shape))
+    else:
+        torch.cat([part.view(-1).view(torch.uint8) for part in parts], out=memory)
 
 
 def _table_of(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:

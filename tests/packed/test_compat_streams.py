@@ -220,16 +220,26 @@ def test_tensors_from_other_devices_are_brought_to_the_groups() -> None:
     assert group.wire() == [b"".join(tensor.cpu().numpy().tobytes() for _, tensor in pairs)]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.bool])
 @pytest.mark.parametrize("odd", [0, 1])
-def test_large_tensors_are_packed_whole_in_the_first_buffer_and_in_later_ones(odd: int) -> None:
-    sizes = [3 * MIB + odd, 5 * MIB, 2 * MIB + 2 * odd, 4 * MIB]
-    data = [torch.randint(0, 256, (n,), dtype=torch.uint8, device=gpu()) for n in sizes * 3]
+@pytest.mark.parametrize("columns", [1, 2])
+def test_large_tensors_are_packed_whole_in_the_first_buffer_and_in_later_ones(
+    dtype: torch.dtype, odd: int, columns: int
+) -> None:
+    sizes = [3 * MIB, 5 * MIB, 2 * MIB, 4 * MIB]
+    if dtype.itemsize == 1 and columns == 1:
+        sizes = [size + odd for size in sizes]
+    high = 2 if dtype == torch.bool else 256  # of floats NaNs of all kinds are among them
+    raw = [torch.randint(0, high, (n,), dtype=torch.uint8, device=gpu()) for n in sizes * 3]
+    data = [part.view(dtype).view(-1, columns) for part in raw]
+    if odd:
+        data[1] = data[1].view(1, -1)  # not like the others
     pairs = [(f"t{i}", tensor) for i, tensor in enumerate(data)]
     group = Sending(1_000_000, nbytes=64 * MIB)
     ours_sends(pairs, group, 17 * MIB // 2)
     buffers = group.buffers()
     assert len(buffers) == 4  # of three tensors each
-    expected = [torch.cat(data[i : i + 3]) for i in range(0, len(data), 3)]
+    expected = [torch.cat(raw[i : i + 3]) for i in range(0, len(raw), 3)]
     assert all(map(torch.equal, buffers, expected))
 
 
