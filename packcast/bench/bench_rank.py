@@ -26,7 +26,7 @@ from packcast.bench.limits import (
     pace_of_read,
     pace_of_write,
 )
-from packcast.bench.loadcase import LoadCase, installed_loaders
+from packcast.bench.loadcase import LoadCase, OpenGroup, installed_loaders
 from packcast.bench.model import BenchSettings, ShapeKind
 from packcast.bench.pagecache import check_can_be_cold
 from packcast.bench.stock import (
@@ -42,7 +42,7 @@ from packcast.bench.stock import (
 )
 from packcast.bench.team import Team
 from packcast.bench.tensorcase import OneByOneCase, PackedCase, ReplayCase
-from packcast.bench.ways import Job, RunFailed, Way, time_run
+from packcast.bench.ways import GivenUp, Job, RunFailed, Way, time_run
 from packcast.bench.weights import make_layout
 from packcast.errors import PackcastError
 from packcast.group.wire import Message
@@ -58,11 +58,14 @@ _MAY_FAIL = frozenset({"write", "open", "resident", "prepare", "connect", "limit
 class BenchRank:
     """One rank's side of a bench, from the first order to the last."""
 
-    def __init__(self, settings: BenchSettings, team: Team, bench_id: str) -> None:
+    def __init__(
+        self, settings: BenchSettings, team: Team, bench_id: str, open_group: OpenGroup
+    ) -> None:
         self.team = team
         self.bench_id = bench_id
         self.stock = Stock("")
         self._settings = settings
+        self._open_group = open_group
         self._name = f"packcast-bench-{bench_id[:12]}"
         self._write_root = settings.write_directory / self._name / f"rank-{team.rank}"
         self._way: Way | None = None
@@ -105,7 +108,7 @@ class BenchRank:
         try:
             answer = self._steps[step](order)
         except RunFailed as error:
-            answer = {"error": error.message}
+            answer = {"error": error.message, "given_up": isinstance(error, GivenUp)}
         except (PackcastError, OSError, RuntimeError, MemoryError) as error:
             if step not in _MAY_FAIL:
                 raise
@@ -290,7 +293,7 @@ class BenchRank:
             return PackedCase(job, copy, cold=cold)
         if case.method == "per-tensor":
             return OneByOneCase(job)
-        return LoadCase(job, cold=cold)
+        return LoadCase(job, self._open_group, cold=cold)
 
     # -- small things ----------------------------------------------------------------------------
 

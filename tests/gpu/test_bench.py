@@ -87,6 +87,27 @@ def test_every_way_is_right_over_nccl(
         print("\n" + "\n".join(table(found)))
 
 
+def test_a_loader_that_fails_in_mid_load_on_one_rank_lets_the_others_go(
+    gpus: Gpus, made: Path, tmp_path: Path
+) -> None:
+    found = bench_on(
+        gpus,
+        made,
+        tmp_path / "found.json",
+        sources=["file"],
+        sinks=["land"],
+        buffer_sizes=[16 * MIB],
+        readers=[1],
+        limits=False,
+        fault={"kind": "stand ins", "with": {"fails_on": 1}},
+    )
+    failures = {row["case"]["method"]: row["failure"] for row in found["measured"]}
+    reason = "rank 1: instanttensor: CUDA out of memory, as it were"
+    ways = ["packcast", "original", "load_file", "instanttensor", "fastsafetensors"]
+    assert failures == dict.fromkeys(ways) | {"instanttensor": reason}
+    assert all(part["wrong"] == 0 for row in found["measured"] for part in rank_runs(row))
+
+
 def test_damage_is_reported_as_wrong_on_the_device_too(
     gpus: Gpus, made: Path, tmp_path: Path
 ) -> None:
