@@ -22,13 +22,14 @@ Backend = Literal["auto", "nccl", "gloo"]
 PLACEHOLDERS = ("{rank}", "{local_rank}", "{host}")
 MAX_TOKEN_NBYTES = 4096
 
-DEFAULT_BUFFER_SIZE = 16 * MIB
+MIN_FITTING_SIZE, MAX_FITTING_SIZE = 16 * MIB, 64 * MIB  # that are chosen for a checkpoint
 DEFAULT_NUM_BUFFERS = 4
-DEFAULT_STAGING = 512 * MIB
+DEFAULT_STAGING = 192 * MIB  # more would leave the cache, and halve what goes through it
 DEFAULT_JOIN_TIMEOUT_S = 300.0
 DEFAULT_HEARTBEAT_TIMEOUT_S = 3.0
 DEFAULT_STALL_TIMEOUT_S = 600.0
 
+_MANY_BUFFERS = 64
 _DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d{1,3}")
 
 
@@ -50,7 +51,7 @@ class Settings:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     readers: int | None = 1  # None: all
-    buffer_size: int = DEFAULT_BUFFER_SIZE
+    buffer_size: int | None = None  # None: by the checkpoint's size
     num_buffers: int = DEFAULT_NUM_BUFFERS
     staging: int = DEFAULT_STAGING
     backend: Backend = "auto"
@@ -63,6 +64,17 @@ class Settings:
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S
     stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S
+
+
+def fitting_buffer_size(nbytes: int) -> int:
+    """The buffer size for a checkpoint of `nbytes` where nobody says one, in bytes.
+
+    Large buffers cost less, each; but there should be many of them, so that all stages are busy.
+    """
+    size = MIN_FITTING_SIZE
+    while size < MAX_FITTING_SIZE and size * _MANY_BUFFERS < nbytes:
+        size *= 2
+    return size
 
 
 def fill_in(template: str, *, rank: int, local_rank: int, host: str) -> str:

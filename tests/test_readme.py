@@ -202,7 +202,7 @@ def test_every_option_that_is_named_is_there() -> None:
 
 def test_the_defaults_in_the_table_of_options_are_the_programs() -> None:
     shown = dict(re.findall(r"`(--[a-z-]+) ([a-z0-9][^`]*)`", section("Options")))
-    assert {"--buffer-size", "--staging", "--stall-timeout", "--progress"} <= set(shown)
+    assert {"--num-buffers", "--staging", "--stall-timeout", "--progress"} <= set(shown)
     assert shown == {name: str(options()[name].default) for name in shown}
 
 

@@ -18,7 +18,6 @@ from packcast.cli.bench import bench
 from packcast.cli.helps import (
     BENCH_EXAMPLES,
     BENCH_HELP,
-    BUFFER_SIZE,
     HEARTBEAT_TIMEOUT,
     JOIN_TIMEOUT,
     RECV_EXAMPLES,
@@ -105,7 +104,7 @@ def send(
     port: opt.Port = None,
     token_file: opt.TokenFile = None,
     readers: opt.Readers = "1",
-    buffer_size: opt.BufferSize = BUFFER_SIZE,
+    buffer_size: opt.BufferSize = None,
     num_buffers: opt.NumBuffers = DEFAULT_NUM_BUFFERS,
     profile: opt.Profile = None,
     no_profile: opt.NoProfile = False,

@@ -7,7 +7,7 @@ from packcast.checkpoint.outgoing import FileSpec, outgoing_files
 from packcast.cli.report import count
 from packcast.cli.tables import Listing, exact, table
 from packcast.packed.plan import Chunk, pinned_nbytes, plan_chunks, ring_nbytes, trailer_nbytes
-from packcast.settings import Settings
+from packcast.settings import Settings, fitting_buffer_size
 from packcast.units import format_exact_size, format_size
 
 
@@ -19,10 +19,11 @@ def dry_run(settings: Settings) -> Listing:
     )
     outgoing = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
     files = tuple(file.spec for file in outgoing)
-    chunks = plan_chunks([file.nbytes for file in files], settings.buffer_size, (0,))
+    size = settings.buffer_size or fitting_buffer_size(sum(file.nbytes for file in files))
+    chunks = plan_chunks([file.nbytes for file in files], size, (0,))
     return Listing(
-        _text(settings, checkpoint, files, chunks),
-        _document(settings, checkpoint, files, chunks),
+        _text(settings, size, checkpoint, files, chunks),
+        _document(settings, size, checkpoint, files, chunks),
         checkpoint.warnings,
     )
 
@@ -33,12 +34,13 @@ def _num_tensors(files: tuple[FileSpec, ...]) -> int:
 
 def _text(
     settings: Settings,
+    size: int,
     checkpoint: Checkpoint,
     files: tuple[FileSpec, ...],
     chunks: tuple[Chunk, ...],
 ) -> str:
     nbytes = sum(file.nbytes for file in files)
-    size, number = settings.buffer_size, settings.num_buffers
+    number = settings.num_buffers
     device = ring_nbytes(size, number)
     rows = [
         (file.name, "shard" if file.header else "sidecar", exact(file.nbytes)) for file in files
@@ -72,11 +74,12 @@ def _text(
 
 def _document(
     settings: Settings,
+    size: int,
     checkpoint: Checkpoint,
     files: tuple[FileSpec, ...],
     chunks: tuple[Chunk, ...],
 ) -> dict[str, object]:
-    size, number = settings.buffer_size, settings.num_buffers
+    number = settings.num_buffers
     return {
         "command": "send",
         "dry_run": True,

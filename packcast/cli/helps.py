@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from packcast.settings import (
-    DEFAULT_BUFFER_SIZE,
     DEFAULT_HEARTBEAT_TIMEOUT_S,
     DEFAULT_JOIN_TIMEOUT_S,
     DEFAULT_STAGING,
@@ -12,7 +11,6 @@ from packcast.settings import (
 from packcast.units import format_exact_size
 
 # As they are typed, so that --help shows them so.
-BUFFER_SIZE = format_exact_size(DEFAULT_BUFFER_SIZE)
 STAGING = format_exact_size(DEFAULT_STAGING)
 JOIN_TIMEOUT = f"{DEFAULT_JOIN_TIMEOUT_S / 60:g}min"
 HEARTBEAT_TIMEOUT = f"{DEFAULT_HEARTBEAT_TIMEOUT_S:g}s"

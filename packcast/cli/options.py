@@ -207,12 +207,13 @@ Readers = Annotated[
 ]
 
 BufferSize = Annotated[
-    str,
+    str | None,
     option(
         "--buffer-size",
         metavar="SIZE",
         panel=TUNING,
-        help="Most bytes in one broadcast; a multiple of 1MiB.",
+        help="Most bytes in one broadcast; a multiple of 1MiB."
+        " \\[default: 16MiB to 64MiB, by the checkpoint's size]",
     ),
 ]
 NumBuffers = Annotated[

@@ -15,6 +15,7 @@ from packcast.group import asking
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_buffers, check_staging
 from packcast.settings import (
+    MAX_FITTING_SIZE,
     MAX_TOKEN_NBYTES,
     PLACEHOLDERS,
     Settings,
@@ -57,7 +58,7 @@ def seconds(option: str, text: str) -> float:
 class Buffers(TypedDict):
     """Fields of Settings, in bytes."""
 
-    buffer_size: int
+    buffer_size: int | None
     num_buffers: int
     staging: int
 
@@ -70,11 +71,12 @@ class Limits(TypedDict):
     stall_timeout_s: float
 
 
-def buffers(buffer_size: str, num_buffers: int, staging: str) -> Buffers:
+def buffers(buffer_size: str | None, num_buffers: int, staging: str) -> Buffers:
     """The ring and the staging, if such a ring can be built."""
-    nbytes, pinned = size("--buffer-size", buffer_size), size("--staging", staging)
-    check_buffers(nbytes, num_buffers)
-    check_staging(nbytes, pinned)
+    nbytes = None if buffer_size is None else size("--buffer-size", buffer_size)
+    pinned = size("--staging", staging)
+    check_buffers(nbytes or MAX_FITTING_SIZE, num_buffers)
+    check_staging(nbytes or MAX_FITTING_SIZE, pinned)
     return Buffers(buffer_size=nbytes, num_buffers=num_buffers, staging=pinned)
 
 

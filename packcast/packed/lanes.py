@@ -146,9 +146,13 @@ class LaneClock:
 
     def collect(self, *, wait: bool = False) -> None:
         """Count the spans that are over; with `wait`, all of them."""
-        while self._counters and self._open and (wait or self._open[0][4].passed()):
-            stage, chunk, nbytes, begin, end = self._open.popleft()
-            end.synchronize()
+        while self._counters and self._open:
+            stage, chunk, nbytes, begin, end = self._open[0]
+            if wait:
+                end.synchronize()
+            elif not end.passed():
+                return
+            self._open.popleft()
             self._counters.add(stage, chunk, nbytes, self._when(begin), self._when(end))
 
     def _when(self, mark: Mark) -> float:

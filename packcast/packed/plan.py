@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -19,12 +19,14 @@ BLOCK = MIB  # the unit of digests, at multiples of itself in a file
 PAGE = 4096
 DIGEST_NBYTES = 16  # xxh3_128
 TRAILER_HEAD_NBYTES = 80
-# So large that Python's cost per piece (0.1 ms, one after the other) is no limit.
-MAX_PIECE = 16 * MIB
-MAX_UNIT = 32 * MIB
+# Pieces are so large that Python's cost for each (0.1 ms, one after the other) is no limit, and as
+# small as that allows: what all hands and copies have in work at a time is to stay in the cache.
+MAX_PIECE = 4 * MIB
+MAX_UNIT = 16 * MIB
 MAX_BUFFER_SIZE = 16 << 30
-NUM_INTERLEAVED = 8  # files of which chunks take turns
-MIN_LARGE_CHUNKS = 4  # of a file that has chunks of its own
+NUM_INTERLEAVED = 8  # files that take turns
+TURN = 4 * MIB
+MIN_TURNS = 4  # of a file that takes turns
 # Beside the whole blocks that fill a buffer a chunk may carry this many short ones (ends of files);
 # 63 keep the trailer within one page for every buffer up to 188 MiB.
 _SPARE_BLOCKS = 63
@@ -161,19 +163,11 @@ def plan_chunks(
 ) -> tuple[Chunk, ...]:
     """Cut files, given by their sizes, into chunks of at most `buffer_size` bytes.
 
-    A large file has chunks of its own, and up to NUM_INTERLEAVED of them take turns: a file takes
-    only so many bytes per second, however many threads write to it. Smaller files come first, one
-    after the other; a chunk takes the end of one and the beginning of the next where whole blocks
-    fit. Chunk i has root `roots[i % len(roots)]`. Empty files have no extent: they are made from
-    the offer alone.
+    Small files come first, one after the other. Up to NUM_INTERLEAVED of the larger ones take turns
+    of TURN bytes, within a chunk too: a file takes only so many bytes per second, however many
+    threads write to it. Chunks are cut between blocks. Chunk i has root `roots[i % len(roots)]`.
+    Empty files have no extent: they are made from the offer alone.
     """
-    large = buffer_size * MIN_LARGE_CHUNKS
-    small_files = [(file, size) for file, size in enumerate(file_nbytes) if size < large]
-    packed = _packed(small_files, buffer_size)
-    turns = [
-        (Extent(file, offset, min(buffer_size, size - offset)),)
-        for file, offset, size in _in_turns(file_nbytes, buffer_size, large)
-    ]
     trailer = trailer_nbytes(buffer_size)
     return tuple(
         Chunk(
@@ -183,44 +177,59 @@ def plan_chunks(
             sum(extent.nbytes for extent in extents),
             trailer,
         )
-        for index, extents in enumerate([*packed, *turns])
+        for index, extents in enumerate(_packed(_in_turns(file_nbytes), buffer_size))
     )
 
 
-def _in_turns(
-    file_nbytes: Sequence[int], buffer_size: int, large: int
-) -> Iterator[tuple[int, int, int]]:
-    """(file, offset, size) of the large files' chunks; one that is through makes room."""
-    waiting = deque((file, 0, size) for file, size in enumerate(file_nbytes) if size >= large)
-    active: deque[tuple[int, int, int]] = deque()
+def _in_turns(file_nbytes: Sequence[int]) -> Iterator[Extent]:
+    """Every byte of every file, in the order in which they travel; a file that is through makes
+    room for the next."""
+    waiting: deque[Extent] = deque()  # each with what is left of it
+    for file, size in enumerate(file_nbytes):
+        if size < MIN_TURNS * TURN:
+            yield Extent(file, 0, size)
+        else:
+            waiting.append(Extent(file, 0, size))
+    active: deque[Extent] = deque()
     while waiting or active:
         while waiting and len(active) < NUM_INTERLEAVED:
             active.append(waiting.popleft())
-        file, offset, size = active.popleft()
-        yield file, offset, size
-        if offset + buffer_size < size:
-            active.append((file, offset + buffer_size, size))
+        left = active.popleft()
+        turn = min(TURN, left.nbytes)
+        yield Extent(left.file, left.offset, turn)
+        if turn < left.nbytes:
+            active.append(Extent(left.file, left.offset + turn, left.nbytes - turn))
 
 
-def _packed(files: Sequence[tuple[int, int]], buffer_size: int) -> list[tuple[Extent, ...]]:
-    """Files, by number and size, one after the other in as few chunks as whole blocks allow."""
-    chunks: list[tuple[Extent, ...]] = []
+def _packed(runs: Iterable[Extent], buffer_size: int) -> Iterator[tuple[Extent, ...]]:
+    """The runs, one after the other, in as few chunks as whole blocks allow."""
     extents: list[Extent] = []
     used = blocks = 0
-    for file, size in files:
-        offset = 0
-        while offset < size:
+    for run in runs:
+        file, offset, end = run.file, run.offset, run.offset + run.nbytes
+        while offset < end:
             room = min(buffer_size - used, (max_blocks(buffer_size) - blocks) * BLOCK)
-            take = min(size - offset, room)
-            if take < size - offset:
+            take = min(end - offset, room)
+            if take < end - offset:
                 take -= take % BLOCK
             if take > 0:
-                extents.append(Extent(file, offset, take))
+                _append(extents, Extent(file, offset, take))
                 used, blocks, offset = used + take, blocks + num_blocks(take), offset + take
             if take <= 0 or used == buffer_size:
-                chunks.append(tuple(extents))
+                yield tuple(extents)
                 extents, used, blocks = [], 0, 0
-    return [*chunks, tuple(extents)] if extents else chunks
+    if extents:
+        yield tuple(extents)
+
+
+def _append(extents: list[Extent], extent: Extent) -> None:
+    """As one with the last one, where it goes on from there."""
+    if extents:
+        last = extents[-1]
+        if last.file == extent.file and last.offset + last.nbytes == extent.offset:
+            extents[-1] = Extent(last.file, last.offset, last.nbytes + extent.nbytes)
+            return
+    extents.append(extent)
 
 
 def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Sequence[Chunk]) -> str:

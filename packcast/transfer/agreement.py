@@ -16,7 +16,7 @@ from packcast.errors import RendezvousError
 from packcast.group.devices import assign_devices
 from packcast.group.member import Member
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
-from packcast.settings import Settings
+from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.offer import Offer, Place, Sample, Selection
 
 NUM_SAMPLES = 16
@@ -77,17 +77,18 @@ def make_offers(
     readers = choose_readers(members, sender, settings.readers)
     assignment = assign_devices(members, settings.backend)
     sizes = [file.spec.nbytes for file in files]
-    chunks = plan_chunks(sizes, settings.buffer_size, readers)
+    buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
+    chunks = plan_chunks(sizes, buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
     ranks_on = Counter(member.boot_id for member in members)
     readers_on = Counter(member.boot_id for member in members if member.rank in readers)
     offer = Offer(
         files=tuple(file.spec for file in files),
-        buffer_size=settings.buffer_size,
+        buffer_size=buffer_size,
         num_buffers=settings.num_buffers,
         staging=settings.staging,
         readers=readers,
-        plan=plan_digest(sizes, settings.buffer_size, chunks),
+        plan=plan_digest(sizes, buffer_size, chunks),
         selection=Selection(settings.include, settings.exclude),
         samples=samples,
         world_size=len(members),

@@ -21,12 +21,12 @@ from packcast.group.launch import detect_launch
 from packcast.packed.plan import check_buffers, check_staging
 from packcast.report import Report
 from packcast.settings import (
-    DEFAULT_BUFFER_SIZE,
     DEFAULT_HEARTBEAT_TIMEOUT_S,
     DEFAULT_JOIN_TIMEOUT_S,
     DEFAULT_NUM_BUFFERS,
     DEFAULT_STAGING,
     DEFAULT_STALL_TIMEOUT_S,
+    MAX_FITTING_SIZE,
     MAX_TOKEN_NBYTES,
     Backend,
     Settings,
@@ -60,7 +60,7 @@ def send_checkpoint(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     readers: int | Literal["all"] = 1,
-    buffer_size: int = DEFAULT_BUFFER_SIZE,
+    buffer_size: int | None = None,
     num_buffers: int = DEFAULT_NUM_BUFFERS,
     staging: int = DEFAULT_STAGING,
     backend: Backend = "auto",
@@ -88,9 +88,10 @@ def send_checkpoint(
         report = send_checkpoint("model", workers=2, listen=("node1", 29400), token="secret")
         print(report.num_tensors, "tensors at", report.bytes_per_second / 1e9, "GB/s")
 
-    The arguments are the options of `packcast send`: sizes in bytes, times in seconds, `include`
-    and `exclude` globs over tensor names, `readers` how many of the ranks that call this read the
-    checkpoint and share the sending. `view` is told what happens, on a thread of the transfer.
+    The arguments are the options of `packcast send`: sizes in bytes (`buffer_size` goes by the
+    checkpoint's if it is None), times in seconds, `include` and `exclude` globs over tensor names,
+    `readers` how many of the ranks that call this read the checkpoint and share the sending.
+    `view` is told what happens, on a thread of the transfer.
 
     Returns when every worker has a proven, published copy. A process group that is there already
     is left alone, and none is left behind: this makes one of its own. The bytes move on threads;
@@ -111,8 +112,10 @@ def send_checkpoint(
     given = [name for name, is_given in asked.items() if is_given]
     check_destinations(given, list(asked), required=False)
     sink, target = _file_target(out, verify)
-    check_buffers(check_size("buffer_size", buffer_size), num_buffers)
-    check_staging(buffer_size, check_size("staging", staging))
+    if buffer_size is not None:
+        check_size("buffer_size", buffer_size)
+    check_buffers(buffer_size or MAX_FITTING_SIZE, num_buffers)
+    check_staging(buffer_size or MAX_FITTING_SIZE, check_size("staging", staging))
     if not (readers == "all" or (isinstance(readers, int) and readers > 0)):
         raise UsageError(f"readers: {readers!r} is neither a count nor 'all'")
     if workers is not None and workers < 1:

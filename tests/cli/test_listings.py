@@ -78,7 +78,7 @@ def test_a_dry_run_of_a_selection_counts_what_would_go(checkpoint: Path, capsys:
     assert found["checkpoint"]["tensors"] == 1
     assert found["checkpoint"]["bytes"] == sum(file["bytes"] for file in found["files"])
     assert found["chunks"] == 1
-    assert found["buffers"] == {"size": 16 << 20, "count": 4, "staging": 512 << 20}
+    assert found["buffers"] == {"size": 16 << 20, "count": 4, "staging": 192 << 20}
 
 
 def test_a_dry_run_of_nothing_is_the_error_that_send_would_give(

@@ -34,7 +34,7 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def sent(transfer: FakeTransfer) -> tuple[int, int]:
+def sent(transfer: FakeTransfer) -> tuple[int | None, int]:
     settings = transfer.settings[-1]
     return settings.buffer_size, settings.num_buffers
 
@@ -97,13 +97,17 @@ def test_send_takes_its_defaults_from_the_profile_and_says_so(
     [
         (["--buffer-size", "2MiB"], (2 * MIB, 4)),
         # A default that was typed was asked for.
-        (["--num-buffers", "4"], (16 * MIB, 4)),
-        (["--no-profile"], (16 * MIB, 4)),
-        (["--backend", "nccl"], (16 * MIB, 4)),
+        (["--num-buffers", "4"], (None, 4)),
+        (["--no-profile"], (None, 4)),
+        (["--backend", "nccl"], (None, 4)),
     ],
 )
 def test_what_was_typed_counts_and_then_the_profile_is_silent(
-    more: list[str], buffers: tuple[int, int], saved: Path, transfer: FakeTransfer, capsys: Capture
+    more: list[str],
+    buffers: tuple[int | None, int],
+    saved: Path,
+    transfer: FakeTransfer,
+    capsys: Capture,
 ) -> None:
     assert run([*SEND, *more]) == 0
     assert sent(transfer) == buffers
@@ -115,7 +119,7 @@ def test_the_environment_counts_as_typed_too(
 ) -> None:
     monkeypatch.setenv("PACKCAST_NUM_BUFFERS", "2")
     assert run([*SEND]) == 0
-    assert sent(transfer) == (16 * MIB, 2)
+    assert sent(transfer) == (None, 2)
 
 
 def test_another_profile_can_be_named(
@@ -154,7 +158,7 @@ def test_a_damaged_profile_is_a_warning_not_a_failure(
 ) -> None:
     saved.write_bytes(content)
     assert run([*SEND]) == 0
-    assert sent(transfer) == (16 * MIB, 4)
+    assert sent(transfer) == (None, 4)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"packcast: warning: the profile {saved} is not used: ")
     assert said in line
@@ -163,12 +167,12 @@ def test_a_damaged_profile_is_a_warning_not_a_failure(
 def test_a_profile_that_does_not_fit_the_staging_is_left(
     saved: Path, transfer: FakeTransfer, capsys: Capture
 ) -> None:
-    # Large buffers are staged in units of 32 MiB, one each way; the default ones are smaller.
+    # Large buffers are staged with larger trailers, two units at least.
     (large,) = make_rows([measured(case(buffer_size=GIB), [9.0])])
     save_profile(saved, "gloo", large)
-    assert run([*SEND, "--staging", "48MiB"]) == 0
-    assert sent(transfer) == (16 * MIB, 4)
-    assert "is not used: staging of 48MiB is less than" in capsys.readouterr().err
+    assert run([*SEND, "--staging", "33580000"]) == 0
+    assert sent(transfer) == (None, 4)
+    assert "is not used: staging of 33580000 is less than" in capsys.readouterr().err
 
 
 def test_a_named_profile_that_is_not_there_is_told(

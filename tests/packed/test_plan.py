@@ -11,10 +11,11 @@ from packcast.packed.plan import (
     BLOCK,
     DIGEST_NBYTES,
     MAX_PIECE,
-    MIN_LARGE_CHUNKS,
+    MIN_TURNS,
     NUM_INTERLEAVED,
     PAGE,
     TRAILER_HEAD_NBYTES,
+    TURN,
     align_up,
     check_buffers,
     check_staging,
@@ -135,25 +136,33 @@ def test_a_large_file_is_split_at_full_buffers() -> None:
 
 
 def test_large_files_take_turns_and_one_that_is_through_makes_room() -> None:
-    sizes_mib = [9, 0.5, 7, 4, *[6] * (NUM_INTERLEAVED - 2), 3]
-    chunks = plan_chunks([int(size * MIB) for size in sizes_mib], MIB, [0])
-    files = [chunk.extents[0].file for chunk in chunks]
-    last = len(sizes_mib) - 1
-    assert files[:4] == [1, last, last, last]  # what is small comes first
-    first_turn = files[4 : 4 + NUM_INTERLEAVED]
-    assert first_turn == [0, *range(2, NUM_INTERLEAVED + 1)]
+    num_turns = [9, 1, 7, 4, *[6] * (NUM_INTERLEAVED - 2), 3]
+    sizes = [turns * TURN for turns in num_turns]
+    chunks = plan_chunks(sizes, TURN, [0])
+    order = [extent.file for chunk in chunks for extent in chunk.extents]
+    last = len(sizes) - 1
+    assert order[:2] == [1, last]  # what is small comes first
+    turns = order[order.index(0) :]
+    first_turns = [0, *range(2, NUM_INTERLEAVED + 1)]
+    assert turns[:NUM_INTERLEAVED] == first_turns
     late = NUM_INTERLEAVED + 1  # one more than take turns at a time
-    assert sizes_mib[late] == 6
-    begins = files.index(late)
-    assert files[4:begins].count(3) == 4  # once a file is through
-    assert len({*files[begins : begins + NUM_INTERLEAVED]}) == NUM_INTERLEAVED
+    begins = turns.index(late)
+    assert turns[:begins].count(3) == MIN_TURNS == num_turns[3]  # once a file is through
+    assert len({*turns[begins : begins + NUM_INTERLEAVED]}) == NUM_INTERLEAVED
 
 
-def test_a_large_file_shares_no_chunk() -> None:
-    large = MIN_LARGE_CHUNKS * 2 * MIB
-    for chunk in plan_chunks([100, large + 5, 300, large, 7], 2 * MIB, [0]):
-        files = {extent.file for extent in chunk.extents}
-        assert files <= {0, 2, 4} or len(chunk.extents) == 1
+@pytest.mark.parametrize(
+    ("buffer_size", "num_files"), [(TURN // 2, 1), (3 * TURN // 4, 2), (2 * TURN, 2), (9 * TURN, 3)]
+)
+def test_a_chunk_carries_the_turns_of_several_files(buffer_size: int, num_files: int) -> None:
+    chunks = plan_chunks([4 * TURN, 5 * TURN, 6 * TURN], buffer_size, [0])
+    assert all(chunk.nbytes == buffer_size for chunk in chunks[:-1])
+    assert max(len({extent.file for extent in chunk.extents}) for chunk in chunks) == num_files
+
+
+def test_a_file_that_takes_turns_alone_is_not_cut_where_they_end() -> None:
+    chunks = plan_chunks([9 * TURN], 2 * TURN, [0])
+    assert [len(chunk.extents) for chunk in chunks] == [1] * 5
 
 
 def test_small_files_share_a_chunk() -> None:
