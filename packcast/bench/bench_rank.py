@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from packcast.bench.bottleneck import busy_of, waiting_of
+from packcast.bench.bottleneck import busy_of, lanes_of, waiting_of
 from packcast.bench.cases import case_from_json
 from packcast.bench.facts import facts_of_rank, free_device_nbytes
 from packcast.bench.filecase import FileCase
@@ -27,7 +27,7 @@ from packcast.bench.limits import (
     pace_of_write,
 )
 from packcast.bench.loadcase import LoadCase, OpenGroup, installed_loaders
-from packcast.bench.model import BenchSettings, ShapeKind
+from packcast.bench.model import BenchSettings, ShapeKind, SourceKind
 from packcast.bench.pagecache import check_can_be_cold
 from packcast.bench.stock import (
     Stock,
@@ -69,6 +69,7 @@ class BenchRank:
         self._name = f"packcast-bench-{bench_id[:12]}"
         self._write_root = settings.write_directory / self._name / f"rank-{team.rank}"
         self._way: Way | None = None
+        self._source: SourceKind = "file"  # the way's
         self._pulse = Counters()
         self._doing = "the beginning"
         self._steps: dict[str, Callable[[Order], Message]] = {
@@ -251,6 +252,7 @@ class BenchRank:
             run_id=str(order["run_id"]),
             checked=self._settings.check,
         )
+        self._source = job.case.source
         self._way = self._way_of(job)
         self._way.prepare()
         return {}
@@ -265,12 +267,13 @@ class BenchRank:
             seconds = time_run(way, self.team)
             peak = self.team.peak_device_nbytes()
             totals = way.counters.totals()
+            resident = self._source == "resident"
             wrong = way.check() if self._settings.check else 0
             return {
                 "seconds": seconds,
                 "wrong": wrong,
-                "waiting": waiting_of(totals),
-                "busy": busy_of(totals),
+                "waiting": lanes_of(totals, seconds) if resident else waiting_of(totals),
+                "busy": {} if resident else busy_of(totals),
                 "peak_device_nbytes": peak,
                 "peak_pinned_nbytes": way.pinned_nbytes,
             }

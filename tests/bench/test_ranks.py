@@ -145,6 +145,19 @@ def test_the_stage_that_is_slow_on_purpose_is_what_a_run_waited_for(
         assert rank in ranks
 
 
+def test_rows_of_resident_weights_name_what_their_lanes_were_busy_with(bench: Bench) -> None:
+    slow = {"kind": "slow broadcasts", "with": {"seconds": 0.02}}
+    found = bench.run(sources=["resident"], sinks=["discard", "land"], baselines=True, fault=slow)
+    waits = {label(row): [part["waiting"] for part in rank_runs(row)] for row in found["measured"]}
+    for row in found["measured"]:
+        if label(row)[0] in ("compat", "packcast"):
+            assert longest_waiting(row)[0] == "broadcast"
+            assert all(part["waiting"]["broadcast"] <= part["seconds"] for part in rank_runs(row))
+    assert {"pack", "broadcast"} == set(waits["packcast", "resident", "land"][0])
+    assert {"unpack", "broadcast"} == set(waits["packcast", "resident", "land"][1])
+    assert waits["original", "resident", "land"] == [{}, {}]
+
+
 def test_a_row_that_cannot_be_is_marked_and_the_sweep_goes_on(bench: Bench) -> None:
     found = bench.run(buffer_sizes=[16 * GIB], num_buffers=[1024], baselines=True)
     impossible, fine = found["measured"]

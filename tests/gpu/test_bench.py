@@ -81,6 +81,8 @@ def test_every_way_is_right_over_nccl(
             continue  # what others' loaders do wrong is on record in the row
         assert row["failure"] is None
         assert [part["wrong"] for part in rank_runs(row)] == [0] * (3 * gpus.num_ranks)
+        if label(row)[0] in ("packcast", "compat") and label(row)[1] == "resident":
+            assert all(max(part["waiting"].values(), default=0) > 0 for part in rank_runs(row)), row
     stages = {limit["stage"] for limit in found["limits"]}
     assert stages == {"read", "h2d", "broadcast", "d2h", "write"}
     with capsys.disabled():
