@@ -23,6 +23,7 @@ from packcast.bench.ways import GivenUp, Job, Plain, RunFailed
 from packcast.errors import PackcastError
 from packcast.group.defaultgroup import DefaultGroup, Forsaken
 from packcast.packed.tensors import as_bytes, from_bytes
+from packcast.units import format_size
 
 OpenGroup = Callable[[str], DefaultGroup]
 
@@ -62,6 +63,7 @@ class LoadCase(Plain):
                 importlib.import_module(self.job.case.method)
             except Exception as error:
                 raise PackcastError(f"{self.job.case.method}: {error}") from error
+            self._check_room()
         self._paged = not self._cold and not any(map(is_in_memory_only, paths))
         if self._cold:
             evict(self.job.stock.paths())
@@ -121,6 +123,15 @@ class LoadCase(Plain):
             for name, tensor in load_file(path, device=str(device)).items():
                 # On a CPU it maps the file, and reads nothing until somebody looks.
                 yield name, _copy_of(tensor) if device.type == "cpu" else tensor
+
+    def _check_room(self) -> None:
+        """Raise PackcastError where a foreign loader would find no memory once others wait for it:
+        for all weights, and for two of the largest file at once."""
+        device = self.job.team.device
+        nbytes = sum(spec.nbytes for spec in self.job.stock.specs)
+        nbytes += 2 * max((path.stat().st_size for path in self.job.stock.paths()), default=0)
+        if device.type == "cuda" and nbytes > torch.cuda.mem_get_info(device)[0]:
+            raise PackcastError(f"{device} has no room for {format_size(nbytes)}")
 
     def _check_the_others(self) -> None:
         """Raise GivenUp if another rank has failed: what came then, or broke then, is no wonder."""

@@ -28,6 +28,10 @@ def by_instanttensor(
 
     By itself it reads past the page cache; where the files are `paged`, in memory above a disk,
     it is told to read from there. In memory alone it finds out.
+
+    While it waits no other thread of this process runs (it holds the GIL, as of 0.2.2). So where a
+    rank fails in mid load, those that wait cannot be let go: their heartbeats fail, and the bench
+    ends.
     """
     module: Any = importlib.import_module("instanttensor")
     told = "INSTANTTENSOR_BACKEND" in os.environ
