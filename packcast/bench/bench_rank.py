@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from packcast.bench.bottleneck import busy_of, waiting_of
+from packcast.bench.bottleneck import busy_of, lanes_of, waiting_of
 from packcast.bench.cases import case_from_json
 from packcast.bench.facts import facts_of_rank, free_device_nbytes
 from packcast.bench.filecase import FileCase
@@ -26,8 +26,8 @@ from packcast.bench.limits import (
     pace_of_read,
     pace_of_write,
 )
-from packcast.bench.loadcase import LoadCase, installed_loaders
-from packcast.bench.model import BenchSettings, ShapeKind
+from packcast.bench.loadcase import LoadCase, OpenGroup, installed_loaders
+from packcast.bench.model import BenchSettings, ShapeKind, SourceKind
 from packcast.bench.pagecache import check_can_be_cold
 from packcast.bench.stock import (
     Stock,
@@ -42,7 +42,7 @@ from packcast.bench.stock import (
 )
 from packcast.bench.team import Team
 from packcast.bench.tensorcase import OneByOneCase, PackedCase, ReplayCase
-from packcast.bench.ways import Job, RunFailed, Way, time_run
+from packcast.bench.ways import GivenUp, Job, RunFailed, Way, time_run
 from packcast.bench.weights import make_layout
 from packcast.errors import PackcastError
 from packcast.group.wire import Message
@@ -58,14 +58,18 @@ _MAY_FAIL = frozenset({"write", "open", "resident", "prepare", "connect", "limit
 class BenchRank:
     """One rank's side of a bench, from the first order to the last."""
 
-    def __init__(self, settings: BenchSettings, team: Team, bench_id: str) -> None:
+    def __init__(
+        self, settings: BenchSettings, team: Team, bench_id: str, open_group: OpenGroup
+    ) -> None:
         self.team = team
         self.bench_id = bench_id
         self.stock = Stock("")
         self._settings = settings
+        self._open_group = open_group
         self._name = f"packcast-bench-{bench_id[:12]}"
         self._write_root = settings.write_directory / self._name / f"rank-{team.rank}"
         self._way: Way | None = None
+        self._source: SourceKind = "file"  # the way's
         self._pulse = Counters()
         self._doing = "the beginning"
         self._steps: dict[str, Callable[[Order], Message]] = {
@@ -105,7 +109,7 @@ class BenchRank:
         try:
             answer = self._steps[step](order)
         except RunFailed as error:
-            answer = {"error": error.message}
+            answer = {"error": error.message, "given_up": isinstance(error, GivenUp)}
         except (PackcastError, OSError, RuntimeError, MemoryError) as error:
             if step not in _MAY_FAIL:
                 raise
@@ -248,6 +252,7 @@ class BenchRank:
             run_id=str(order["run_id"]),
             checked=self._settings.check,
         )
+        self._source = job.case.source
         self._way = self._way_of(job)
         self._way.prepare()
         return {}
@@ -262,12 +267,13 @@ class BenchRank:
             seconds = time_run(way, self.team)
             peak = self.team.peak_device_nbytes()
             totals = way.counters.totals()
+            resident = self._source == "resident"
             wrong = way.check() if self._settings.check else 0
             return {
                 "seconds": seconds,
                 "wrong": wrong,
-                "waiting": waiting_of(totals),
-                "busy": busy_of(totals),
+                "waiting": lanes_of(totals, seconds) if resident else waiting_of(totals),
+                "busy": {} if resident else busy_of(totals),
                 "peak_device_nbytes": peak,
                 "peak_pinned_nbytes": way.pinned_nbytes,
             }
@@ -290,7 +296,7 @@ class BenchRank:
             return PackedCase(job, copy, cold=cold)
         if case.method == "per-tensor":
             return OneByOneCase(job)
-        return LoadCase(job, cold=cold)
+        return LoadCase(job, self._open_group, cold=cold)
 
     # -- small things ----------------------------------------------------------------------------
 

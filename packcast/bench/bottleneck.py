@@ -38,6 +38,21 @@ def busy_of(totals: Mapping[Stage, StageTotal]) -> dict[str, float]:
     }
 
 
+def lanes_of(totals: Mapping[Stage, StageTotal], seconds: float) -> dict[str, float]:
+    """What one rank's lanes were busy with, for ways whose loop never waits beside a GPU.
+
+    `totals` are of a pass like the one that took `seconds`, of which these are the same shares.
+    """
+    moved = {stage: total for stage, total in totals.items() if total.nbytes}
+    if not moved:
+        return {}
+    end = max(total.last_end for total in moved.values())
+    whole_s = end - min(total.first_begin for total in moved.values())
+    if whole_s <= 0:
+        return {}
+    return {stage: seconds * min(1.0, total.busy_s / whole_s) for stage, total in moved.items()}
+
+
 def settle_waiting(ranks: Sequence[RankRun]) -> tuple[RankRun, ...]:
     """The ranks of one run, with waits for each other told apart from the broadcast itself.
 

@@ -11,9 +11,9 @@ import json
 from collections.abc import Sequence
 
 from packcast.bench.model import Environment, Limit, Run
-from packcast.bench.results import Results, facts, limit_label, warning_lines
+from packcast.bench.results import Results, buffer_words, facts, limit_label, warning_lines
 from packcast.bench.rows import Row, grouped
-from packcast.units import format_exact_size, format_rate, format_size
+from packcast.units import format_rate, format_size
 
 SCHEMA = 1
 
@@ -240,12 +240,7 @@ def _unit_free(line: tuple[str, str, str]) -> tuple[str, str, str]:
 
 def _markdown_row(row: Row) -> list[str]:
     case = row.case
-    start = [
-        case.method,
-        str(case.readers),
-        format_exact_size(case.buffer_size),
-        str(case.num_buffers),
-    ]
+    start = [case.method, str(case.readers), *buffer_words(case)]
     if row.seconds is None or row.bytes_per_second is None:
         return [*start, "-", f"{row.failure}", *[""] * 7]
     seconds = row.seconds

@@ -109,9 +109,12 @@ class Lead:
         faults = {rank: str(said["error"]) for rank, said in answers.items() if said["error"]}
         if not faults:
             return None
-        if len(faults) == len(answers) and len(set(faults.values())) == 1:
-            return next(iter(faults.values()))
-        rank, fault = next(iter(faults.items()))
+        # Who gave up because of another does not know why.
+        reasons = {r: fault for r, fault in faults.items() if not answers[r].get("given_up")}
+        reasons = reasons or faults
+        if len(reasons) == len(answers) and len(set(reasons.values())) == 1:
+            return next(iter(reasons.values()))
+        rank, fault = next(iter(reasons.items()))
         return f"rank {rank}: {fault}"
 
     # -- the plan --------------------------------------------------------------------------------

@@ -87,7 +87,9 @@ class RankRun:
     """One rank's part in one run. `seconds` from the common start until this rank was done.
 
     `waiting` is how long its loop stood still for each stage, `busy` each stage's first beginning
-    to its last end. `wrong` counts blocks (files) or tensors that are not the sender's.
+    to its last end. With resident weights the loop never waits beside a GPU: there `waiting` is how
+    long the lanes were busy with each stage, and `busy` is empty. `wrong` counts blocks (files) or
+    tensors that are not the sender's.
     """
 
     rank: int

@@ -51,12 +51,16 @@ def file_system_of(path: Path) -> str:
     return kind
 
 
+def is_in_memory_only(path: Path) -> bool:
+    """Is there no disk below its page cache?"""
+    return file_system_of(path) in _IN_MEMORY_ONLY
+
+
 def check_can_be_cold(path: Path) -> None:
     """Raise UsageError where the files are nowhere but in memory."""
-    kind = file_system_of(path)
-    if kind in _IN_MEMORY_ONLY:
+    if is_in_memory_only(path):
         raise UsageError(
-            f"--cold: {path} is on {kind}, whose files are always in memory",
+            f"--cold: {path} is on {file_system_of(path)}, whose files are always in memory",
             hint="choose a directory on a disk with --dir",
         )
 

@@ -34,9 +34,16 @@ class Results:
 def case_label(case: Case) -> str:
     """`packcast dense file->discard 64MiB x 4`, with the readers where they are several."""
     readers = f", {case.readers} readers" if case.readers > 1 else ""
-    size = format_exact_size(case.buffer_size)
-    where = f"{case.shape} {case.source}->{case.sink}"
-    return f"{case.method} {where} {size} x {case.num_buffers}{readers}"
+    size, count = buffer_words(case)
+    buffers = f" {size} x {count}" if case.num_buffers else ""
+    return f"{case.method} {case.shape} {case.source}->{case.sink}{buffers}{readers}"
+
+
+def buffer_words(case: Case) -> tuple[str, str]:
+    """The size and the number of buffers, for a table: `64MiB` and `4`; dashes without any."""
+    if not case.num_buffers:
+        return "-", "-"
+    return format_exact_size(case.buffer_size), str(case.num_buffers)
 
 
 def limit_label(limit: Limit) -> str:

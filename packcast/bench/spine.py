@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from packcast.errors import (
     UsageError,
     VerificationError,
 )
+from packcast.group.defaultgroup import open_default_group
 from packcast.group.devices import Assignment, assign_devices
 from packcast.group.hub import Hub
 from packcast.group.launch import detect_launch, reachable_host
@@ -210,18 +212,17 @@ def _open_bench_rank(settings: BenchSettings, seat: Seat, begin: Message, rank: 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     assert seat.store is not None, "a launcher has one"
+    place: dict[str, Any] = {
+        "rank": rank,
+        "world_size": len(told["hosts"]),
+        "store": seat.store,
+        "device": device,
+        "interface": interface_of(
+            told["host"] if rank == told["sender"] else reachable_host((told["host"], 9))
+        ),
+    }
     try:
-        group = open_process_group(
-            told["backend"],
-            rank=rank,
-            world_size=len(told["hosts"]),
-            store=seat.store,
-            device=device,
-            timeout_s=_GROUP_TIMEOUT_S,
-            interface=interface_of(
-                told["host"] if rank == told["sender"] else reachable_host((told["host"], 9))
-            ),
-        )
+        group = open_process_group(told["backend"], timeout_s=_GROUP_TIMEOUT_S, **place)
     except RendezvousError as error:
         raise seat.channel.wait_verdict(_VERDICT_WAIT_S) or error from error
     team = Team(
@@ -232,7 +233,10 @@ def _open_bench_rank(settings: BenchSettings, seat: Seat, begin: Message, rank: 
         group=group,
         channel=seat.channel,
     )
-    bench_rank = BenchRank(settings, team, seat.transfer_id)
+    # The stall watch would end the bench, where only a row is to fail.
+    limit_s = min(settings.join_timeout_s, settings.stall_timeout_s / 2)
+    open_group = partial(open_default_group, told["backend"], limit_s=limit_s, **place)
+    bench_rank = BenchRank(settings, team, seat.transfer_id, open_group)
     seat.channel.arm(bench_rank.position)
     return bench_rank
 

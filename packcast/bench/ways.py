@@ -32,6 +32,10 @@ class RunFailed(PackcastError):
     """A run that failed on this rank without leaving another one waiting for it."""
 
 
+class GivenUp(RunFailed):
+    """A run that was broken off here because another rank's failed, which has the reason."""
+
+
 class Way(Protocol):
     """One run of one method. All ranks call the same, in this order; close also after a failure."""
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packcast.bench.export import gigabytes
-from packcast.bench.results import Results, facts, limit_label, warning_lines
+from packcast.bench.results import Results, buffer_words, facts, limit_label, warning_lines
 from packcast.bench.rows import Row, grouped
 from packcast.cli.terminal import printable
 from packcast.units import format_exact_size, format_size
@@ -140,8 +140,7 @@ def _columns(rows: Sequence[Row]) -> list[_Column]:
     if any(row.case.readers > 1 for row in rows):
         counts = tuple(str(row.case.readers) for row in rows)
         columns.append(_Column("readers", True, _ASKED, counts))
-    sizes = tuple(format_exact_size(row.case.buffer_size) for row in rows)
-    numbers = tuple(str(row.case.num_buffers) for row in rows)
+    sizes, numbers = zip(*(buffer_words(row.case) for row in rows), strict=True)
     columns += [
         _Column("buffer", True, _ASKED, sizes),
         _Column("count", True, _ASKED, numbers),

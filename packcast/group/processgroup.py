@@ -227,24 +227,29 @@ def _nccl_group(
     options._timeout = timeout
     options.group_name = "packcast"
     options.global_ranks_in_group = list(range(world_size))
-    wanted = {
-        # A lost peer is the control channel's to tell. NCCL's own watchdog would abort this
-        # process with a C++ stack, in the middle of its clean-up.
-        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-        "TORCH_NCCL_ENABLE_MONITORING": "0",
-    }
-    if interface:
-        # NCCL takes a name for a prefix (eth1 for eth10 too) unless it is told otherwise.
-        wanted[_INTERFACE_VARIABLES["nccl"]] = f"={interface}"
-    with _environment(wanted):
+    with environment_with(variables_of("nccl", interface)):
         made = nccl(store, rank, world_size, options)
         made.eager_connect_single_device(device)  # as init_process_group does, given a device
     group: Group = made
     return group
 
 
+def variables_of(backend: Literal["nccl", "gloo"], interface: str | None) -> dict[str, str]:
+    """What a group of this kind is to find in the environment while it is made."""
+    wanted: dict[str, str] = {}
+    if backend == "nccl":
+        # A lost peer is the control channel's to tell. NCCL's own watchdog would abort this
+        # process with a C++ stack, in the middle of its clean-up.
+        wanted |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+    if interface:
+        # NCCL takes a name for a prefix (eth1 for eth10 too) unless it is told otherwise.
+        exactly = "=" if backend == "nccl" else ""
+        wanted[_INTERFACE_VARIABLES[backend]] = exactly + interface
+    return wanted
+
+
 @contextmanager
-def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+def environment_with(wanted: Mapping[str, str]) -> Iterator[None]:
     """These variables, where the environment does not say otherwise, and for as long only."""
     added = [name for name in wanted if name not in os.environ]
     os.environ.update({name: wanted[name] for name in added})

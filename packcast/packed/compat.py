@@ -17,7 +17,7 @@ import torch
 
 from packcast.errors import UsageError
 from packcast.packed.communicator import Communicator, communicator_of
-from packcast.packed.counters import Stage
+from packcast.packed.counters import Stage, wanted_counters
 from packcast.packed.gather import PIECE_NBYTES, move_on, on_device, pieces_of
 from packcast.packed.lanes import Mark, hold_caller, mark_caller
 from packcast.packed.pipeline import run_pipeline
@@ -143,7 +143,7 @@ def _growing_ring(communicator: Communicator, num_buffers: int, limit: int) -> R
     # A slot is idle while it grows, and buffers exceed the limit by a little more or less each
     # time: in steps of a sixteenth to an eighth of it most slots grow once.
     step_nbytes = 1 << max(0, (int(limit) // 8).bit_length() - 1)
-    return Ring(communicator.device, 0, num_buffers, step_nbytes=step_nbytes)
+    return Ring(communicator.device, 0, num_buffers, wanted_counters(), step_nbytes=step_nbytes)
 
 
 def _packs_to_send(

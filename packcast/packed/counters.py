@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,6 +97,27 @@ class Counters:
         """The events so far, in the order in which they ended; empty without `trace=True`."""
         with self._lock:
             return list(self._trace or ())
+
+
+_wanted: ContextVar[Counters | None] = ContextVar("packcast-counters", default=None)
+
+
+@contextmanager
+def counting(counters: Counters) -> Iterator[None]:
+    """The library's calls that this thread makes meanwhile count and time what they do there.
+
+    Else they do not, since that costs them a little; their arguments are their users'.
+    """
+    before = _wanted.set(counters)
+    try:
+        yield
+    finally:
+        _wanted.reset(before)
+
+
+def wanted_counters() -> Counters | None:
+    """Those of the innermost `counting`, if any."""
+    return _wanted.get()
 
 
 class Waiting:

@@ -66,9 +66,9 @@ class Lane:
     marks of one that is not `timed` tell that they are passed, but not when.
     """
 
-    def __init__(self, device: torch.device, *, urgent: bool = False, timed: bool = True) -> None:
+    def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
         priority = -1 if urgent else 0
-        self._timed = timed
+        self.timed = True
         self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
         self._entered: list[torch.cuda.StreamContext] = []
 
@@ -90,7 +90,7 @@ class Lane:
 
     def mark(self) -> Mark:
         """Mark the end of what has been given to the lane so far."""
-        return Mark(self._stream, timed=self._timed)
+        return Mark(self._stream, timed=self.timed)
 
     def wait(self, mark: Mark | None) -> None:
         """What is given to this lane from now on begins after `mark`; the host does not wait."""

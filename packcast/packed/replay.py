@@ -15,6 +15,7 @@ import torch
 from packcast.errors import TransferError, UsageError
 from packcast.packed.binding import Bound, Copier, Tensors
 from packcast.packed.communicator import Communicator, communicator_of
+from packcast.packed.counters import wanted_counters
 from packcast.packed.gather import move_on
 from packcast.packed.layout import (
     TensorSpec,
@@ -214,7 +215,7 @@ class _Replay:
         bound.follow()
         if fill:
             bound.refresh()
-        ring.rewind()
+        ring.rewind(wanted_counters())
         copier = Copier(ring, self._move, self._views)
         try:
             run_pipeline(

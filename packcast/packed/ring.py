@@ -102,12 +102,10 @@ class Ring:
     ) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
-        self.counters = counters or Counters()
-        timed = counters is not None
         # Copies would hold up the broadcasts that begin beside them, which are what takes long.
-        self.fill, self.drain = Lane(device, timed=timed), Lane(device, timed=timed)
-        self.comm = Lane(device, urgent=True, timed=timed)
-        self.clock = LaneClock(device, counters)
+        self.fill, self.drain = Lane(device), Lane(device)
+        self.comm = Lane(device, urgent=True)
+        self._count(counters)
         if memory is None:
             memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
         self._after_caller()
@@ -214,9 +212,14 @@ class Ring:
             slot.memory.fill_(byte)
         self._after_caller()
 
-    def rewind(self) -> None:
-        """Begin again at chunk 0 with slot 0: for another run over chunks, once one is over."""
+    def rewind(self, counters: Counters | None = None) -> None:
+        """Begin again at chunk 0 with slot 0: for another run over chunks, once one is over.
+
+        That one is counted and timed in `counters`, or not.
+        """
         self.synchronize()
+        if counters is not self._given:
+            self._count(counters)
         self.num_broadcast = 0
         with self._changed:
             self._stopped_by = None
@@ -232,6 +235,14 @@ class Ring:
     def is_idle(self) -> bool:
         """Are all lanes empty? Never blocks."""
         return all(lane.is_idle() for lane in (self.fill, self.comm, self.drain))
+
+    def _count(self, counters: Counters | None) -> None:
+        """From now on, while the lanes are empty."""
+        self._given = counters
+        self.counters = counters or Counters()
+        for lane in (self.fill, self.comm, self.drain):
+            lane.timed = counters is not None
+        self.clock = LaneClock(self.device, counters)
 
     def _after_caller(self) -> None:
         """Memory just allocated on the caller's stream may still be in use there until then."""

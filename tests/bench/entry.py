@@ -139,7 +139,31 @@ def slow_tasks(names: set[str], seconds: float) -> None:
         patched.perform = slowly
 
 
+def stand_ins(fails_on: int | None = None, no_group_on: int | None = None) -> None:
+    """Others' loaders are there, also without GPUs; on one rank one of them fails in mid load.
+
+    With `no_group_on` that rank has a default group of its own already, which none can make twice.
+    """
+    import torch.distributed as dist
+
+    from packcast.bench import lead
+
+    sys.path.insert(0, str(Path(__file__).parent / "stand_ins"))
+    if fails_on is not None:
+        os.environ["STAND_IN_FAILS"] = str(fails_on)
+    if os.environ["RANK"] == str(no_group_on):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    patched: Any = lead
+    patched.plan_series = partial(with_foreign_loaders, patched.plan_series)
+
+
+def with_foreign_loaders(plan: Callable[..., Any], *args: Any, **where: Any) -> Any:
+    """The plan of a machine with GPUs."""
+    return plan(*args, **where | {"on_gpu": True})
+
+
 FAULTS = {
+    "stand ins": stand_ins,
     "damage": damage_broadcasts,
     "slow reads": slow_reads,
     "slow broadcasts": slow_broadcasts,

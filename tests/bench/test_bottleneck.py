@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packcast.bench.bottleneck import busy_of, settle_waiting, waiting_of
+from packcast.bench.bottleneck import busy_of, lanes_of, settle_waiting, waiting_of
 from packcast.bench.model import RankRun
 from packcast.packed.counters import Stage, StageTotal
 
@@ -70,3 +70,21 @@ def test_full_staging_is_the_copys_fault_only_if_the_copy_was_slower_than_the_br
 def test_busy_is_from_first_beginning_to_last_end_of_stages_that_moved_bytes() -> None:
     idle = StageTotal(waiting_s=1.0)
     assert busy_of({"read": total(), "write": idle}) == {"read": 2.0}
+
+
+def span(begin: float, end: float, busy_s: float) -> StageTotal:
+    return StageTotal(1, busy_s, 0.0, begin, end)
+
+
+def test_of_lanes_the_one_that_is_busy_longest_is_named_by_its_share_of_the_run() -> None:
+    sender = lanes_of({"pack": span(5.0, 8.5, 3.2), "broadcast": span(5.5, 9.0, 1.0)}, 2.0)
+    assert sender == {"pack": 1.6, "broadcast": 0.5}
+    # In a receiver's broadcasts is also its waiting for those that are not packed yet.
+    receiver = lanes_of({"broadcast": span(5.0, 9.0, 3.8), "unpack": span(5.5, 9.0, 0.4)}, 2.0)
+    settled = settle_waiting(ranks(sender, receiver))
+    assert named(settled) == ("pack", 0)
+
+
+def test_lanes_that_did_nothing_wait_for_nothing() -> None:
+    assert lanes_of({}, 2.0) == {}
+    assert lanes_of({"broadcast": StageTotal(waiting_s=1.0)}, 2.0) == {}

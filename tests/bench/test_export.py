@@ -95,6 +95,15 @@ def test_every_line_of_a_markdown_table_has_as_many_cells() -> None:
     assert cells == {4, 14}
 
 
+def test_no_buffers_are_dashes_for_people_and_zeros_for_programs() -> None:
+    without = case("per-tensor", source="resident", sink="land", buffer_size=0, num_buffers=0)
+    results = replace(RESULTS, rows=make_rows([measured(without, [4.0])]))
+    assert "| per-tensor | 1 | - | - | 4.00 |" in to_markdown(results)
+    assert json.loads(to_json(results))["rows"][0]["num_buffers"] == 0
+    (line,) = csv.DictReader(io.StringIO(to_csv(results)))
+    assert (line["buffer_size"], line["num_buffers"]) == ("0", "0")
+
+
 def test_markdown_says_where_it_is_not_complete() -> None:
     text = to_markdown(replace(RESULTS, exit_code=130, error="interrupted", num_cases=20))
     assert text.endswith("11 of 20 rows were measured.\n\nIt failed: interrupted\n")

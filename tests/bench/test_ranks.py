@@ -80,6 +80,37 @@ def test_every_way_is_measured_turn_about_and_found_right(bench: Bench) -> None:
     assert found["environment"]["versions"]["torch"]
 
 
+LOADERS = ["packcast", "original", "load_file", "instanttensor", "fastsafetensors"]
+LANDING: dict[str, Any] = {"sinks": ["land"], "baselines": True, "size": 4 * MIB}
+
+
+def failures(found: dict[str, Any]) -> dict[str, str | None]:
+    return {row["case"]["method"]: row["failure"] for row in found["measured"]}
+
+
+def test_others_loaders_find_the_default_group_that_they_want(bench: Bench) -> None:
+    found = bench.run(3, **LANDING, runs=2, warmup=1, fault={"kind": "stand ins"})
+    assert failures(found) == dict.fromkeys(LOADERS)
+    for row in found["measured"]:
+        assert len(row["runs"]) == 3
+        assert all(part["wrong"] == 0 and part["seconds"] > 0 for part in rank_runs(row))
+
+
+def test_a_loader_that_fails_in_mid_load_on_one_rank_is_a_marked_row(bench: Bench) -> None:
+    fault = {"kind": "stand ins", "with": {"fails_on": 1}}
+    found = bench.run(3, **LANDING, fault=fault)
+    reason = "rank 1: instanttensor: CUDA out of memory, as it were"
+    assert failures(found) == dict.fromkeys(LOADERS) | {"instanttensor": reason}
+
+
+def test_without_a_default_group_only_the_rows_that_want_one_fail(bench: Bench) -> None:
+    fault = {"kind": "stand ins", "with": {"no_group_on": 1}}
+    found = bench.run(**LANDING, fault=fault)
+    reason = "torch's default group could not be made: this process has a default group already"
+    marked = dict.fromkeys(LOADERS[-2:], f"rank 1: {reason}")
+    assert failures(found) == dict.fromkeys(LOADERS) | marked
+
+
 def test_a_damaged_byte_is_reported_as_wrong_in_every_sink(bench: Bench) -> None:
     damage = {"kind": "damage", "with": {"rank": 1}}
     found = bench.run(**EVERYTHING, fault=damage, code=6)
@@ -112,6 +143,19 @@ def test_the_stage_that_is_slow_on_purpose_is_what_a_run_waited_for(
         named, rank = longest_waiting(row)
         assert named == (stage or row["case"]["sink"]), row
         assert rank in ranks
+
+
+def test_rows_of_resident_weights_name_what_their_lanes_were_busy_with(bench: Bench) -> None:
+    slow = {"kind": "slow broadcasts", "with": {"seconds": 0.02}}
+    found = bench.run(sources=["resident"], sinks=["discard", "land"], baselines=True, fault=slow)
+    waits = {label(row): [part["waiting"] for part in rank_runs(row)] for row in found["measured"]}
+    for row in found["measured"]:
+        if label(row)[0] in ("compat", "packcast"):
+            assert longest_waiting(row)[0] == "broadcast"
+            assert all(part["waiting"]["broadcast"] <= part["seconds"] for part in rank_runs(row))
+    assert {"pack", "broadcast"} == set(waits["packcast", "resident", "land"][0])
+    assert {"unpack", "broadcast"} == set(waits["packcast", "resident", "land"][1])
+    assert waits["original", "resident", "land"] == [{}, {}]
 
 
 def test_a_row_that_cannot_be_is_marked_and_the_sweep_goes_on(bench: Bench) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from packcast.bench.results import Results
+from packcast.bench.results import Results, case_label
 from packcast.bench.rows import make_rows
 from packcast.cli import benchview
 from packcast.cli.benchtable import all_lines, heat_map, row_lines
@@ -56,6 +56,17 @@ def test_readers_are_a_column_only_where_they_differ_from_one() -> None:
     assert "readers" not in "\n".join(texts(None))
     rows = make_rows([measured(case(readers=4), [50.0])])
     assert "readers" in "\n".join(texts(None, replace(RESULTS, rows=rows)))
+
+
+def test_what_has_no_buffers_has_dashes_for_them() -> None:
+    without = case("load_file", sink="land", buffer_size=0, num_buffers=0)
+    rows = make_rows([measured(case(sink="land"), [9.0]), measured(without, [4.0])])
+    lines = [line.text.split() for line in row_lines(replace(RESULTS, rows=rows), None)]
+    assert [cells[:4] for cells in lines[2:]] == [
+        ["*", "packcast", "64MiB", "4"],
+        ["load_file", "-", "-", "4.00"],
+    ]
+    assert case_label(without) == "load_file dense file->land"
 
 
 def test_a_case_that_could_not_run_says_why_in_its_row() -> None:

@@ -81,10 +81,33 @@ def test_every_way_is_right_over_nccl(
             continue  # what others' loaders do wrong is on record in the row
         assert row["failure"] is None
         assert [part["wrong"] for part in rank_runs(row)] == [0] * (3 * gpus.num_ranks)
+        if label(row)[0] in ("packcast", "compat") and label(row)[1] == "resident":
+            assert all(max(part["waiting"].values(), default=0) > 0 for part in rank_runs(row)), row
     stages = {limit["stage"] for limit in found["limits"]}
     assert stages == {"read", "h2d", "broadcast", "d2h", "write"}
     with capsys.disabled():
         print("\n" + "\n".join(table(found)))
+
+
+def test_a_loader_that_fails_in_mid_load_on_one_rank_lets_the_others_go(
+    gpus: Gpus, made: Path, tmp_path: Path
+) -> None:
+    found = bench_on(
+        gpus,
+        made,
+        tmp_path / "found.json",
+        sources=["file"],
+        sinks=["land"],
+        buffer_sizes=[16 * MIB],
+        readers=[1],
+        limits=False,
+        fault={"kind": "stand ins", "with": {"fails_on": 1}},
+    )
+    failures = {row["case"]["method"]: row["failure"] for row in found["measured"]}
+    reason = "rank 1: instanttensor: CUDA out of memory, as it were"
+    ways = ["packcast", "original", "load_file", "instanttensor", "fastsafetensors"]
+    assert failures == dict.fromkeys(ways) | {"instanttensor": reason}
+    assert all(part["wrong"] == 0 for row in found["measured"] for part in rank_runs(row))
 
 
 def test_damage_is_reported_as_wrong_on_the_device_too(
