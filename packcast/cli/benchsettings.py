@@ -6,7 +6,6 @@ And the defaults that depend on the machine: how many ranks, how many bytes, in 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from packcast.bench import grammar
 from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
 from packcast.cli import settings as given
 from packcast.cli.profile import backend_expected
+from packcast.ends.memory import available_nbytes
 from packcast.errors import UsageError
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_staging
@@ -178,11 +178,9 @@ def _free_memory_for_files() -> int:
     """Of /dev/shm: what it may still hold, and half of what the machine could give it."""
     try:
         state = os.statvfs(_MEMORY)
-        text = Path("/proc/meminfo").read_text()
+        available = available_nbytes() or 0
     except OSError:
         return 0
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    available = int(match[1]) * 1024 if match else 0
     return min(state.f_bavail * state.f_frsize, available // 2)
 
 

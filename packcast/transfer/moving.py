@@ -6,20 +6,19 @@ Knows the control channel only as the one to ask for the true cause when a colle
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch._C._distributed_c10d import Store
 
 from packcast.ends.device_landing import DeviceLanding
 from packcast.ends.landing import Landing, Sink
+from packcast.ends.memory import available_nbytes
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
 from packcast.ends.summed import Summed
@@ -355,11 +354,10 @@ def _staging_bound(offer: Offer) -> int:
 
     What a worker stages is its own business, so a large offer is cut down rather than refused.
     """
-    meminfo = Path("/proc/meminfo").read_text()
-    available = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
-    if not available:
+    available = available_nbytes()
+    if available is None:
         return offer.staging
-    return min(offer.staging, int(available[1]) * 1024 // 2 // offer.place.ranks_on_host)
+    return min(offer.staging, available // 2 // offer.place.ranks_on_host)
 
 
 def _helpers_pay(offer: Offer) -> bool:
