@@ -17,6 +17,7 @@ from packcast.cli import settings as given
 from packcast.cli.profile import backend_expected
 from packcast.ends.memory import available_nbytes
 from packcast.errors import UsageError
+from packcast.group.asking import check_port
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_staging
 from packcast.settings import Backend
@@ -109,8 +110,7 @@ def bench_settings(
     pinned = given.size("--staging", staging)
     for one in sizes:
         check_staging(one, pinned)
-    if port is not None and launch.kind != "slurm":
-        raise UsageError("--port is for Slurm", hint="torchrun has --master-port")
+    check_port(port, launch, given.option)
     readers_of = grammar.readers("--readers", readers)
     counts = grammar.buffer_counts("--num-buffers", num_buffers)
     if directory:
@@ -147,10 +147,7 @@ def bench_settings(
 
 def least_rate(text: str) -> float:
     """--min-bandwidth, in bytes per second."""
-    try:
-        return parse_rate(text)
-    except UsageError as error:
-        raise UsageError(f"--min-bandwidth: {error.message}", hint=error.hint) from None
+    return given.parsed("--min-bandwidth", text, parse_rate)
 
 
 def _directory(option: str, text: str) -> Path:
