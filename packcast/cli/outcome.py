@@ -25,8 +25,11 @@ _TRY_VERBOSE = "run again with -v for the traceback"
 NOT_LAUNCHED = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
-def as_packcast_error(error: BaseException) -> PackcastError:
-    """Every way in which a command can fail, as one of ours."""
+def command_failure(error: BaseException) -> PackcastError:
+    """Every way in which a command can fail, Ctrl-C too, as one of ours with an exit code.
+
+    `errors.as_packcast_error` is for threads on the way, which know what they were doing.
+    """
     if isinstance(error, PackcastError):
         return error
     if isinstance(error, KeyboardInterrupt):
