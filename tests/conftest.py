@@ -1,4 +1,4 @@
-"""What holds for every test, whoever started them."""
+"""What holds for every test, whoever started them, and the processes that many of them start."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+
+from tests.helpers.commands import Commands
 
 _STARTS_PROCESSES = frozenset({"commands", "bench", "forge", "launch"})
 
@@ -21,6 +23,13 @@ def _heard_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """Processes of packcast; none of them outlives the test."""
+    with Commands(tmp_path_factory.mktemp("commands")) as started:
+        yield started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

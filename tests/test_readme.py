@@ -14,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +68,6 @@ print(f"rank {{rank}}: {{model(torch.ones(8)).tolist()}}\\n", end="", flush=True
 del group  # or gloo's threads live on, and meet the end of the interpreter: torch aborts then
 dist.destroy_process_group()
 """
-
-
-@pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Commands]:
-    with Commands(tmp_path) as started:
-        yield started
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Sequence
 
-from packcast.bench.model import Environment, Limit, Run
+from packcast.bench.model import Case, Environment, Limit, Run
 from packcast.bench.results import Results, buffer_words, facts, limit_label, warning_lines
 from packcast.bench.rows import Row, grouped
 from packcast.units import format_rate, format_size
@@ -86,8 +86,8 @@ def _limit(limit: Limit) -> dict[str, object]:
     }
 
 
-def _row(row: Row) -> dict[str, object]:
-    case, seconds, limit, waiting = row.case, row.seconds, row.limit, row.waiting_on
+def _case(case: Case) -> dict[str, object]:
+    """In the order of JSON's and CSV's fields; by name, for the schema is not the model."""
     return {
         "method": case.method,
         "shape": case.shape,
@@ -96,6 +96,13 @@ def _row(row: Row) -> dict[str, object]:
         "readers": case.readers,
         "buffer_size": case.buffer_size,
         "num_buffers": case.num_buffers,
+    }
+
+
+def _row(row: Row) -> dict[str, object]:
+    seconds, limit, waiting = row.seconds, row.limit, row.waiting_on
+    return {
+        **_case(row.case),
         "nbytes": row.nbytes,
         "seconds": {
             "median": seconds.median,
@@ -157,16 +164,10 @@ def to_csv(results: Results) -> str:
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
     for row in results.rows:
-        case, seconds, limit = row.case, row.seconds, row.limit
+        seconds, limit = row.seconds, row.limit
         writer.writerow(
             {
-                "method": case.method,
-                "shape": case.shape,
-                "source": case.source,
-                "sink": case.sink,
-                "readers": case.readers,
-                "buffer_size": case.buffer_size,
-                "num_buffers": case.num_buffers,
+                **_case(row.case),
                 "nbytes": row.nbytes,
                 "seconds_median": seconds and seconds.median,
                 "seconds_min": seconds and seconds.min,

@@ -15,6 +15,7 @@ import torch
 
 import packcast
 from packcast.bench.pagecache import file_system_of
+from packcast.ends.memory import available_nbytes
 from packcast.group.devices import host_name
 
 
@@ -57,10 +58,8 @@ def free_device_nbytes(device: torch.device) -> int:
     """What could be allocated there now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return sys.maxsize
+    available = available_nbytes()
+    return sys.maxsize if available is None else available
 
 
 def _driver() -> str | None:

@@ -37,7 +37,7 @@ from packcast.group.member import Member
 from packcast.group.wire import Message
 from packcast.settings import Settings
 from packcast.transfer.agreement import make_offers
-from packcast.transfer.moving import num_hands
+from packcast.transfer.share import num_hands
 
 
 @dataclass(slots=True)

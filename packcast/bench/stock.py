@@ -20,26 +20,11 @@ from packcast.bench.weights import Weight, write_weights
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.ends.shelf import torch_dtype
 from packcast.ends.source import FileReader
-from packcast.errors import CheckpointError, DestinationError, PackcastError
+from packcast.errors import CheckpointError, DestinationError, PackcastError, UsageError
 from packcast.packed.layout import TensorSpec
 from packcast.transfer.offer import Offer
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "C64": torch.complex64,
-}
 
 
 @dataclass(slots=True)
@@ -56,7 +41,7 @@ class Stock:
     files: tuple[OutgoingFile, ...] = ()
     offer: Offer | None = None
     specs: tuple[TensorSpec, ...] = ()
-    specs_fault: PackcastError | None = None
+    specs_fault: CheckpointError | None = None
     resident: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: list[bytes] | None = None
     sums: dict[SourceKind, list[int]] = field(default_factory=dict)
@@ -115,31 +100,19 @@ def specs_of_weights(weights: Sequence[Weight]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(w.name, w.shape, torch.bfloat16) for w in weights)
 
 
-def specs_of_offer(offer: Offer) -> tuple[TensorSpec, ...]:
-    """The tensors of the offered files, in order; CheckpointError for dtypes torch has not."""
-    return tuple(
-        TensorSpec(tensor.name, tensor.shape, dtype_of(tensor))
-        for spec in offer.files
-        if spec.header
-        for tensor in spec.header.tensors
-    )
-
-
-def dtype_of(tensor: Tensor) -> torch.dtype:
-    """Its dtype in torch."""
-    dtype = _DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise CheckpointError(f"tensor {tensor.name} is {tensor.dtype}, which torch has not")
-    return dtype
-
-
 def take_offer(stock: Stock, offer: Offer) -> None:
-    """What the sender says the files are."""
+    """What the sender says the files are, and as tensors, if torch has them all."""
     stock.offer = offer
     try:
-        stock.specs = specs_of_offer(offer)
-    except CheckpointError as fault:
-        stock.specs_fault = fault
+        stock.specs = tuple(
+            TensorSpec(tensor.name, tensor.shape, torch_dtype(tensor, spec.name))
+            for spec in offer.files
+            if spec.header
+            for tensor in spec.header.tensors
+        )
+    except UsageError as fault:
+        # Its hint is for a transfer; in a bench only what loads tensors cannot be measured.
+        stock.specs_fault = CheckpointError(fault.message)
 
 
 def make_resident(stock: Stock, team: Team) -> None:

@@ -5,8 +5,8 @@ Knows the process group and devices; nothing of cases or weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,6 +29,14 @@ class Team:
     device: torch.device
     group: Group
     channel: Hub | Line
+    _broadcast: Callable[[torch.Tensor, int], None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Once, and not for each tensor that is timed. It knows the channel, not the team: in a
+        # circle with that the group would outlive it.
+        channel = self.channel
+        broadcast = processgroup.broadcast_over(self.group, lambda: channel.verdict)
+        object.__setattr__(self, "_broadcast", broadcast)
 
     @property
     def world_size(self) -> int:
@@ -54,7 +62,7 @@ class Team:
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         """In place, ordered after and before the current stream's other work."""
-        processgroup.broadcast_over(self.group, lambda: self.channel.verdict)(tensor, src)
+        self._broadcast(tensor, src)
 
     def synchronize(self) -> None:
         """Until this rank's device is idle."""

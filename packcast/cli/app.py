@@ -27,7 +27,7 @@ from packcast.cli.helps import (
     STAGING,
     STALL_TIMEOUT,
 )
-from packcast.cli.outcome import Outcome, as_packcast_error
+from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.profile import profiled
 from packcast.cli.progress import make_view
 from packcast.cli.start import be_a_rank, begin, start_ranks, was_given
@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
         wrong = UsageError(error.format_message().rstrip("."), hint=f"see `{' '.join(words)}`")
         return _fail(outcome, wrong)
     except (Exception, KeyboardInterrupt) as error:
-        return _fail(outcome, as_packcast_error(error))
+        return _fail(outcome, command_failure(error))
     return code if isinstance(code, int) else 0
 
 
@@ -236,7 +236,7 @@ def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet
 
         report = transfer.run(settings, outcome.display, leaver)
     except (Exception, KeyboardInterrupt) as error:
-        leaver.leave(as_packcast_error(error))
+        leaver.leave(command_failure(error))
     code = outcome.finished(report)
     if not report.ends_cleanly:
         leaver.exit(code)

@@ -20,7 +20,7 @@ from packcast.cli import benchoptions as bo
 from packcast.cli import options as opt
 from packcast.cli.benchsettings import bench_settings, default_nproc, least_rate, pin_defaults
 from packcast.cli.helps import HEARTBEAT_TIMEOUT, JOIN_TIMEOUT, STAGING, STALL_TIMEOUT
-from packcast.cli.outcome import Outcome, as_packcast_error
+from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.profile import choose, profile_path, save_profile
 from packcast.cli.start import be_a_rank, begin, start_ranks
 from packcast.cli.terminal import say
@@ -157,7 +157,7 @@ def _measure(
 
         code = ranks.run(settings, display, leaver)
     except (Exception, KeyboardInterrupt) as error:
-        leaver.leave(as_packcast_error(error))
+        leaver.leave(command_failure(error))
     results = display.results
     if results.environment is None:  # another rank than the sender
         return code

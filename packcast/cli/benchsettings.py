@@ -6,7 +6,6 @@ And the defaults that depend on the machine: how many ranks, how many bytes, in 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
@@ -16,7 +15,9 @@ from packcast.bench import grammar
 from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
 from packcast.cli import settings as given
 from packcast.cli.profile import backend_expected
+from packcast.ends.memory import available_nbytes
 from packcast.errors import UsageError
+from packcast.group.asking import check_port
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_staging
 from packcast.settings import Backend
@@ -109,8 +110,7 @@ def bench_settings(
     pinned = given.size("--staging", staging)
     for one in sizes:
         check_staging(one, pinned)
-    if port is not None and launch.kind != "slurm":
-        raise UsageError("--port is for Slurm", hint="torchrun has --master-port")
+    check_port(port, launch, given.option)
     readers_of = grammar.readers("--readers", readers)
     counts = grammar.buffer_counts("--num-buffers", num_buffers)
     if directory:
@@ -147,10 +147,7 @@ def bench_settings(
 
 def least_rate(text: str) -> float:
     """--min-bandwidth, in bytes per second."""
-    try:
-        return parse_rate(text)
-    except UsageError as error:
-        raise UsageError(f"--min-bandwidth: {error.message}", hint=error.hint) from None
+    return given.parsed("--min-bandwidth", text, parse_rate)
 
 
 def _directory(option: str, text: str) -> Path:
@@ -178,11 +175,9 @@ def _free_memory_for_files() -> int:
     """Of /dev/shm: what it may still hold, and half of what the machine could give it."""
     try:
         state = os.statvfs(_MEMORY)
-        text = Path("/proc/meminfo").read_text()
+        available = available_nbytes() or 0
     except OSError:
         return 0
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    available = int(match[1]) * 1024 if match else 0
     return min(state.f_bavail * state.f_frsize, available // 2)
 
 

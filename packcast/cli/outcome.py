@@ -5,6 +5,7 @@ The one place that prints an error. Knows no torch.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -14,10 +15,11 @@ from pathlib import Path
 
 from packcast.cli.progress import Display
 from packcast.cli.report import end_line, report_document, to_json
-from packcast.cli.terminal import say
+from packcast.cli.terminal import say, say_once
 from packcast.errors import DestinationError, Interrupted, PackcastError, error_from_code
 from packcast.group.launch import Launch
 from packcast.group.leave import record_failure
+from packcast.group.nproc import SAID_VARIABLE
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 
@@ -25,8 +27,11 @@ _TRY_VERBOSE = "run again with -v for the traceback"
 NOT_LAUNCHED = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
-def as_packcast_error(error: BaseException) -> PackcastError:
-    """Every way in which a command can fail, as one of ours."""
+def command_failure(error: BaseException) -> PackcastError:
+    """Every way in which a command can fail, Ctrl-C too, as one of ours with an exit code.
+
+    `errors.as_packcast_error` is for threads on the way, which know what they were doing.
+    """
     if isinstance(error, PackcastError):
         return error
     if isinstance(error, KeyboardInterrupt):
@@ -64,13 +69,13 @@ class Outcome:
                 second = unwritable
         if self.verbose:
             say("".join(traceback.format_exception(error)).rstrip())
-        _say_error(error, with_hint=not (self.verbose and error.hint == _TRY_VERBOSE))
+        self._say_error(error)
         try:
             self._write_failure(error)
         except PackcastError as unwritable:
             second = unwritable
         if second:
-            _say_error(second)
+            self._say_error(second)
 
     def finished(self, report: Report) -> int:
         """Tell the result, which may be a failure that was survived; returns the exit code."""
@@ -81,7 +86,7 @@ class Outcome:
         if not report.ok:
             error = error_from_code(report.exit_code, report.error or "failed", report.hint)
             record_failure(error)
-            _say_error(error)
+            self._say_error(error)
         self._write_report(report)
         return report.exit_code
 
@@ -104,6 +109,16 @@ class Outcome:
         except OSError as error:
             raise DestinationError(f"--json: {path}: {error.strerror}") from error
 
+    def _say_error(self, error: PackcastError) -> None:
+        tried = self.verbose and error.hint == _TRY_VERBOSE
+        hint = f"\n  {error.hint}" if error.hint and not tried else ""
+        text = f"packcast: error: {error.message}{hint}"
+        said = os.environ.get(SAID_VARIABLE)
+        if said and not self.verbose:  # then each rank's follows its traceback
+            say_once(text, Path(said))
+        else:
+            say(text)
+
     def _write_report(self, report: Report) -> None:
         # A file without {rank} in its name is the sender's, or belongs to a lone `recv`.
         lone_recv = report.command == "recv" and self.launch.kind == "none"
@@ -121,11 +136,6 @@ class Outcome:
             }
             failure |= {"error": error.message, "hint": error.hint}
             self.write_document(failure, self.launch.rank)
-
-
-def _say_error(error: PackcastError, *, with_hint: bool = True) -> None:
-    hint = f"\n  {error.hint}" if error.hint and with_hint else ""
-    say(f"packcast: error: {error.message}{hint}")
 
 
 def failure_report(

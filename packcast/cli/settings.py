@@ -33,9 +33,10 @@ T = TypeVar("T")
 LISTENING_SENDER = "`packcast send --workers N --listen HOST:PORT` prints the line to run"
 
 
-def _read(option: str, text: str, reader: Callable[[str], T]) -> T:
+def parsed(option: str, text: str, parse: Callable[[str], T]) -> T:
+    """What `parse` makes of it, whose UsageError is given the name of the option."""
     try:
-        return reader(text)
+        return parse(text)
     except UsageError as error:
         raise UsageError(f"{option}: {error.message}", hint=error.hint) from None
 
@@ -47,12 +48,12 @@ def option(name: str) -> str:
 
 def size(option: str, text: str) -> int:
     """Bytes; at least one block of digests, 1 MiB."""
-    return check_size(option, _read(option, text, parse_size), text)
+    return check_size(option, parsed(option, text, parse_size), text)
 
 
 def seconds(option: str, text: str) -> float:
     """A time limit; more than nothing."""
-    return check_seconds(option, _read(option, text, parse_duration), text)
+    return check_seconds(option, parsed(option, text, parse_duration), text)
 
 
 class Buffers(TypedDict):

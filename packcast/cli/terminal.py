@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sys
+from pathlib import Path
 
 
 def printable(text: str) -> str:
@@ -24,6 +25,22 @@ def say(text: str) -> None:
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
+
+
+def say_once(text: str, said: Path) -> None:
+    """As `say`, but of several processes with one file `said` only the first says the same."""
+    line = printable(text).replace("\n", "\\n") + "\n"
+    try:
+        with said.open("a+", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            if line in file:
+                return
+            # Before it is noted: who is killed in between is not taken to have said it.
+            say(text)
+            file.write(line)
+    except OSError:  # the launcher has gone, and has taken the file along
+        say(text)
 
 
 def can_draw() -> bool:

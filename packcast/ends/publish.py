@@ -171,3 +171,13 @@ def sync_folder(root_fd: int, folder: str) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def sync_parent_of(folder: str) -> None:
+    """Make the name of a folder that was made on the way durable, where that can be had."""
+    with suppress(OSError):
+        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import os
-import re
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.descriptors import Descriptors, DescriptorsClosed, open_files_limit
+from packcast.ends.offered import check_names, folders_of
 from packcast.ends.owned import mark_as_own, open_folder
 from packcast.ends.place import Place, check_replaceable, destination_error, locate, make_parents
-from packcast.ends.publish import publish, sync_folder
+from packcast.ends.publish import publish, sync_folder, sync_parent_of
 from packcast.ends.space import free_nbytes, reserve
 from packcast.ends.work import Outcome, Span, Task
 from packcast.errors import DestinationError, TransferError
@@ -30,7 +29,6 @@ from packcast.packed.plan import Extent
 _NUM_SYNC_THREADS = 8
 _WAIT_FOR_WRITERS_S = 1.0
 _FILE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-_TRANSFER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class _State(enum.Enum):
@@ -80,7 +78,7 @@ class WriteSink:
     def prepare(self) -> None:
         """Check the target, make the partial directory and reserve every file's space in it."""
         with self._step("write"):
-            self._check_offer()
+            check_names([spec.name for spec in self._files], self._transfer_id)
             place = self._place = locate(self._given, self._transfer_id)
             check_replaceable(place, self._names, force=self._force)
             make_parents(place.holder, self._made_parents, self._while_wanted)
@@ -130,7 +128,7 @@ class WriteSink:
             with ThreadPoolExecutor(_NUM_SYNC_THREADS, "packcast-sync") as pool:
                 list(pool.map(self._finish_file, indices))
             # Bottom up, so that a durable name never leads to one that is not.
-            for folder in reversed(self._folders()):
+            for folder in reversed(folders_of(self._names)):
                 sync_folder(self._partial_fd, folder)
             sync_folder(self._partial_fd, "")
             self._raise_if_aborted()
@@ -151,7 +149,7 @@ class WriteSink:
                 self.notes += publish(place, self._holder_fd, self._names, force=self._force)
                 self.published = True
                 for folder in self._made_parents:
-                    self._sync_parent_of(folder)
+                    sync_parent_of(folder)
             finally:
                 self._close_folders()
 
@@ -187,18 +185,6 @@ class WriteSink:
 
     # -- making ----------------------------------------------------------------------------------
 
-    def _check_offer(self) -> None:
-        # The receiver has looked at the names before; but here they become paths.
-        if not _TRANSFER_ID.fullmatch(self._transfer_id):
-            raise DestinationError(f"{self._transfer_id!r} is not an id of a transfer")
-        for spec in self._files:
-            fault = name_fault(spec.name)
-            if fault:
-                raise DestinationError(f"the offered name {spec.name!r} {fault}")
-        clash = clash_of(spec.name for spec in self._files)
-        if clash:
-            raise DestinationError(f"the offered names {clash[0]!r} and {clash[1]!r} clash")
-
     def _make_partial(self, place: Place) -> bool:
         """Whether this sink is the one that writes; an exclusive mkdir decides."""
         with self._while_wanted():
@@ -216,17 +202,8 @@ class WriteSink:
                 os.fchmod(self._partial_fd, place.mode | 0o700)
         return True
 
-    def _folders(self) -> list[str]:
-        """Every folder that the files need, parents first."""
-        folders = set()
-        for name in self._names:
-            while "/" in name:
-                name = name.rpartition("/")[0]
-                folders.add(name)
-        return sorted(folders)
-
     def _make_folders(self) -> None:
-        for folder in self._folders():
+        for folder in folders_of(self._names):
             above, _, last = folder.rpartition("/")
             with self._while_wanted():
                 above_fd = open_folder(self._partial_fd, above)
@@ -341,14 +318,6 @@ class WriteSink:
 
     def _reopen(self, index: int) -> int:
         return self._open(index, _FILE_FLAGS)
-
-    def _sync_parent_of(self, folder: str) -> None:
-        with suppress(OSError):
-            fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
 
 
 def _aborted() -> TransferError:

@@ -45,7 +45,7 @@ def check_send(
         raise UsageError(f"{said('listen')} needs {said('workers')}: how many receivers will come")
     if not launched and nproc is None and settings.workers is None:
         raise UsageError("there is nobody to send to", hint=ways)
-    _check_port(settings, launch, said)
+    check_port(settings.port, launch, said, without_launcher="listen")
 
 
 def check_recv(settings: Settings, launch: Launch, said: Said, *, ways: str) -> None:
@@ -67,12 +67,15 @@ def check_recv(settings: Settings, launch: Launch, said: Said, *, ways: str) -> 
         )
     if settings.address is not None and settings.address[1] == 0:
         raise UsageError("port 0 is not a place to connect to")
-    _check_port(settings, launch, said)
+    check_port(settings.port, launch, said, without_launcher="listen")
 
 
-def _check_port(settings: Settings, launch: Launch, said: Said) -> None:
-    if settings.port is not None and launch.kind != "slurm":
-        raise UsageError(
-            f"{said('port')} is for Slurm",
-            hint=f"torchrun has --master-port; without a launcher there is {said('listen')}",
-        )
+def check_port(
+    port: int | None, launch: Launch, said: Said, *, without_launcher: str | None = None
+) -> None:
+    """A port is chosen for Slurm only; `without_launcher` is the setting that says it there."""
+    if port is not None and launch.kind != "slurm":
+        hint = "torchrun has --master-port"
+        if without_launcher is not None:
+            hint += f"; without a launcher there is {said(without_launcher)}"
+        raise UsageError(f"{said('port')} is for Slurm", hint=hint)

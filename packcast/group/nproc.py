@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Where a rank finds the process that started it, to die with it even if that is gone already.
 LAUNCHER_PID_VARIABLE = "PACKCAST_LAUNCHER_PID"
+# And a file in which the ranks note what they have said, so that one of them says it for all.
+SAID_VARIABLE = "PACKCAST_SAID_FILE"
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _NOISY_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
@@ -58,6 +60,7 @@ def run_nproc(
         tempfile.TemporaryDirectory(prefix="packcast-nproc-") as log_dir,
         _no_child_left(),
         _environment(LAUNCHER_PID_VARIABLE, str(os.getpid())),
+        _environment(SAID_VARIABLE, os.path.join(log_dir, "said")),
         # As torchrun does: or each rank's torch has threads for all cores, which get in the way.
         _environment("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1")),
         contextlib.nullcontext() if verbose else _silence(_NOISY_LOGGERS),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import xxhash
 
 from packcast.errors import UsageError
-from packcast.units import MIB, format_exact_size, format_size
+from packcast.units import MIB, format_exact_size
 
 BLOCK = MIB  # the unit of digests, at multiples of itself in a file
 PAGE = 4096
@@ -108,10 +108,11 @@ def check_staging(buffer_size: int, staging_nbytes: int) -> None:
     """Raise UsageError unless a rank that reads and writes could stage within that bound."""
     least = 2 * staged_nbytes(buffer_size)
     if staging_nbytes < least:
+        enough = format_exact_size(align_up(least, MIB))  # up, or 32MiB were less than 32.0 MiB
         raise UsageError(
-            f"staging of {format_exact_size(staging_nbytes)} is less than the"
-            f" {format_size(least)} that buffers of {format_exact_size(buffer_size)} need",
-            hint=f"try --staging {align_up(least, MIB) // MIB}MiB, or smaller buffers",
+            f"staging of {format_exact_size(staging_nbytes)} is less than the {enough} that"
+            f" buffers of {format_exact_size(buffer_size)} need",
+            hint=f"try --staging {enough}, or smaller buffers",
         )
 
 

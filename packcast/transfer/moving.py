@@ -5,15 +5,12 @@ Knows the control channel only as the one to ask for the true cause when a colle
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -40,7 +37,8 @@ from packcast.packed.plan import Chunk, slot_nbytes
 from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
-from packcast.units import GIB, format_exact_size, format_size
+from packcast.transfer.share import helpers_pay, num_hands, staging_bound
+from packcast.units import format_exact_size, format_size
 from packcast.view import Snapshot
 
 # Backstops only: the control channel is faster in every case it was made for, and the stall watch
@@ -51,12 +49,6 @@ _ABORT_LIMIT_S = 2.0
 # For broadcasts that others have to take part in; longer than a lost rank takes to be known.
 _DRY_PATIENCE_S = 4.0
 _VERDICT_WAIT_S = 5.0
-
-_MAX_HANDS = 16
-# Below that a few threads do as well as processes, which take a moment to start.
-_MIN_HELPER_CORES = 8
-_MIN_HELPER_NBYTES = GIB
-_KEPT_CORES = 2  # of each rank's share: helpers must not push its own threads aside
 
 _left_behind: list[Mover] = []  # that failed, with a collective that would not end
 
@@ -102,9 +94,9 @@ class Mover:
         self._buffers = Buffers(
             self._ring,
             offer.buffer_size,
-            staging_nbytes=_staging_bound(offer) // max(1, ends),
+            staging_nbytes=staging_bound(offer) // max(1, ends),
             tag=transfer_tag(transfer_id),
-            helpers=_helpers_pay(offer),
+            helpers=helpers_pay(offer),
         )
         self._landing: Landing | DeviceLanding | None = None
         self._source: FileSource | None = None
@@ -348,35 +340,3 @@ class Mover:
                 f" {format_exact_size(offer.buffer_size)}",
                 hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
             ) from error
-
-
-def _staging_bound(offer: Offer) -> int:
-    """The offered staging, or less: a rank never pins more than its share of half the free memory.
-
-    What a worker stages is its own business, so a large offer is cut down rather than refused.
-    """
-    meminfo = Path("/proc/meminfo").read_text()
-    available = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo, re.MULTILINE)
-    if not available:
-        return offer.staging
-    return min(offer.staging, int(available[1]) * 1024 // 2 // offer.place.ranks_on_host)
-
-
-def _helpers_pay(offer: Offer) -> bool:
-    """Whether processes are to read, check and write instead of threads: this is the one place.
-
-    Beside a GPU copies run by themselves, so what is left of the loop and of many threads' calls
-    is bound by the interpreter's lock; on a CPU ring the broadcast is what takes the time.
-    """
-    cores = len(os.sched_getaffinity(0)) // offer.place.ranks_on_host
-    return (
-        torch.device(offer.device).type == "cuda"
-        and cores >= _MIN_HELPER_CORES
-        and offer.nbytes >= _MIN_HELPER_NBYTES
-    )
-
-
-def num_hands(sharing: int, *, helpers: bool = False) -> int:
-    """How many threads or processes do the I/O: this rank's share of its cores, at least two."""
-    cores = len(os.sched_getaffinity(0)) // sharing
-    return max(2, min(_MAX_HANDS, cores - _KEPT_CORES if helpers else cores))

@@ -11,6 +11,23 @@ from typing import Any
 from packcast.units import MIB
 from tests.helpers.commands import Command, Commands, wait_all
 
+# (method, source, sink) of every row of a bench of everything, with all the baselines.
+EVERY_WAY = {
+    ("packcast", "file", "discard"),
+    ("packcast", "file", "write"),
+    ("packcast", "file", "verify"),
+    ("packcast", "file", "land"),
+    ("original", "file", "discard"),
+    ("original", "file", "write"),
+    ("original", "file", "land"),
+    ("load_file", "file", "land"),
+    ("compat", "resident", "discard"),
+    ("packcast", "resident", "land"),
+    ("original", "resident", "discard"),
+    ("original", "resident", "land"),
+    ("per-tensor", "resident", "land"),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Bench:

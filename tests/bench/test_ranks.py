@@ -11,25 +11,10 @@ from typing import Any
 import pytest
 
 from packcast.units import GIB, MIB
-from tests.bench.launch import Bench, label, longest_waiting, rank_runs
+from tests.bench.launch import EVERY_WAY, Bench, label, longest_waiting, rank_runs
 from tests.helpers.checkpoints import write_safetensors
 from tests.helpers.commands import Commands, eventually, wait_all
 
-EVERY_WAY = {
-    ("packcast", "file", "discard"),
-    ("packcast", "file", "write"),
-    ("packcast", "file", "verify"),
-    ("packcast", "file", "land"),
-    ("original", "file", "discard"),
-    ("original", "file", "write"),
-    ("original", "file", "land"),
-    ("load_file", "file", "land"),
-    ("compat", "resident", "discard"),
-    ("packcast", "resident", "land"),
-    ("original", "resident", "discard"),
-    ("original", "resident", "land"),
-    ("per-tensor", "resident", "land"),
-}
 EVERYTHING = {
     "sources": ["file", "resident"],
     "sinks": ["discard", "land", "write", "verify"],

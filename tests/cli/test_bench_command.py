@@ -6,20 +6,11 @@ import csv
 import io
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.helpers.commands import Commands
 
 SMALL = ("--size", "8MiB", "--buffer-size", "1MiB,2MiB", "--num-buffers", "2,3", "--runs", "2")
-
-
-@pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Commands]:
-    with Commands(tmp_path) as started:
-        yield started
 
 
 def test_a_bench_started_by_itself_measures_tells_and_leaves_nothing_behind(

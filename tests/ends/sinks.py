@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import xxhash
 
@@ -12,6 +14,8 @@ from packcast.ends.landing import Sink
 from packcast.ends.work import Job, perform
 from packcast.ends.write import WriteSink
 from packcast.packed.plan import BLOCK, Extent
+
+T = TypeVar("T")
 
 MTIME_NS = 1_600_000_000_123_456_789
 CONTENT = {
@@ -58,6 +62,12 @@ def put_all(sink: WriteSink, content: Mapping[str, bytes] = CONTENT, step: int =
     for index, (_, data) in enumerate(sorted(content.items())):
         for offset in range(0, len(data), step):
             put(sink, index, offset, data[offset : offset + step])
+
+
+def in_threads(work: Callable[[T], object], each: Sequence[T]) -> None:
+    """Do the work for each, in a thread of its own, and wait; what is raised there comes out."""
+    with ThreadPoolExecutor(len(each)) as pool:
+        list(pool.map(work, each))
 
 
 def copy(target: Path, content: Mapping[str, bytes] = CONTENT, **options: object) -> WriteSink:

@@ -13,7 +13,7 @@ import pytest
 
 from packcast.ends.write import WriteSink
 from packcast.errors import DestinationError, TransferError
-from tests.ends.sinks import CONTENT, copy, names_in, put, put_all, sink_for, tree
+from tests.ends.sinks import CONTENT, copy, in_threads, names_in, put, put_all, sink_for, tree
 
 # -- several sinks, one directory ----------------------------------------------------------------
 
@@ -31,11 +31,7 @@ def test_of_many_sinks_for_one_directory_exactly_one_writes(tmp_path: Path) -> N
         barrier.wait()
         sink.publish()
 
-    threads = [threading.Thread(target=work, args=(sink,)) for sink in sinks]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, sinks)
     assert [sink.wrote for sink in sinks].count(True) == 1
     assert [sink.published for sink in sinks].count(True) == 1
     assert tree(target) == CONTENT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from packcast.ends.discard import DiscardSink
 from packcast.ends.verify import VerifySink
 from packcast.errors import CheckpointError
 from tests.ends import sinks
-from tests.ends.sinks import put
+from tests.ends.sinks import in_threads, put
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -196,11 +195,7 @@ def test_many_threads_agree_on_the_first_difference(sent: Path, here: Path) -> N
         for offset in list(range(0, nbytes, 16_384))[mine::4][::-1]:
             put(sink, file, offset, data[offset : offset + 16_384])
 
-    threads = [threading.Thread(target=work, args=(mine,)) for mine in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(4))
     sink.finish()
     assert sink.difference is not None
     assert sink.difference.offset == 5_000

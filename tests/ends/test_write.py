@@ -8,7 +8,6 @@ import resource
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.ends.sinks import (
     CONTENT,
     MTIME_NS,
     copy,
+    in_threads,
     names_in,
     put,
     put_all,
@@ -74,11 +74,7 @@ def test_runs_may_come_in_any_order_and_from_many_threads(tmp_path: Path) -> Non
         for run in runs[mine::4]:
             put(sink, *run)
 
-    threads = [threading.Thread(target=work, args=(mine,)) for mine in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(4))
     sink.finish()
     sink.publish()
     assert tree(tmp_path / "out") == content

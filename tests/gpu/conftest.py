@@ -78,12 +78,6 @@ def gpus(commands: Commands, tmp_path: Path) -> Gpus:
     return Gpus(commands, MIN_RANKS if shared else count, shared, script)
 
 
-@pytest.fixture
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with Commands(tmp_path_factory.mktemp("commands")) as started:
-        yield started
-
-
 @pytest.fixture(scope="session")
 def memory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder on tmpfs, emptied at the end."""

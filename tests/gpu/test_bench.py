@@ -10,26 +10,10 @@ from typing import Any
 import pytest
 
 from packcast.units import GIB, MIB
-from tests.bench.launch import label, rank_runs
+from tests.bench.launch import EVERY_WAY, label, rank_runs
 from tests.gpu.conftest import Gpus
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-
-EVERY_WAY = {
-    ("packcast", "file", "discard"),
-    ("packcast", "file", "write"),
-    ("packcast", "file", "verify"),
-    ("packcast", "file", "land"),
-    ("original", "file", "discard"),
-    ("original", "file", "write"),
-    ("original", "file", "land"),
-    ("load_file", "file", "land"),
-    ("compat", "resident", "discard"),
-    ("packcast", "resident", "land"),
-    ("original", "resident", "discard"),
-    ("original", "resident", "land"),
-    ("per-tensor", "resident", "land"),
-}
 
 
 @pytest.fixture

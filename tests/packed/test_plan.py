@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,7 @@ from packcast.packed.plan import (
     unit_nbytes,
     units_of,
 )
+from packcast.units import parse_size
 from tests.helpers.blocks import blocks_of
 
 MIB = 1 << 20
@@ -213,6 +216,25 @@ def test_pinned_memory_stays_within_the_staging_or_is_refused(
     else:
         assert 2 * pinned_nbytes(buffer_size, staging // 2) <= staging
         assert pinned_nbytes(buffer_size, staging) <= staging
+
+
+@given(buffers, st.integers(0, 100).map(lambda n: n * MIB // 2))
+def test_a_refusal_of_staging_names_more_than_was_given_and_enough(
+    buffer_size: int, staging: int
+) -> None:
+    staging = min(staging, 2 * staged_nbytes(buffer_size) - 1)
+    with pytest.raises(UsageError) as refusal:
+        check_staging(buffer_size, staging)
+    shown = re.search(r"staging of (\w+) is less than the (\w+) that", refusal.value.message)
+    assert shown is not None
+    assert parse_size(shown[1]) == staging < parse_size(shown[2])
+    check_staging(buffer_size, parse_size(shown[2]))
+    assert refusal.value.hint == f"try --staging {shown[2]}, or smaller buffers"
+
+
+def test_twice_the_buffer_is_too_little_staging_and_the_sentence_shows_it() -> None:
+    with pytest.raises(UsageError, match="staging of 32MiB is less than the 33MiB that"):
+        check_staging(16 * MIB, 32 * MIB)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from packcast.errors import UsageError
 from packcast.packed.replay import ReplayReceiver, ReplaySender
 from packcast.packed.ring import Broadcast
 from tests.helpers.ranks import run_ranks
-from tests.packed.test_replay import (
+from tests.packed.replays import (
     AGREEMENT,
     BUFFER,
     Knowing,

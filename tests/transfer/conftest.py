@@ -1,20 +1,12 @@
-"""A small checkpoint on disk, and processes to send it."""
+"""Checkpoints on disk: a small one, and one that no ring holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.checkpoints import sharded
-from tests.helpers.commands import Commands
-
-
-@pytest.fixture
-def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    with Commands(tmp_path_factory.mktemp("commands")) as started:
-        yield started
 
 
 @pytest.fixture(scope="session")

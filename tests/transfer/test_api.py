@@ -25,15 +25,12 @@ from packcast import (
 )
 from packcast.checkpoint.header import DTYPE_BITS, read_header
 from packcast.units import MIB
-from tests.helpers.checkpoints import every_dtype, same_tree, sharded, write_safetensors
+from tests.helpers.checkpoints import same_tree, sharded, write_safetensors
 from tests.helpers.commands import eventually
+from tests.helpers.dtypes import UNKNOWN_TO_TORCH, every_torch_dtype
 from tests.helpers.library import TOKEN, Address, Receiver, failed, succeeded, transfer
 
 Tensors = dict[str, torch.Tensor]
-
-UNKNOWN_TO_TORCH = ["F4", "F6_E2M3", "F6_E3M2"]
-if not hasattr(torch, "float8_e8m0fnu"):  # before torch 2.7
-    UNKNOWN_TO_TORCH.append("F8_E8M0")
 
 
 def to(**arguments: object) -> Receiver:
@@ -105,12 +102,7 @@ def test_two_workers_have_identical_copies_and_nothing_is_left_behind(tmp_path: 
 def test_every_tensor_is_handed_out_once_whole_and_in_the_calling_thread(
     tmp_path: Path, buffer_size: int
 ) -> None:
-    tensors = {
-        name: (dtype, shape)
-        for name, (dtype, shape) in every_dtype().items()
-        if dtype not in UNKNOWN_TO_TORCH
-    }
-    tensors["large"] = ("I16", (3, 1_000_001))
+    tensors = every_torch_dtype()
     path = tmp_path / "c" / "m.safetensors"
     write_safetensors(path, tensors, pad=3)
     got: list[tuple[str, torch.Tensor, int]] = []

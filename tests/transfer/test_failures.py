@@ -379,7 +379,7 @@ def test_torchrun_prints_the_root_cause(
     assert os.listdir(tmp_path) == ["out-2"]
 
 
-def test_nproc_returns_the_true_exit_code_and_one_error_for_each_rank(
+def test_nproc_returns_the_true_exit_code_and_no_error_twice(
     commands: Commands, checkpoint: Path, tmp_path: Path
 ) -> None:
     old = sharded(tmp_path / "out-2", 2, 1000, seed=7)
@@ -389,9 +389,19 @@ def test_nproc_returns_the_true_exit_code_and_one_error_for_each_rank(
     assert end.returncode == 7
     assert "Traceback" not in end.stderr
     errors = [line for line in end.stderr.splitlines() if line.startswith("packcast: error: ")]
-    assert 1 <= len(errors) <= 3
+    assert errors
+    assert len(set(errors)) == len(errors), end.stderr  # rank 2's own, and what the others heard
     assert all(f"{old} exists and is not empty" in error for error in errors)
     assert os.listdir(tmp_path) == ["out-2"]
+
+
+@pytest.mark.parametrize("command", ["send", "bench"])
+def test_what_all_ranks_of_nproc_meet_is_said_once(
+    commands: Commands, tmp_path: Path, command: str
+) -> None:
+    end = commands.packcast(command, tmp_path / "none", "--nproc", "3").wait()
+    assert end.returncode == 3
+    assert end.error == f"{tmp_path / 'none'}: no such file or directory"
 
 
 def test_a_signal_before_all_have_joined_ends_the_sender_and_the_waiting(

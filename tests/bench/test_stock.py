@@ -1,0 +1,45 @@
+"""What a rank of a bench takes the offered files for, as tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from packcast.bench.stock import Stock, take_offer
+from packcast.checkpoint.checkpoint import open_checkpoint
+from packcast.checkpoint.outgoing import FileSpec, outgoing_files
+from packcast.errors import CheckpointError
+from tests.helpers.checkpoints import write_safetensors
+from tests.transfer.offers import offer_of
+
+
+def files_of(path: Path, dtype: str) -> list[FileSpec]:
+    write_safetensors(path, {"known": ("BF16", (3,)), "odd": (dtype, (2, 8))})
+    return [file.spec for file in outgoing_files(open_checkpoint(path))]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("U16", torch.uint16), ("F8_E4M3FNUZ", torch.float8_e4m3fnuz)]
+)
+def test_every_dtype_that_a_transfer_can_receive_can_be_measured(
+    tmp_path: Path, dtype: str, expected: torch.dtype
+) -> None:
+    stock = Stock("dense")
+    take_offer(stock, offer_of(files_of(tmp_path / "a.safetensors", dtype)))
+    stock.check_specs()
+    assert [(spec.name, spec.dtype) for spec in stock.specs] == [
+        ("known", torch.bfloat16),
+        ("odd", expected),
+    ]
+
+
+def test_a_dtype_that_torch_has_not_is_the_checkpoints_fault_and_named(tmp_path: Path) -> None:
+    stock = Stock("dense")
+    take_offer(stock, offer_of(files_of(tmp_path / "a.safetensors", "F4")))
+    with pytest.raises(CheckpointError, match=r"tensor odd in a\.safetensors is F4, which torch"):
+        stock.check_specs()
+    assert stock.specs_fault is not None
+    # Nothing is sent or received with options of a transfer here.
+    assert stock.specs_fault.hint is None

@@ -1,0 +1,58 @@
+"""Claims about lines that several processes say on one terminal."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from packcast.cli.outcome import Outcome
+from packcast.cli.terminal import say_once
+from packcast.errors import PackcastError
+from packcast.group.nproc import SAID_VARIABLE
+
+
+def test_of_many_that_say_the_same_at_once_one_is_heard_and_no_other_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = threading.Barrier(8)
+
+    def speak(rank: int) -> None:
+        together.wait()
+        say_once("error: gone\n  look elsewhere", tmp_path / "said")
+        say_once(f"error: rank {rank} alone", tmp_path / "said")
+        say_once("error: gone", tmp_path / "said")  # without the hint it is another one
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(speak, range(8)))
+    said = capsys.readouterr().err
+    assert said.count("error: gone\n  look elsewhere\n") == 1
+    assert sorted(said.splitlines()) == sorted(
+        ["error: gone", "  look elsewhere", "error: gone"]
+        + [f"error: rank {rank} alone" for rank in range(8)]
+    )
+
+
+def test_who_cannot_know_what_others_said_says_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        say_once("error: gone", tmp_path / "removed" / "said")
+    assert capsys.readouterr().err == "error: gone\n" * 2
+
+
+@pytest.mark.parametrize(("verbose", "times"), [(False, 1), (True, 2)])
+def test_two_ranks_say_one_error_but_where_each_has_a_traceback(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verbose: bool,
+    times: int,
+) -> None:
+    monkeypatch.setenv(SAID_VARIABLE, str(tmp_path / "said"))
+    for _ in range(2):
+        Outcome(verbose=verbose).failed(PackcastError("gone", hint="look elsewhere"))
+    said = capsys.readouterr().err
+    assert said.count("packcast: error: gone\n  look elsewhere\n") == times
