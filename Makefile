@@ -72,12 +72,12 @@ ON_GPUS = --nproc $(GPUS) --backend nccl --readers 1 --runs 5
 FILE_ON_GPUS = $(ON_GPUS) --num-buffers 4 --dir /dev/shm --source file
 bench-gpu: $(READY) ## the README's tables for GPUs: GPUS=2 of them, into .bench/ (minutes)
 	@mkdir -p .bench
-	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --size 8GiB --source resident --sink land --buffer-size 64MiB,128MiB --num-buffers 4 $(call into,gpu-replay)
+	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --size 8GiB --source resident --sink land --buffer-size 128MiB,256MiB --num-buffers 2 $(call into,gpu-replay)
 	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --size 8GiB --source resident --sink discard --buffer-size 1GiB --num-buffers 2 $(call into,gpu-compat)
-	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink discard --buffer-size 16MiB,32MiB,64MiB $(call into,gpu-file)
-	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 4GiB --sink land --buffer-size 16MiB,64MiB $(call into,gpu-land)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink discard --buffer-size 8MiB,16MiB,32MiB,64MiB,128MiB $(call into,gpu-file)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink land --buffer-size 64MiB --heartbeat-timeout 25s $(call into,gpu-land)
 	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 4GiB --sink write --buffer-size 16MiB,64MiB $(call into,gpu-write)
-	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape moe,tiny --size 2GiB --sink discard --buffer-size 16MiB --no-limits $(call into,gpu-moe-tiny)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape moe,tiny --size 2GiB --sink discard --buffer-size 64MiB --no-limits $(call into,gpu-moe-tiny)
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)

@@ -106,15 +106,18 @@ def _suspicion(failure: ProcessFailure) -> tuple[int, float]:
     """Sorts the root cause first. The launcher ends all others with SIGTERM, later SIGKILL.
 
     A code without a record is a rank that failed before it took part, on its own. Records are
-    ordered by their files' times: those inside are whole seconds.
+    ordered by our own time in them: torch's is in whole seconds, and files' times in few
+    milliseconds.
     """
     if failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
         return 3, failure.timestamp
     if failure.exitcode < 0:
         return 2, failure.timestamp
-    with contextlib.suppress(OSError):
-        return 1, os.stat(failure.error_file).st_mtime
-    return 0, failure.timestamp
+    if not os.path.exists(failure.error_file):
+        return 0, failure.timestamp
+    with contextlib.suppress(KeyError, TypeError):  # another program's record
+        return 1, float(failure.error_file_data["message"]["extraInfo"]["time"])
+    return 1, failure.timestamp
 
 
 @contextlib.contextmanager
