@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,11 +54,19 @@ def communicator_of(group: object) -> Communicator:
 def _of_process_group(group: dist.ProcessGroup) -> Communicator:
     # Not get_backend(): of a group made without naming a backend it says "undefined".
     on_gpu = "nccl" in dist.get_backend_config(group)
+    # torch holds it until it is destroyed, and then it has to go: gloo's threads, which end with
+    # it, abort the process where they outlive the interpreter.
+    known = weakref.ref(group)
+
+    def broadcast(tensor: torch.Tensor, root: int) -> None:
+        group = known()
+        if group is None:
+            raise UsageError("the process group has been destroyed")
+        dist.broadcast(tensor, src=dist.get_global_rank(group, root), group=group)
+
     return Communicator(
         _with_index(torch.device("cuda" if on_gpu else "cpu")),
-        lambda tensor, root: dist.broadcast(
-            tensor, src=dist.get_global_rank(group, root), group=group
-        ),
+        broadcast,
         dist.get_rank(group),
         dist.get_world_size(group),
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +49,18 @@ def world() -> Iterator[dist.ProcessGroup]:
     assert group is not None
     yield group
     dist.destroy_process_group()
+
+
+def test_a_group_that_was_destroyed_goes_and_using_it_is_an_error() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    communicator, group = communicator_of(dist.group.WORLD), weakref.ref(dist.group.WORLD)
+    communicator.broadcast(torch.arange(4), 0)
+    dist.destroy_process_group()
+    gc.collect()
+    assert group() is None
+    with pytest.raises(UsageError, match="has been destroyed"):
+        communicator.broadcast(torch.arange(4), 0)
 
 
 def test_a_process_group_is_asked_for_first_although_it_has_a_broadcast_of_its_own(
