@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
@@ -155,10 +155,8 @@ class ProcessHands:
         for end in (self._jobs, self._replies):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)  # end of file ends them
-        if is_quiet:
-            threading.Thread(target=self._reap, name="packcast-reap", daemon=True).start()
-        else:
-            self._reap()
+        if not (is_quiet and _reap_later(self._helpers)):
+            _reap(self._helpers)
         if self._listener.ident is not None:
             self._listener.join(CLOSE_LIMIT_S)
         self._jobs.close()
@@ -237,17 +235,6 @@ class ProcessHands:
         for done in pending:
             done(Outcome(error=error))
 
-    def _reap(self) -> None:
-        """Wait for the helpers to end; those that do not in time are killed."""
-        deadline = time.monotonic() + CLOSE_LIMIT_S
-        for helper in self._helpers:
-            try:
-                helper.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                helper.kill()
-                with suppress(subprocess.TimeoutExpired):
-                    helper.wait(_LOOK_S)
-
 
 Hands = ThreadHands | ProcessHands
 
@@ -258,6 +245,28 @@ def join_all(threads: list[threading.Thread], limit_s: float) -> bool:
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     return not any(thread.is_alive() for thread in threads)
+
+
+def _reap(helpers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait for the helpers to end; those that do not in time are killed."""
+    deadline = time.monotonic() + CLOSE_LIMIT_S
+    for helper in helpers:
+        try:
+            helper.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            helper.kill()
+            with suppress(subprocess.TimeoutExpired):
+                helper.wait(_LOOK_S)
+
+
+def _reap_later(helpers: Sequence[subprocess.Popen[bytes]]) -> bool:
+    """The same, by a thread that has nothing else of ours: a tensor that it let go while the
+    interpreter ends would abort the process. False where there can be no thread."""
+    try:
+        threading.Thread(target=_reap, args=(helpers,), name="packcast-reap", daemon=True).start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _start(jobs: socket.socket, replies: socket.socket, arena: Arena) -> subprocess.Popen[bytes]:

@@ -37,6 +37,8 @@ class Summed:
 
     def close(self) -> None:
         """End the source's threads."""
-        self._source.close()
-        if self._newest is not None:
-            self._newest.passes_within(CLOSE_LIMIT_S)  # it uses the slots' memory
+        try:
+            self._source.close()
+        finally:
+            if self._newest is not None:
+                self._newest.passes_within(CLOSE_LIMIT_S)  # it uses the slots' memory

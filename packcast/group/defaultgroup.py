@@ -121,6 +121,9 @@ class DefaultGroup:
         if self._stop_watching():
             with suppress(RuntimeError):
                 self._meet("end")
+            if self._is_given_up and self._aborted is None:
+                # Heard of it here before the watcher: what this rank has begun has to end as well.
+                self._begin_abort()
         if self._aborted is not None:
             self._aborted.wait(_CLOSE_LIMIT_S)
 

@@ -1,4 +1,4 @@
-"""Bytes, seconds and waiting of every stage, counted always; and on demand a trace of events.
+"""Bytes, seconds and waiting of every stage of a transfer; and on demand a trace of events.
 
 Displays and reports read it, tests read the trace; it knows neither.
 """

@@ -196,7 +196,7 @@ def _in_turns(file_nbytes: Sequence[int]) -> Iterator[Extent]:
         while waiting and len(active) < NUM_INTERLEAVED:
             active.append(waiting.popleft())
         left = active.popleft()
-        turn = min(TURN, left.nbytes)
+        turn = min(TURN, left.nbytes) if active else left.nbytes
         yield Extent(left.file, left.offset, turn)
         if turn < left.nbytes:
             active.append(Extent(left.file, left.offset + turn, left.nbytes - turn))

@@ -34,8 +34,8 @@ class AddUp(Protocol):
 class SlotSums:
     """Sums of one rank's slots, all on one lane, since they share their temporaries.
 
-    Device memory, for as long as it lives: 8 MiB with the kernel, 16 MiB without, less for buffers
-    below 4 MiB.
+    Device memory, for as long as it lives: 8 to 10 MiB with the kernel, 16 MiB without, less for
+    buffers below 4 MiB.
     """
 
     def __init__(self, device: torch.device, tag: bytes, buffer_size: int) -> None:

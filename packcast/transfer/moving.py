@@ -234,7 +234,7 @@ class Mover:
 
     def close(self) -> None:
         """End the threads and helpers of a rank that will not run; `run` ends them itself."""
-        for end in (self._source, self._landing):
+        for end in (self._summed or self._source, self._landing):
             if end is not None:
                 end.close()
 

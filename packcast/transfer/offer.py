@@ -15,11 +15,19 @@ from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.reading import shown
 from packcast.errors import PackcastError, TransferError
-from packcast.packed.plan import BLOCK, Chunk, check_buffers, plan_chunks, plan_digest
+from packcast.packed.plan import (
+    BLOCK,
+    TURN,
+    Chunk,
+    check_buffers,
+    plan_chunks,
+    plan_digest,
+)
 
 MAX_FILES = 100_000
 MAX_NBYTES = 1 << 46
 MAX_CHUNKS = 1 << 20
+MAX_TURNS = 4 * MAX_CHUNKS  # of files, within chunks: 16 TiB
 MAX_MTIME_NS = (1 << 63) - 1
 MAX_RANKS = 1 << 20
 MAX_SAMPLES = 64
@@ -157,7 +165,8 @@ def _checked(message: Mapping[str, object], place: Mapping[str, object]) -> Offe
     if clash:
         raise ValueError(f"two files cannot both be there: {clash[0]!r} and {clash[1]!r}")
     nbytes = sum(spec.nbytes for spec in files)
-    if nbytes > MAX_NBYTES or nbytes // buffer_size > MAX_CHUNKS:
+    num_chunks, num_turns = nbytes // buffer_size, nbytes // TURN
+    if nbytes > MAX_NBYTES or num_chunks > MAX_CHUNKS or num_turns > MAX_TURNS:
         raise ValueError(f"{nbytes} bytes in buffers of {buffer_size} are too many")
     readers = tuple(_count(rank, world_size - 1) for rank in _list(message["readers"], world_size))
     if not readers or len(set(readers)) != len(readers):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from packcast.errors import TransferError
-from packcast.packed.plan import BLOCK
+from packcast.packed.plan import BLOCK, TURN
 from packcast.transfer.offer import (
     MAX_CHUNKS,
     MAX_FILES,
@@ -19,6 +19,7 @@ from packcast.transfer.offer import (
     MAX_NBYTES,
     MAX_RANKS,
     MAX_SAMPLES,
+    MAX_TURNS,
     Offer,
     Place,
     Sample,
@@ -331,6 +332,7 @@ def too_large() -> Iterator[Message]:
     half = MAX_NBYTES // 2 + 1
     yield {"files": [[name, half, 1, False, None] for name in "ab"], "buffer_size": 16 << 30}
     yield {"files": [["a", MAX_NBYTES + 1, 1, False, None]], "buffer_size": 16 << 30}
+    yield {"files": [["a", (MAX_TURNS + 1) * TURN, 1, False, None]], "buffer_size": 16 << 30}
     yield {"files": [["a", 1, MAX_MTIME_NS + 1, False, None]]}
     yield {"files": [["a", 1, 1, False, None]] * (MAX_FILES + 1)}
     yield {"samples": [[0, 0, 1, "ab"]] * (MAX_SAMPLES + 1)}
