@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import pytest
 from packcast.ends.write import WriteSink
 from packcast.errors import DestinationError, TransferError
 from tests.ends.sinks import CONTENT, copy, in_threads, names_in, put, put_all, sink_for, tree
+from tests.helpers.processes import num_descriptors
 
 # -- several sinks, one directory ----------------------------------------------------------------
 
@@ -117,7 +117,7 @@ def test_abort_after_publish_does_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.002, 0.005, 0.01, 0.02])
 def test_abort_during_puts_from_four_threads_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
-    num_before = len(os.listdir("/proc/self/fd"))
+    num_before = num_descriptors()
     content = {f"{name}.bin": bytes(400_000) for name in "abcd"}
     sink = sink_for(tmp_path / "x" / "out", content)
     sink.prepare()
@@ -146,13 +146,13 @@ def test_abort_during_puts_from_four_threads_leaves_nothing(tmp_path: Path, dela
     for thread in threads:
         thread.join()
     assert failures == []
-    assert len(os.listdir("/proc/self/fd")) == num_before
+    assert num_descriptors() == num_before
 
 
 @pytest.mark.parametrize("step", ["prepare", "finish"])
 @pytest.mark.parametrize("delay_s", [0.0, 0.001, 0.003, 0.006, 0.01])
 def test_abort_during_a_step_leaves_nothing(tmp_path: Path, step: str, delay_s: float) -> None:
-    num_before = len(os.listdir("/proc/self/fd"))
+    num_before = num_descriptors()
     content = {f"d{index % 7}/f{index:03}.bin": b"x" * 5000 for index in range(300)}
     sink = sink_for(tmp_path / "out", content)
     if step == "finish":
@@ -170,7 +170,7 @@ def test_abort_during_a_step_leaves_nothing(tmp_path: Path, step: str, delay_s: 
     timer.join()
     assert names_in(tmp_path) == []
     assert was_aborted or delay_s
-    assert len(os.listdir("/proc/self/fd")) == num_before
+    assert num_descriptors() == num_before
 
 
 # -- death ---------------------------------------------------------------------------------------

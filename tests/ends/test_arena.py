@@ -16,6 +16,7 @@ from packcast.ends import arena as arenas
 from packcast.ends.arena import Arena
 from packcast.errors import TransferError
 from packcast.packed.plan import PAGE
+from tests.helpers.processes import num_descriptors
 
 
 def test_tensor_view_and_descriptor_are_one_memory() -> None:
@@ -70,12 +71,12 @@ def test_views_outlive_it_and_the_mapping_goes_with_the_last_of_them() -> None:
 
 
 def test_memory_that_the_host_does_not_have_is_an_error_with_a_way_out() -> None:
-    num_before = len(os.listdir("/proc/self/fd"))
+    num_before = num_descriptors()
     with pytest.raises(TransferError, match="cannot share") as caught:
         Arena(1 << 60, is_pinned=False)
     assert "--staging" in str(caught.value.hint)
     del caught
-    assert len(os.listdir("/proc/self/fd")) == num_before
+    assert num_descriptors() == num_before
 
 
 class Cudart:

@@ -23,6 +23,7 @@ from tests.ends.alone import run_alone, specs_of
 from tests.ends.sinks import names_in, tree
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.disks import small_tmpfs
+from tests.helpers.processes import num_descriptors
 from tests.helpers.sinks import MemorySink
 
 MIB = 1 << 20
@@ -56,9 +57,9 @@ def test_a_copy_is_written_to_the_byte(
     checkpoint: Checkpoint, tmp_path: Path, helpers: bool, buffer_mib: int
 ) -> None:
     sink = writing(checkpoint, tmp_path / "out")
-    num_before = len(os.listdir("/proc/self/fd"))
+    num_before = num_descriptors()
     run_alone(checkpoint, sink, helpers=helpers, buffer_size=buffer_mib * MIB)
-    assert len(os.listdir("/proc/self/fd")) <= num_before + len(checkpoint.files)
+    assert num_descriptors() <= num_before + len(checkpoint.files)
     sink.finish()
     sink.publish()
     assert tree(tmp_path / "out") == tree(checkpoint.path)

@@ -260,7 +260,7 @@ def test_a_byte_damaged_on_the_way_is_found_with_file_and_place(tmp_path: Path) 
             tensor[77] ^= 4
 
     says = r"m.safetensors: bytes 0 to 1048576 .*damaged on the way, chunk 0"
-    fails(open_checkpoint(tmp_path), Setup(spoil=spoil, timeout_s=2), TransferError, says)
+    fails(open_checkpoint(tmp_path), Setup(spoil=spoil, timeout_s=5), TransferError, says)
 
 
 def test_a_stale_slot_is_found(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_a_stale_slot_is_found(tmp_path: Path) -> None:
             if len(seen) == 5:
                 tensor.copy_(seen[2])
 
-    fails(open_checkpoint(tmp_path), Setup(spoil=spoil, timeout_s=2), TransferError, "out of order")
+    fails(open_checkpoint(tmp_path), Setup(spoil=spoil, timeout_s=5), TransferError, "out of order")
 
 
 def test_a_sink_that_fails_ends_the_transfer_with_its_own_error(tmp_path: Path) -> None:

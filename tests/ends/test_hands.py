@@ -25,7 +25,7 @@ from packcast.errors import PackcastError, TransferError
 from packcast.packed.plan import BLOCK
 from tests.ends.sinks import digests_of
 from tests.helpers.commands import eventually
-from tests.helpers.processes import helpers_of
+from tests.helpers.processes import helpers_of, num_descriptors
 from tests.helpers.waiting import Waiter
 
 NBYTES = 2 * BLOCK
@@ -44,7 +44,7 @@ def check(arena: Arena) -> Job:
 
 
 def test_closing_ends_the_helpers_and_leaves_no_descriptor(arena: Arena) -> None:
-    num_before = len(os.listdir("/proc/self/fd"))
+    num_before = num_descriptors()
     hands = ProcessHands(arena, 3, "test")
     answers: SimpleQueue[Outcome] = SimpleQueue()
     for _ in range(20):
@@ -53,7 +53,7 @@ def test_closing_ends_the_helpers_and_leaves_no_descriptor(arena: Arena) -> None
     assert len(helpers_of(os.getpid())) == 3
     hands.close()
     assert helpers_of(os.getpid()) == []
-    assert len(os.listdir("/proc/self/fd")) == num_before
+    assert num_descriptors() == num_before
     assert not [t.name for t in threading.enumerate() if t.name.startswith("packcast-test")]
 
 
@@ -200,7 +200,7 @@ def test_a_helper_has_closed_a_jobs_files_when_it_answers(
             made.enter_context(self)
 
         def send(self, *args: Any) -> int:
-            num_open.append(len(os.listdir("/proc/self/fd")))
+            num_open.append(num_descriptors())
             return super().send(*args)
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -216,7 +216,7 @@ def test_a_helper_has_closed_a_jobs_files_when_it_answers(
         monkeypatch.setattr(hand, "PARENTS_SIGNALS", ())
         monkeypatch.setattr(sys, "argv", ["-c", *map(str, given)])
         monkeypatch.setattr(socket, "socket", Watched)
-        num_before = len(os.listdir("/proc/self/fd"))
+        num_before = num_descriptors()
         hand.main()
         ticket, outcome = hand.unpack_outcome(answers.recv(1000))
     assert (ticket, outcome.good) == (7, True)

@@ -29,7 +29,7 @@ from packcast.packed.counters import Counters
 from packcast.packed.lanes import Mark
 from packcast.packed.plan import BLOCK, PAGE, Chunk, Extent, slot_nbytes, trailer_nbytes
 from packcast.packed.ring import Ring
-from tests.helpers.processes import helpers_of
+from tests.helpers.processes import helpers_of, num_descriptors
 from tests.helpers.waiting import Waiter
 
 CPU = torch.device("cpu")
@@ -174,7 +174,7 @@ def test_staging_is_given_back_where_not_every_helper_can_be_started(
     fault: Callable[[], Exception], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     staging, start = staged(2), hands._start
-    num_before = len(os.listdir("/proc/self/fd"))
+    num_before = num_descriptors()
 
     def start_two(*args: Any) -> subprocess.Popen[bytes]:
         if len(helpers_of(os.getpid())) == 2:
@@ -185,7 +185,7 @@ def test_staging_is_given_back_where_not_every_helper_can_be_started(
     with pytest.raises(kind):
         make_hands(Buffers(make_ring(), BLOCK, 0, b"tag", helpers=True), staging, 3, "test")
     assert staging.arena.fd == -1
-    assert len(os.listdir("/proc/self/fd")) == num_before - 1
+    assert num_descriptors() == num_before - 1
     assert helpers_of(os.getpid()) == []
 
 

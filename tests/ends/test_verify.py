@@ -17,6 +17,7 @@ from packcast.ends.verify import VerifySink
 from packcast.errors import CheckpointError
 from tests.ends import sinks
 from tests.ends.sinks import in_threads, put
+from tests.helpers.processes import num_descriptors
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -248,7 +249,7 @@ def test_a_file_that_cannot_be_read_is_an_error_and_not_a_difference(
 
 
 def test_after_abort_puts_are_dropped_and_no_descriptor_stays_open(sent: Path, here: Path) -> None:
-    num_before = len(os.listdir("/proc/self/fd"))
+    num_before = num_descriptors()
     sink = VerifySink(open_checkpoint(here), specs(open_checkpoint(sent)))
     sink.prepare()
     put(sink, 0, 0, memoryview(b"{}"))
@@ -256,7 +257,7 @@ def test_after_abort_puts_are_dropped_and_no_descriptor_stays_open(sent: Path, h
     sink.abort()
     put(sink, 0, 0, memoryview(b"!!"))
     assert sink.difference is None
-    assert len(os.listdir("/proc/self/fd")) == num_before
+    assert num_descriptors() == num_before
 
 
 def test_a_difference_in_the_last_byte_of_many_pieces_is_found(

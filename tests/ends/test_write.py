@@ -30,6 +30,7 @@ from tests.ends.sinks import (
     write_tree,
 )
 from tests.helpers.disks import small_tmpfs
+from tests.helpers.processes import num_descriptors
 
 IS_ROOT = os.geteuid() == 0
 
@@ -135,15 +136,15 @@ def test_an_empty_offer_and_an_offer_of_empty_files_are_copies_too(tmp_path: Pat
 def test_more_files_than_may_be_open_at_once(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(descriptors, "MAX_OPEN_FILES", 8)
     content = {f"f{index:03}.bin": b"%d" % index * 100 for index in range(200)}
-    num_before = len(os.listdir("/proc/self/fd"))
+    num_before = num_descriptors()
     sink = sink_for(tmp_path / "out", content)
     sink.prepare()
-    assert len(os.listdir("/proc/self/fd")) <= num_before + 8 + 3
+    assert num_descriptors() <= num_before + 8 + 3
     put_all(sink, content, step=50)
     sink.finish()
     sink.publish()
     assert tree(tmp_path / "out") == content
-    assert len(os.listdir("/proc/self/fd")) == num_before
+    assert num_descriptors() == num_before
 
 
 def test_a_low_soft_limit_of_open_files_is_raised(tmp_path: Path) -> None:

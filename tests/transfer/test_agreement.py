@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from packcast.transfer.agreement import (
 )
 from packcast.transfer.offer import Offer, Sample, Selection
 from tests.helpers.checkpoints import sharded, write_safetensors
+from tests.helpers.processes import num_descriptors
 from tests.transfer.offers import member, messages, offer_of
 
 SENDER = member(0)
@@ -59,7 +59,7 @@ def with_samples(files: tuple[OutgoingFile, ...], checkpoint: Checkpoint) -> Off
 
 
 def open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return num_descriptors()
 
 
 def test_ranks_that_see_one_checkpoint_fit_together_whatever_its_path() -> None:
