@@ -5,11 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import random
 import signal
+import sys
 from pathlib import Path
 
-from tests.helpers.commands import Commands
+from tests.helpers.commands import Commands, free_port, slurm_task
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+TINY = ("--size", "4MiB", "--buffer-size", "1MiB", "--num-buffers", "2", "--runs", "1")
 SMALL = ("--size", "8MiB", "--buffer-size", "1MiB,2MiB", "--num-buffers", "2,3", "--runs", "2")
 
 
@@ -58,3 +62,33 @@ def test_ctrl_c_leaves_the_rows_so_far_and_no_files(commands: Commands, tmp_path
     assert found["error"].endswith("interrupted by SIGINT")
     assert f"{len(found['rows'])} of 8 rows were measured" in ended.stdout
     assert list(work.iterdir()) == []
+
+
+def measured_by_three(found_path: Path, work: Path) -> None:
+    found = json.loads(found_path.read_text())
+    assert (found["ok"], found["environment"]["world_size"]) == (True, 3)
+    assert {row["method"] for row in found["rows"]} == {"packcast", "original"}
+    for row in found["rows"]:
+        assert (row["failure"], row["wrong"]) == (None, 0), row
+    assert list(work.iterdir()) == []
+
+
+def test_it_runs_under_torchrun(commands: Commands, tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "r.json"
+    work.mkdir()
+    words = ("--dir", str(work), "--device", "cpu", "--no-limits", "--export-json", str(out))
+    ended = commands.run([*TORCHRUN, "-m", "packcast", "bench", *TINY, *words])
+    assert ended.returncode == 0, ended.stderr
+    measured_by_three(out, work)
+
+
+def test_it_runs_under_slurm(commands: Commands, tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "r.json"
+    work.mkdir()
+    job, port = str(random.randrange(10**6)), str(free_port())
+    words = ("--dir", str(work), "--device", "cpu", "--no-limits", "--export-json", str(out))
+    argv = [sys.executable, "-m", "packcast", "bench", *TINY, *words, "--port", port]
+    for rank in [commands.start(argv, slurm_task(job, rank, 3)) for rank in range(3)]:
+        ended = rank.wait()
+        assert ended.returncode == 0, ended.stderr
+    measured_by_three(out, work)

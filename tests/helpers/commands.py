@@ -325,6 +325,19 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+def slurm_task(job: str, rank: int, world_size: int) -> dict[str, str]:
+    """What Slurm sets for a task of a step on this host alone, of what packcast reads."""
+    return {
+        "SLURM_JOB_ID": job,
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": str(world_size),
+        "SLURM_NTASKS": str(world_size),
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+    }
+
+
 def free_port() -> int:
     """A port of loopback that nobody listens on now."""
     with socket.create_server(("127.0.0.1", 0)) as server:

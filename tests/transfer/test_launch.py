@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.checkpoints import same_tree
-from tests.helpers.commands import Commands, free_port
+from tests.helpers.commands import Commands, free_port, slurm_task
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PACKCAST = (sys.executable, "-m", "packcast")
@@ -114,15 +114,7 @@ def test_launch_slurm(commands: Commands, real_checkpoint: Path, tmp_path: Path)
                 *(*PACKCAST, "send", str(real_checkpoint), "--port", str(port)),
                 *("--out", f"{tmp_path}/copy-{{rank}}"),
             ],
-            {
-                "SLURM_JOB_ID": job,
-                "SLURM_STEP_ID": "0",
-                "SLURM_STEP_NODELIST": "localhost",
-                "SLURM_STEP_TASKS_PER_NODE": "3",
-                "SLURM_NTASKS": "3",
-                "SLURM_PROCID": str(rank),
-                "SLURM_LOCALID": str(rank),
-            },
+            slurm_task(job, rank, 3),
         )
         for port in [free_port()]
         for rank in range(3)
