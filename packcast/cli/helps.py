@@ -7,10 +7,16 @@ from packcast.settings import (
     DEFAULT_JOIN_TIMEOUT_S,
     DEFAULT_STAGING,
     DEFAULT_STALL_TIMEOUT_S,
+    MAX_FITTING_SIZE,
+    MIN_FITTING_SIZE,
 )
 from packcast.units import format_exact_size
 
 # As they are typed, so that --help shows them so.
+BUFFER_SIZE = (
+    f"{format_exact_size(MIN_FITTING_SIZE)} to {format_exact_size(MAX_FITTING_SIZE)},"
+    " by the checkpoint's size"
+)
 STAGING = format_exact_size(DEFAULT_STAGING)
 JOIN_TIMEOUT = f"{DEFAULT_JOIN_TIMEOUT_S / 60:g}min"
 HEARTBEAT_TIMEOUT = f"{DEFAULT_HEARTBEAT_TIMEOUT_S:g}s"

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from packcast.cli.helps import BUFFER_SIZE
+
 ProgressMode = Literal["auto", "rich", "plain", "none"]
 
 DESTINATION = "Destination"
@@ -212,8 +214,7 @@ BufferSize = Annotated[
         "--buffer-size",
         metavar="SIZE",
         panel=TUNING,
-        help="Most bytes in one broadcast; a multiple of 1MiB."
-        " \\[default: 16MiB to 64MiB, by the checkpoint's size]",
+        help=f"Most bytes in one broadcast; a multiple of 1MiB. \\[default: {BUFFER_SIZE}]",
     ),
 ]
 NumBuffers = Annotated[

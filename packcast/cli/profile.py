@@ -17,7 +17,7 @@ from packcast.bench.targets import replace_file
 from packcast.cli.settings import Buffers
 from packcast.errors import DestinationError, UsageError
 from packcast.group.devices import has_gpu_driver
-from packcast.packed.plan import check_buffers, check_staging
+from packcast.packed.plan import check_ring
 from packcast.units import format_exact_size
 
 SCHEMA = 1
@@ -102,8 +102,7 @@ def profiled(
         found = load_profile(path, backend_expected(backend, device))
         if found is None:
             return ring
-        check_buffers(found.buffer_size, found.num_buffers)
-        check_staging(found.buffer_size, ring["staging"])
+        check_ring(found.buffer_size, found.num_buffers, ring["staging"])
     except FileNotFoundError:
         if given and say:
             say(f"packcast: warning: --profile: {path} does not exist; the defaults are used")

@@ -13,9 +13,8 @@ from typing import TypedDict, TypeVar
 from packcast.errors import UsageError
 from packcast.group import asking
 from packcast.group.launch import Launch
-from packcast.packed.plan import check_buffers, check_staging
+from packcast.packed.plan import check_ring
 from packcast.settings import (
-    MAX_FITTING_SIZE,
     MAX_TOKEN_NBYTES,
     PLACEHOLDERS,
     Settings,
@@ -76,8 +75,7 @@ def buffers(buffer_size: str | None, num_buffers: int, staging: str) -> Buffers:
     """The ring and the staging, if such a ring can be built."""
     nbytes = None if buffer_size is None else size("--buffer-size", buffer_size)
     pinned = size("--staging", staging)
-    check_buffers(nbytes or MAX_FITTING_SIZE, num_buffers)
-    check_staging(nbytes or MAX_FITTING_SIZE, pinned)
+    check_ring(nbytes, num_buffers, pinned)
     return Buffers(buffer_size=nbytes, num_buffers=num_buffers, staging=pinned)
 
 

@@ -265,7 +265,7 @@ class _Packer:
 def _join(parts: tuple[torch.Tensor, ...], memory: torch.Tensor) -> None:
     """Contiguous parts, one after the other, as bytes; without a view of each where they are alike,
     since views take longer than the rest of it."""
-    looks = {(part.dtype, part.shape[1:]) for part in parts if memory.is_cuda}
+    looks = {(part.dtype, part.shape[1:]) for part in parts} if memory.is_cuda else set()
     if len(looks) == 1 and (look := looks.pop())[0] in _COPIED_AS_BYTES:
         dtype, shape = look
         torch.cat(parts, out=memory.view(dtype).view(-1, *shape))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import xxhash
 
 from packcast.errors import UsageError
+from packcast.settings import MAX_FITTING_SIZE
 from packcast.units import MIB, format_exact_size
 
 BLOCK = MIB  # the unit of digests, at multiples of itself in a file
@@ -114,6 +115,13 @@ def check_staging(buffer_size: int, staging_nbytes: int) -> None:
             f" buffers of {format_exact_size(buffer_size)} need",
             hint=f"try --staging {enough}, or smaller buffers",
         )
+
+
+def check_ring(buffer_size: int | None, num_buffers: int, staging_nbytes: int) -> None:
+    """Raise UsageError unless ring and staging could be; None is whatever fits a checkpoint."""
+    largest = MAX_FITTING_SIZE if buffer_size is None else buffer_size
+    check_buffers(largest, num_buffers)
+    check_staging(largest, staging_nbytes)
 
 
 def max_blocks(buffer_size: int) -> int:

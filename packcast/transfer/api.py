@@ -18,7 +18,7 @@ from packcast.ends.shelf import GivenTensors, NewTensors, Shelf
 from packcast.errors import UsageError, error_from_code
 from packcast.group import asking
 from packcast.group.launch import detect_launch
-from packcast.packed.plan import check_buffers, check_staging
+from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import (
     DEFAULT_HEARTBEAT_TIMEOUT_S,
@@ -26,7 +26,6 @@ from packcast.settings import (
     DEFAULT_NUM_BUFFERS,
     DEFAULT_STAGING,
     DEFAULT_STALL_TIMEOUT_S,
-    MAX_FITTING_SIZE,
     MAX_TOKEN_NBYTES,
     Backend,
     Settings,
@@ -114,8 +113,7 @@ def send_checkpoint(
     sink, target = _file_target(out, verify)
     if buffer_size is not None:
         check_size("buffer_size", buffer_size)
-    check_buffers(buffer_size or MAX_FITTING_SIZE, num_buffers)
-    check_staging(buffer_size or MAX_FITTING_SIZE, check_size("staging", staging))
+    check_ring(buffer_size, num_buffers, check_size("staging", staging))
     if not (readers == "all" or (isinstance(readers, int) and readers > 0)):
         raise UsageError(f"readers: {readers!r} is neither a count nor 'all'")
     if workers is not None and workers < 1:

@@ -15,14 +15,7 @@ from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.reading import shown
 from packcast.errors import PackcastError, TransferError
-from packcast.packed.plan import (
-    BLOCK,
-    TURN,
-    Chunk,
-    check_buffers,
-    plan_chunks,
-    plan_digest,
-)
+from packcast.packed.plan import BLOCK, TURN, Chunk, check_buffers, plan_chunks, plan_digest
 
 MAX_FILES = 100_000
 MAX_NBYTES = 1 << 46

@@ -24,9 +24,9 @@ from packcast.group.line import Line
 from packcast.group.member import Member
 from packcast.group.processgroup import interface_of
 from packcast.group.store import connect_store, serve_store
-from packcast.packed.plan import check_buffers, check_staging
+from packcast.packed.plan import check_ring
 from packcast.report import Report
-from packcast.settings import MAX_FITTING_SIZE, Settings, fill_in
+from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import make_offers, same_files_as_offered
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
@@ -67,8 +67,7 @@ def run(
     the transfers of one launch, alike on all ranks. A worker with `make_shelf` receives tensors.
     """
     if settings.command == "send":
-        check_buffers(settings.buffer_size or MAX_FITTING_SIZE, settings.num_buffers)
-        check_staging(settings.buffer_size or MAX_FITTING_SIZE, settings.staging)
+        check_ring(settings.buffer_size, settings.num_buffers, settings.staging)
     view.phase("join")
     seat = take_seat(settings, view, leaver, call=call)
     leaver.on_leave(lambda: seat.channel.abort(leaver.error or TransferError("it left")))
