@@ -6,6 +6,8 @@ Made and dropped between series, never while a run is timed.
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +24,17 @@ from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
 from packcast.ends.shelf import torch_dtype
 from packcast.ends.source import FileReader
-from packcast.errors import CheckpointError, DestinationError, PackcastError, UsageError
+from packcast.errors import (
+    CheckpointError,
+    DestinationError,
+    PackcastError,
+    TransferError,
+    UsageError,
+)
 from packcast.packed.layout import TensorSpec
 from packcast.transfer.offer import Offer
+
+_REMOVAL_LIMIT_S = 2.0
 
 
 @dataclass(slots=True)
@@ -45,6 +55,8 @@ class Stock:
     resident: dict[str, torch.Tensor] = field(default_factory=dict)
     blocks: list[bytes] | None = None
     sums: dict[SourceKind, list[int]] = field(default_factory=dict)
+    dropping: threading.Lock = field(default_factory=threading.Lock)
+    is_dropped: bool = False
 
     def check_specs(self) -> None:
         """Raise CheckpointError where torch cannot represent all tensors."""
@@ -74,10 +86,19 @@ class Stock:
 def write_stock(
     stock: Stock, folder: Path, weights: Sequence[Weight], written: Callable[[int], object]
 ) -> None:
-    """Write generated weights; whoever ends the bench removes `stock.folder`."""
-    stock.folder = folder
+    """Write generated weights; whoever ends the bench drops the stock, maybe meanwhile."""
+
+    def go_on(nbytes: int) -> None:
+        if stock.is_dropped:
+            raise TransferError("the bench is over")
+        written(nbytes)
+
     try:
-        write_weights(folder, weights, written)
+        with stock.dropping:  # nothing is made behind its back
+            go_on(0)
+            folder.mkdir(parents=True)
+            stock.folder = folder
+        write_weights(folder, weights, go_on)
     except OSError as error:
         raise DestinationError(f"cannot write {folder}: {error.strerror}") from error
 
@@ -90,8 +111,16 @@ def open_stock(stock: Stock, path: Path) -> None:
 
 def drop_stock(stock: Stock) -> None:
     """Free tensors and remove files that were made for it. Idempotent, from any thread."""
+    with stock.dropping:
+        stock.is_dropped = True
     stock.resident.clear()
-    if stock.folder is not None:
+    if stock.folder is None:
+        return
+    deadline = time.monotonic() + _REMOVAL_LIMIT_S
+    shutil.rmtree(stock.folder, ignore_errors=True)
+    # Threads that are still writing may have made another file in it.
+    while stock.folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
         shutil.rmtree(stock.folder, ignore_errors=True)
 
 

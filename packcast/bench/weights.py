@@ -69,12 +69,11 @@ def in_shards(weights: Sequence[Weight]) -> list[list[Weight]]:
 def write_weights(
     folder: Path, weights: Sequence[Weight], written: Callable[[int], object]
 ) -> None:
-    """Write shards and index into `folder`, which is made; every 1 MiB of them is different.
+    """Write shards and index into `folder`, an empty one; every 1 MiB of them is different.
 
     On disk when this returns. `written(nbytes)` is called now and then, from threads. Raises
     DestinationError where there is no room, OSError for what the file system says.
     """
-    folder.mkdir(parents=True)
     room = os.statvfs(folder)
     needed = needed_nbytes(weights)
     if needed > room.f_bavail * room.f_frsize:

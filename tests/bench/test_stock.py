@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from packcast.bench.stock import Stock, take_offer
+from packcast.bench.stock import Stock, drop_stock, take_offer, write_stock
+from packcast.bench.weights import make_layout
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import FileSpec, outgoing_files
-from packcast.errors import CheckpointError
+from packcast.errors import CheckpointError, DestinationError, TransferError
+from packcast.units import MIB
 from tests.helpers.checkpoints import write_safetensors
+from tests.helpers.waiting import Waiter
 from tests.transfer.offers import offer_of
 
 
@@ -43,3 +48,19 @@ def test_a_dtype_that_torch_has_not_is_the_checkpoints_fault_and_named(tmp_path:
     assert stock.specs_fault is not None
     # Nothing is sent or received with options of a transfer here.
     assert stock.specs_fault.hint is None
+
+
+@pytest.mark.parametrize("attempt", range(20))
+def test_what_is_dropped_while_it_is_written_is_gone_for_good(tmp_path: Path, attempt: int) -> None:
+    """As an interrupt does it, from another thread, and then the process ends at once."""
+    stock, folder = Stock("dense"), tmp_path / "above" / "made"
+    begun = threading.Event()
+    weights = make_layout("dense", 64 * MIB)
+    writing = Waiter(lambda: write_stock(stock, folder, weights, lambda _: begun.set()))
+    begun.wait(attempt % 2 * 20)
+    time.sleep(attempt * 0.002)
+    drop_stock(stock)
+    assert not folder.exists()
+    with pytest.raises((TransferError, DestinationError)):
+        writing.result()
+    assert not folder.exists()

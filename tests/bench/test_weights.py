@@ -48,6 +48,7 @@ def test_shapes_are_what_they_are_called() -> None:
 def test_written_weights_are_a_checkpoint_of_random_blocks(tmp_path: Path) -> None:
     weights = make_layout("moe", 20 * MIB)
     told: list[int] = []
+    (tmp_path / "made").mkdir()
     write_weights(tmp_path / "made", weights, told.append)
     checkpoint = open_checkpoint(tmp_path / "made")
     assert not checkpoint.warnings
@@ -69,6 +70,7 @@ def test_written_weights_are_a_checkpoint_of_random_blocks(tmp_path: Path) -> No
 def test_every_host_makes_the_same_files(tmp_path: Path) -> None:
     weights = make_layout("dense", 6 * MIB)
     for host in ("one", "other"):
+        (tmp_path / host).mkdir()
         write_weights(tmp_path / host, weights, lambda _: None)
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
@@ -76,6 +78,7 @@ def test_every_host_makes_the_same_files(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_are_refused_before_a_byte_is_written(tmp_path: Path) -> None:
     weights = [Weight("far.too.large", (1 << 30, 1 << 20))]
+    (tmp_path / "made").mkdir()
     with pytest.raises(DestinationError, match=r"needed, .* free"):
         write_weights(tmp_path / "made", weights, lambda _: None)
     assert list((tmp_path / "made").iterdir()) == []
