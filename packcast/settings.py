@@ -29,7 +29,7 @@ DEFAULT_JOIN_TIMEOUT_S = 300.0
 DEFAULT_HEARTBEAT_TIMEOUT_S = 3.0
 DEFAULT_STALL_TIMEOUT_S = 600.0
 
-_MANY_BUFFERS = 64
+_ENOUGH_BUFFERS = 4
 _DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d{1,3}")
 
 
@@ -69,10 +69,10 @@ class Settings:
 def fitting_buffer_size(nbytes: int) -> int:
     """The buffer size for a checkpoint of `nbytes` where nobody says one, in bytes.
 
-    Large buffers cost less, each; but there should be many of them, so that all stages are busy.
+    Large buffers cost less, each; but there should be several, so that all stages are busy.
     """
     size = MIN_FITTING_SIZE
-    while size < MAX_FITTING_SIZE and size * _MANY_BUFFERS < nbytes:
+    while size < MAX_FITTING_SIZE and size * _ENOUGH_BUFFERS < nbytes:
         size *= 2
     return size
 
