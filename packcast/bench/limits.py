@@ -8,6 +8,7 @@ this rank.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ from packcast.checkpoint.checkpoint import SourceFile
 from packcast.ends import syscalls
 from packcast.ends.staging import use_device
 from packcast.errors import PackcastError
+from packcast.packed.plan import PAGE, align_up
 from packcast.packed.ring import host_view
 from packcast.units import MIB
 
@@ -59,7 +61,8 @@ def pace_of_read(
 ) -> Pace:
     """Read files into memory, pinned beside a GPU; `share` (2, 4) is every fourth piece from 2.
 
-    For about `budget_s`, from the beginning again if that is not enough; cold files only once.
+    For about `budget_s`, from the beginning again if that is not enough. Cold files are read only
+    once, and past the page cache where the file system can: what the disk gives.
     """
     if share is None:
         start()
@@ -72,13 +75,15 @@ def pace_of_read(
         for index, file in enumerate(files)
         for offset in range(0, file.nbytes, _PIECE_NBYTES)
     ][first::step]
-    descriptors = [os.open(file.path, os.O_RDONLY | os.O_CLOEXEC) for file in files]
+    descriptors = [_open_to_read(file.path, direct=cold) for file in files]
     buffers = [_host_memory(_PIECE_NBYTES, team.device) for _ in range(num_threads)]
     views = [host_view(buffer) for buffer in buffers]
 
     def read(thread: int, piece: tuple[int, int, int]) -> int:
         index, offset, nbytes = piece
-        got = os.preadv(descriptors[index], [views[thread][:nbytes]], offset)
+        # Whole pages: the last one of a file ends before it.
+        view = views[thread][: align_up(nbytes, PAGE)]
+        got = os.preadv(descriptors[index], [view], offset)
         if got != nbytes:
             raise PackcastError(f"{files[index].name} is shorter than it was")
         return got
@@ -229,8 +234,21 @@ def _items(work: Sequence[T], deadline: float | None, *, again: bool) -> Iterato
 
 
 def _host_memory(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Pinned beside a GPU."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    """Whole pages; pinned beside a GPU."""
+    if device.type == "cuda":
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+
+
+def _open_to_read(path: Path, *, direct: bool) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # which file systems say that cannot
+                raise
+    return os.open(path, flags)
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
