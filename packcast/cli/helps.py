@@ -28,7 +28,7 @@ SEND_HELP = """Send a checkpoint to every worker.
 
 In a single launch (torchrun, Slurm, --nproc) every rank runs this command: \
 the lowest rank sends; the others write to --out, compare with --verify, \
-or, with neither, check digests and drop the bytes."""
+or, with neither, check what comes and drop it."""
 RECV_HELP = """Receive a checkpoint: write it, compare it with a local one, or drop it.
 
 Without a launcher, HOST:PORT is where `packcast send --workers N` listens. \

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 
@@ -16,7 +17,7 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.digests import BlockDigests
 from packcast.ends.hands import CLOSE_LIMIT_S, join_all
 from packcast.ends.staging import Buffers, use_device
-from packcast.ends.tensors import Part, TensorSink
+from packcast.ends.tensors import Part
 from packcast.errors import PackcastError, TransferError, as_packcast_error
 from packcast.packed.counters import Stage
 from packcast.packed.lanes import Mark
@@ -38,15 +39,38 @@ class _Arrival:
     mark: Mark
 
 
+class DeviceSink(Protocol):
+    """Where bytes go that stay on the device: tensors, or nowhere."""
+
+    @property
+    def stage(self) -> Stage:
+        """The name under which its work is counted."""
+
+    def parts_of(self, file: int, offset: int, nbytes: int) -> Sequence[Part]:
+        """Which tensors' bytes a run holds; the loop's thread."""
+
+    def landed(self, parts: Sequence[Part]) -> None:
+        """These are proven, and in the tensors' memory; another thread."""
+
+
 class DeviceLanding:
     """Takes chunks out of slots into the tensors of `sink`, copying from device to device.
 
     The root has to send sums (packed/sums.py): they prove the way from its GPU's slot, and the
     file digests are what the root took of the bytes that it read. At most 16 chunks are ahead of
-    their proof. Works on a CPU's ring too.
+    their proof. A damaged chunk ends it; a `tolerant` one goes on, and has no digests of it.
+    Works on a CPU's ring too.
     """
 
-    def __init__(self, sink: TensorSink, files: Sequence[FileSpec], buffers: Buffers) -> None:
+    def __init__(
+        self,
+        sink: DeviceSink,
+        files: Sequence[FileSpec],
+        buffers: Buffers,
+        *,
+        tolerant: bool = False,
+    ) -> None:
+        self._tolerant = tolerant
         self.digests = BlockDigests([spec.nbytes for spec in files])
         self._sink = sink
         self._files = files
@@ -91,7 +115,7 @@ class DeviceLanding:
             found = self._sums.of(slot.memory, chunk.nbytes).view(1).view(torch.uint8)
             page[nbytes : nbytes + SUM_NBYTES].copy_(found, non_blocking=True)
             slot.drained = mark = ring.drain.mark()
-        ring.clock.span("unpack", chunk.index, chunk.nbytes, begin, mark)
+        ring.clock.span(self.stage, chunk.index, chunk.nbytes, begin, mark)
         self._queue.put(_Arrival(chunk, parts, page, mark))
         self._counters.newest = chunk.extents[-1]
 
@@ -141,7 +165,18 @@ class DeviceLanding:
                 self._free.put(arrival.page)
 
     def _prove(self, arrival: _Arrival) -> None:
-        chunk, page = arrival.chunk, host_view(arrival.page)
+        try:
+            digests = self._proven_digests(arrival.chunk, host_view(arrival.page))
+        except TransferError:
+            if not self._tolerant:
+                raise
+            return
+        for extent in arrival.chunk.extents:
+            size = num_blocks(extent.nbytes) * DIGEST_NBYTES
+            self.digests.record(extent, digests[:size])
+            digests = digests[size:]
+
+    def _proven_digests(self, chunk: Chunk, page: memoryview) -> bytes:
         blocks = sum(num_blocks(extent.nbytes) for extent in chunk.extents)
         digests = read_trailer(page, self._tag, chunk, blocks)
         found = bytes(page[chunk.trailer_nbytes : chunk.trailer_nbytes + SUM_NBYTES])
@@ -151,7 +186,4 @@ class DeviceLanding:
                 f"{self._files[first.file].name}: bytes from {first.offset} were damaged on the"
                 f" way, chunk {chunk.index}"
             )
-        for extent in chunk.extents:
-            size = num_blocks(extent.nbytes) * DIGEST_NBYTES
-            self.digests.record(extent, digests[:size])
-            digests = digests[size:]
+        return digests

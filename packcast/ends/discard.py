@@ -1,18 +1,21 @@
-"""The sink of a worker that only proves digests: every byte is dropped.
+"""The sink of a worker that only proves what comes: every byte is dropped.
 
 Knows no files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
+from packcast.ends.tensors import Part
 from packcast.ends.work import Outcome, Span, Task
 from packcast.packed.plan import Extent
 
 
 class DiscardSink:
-    """Takes runs that are already proven by their digests, and forgets them."""
+    """Takes runs that are already proven, and forgets them: by their digests on a CPU, by sums
+    beside a GPU, where they need not come to the host for that (see DeviceLanding)."""
 
     stage: Final = "discard"
     task: Final = Task.CHECK
@@ -31,6 +34,13 @@ class DiscardSink:
         self, extent: Extent, spans: tuple[Span, ...], data: memoryview, outcome: Outcome
     ) -> None:
         """Drop `data`."""
+
+    def parts_of(self, file: int, offset: int, nbytes: int) -> Sequence[Part]:
+        """Its bytes go nowhere on the device either."""
+        return ()
+
+    def landed(self, parts: Sequence[Part]) -> None:
+        """There is none to take."""
 
     def finish(self) -> None:
         """Nothing to make durable."""

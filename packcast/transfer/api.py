@@ -78,7 +78,7 @@ def send_checkpoint(
     The group is that of torchrun or Slurm, by this process's environment; every rank of it calls
     this or `receive_checkpoint`, equally often. The lowest rank that calls this is the sender;
     other ranks that do are workers: they write to `out` (with {rank}, {local_rank} and {host}
-    filled in), compare with `verify`, or with neither check digests and drop the bytes. Without a
+    filled in), compare with `verify`, or with neither check what comes and drop it. Without a
     launcher the sender waits for `workers` receivers at `listen`, a host and a port; all need one
     `token`, here or in PACKCAST_TOKEN.
 
@@ -191,7 +191,7 @@ def receive_checkpoint(
     - `on_tensor(name, tensor)`: called once for every tensor of every shard, in no certain order,
       with the whole tensor on this rank's device (a GPU, or the CPU over gloo), of the header's
       dtype and shape. It is the caller's own from then on.
-    - `discard`: digests are checked, the bytes dropped.
+    - `discard`: what comes is checked and dropped.
 
         from packcast import receive_checkpoint
 

@@ -11,6 +11,8 @@ import torch
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
 from packcast.ends.device_landing import DeviceLanding
+from packcast.ends.digests import BlockDigests
+from packcast.ends.discard import DiscardSink
 from packcast.ends.shelf import NewTensors
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
@@ -19,9 +21,10 @@ from packcast.ends.tensors import TensorSink
 from packcast.errors import TransferError
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import PAGE, plan_chunks, slot_nbytes
+from packcast.packed.plan import DIGEST_NBYTES, PAGE, plan_chunks, slot_nbytes
 from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
+from tests.ends.sinks import digests_of
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.dtypes import every_torch_dtype
 from tests.helpers.ranks import run_ranks
@@ -57,14 +60,16 @@ def send(
     num_buffers: int = 2,
     spoil: Callable[[int, torch.Tensor], object] = lambda rank, tensor: None,
     with_sums: bool = True,
-) -> tuple[list[Kept], list[list[str]]]:
-    """What each worker was given, and its file digests; the first ranks only read."""
+    dropped: bool = False,
+    tolerant: bool = False,
+) -> tuple[list[Kept], list[BlockDigests]]:
+    """What each worker was given, and its digests; the first ranks only read."""
     checkpoint = open_checkpoint(path)
     files = outgoing_files(checkpoint)
     specs = [file.spec for file in files]
     chunks = plan_chunks([spec.nbytes for spec in specs], buffer_size, range(readers))
 
-    def rank_body(rank: int, broadcast: Broadcast) -> tuple[Kept, list[str]]:
+    def rank_body(rank: int, broadcast: Broadcast) -> tuple[Kept, BlockDigests]:
         ring = Ring(torch.device("cpu"), slot_nbytes(buffer_size), num_buffers, Counters())
         buffers = Buffers(ring, buffer_size, 0, TAG)
         source = drain = None
@@ -74,16 +79,17 @@ def send(
             reading = FileSource(mine, FileReader(files, checkpoint.files), buffers, num_hands=2)
             source = Summed(reading, buffers) if with_sums else reading
         else:
-            sink = TensorSink(specs, NewTensors(ring.device, kept))
+            tensors = TensorSink(specs, NewTensors(ring.device, kept))
+            sink = DiscardSink() if dropped else tensors
             sink.prepare()
-            drain = DeviceLanding(sink, specs, buffers)
+            drain = DeviceLanding(sink, specs, buffers, tolerant=tolerant)
 
         def spoiled(tensor: torch.Tensor, root: int) -> None:
             broadcast(tensor, root)
             spoil(rank, tensor)
 
         run_pipeline(chunks, rank=rank, ring=ring, broadcast=spoiled, source=source, drain=drain)
-        return kept, drain.digests.of_files() if drain else []
+        return kept, drain.digests if drain else BlockDigests([])
 
     outcomes = run_ranks(readers + workers, rank_body, 30)[readers:]
     return [kept for kept, _ in outcomes], [digests for _, digests in outcomes]
@@ -116,7 +122,7 @@ def test_every_tensor_is_given_once_with_the_files_bytes(
             for name, tensor in given.tensors
         ]
         assert sorted(got) == sorted(want)
-    assert all(found == digests[0] for found in digests)
+    assert all(found.of_files() == digests[0].of_files() for found in digests)
 
 
 def flip(byte: int, bit: int, chunk: int) -> Callable[[int, torch.Tensor], None]:
@@ -149,6 +155,29 @@ def test_damage_on_the_way_is_found_before_the_tensor_is_given(
     write_safetensors(tmp_path / "m.safetensors", {"w": ("U8", (nbytes,))})
     with pytest.raises(TransferError, match=says):
         send(tmp_path, spoil=spoil)
+
+
+def test_what_is_dropped_is_proven_all_the_same(tmp_path: Path) -> None:
+    sharded(tmp_path / "c", 2, 3 * MIB)
+    _, (found,) = send(tmp_path / "c", dropped=True)
+    assert found.of_blocks() == [
+        digests_of(file.path.read_bytes()) for file in open_checkpoint(tmp_path / "c").files
+    ]
+    write_safetensors(tmp_path / "m.safetensors", {"w": ("U8", (3_000_000,))})
+    with pytest.raises(TransferError, match="bytes from 2097152 were damaged"):
+        send(tmp_path / "m.safetensors", dropped=True, spoil=flip(3, 1, chunk=2))
+
+
+@pytest.mark.parametrize("byte", [500_001, 8 - PAGE])
+def test_a_tolerant_one_goes_on_without_the_digests_of_the_damaged_chunk(
+    tmp_path: Path, byte: int
+) -> None:
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {"w": ("U8", (3_000_000,))})
+    _, (found,) = send(path, dropped=True, tolerant=True, spoil=flip(byte, 1, chunk=1))
+    whole, none = digests_of(path.read_bytes()), bytes(DIGEST_NBYTES)
+    (got,) = found.of_blocks()
+    assert got == whole[:DIGEST_NBYTES] + none + whole[2 * DIGEST_NBYTES :]
 
 
 def test_a_chunk_without_a_sum_is_not_believed(tmp_path: Path) -> None:
