@@ -107,11 +107,12 @@ class FileCase:
         self._mover = Mover(
             offer, chunks, job.run_id, reader=reader, sink=self._sink, tolerant=job.checked
         )
-        if case.sink == "land" and job.team.device.type == "cuda":
+        if case.sink in ("land", "discard") and job.team.device.type == "cuda":
             self._mover.prove_by_sums()
 
     def connect(self) -> None:
-        """The group is there."""
+        """The group is there, and so are the helpers: a transfer has them before its group."""
+        self._made().await_ready()
 
     def warm(self) -> None:
         """A transfer's first pass is its only one."""

@@ -11,6 +11,8 @@ import signal
 import socket
 import struct
 import sys
+import threading
+from collections import deque
 from collections.abc import Sequence
 
 from packcast.ends.work import Failure, Job, Outcome, Span, Task, perform
@@ -24,110 +26,189 @@ MAX_DESCRIPTORS = 200  # the kernel's limit is 253 (SCM_MAX_FD)
 # to whom; when it goes, its helpers do.
 PARENTS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
-_JOB = struct.Struct("<QQQIB3x")  # ticket, where in memory, nbytes, spans, task
+_BATCH = struct.Struct("<QI4x")  # ticket, jobs or outcomes
+_JOB = struct.Struct("<QQIIB7x")  # where in memory, nbytes, spans, bytes of digests, task
 _SPAN = struct.Struct("<QQQI4x")  # offset, at, nbytes, which of the descriptors
-# ticket, seconds, damaged block, failed span, errno, its offset, differences
-_OUTCOME = struct.Struct("<QdqiiQI4x")
+# seconds, bytes that follow, damaged block, failed span, errno, its offset, differences
+_OUTCOME = struct.Struct("<dIqiiQI")
 _DIFFERENCE = struct.Struct("<QI4x")  # the byte, the span
 _NONE = -1
+HELLO = (1 << 64) - 1  # in the place of a ticket: the helper is ready
 _BUG = -2  # in the place of the damaged block: the rest is a sentence
+_MAX_SENTENCE_NBYTES = 400  # those of a batch have to fit into one message
 
 # A parent that is gone is noticed by end of file, unless a child that it forked meanwhile still
 # holds its end of the socket: hence a look every second.
 _PARENT_CHECK_S = 1
 
 
-def pack_job(ticket: int, begin: int, job: Job) -> tuple[bytes, list[int]]:
-    """The message and the descriptors that travel with it; `begin` is the memory's place."""
-    descriptors: list[int] = []
-    spans = bytearray()
-    for span in job.spans:
-        if not descriptors or span.fd != descriptors[-1]:
-            descriptors.append(span.fd)
-        spans += _SPAN.pack(span.offset, span.at, span.nbytes, len(descriptors) - 1)
-    head = _JOB.pack(ticket, begin, job.nbytes, len(job.spans), job.task)
-    return b"".join((head, spans, job.digests)), descriptors
+def pack_jobs(ticket: int, jobs: Sequence[tuple[int, Job]]) -> tuple[bytes, list[int]]:
+    """The message for jobs and where their memory begins, and the descriptors it travels with."""
+    which: dict[int, int] = {}
+    message = bytearray(_BATCH.pack(ticket, len(jobs)))
+    for begin, job in jobs:
+        message += _JOB.pack(begin, job.nbytes, len(job.spans), len(job.digests), job.task)
+        for span in job.spans:
+            index = which.setdefault(span.fd, len(which))
+            message += _SPAN.pack(span.offset, span.at, span.nbytes, index)
+        message += job.digests
+    return bytes(message), list(which)
 
 
-def unpack_job(message: bytes, descriptors: Sequence[int]) -> tuple[int, int, Job]:
-    """What `pack_job` was given, with the descriptors as they are called here."""
-    ticket, begin, nbytes, num_spans, task = _JOB.unpack_from(message)
-    end = _JOB.size + num_spans * _SPAN.size
-    spans = tuple(
-        Span(descriptors[which], offset, at, span_nbytes)
-        for offset, at, span_nbytes, which in _SPAN.iter_unpack(message[_JOB.size : end])
-    )
-    return ticket, begin, Job(Task(task), nbytes, spans, message[end:])
+def unpack_jobs(message: bytes, descriptors: Sequence[int]) -> tuple[int, list[tuple[int, Job]]]:
+    """What `pack_jobs` was given, with the descriptors as they are called here."""
+    ticket, num_jobs = _BATCH.unpack_from(message)
+    jobs, at = [], _BATCH.size
+    for _ in range(num_jobs):
+        begin, nbytes, num_spans, digest_nbytes, task = _JOB.unpack_from(message, at)
+        at += _JOB.size
+        end = at + num_spans * _SPAN.size
+        spans = tuple(
+            Span(descriptors[which], offset, span_at, span_nbytes)
+            for offset, span_at, span_nbytes, which in _SPAN.iter_unpack(message[at:end])
+        )
+        at = end + digest_nbytes
+        jobs.append((begin, Job(Task(task), nbytes, spans, message[end:at])))
+    return ticket, jobs
 
 
-def pack_outcome(ticket: int, outcome: Outcome) -> bytes:
-    """The answer to a job."""
-    failure = outcome.failure or Failure(_NONE, 0, 0)
-    damaged, rest = outcome.damaged_block, outcome.digests
-    if outcome.error is not None:
-        damaged, rest = _BUG, outcome.error.message.encode()[:4096]
-    head = _OUTCOME.pack(
-        ticket,
-        outcome.seconds,
-        _NONE if damaged is None else damaged,
-        failure.span,
-        failure.errno,
-        failure.offset,
-        len(outcome.differences),
-    )
-    differences = (_DIFFERENCE.pack(at, span) for span, at in outcome.differences)
-    return b"".join((head, *differences, rest))
+def pack_outcomes(ticket: int, outcomes: Sequence[Outcome]) -> bytes:
+    """The answer to a batch of jobs."""
+    message = bytearray(_BATCH.pack(ticket, len(outcomes)))
+    for outcome in outcomes:
+        failure = outcome.failure or Failure(_NONE, 0, 0)
+        damaged, rest = outcome.damaged_block, outcome.digests
+        if outcome.error is not None:
+            damaged, rest = _BUG, outcome.error.message.encode()[:_MAX_SENTENCE_NBYTES]
+        message += _OUTCOME.pack(
+            outcome.seconds,
+            len(rest),
+            _NONE if damaged is None else damaged,
+            failure.span,
+            failure.errno,
+            failure.offset,
+            len(outcome.differences),
+        )
+        for span, where in outcome.differences:
+            message += _DIFFERENCE.pack(where, span)
+        message += rest
+    return bytes(message)
 
 
-def unpack_outcome(message: bytes) -> tuple[int, Outcome]:
-    """The job's ticket, and what came of it."""
-    ticket, seconds, damaged, span, code, offset, num_found = _OUTCOME.unpack_from(message)
-    end = _OUTCOME.size + num_found * _DIFFERENCE.size
+def unpack_outcomes(message: bytes) -> tuple[int, list[Outcome]]:
+    """The batch's ticket, and what came of its jobs."""
+    ticket, num_jobs = _BATCH.unpack_from(message)
+    outcomes, at = [], _BATCH.size
+    for _ in range(num_jobs):
+        head = _OUTCOME.unpack_from(message, at)
+        at += _OUTCOME.size
+        end = at + head[-1] * _DIFFERENCE.size
+        found = tuple((span, where) for where, span in _DIFFERENCE.iter_unpack(message[at:end]))
+        at = end + head[1]
+        outcomes.append(_outcome_of(head, found, message[end:at]))
+    return ticket, outcomes
+
+
+def _outcome_of(
+    head: tuple[float, int, int, int, int, int, int],
+    differences: tuple[tuple[int, int], ...],
+    rest: bytes,
+) -> Outcome:
+    seconds, _, damaged, span, code, offset, _ = head
     if damaged == _BUG:
-        return ticket, Outcome(seconds, error=PackcastError(message[end:].decode(errors="replace")))
-    if damaged == _NONE and span == _NONE and not num_found:  # nearly always
-        return ticket, Outcome(seconds, message[end:])
-    return ticket, Outcome(
+        return Outcome(seconds, error=PackcastError(rest.decode(errors="replace")))
+    return Outcome(
         seconds,
-        message[end:],
+        rest,
         None if damaged == _NONE else damaged,
         None if span == _NONE else Failure(span, offset, code),
-        tuple((which, at) for at, which in _DIFFERENCE.iter_unpack(message[_OUTCOME.size : end])),
+        differences,
     )
+
+
+class _Batch:
+    """The jobs of one message, shared by the helper's threads; the last one done answers."""
+
+    def __init__(self, message: bytes, descriptors: Sequence[int]) -> None:
+        self._descriptors = descriptors
+        self.ticket, self.jobs = unpack_jobs(message, descriptors)
+        self._outcomes = [Outcome()] * len(self.jobs)
+        self._num_left = len(self.jobs)
+        self._lock = threading.Lock()
+
+    def do(self, index: int, memory: memoryview) -> bytes | None:
+        """Do one of the jobs; the answer to all, if it was the last."""
+        begin, job = self.jobs[index]
+        try:
+            outcome = perform(job, memory[begin : begin + job.nbytes])
+        except Exception as error:
+            outcome = Outcome(error=PackcastError(f"a helper process failed: {error!r}"))
+        with self._lock:
+            self._outcomes[index] = outcome
+            self._num_left -= 1
+            if self._num_left:
+                return None
+        # Before the answer: NFS keeps a removed file's name for as long as anybody has it open,
+        # and who hears of the last job may remove what was written at once.
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        return pack_outcomes(self.ticket, self._outcomes)
+
+
+class _Helper:
+    """Threads that take jobs one by one from the newest message, and the next when it has none."""
+
+    def __init__(self, parent: int, jobs_fd: int, replies_fd: int, memory_fd: int) -> None:
+        self._parent = parent
+        # Every page now: faults in the middle of a read would make its first round three times
+        # as slow.
+        mapped = mmap.MAP_SHARED | mmap.MAP_POPULATE
+        nbytes = os.fstat(memory_fd).st_size
+        self._memory = memoryview(mmap.mmap(memory_fd, nbytes, flags=mapped))
+        self._jobs = socket.socket(fileno=jobs_fd)
+        self._replies = socket.socket(fileno=replies_fd)
+        timeout = struct.pack("@ll", _PARENT_CHECK_S, 0)
+        self._jobs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        self._waiting: deque[tuple[_Batch, int]] = deque()
+        self._lock = threading.Lock()
+        self._replies.send(pack_outcomes(HELLO, ()))
+
+    def work(self) -> None:
+        """Until the parent has gone or wants no more; several threads at once."""
+        while True:
+            with self._lock:
+                if not self._waiting and not self._receive():
+                    return
+                batch, index = self._waiting.popleft()
+            answer = batch.do(index, self._memory)
+            if answer is not None:
+                try:
+                    self._replies.send(answer)
+                except OSError:  # nobody waits for it any more
+                    return
+
+    def _receive(self) -> bool:
+        while os.getppid() == self._parent:
+            try:
+                message, descriptors, _, _ = socket.recv_fds(
+                    self._jobs, MAX_MESSAGE_NBYTES, MAX_DESCRIPTORS
+                )
+            except BlockingIOError:
+                continue
+            if not message:
+                return False
+            batch = _Batch(message, descriptors)
+            self._waiting.extend((batch, index) for index in range(len(batch.jobs)))
+            return True
+        return False
 
 
 def main() -> None:
-    """The helper's life: `PARENT_PID JOBS REPLIES MEMORY`, the last three open descriptors."""
-    parent, jobs_fd, replies_fd, memory_fd = map(int, sys.argv[-4:])
+    """The helper's life: `PARENT_PID THREADS JOBS REPLIES MEMORY`, the last three descriptors."""
+    parent, num_threads, *descriptors = map(int, sys.argv[-5:])
     for number in PARENTS_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    memory = memoryview(mmap.mmap(memory_fd, os.fstat(memory_fd).st_size))
-    jobs, replies = socket.socket(fileno=jobs_fd), socket.socket(fileno=replies_fd)
-    jobs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", _PARENT_CHECK_S, 0))
-    while os.getppid() == parent:
-        try:
-            message, descriptors, _, _ = socket.recv_fds(jobs, MAX_MESSAGE_NBYTES, MAX_DESCRIPTORS)
-        except BlockingIOError:
-            continue
-        if not message:
-            return
-        try:
-            answer = _answer(message, descriptors, memory)
-        finally:
-            # Before the answer: NFS keeps a removed file's name for as long as anybody has it
-            # open, and who hears of the last job may remove what was written at once.
-            for descriptor in descriptors:
-                os.close(descriptor)
-        try:
-            replies.send(answer)
-        except OSError:  # nobody waits for it any more
-            return
-
-
-def _answer(message: bytes, descriptors: Sequence[int], memory: memoryview) -> bytes:
-    ticket, begin, job = unpack_job(message, descriptors)
-    try:
-        outcome = perform(job, memory[begin : begin + job.nbytes])
-    except Exception as error:
-        outcome = Outcome(error=PackcastError(f"a helper process failed: {error!r}"))
-    return pack_outcome(ticket, outcome)
+    helper = _Helper(parent, *descriptors)
+    for _ in range(num_threads - 1):
+        threading.Thread(target=helper.work, daemon=True).start()
+    helper.work()

@@ -22,21 +22,28 @@ from queue import SimpleQueue
 
 from packcast.ends.arena import Arena
 from packcast.ends.hand import (
+    HELLO,
     MAX_DESCRIPTORS,
     MAX_MESSAGE_NBYTES,
     PARENTS_SIGNALS,
-    pack_job,
-    unpack_outcome,
+    pack_jobs,
+    unpack_outcomes,
 )
 from packcast.ends.syscalls import address_of
 from packcast.ends.work import Job, Outcome, perform
 from packcast.errors import PackcastError, TransferError, as_packcast_error
+from packcast.units import MIB
 
 Done = Callable[[Outcome], None]  # called once for each job, in some thread; must not raise
+Order = tuple[Job, memoryview, Done]  # a job, the memory that is exactly its bytes, who is told
 
 CLOSE_LIMIT_S = 1.0  # for threads and helpers at the end: after a failure some are stuck in I/O
+READY_LIMIT_S = 5.0  # for helpers at the beginning; they take a tenth of a second
 _LOOK_S = 0.25  # how often the helpers are looked at
-_JOBS_PER_HELPER = 2  # one that is done, and the next one waiting for it
+THREADS_PER_HELPER = 4  # so many share one interpreter well
+# A message is as much as one helper's threads do at a time, and each costs us the same.
+_BATCH_NBYTES = 16 * MIB
+_BATCH_JOBS = 64
 _SMALL_NBYTES = 64 * 1024  # done at once here: the way to a helper would take longer
 # Isolated and without site: nothing but what the parent has imported from, and no delay.
 _PYTHON = (sys.executable, "-I", "-S", "-c")
@@ -50,7 +57,7 @@ class ThreadHands:
     """`count` threads of this process."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._jobs: SimpleQueue[tuple[Job, memoryview, Done] | None] = SimpleQueue()
+        self._jobs: SimpleQueue[Order | None] = SimpleQueue()
         self._ended_by: PackcastError | None = None
         self._ending = threading.Lock()
         self._threads = [
@@ -60,15 +67,19 @@ class ThreadHands:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: Job, memory: memoryview, done: Done) -> None:
-        """Do the job in `memory`, which is exactly its bytes, and call `done`.
+    def await_ready(self, limit_s: float) -> None:
+        """Threads are at once."""
 
-        Raises what ended them.
-        """
+    def submit(self, orders: Sequence[Order]) -> None:
+        """Do the jobs, at any time and in any order, and tell how each went; even after the end."""
         with self._ending:  # behind the last one's end nobody would ever find it
-            if self._ended_by:
-                raise self._ended_by
-            self._jobs.put((job, memory, done))
+            ended_by = self._ended_by
+            if not ended_by:
+                for order in orders:
+                    self._jobs.put(order)
+        if ended_by:
+            for _, _, done in orders:
+                done(Outcome(error=ended_by))
 
     def close(self) -> None:
         """End the threads, and wait a moment for that; jobs that nobody has begun are over."""
@@ -81,29 +92,28 @@ class ThreadHands:
     def _work(self) -> None:
         while (entry := self._jobs.get()) is not None:
             job, memory, done = entry
-            try:
-                ended_by = self._ended_by
-                outcome = Outcome(error=ended_by) if ended_by else perform(job, memory)
-            except Exception as error:
-                outcome = Outcome(error=as_packcast_error(error, job.task.name.lower()))
-            done(outcome)
+            ended_by = self._ended_by
+            done(Outcome(error=ended_by) if ended_by else _performed(job, memory))
 
 
 class ProcessHands:
-    """`count` helper processes, which have the arena mapped; jobs lie in its memory.
+    """`count` threads of helper processes, which have the arena mapped; jobs lie in its memory.
 
     They all take from one socket and answer on another, so the kernel spreads the work and one
     thread here hears of the results. Any helper's end before `close` ends it all.
     """
 
-    def __init__(self, arena: Arena, count: int, name: str) -> None:
+    def __init__(
+        self, arena: Arena, count: int, name: str, *, threads_each: int = THREADS_PER_HELPER
+    ) -> None:
         self._arena = arena
-        self._limit = _JOBS_PER_HELPER * count
-        # Who waits is woken for a batch of jobs: a thread switch for each would cost more than it.
-        self._low = self._limit - max(1, count // 2)
+        num_helpers = -(-count // threads_each)
+        # One batch that each of them does, and some that wait for who is ready first.
+        self._limit = num_helpers + max(1, num_helpers // 2)
         self._changed = threading.Condition()
-        self._pending: dict[int, Done] = {}
+        self._pending: dict[int, list[Order]] = {}
         self._next_ticket = 0
+        self._num_ready = 0
         self._ended_by: PackcastError | None = None
         self._jobs, their_jobs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._replies, their_replies = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -113,9 +123,10 @@ class ProcessHands:
         self._listener = threading.Thread(
             target=self._listen, name=f"packcast-{name}-helpers", daemon=True
         )
+        shares = [count // num_helpers + (i < count % num_helpers) for i in range(num_helpers)]
         try:
             with their_jobs, their_replies:
-                self._start_helpers(count, their_jobs, their_replies)
+                self._start_helpers(shares, their_jobs, their_replies)
             self._listener.start()
         except BaseException as error:
             self.close()
@@ -125,24 +136,33 @@ class ProcessHands:
                 f"this host cannot start a helper process: {error.strerror}"
             ) from error
 
-    def submit(self, job: Job, memory: memoryview, done: Done) -> None:
-        """Do the job in `memory`, which is exactly its bytes, and call `done`.
-
-        Blocks while the helpers have enough to do. Raises what ended them.
-        """
-        if job.nbytes <= _SMALL_NBYTES:
-            done(perform(job, memory))
-            return
+    def await_ready(self, limit_s: float) -> None:
+        """Block until all helpers are there, so that the first bytes do not wait for the last one;
+        but no longer, since one alone does it too."""
         with self._changed:
-            if len(self._pending) >= self._limit:
-                self._changed.wait_for(lambda: self._ended_by or len(self._pending) <= self._low)
-            if self._ended_by:
-                raise self._ended_by
-            ticket = self._next_ticket
-            self._next_ticket += 1
-            self._pending[ticket] = done
-        if not self._send(ticket, job, memory) and self._take(ticket):
-            done(perform(job, memory))
+            self._changed.wait_for(
+                lambda: self._ended_by or self._num_ready == len(self._helpers), limit_s
+            )
+
+    def submit(self, orders: Sequence[Order]) -> None:
+        """Do the jobs, at any time and in any order, and tell how each went; even after the end.
+
+        Blocks while the helpers have enough to do.
+        """
+        batch: list[Order] = []
+        nbytes = 0
+        for order in orders:
+            job, memory, done = order
+            if job.nbytes <= _SMALL_NBYTES:
+                done(_performed(job, memory))
+                continue
+            if batch and (nbytes + job.nbytes > _BATCH_NBYTES or len(batch) == _BATCH_JOBS):
+                self._submit_batch(batch)
+                batch, nbytes = [], 0
+            batch.append(order)
+            nbytes += job.nbytes
+        if batch:
+            self._submit_batch(batch)
 
     def close(self) -> None:
         """End the helpers; jobs that are not done are over.
@@ -162,19 +182,41 @@ class ProcessHands:
         self._jobs.close()
         self._replies.close()
 
-    def _start_helpers(self, count: int, jobs: socket.socket, replies: socket.socket) -> None:
+    def _submit_batch(self, batch: list[Order]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended_by or len(self._pending) < self._limit)
+            ended_by, ticket = self._ended_by, self._next_ticket
+            if not ended_by:
+                self._next_ticket += 1
+                self._pending[ticket] = batch
+        if ended_by:
+            for _, _, done in batch:
+                done(Outcome(error=ended_by))
+        elif not self._send(ticket, batch) and self._take(ticket):
+            half = len(batch) // 2
+            if half:
+                self._submit_batch(batch[:half])
+                self._submit_batch(batch[half:])
+            else:
+                job, memory, done = batch[0]
+                done(_performed(job, memory))
+
+    def _start_helpers(
+        self, shares: Sequence[int], jobs: socket.socket, replies: socket.socket
+    ) -> None:
         # Blocked in the helpers from their first moment on, until they ignore them.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)
         try:
-            for _ in range(count):
-                self._helpers.append(_start(jobs, replies, self._arena))
+            for num_threads in shares:
+                self._helpers.append(_start(num_threads, jobs, replies, self._arena))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def _send(self, ticket: int, job: Job, memory: memoryview) -> bool:
+    def _send(self, ticket: int, batch: Sequence[Order]) -> bool:
         """False if no message can carry it."""
-        begin = address_of(memory) - self._arena.address
-        message, descriptors = pack_job(ticket, begin, job)
+        base = self._arena.address
+        jobs = [(address_of(memory) - base, job) for job, memory, _ in batch]
+        message, descriptors = pack_jobs(ticket, jobs)
         if len(message) > MAX_MESSAGE_NBYTES or len(descriptors) > MAX_DESCRIPTORS:
             return False
         try:
@@ -183,15 +225,16 @@ class ProcessHands:
             # Descriptors under way count against a limit that all processes of a user share.
             if error.errno == errno.ETOOMANYREFS:
                 return False
-            self._fail(self._obituary() or TransferError("the helper processes are gone"))
+            # Its sockets go a moment before itself.
+            obituary = self._obituary(patience_s=CLOSE_LIMIT_S)
+            self._fail(obituary or TransferError("the helper processes are gone"))
         return True
 
-    def _take(self, ticket: int) -> Done | None:
+    def _take(self, ticket: int) -> list[Order]:
         with self._changed:
-            done = self._pending.pop(ticket, None)
-            if len(self._pending) == self._low:
-                self._changed.notify_all()
-            return done
+            batch = self._pending.pop(ticket, [])
+            self._changed.notify()
+            return batch
 
     def _listen(self) -> None:
         look_at = time.monotonic() + _LOOK_S
@@ -201,9 +244,10 @@ class ProcessHands:
                 if not message:
                     look_at = 0.0
                 else:
-                    ticket, outcome = unpack_outcome(message)
-                    done = self._take(ticket)
-                    if done:
+                    ticket, outcomes = unpack_outcomes(message)
+                    if ticket == HELLO:
+                        self._one_more_ready()
+                    for (_, _, done), outcome in zip(self._take(ticket), outcomes, strict=False):
                         done(outcome)
             if time.monotonic() >= look_at:
                 look_at = time.monotonic() + _LOOK_S
@@ -211,17 +255,23 @@ class ProcessHands:
                 if obituary:
                     self._fail(obituary)
 
-    def _obituary(self) -> TransferError | None:
-        for helper in self._helpers:
-            code = helper.poll()
-            if code is not None:
-                if code >= 0:
-                    return TransferError(f"helper process {helper.pid} ended with code {code}")
-                return TransferError(
-                    f"helper process {helper.pid} was killed by {signal.Signals(-code).name}",
-                    hint="the kernel's log tells whether the host ran out of memory",
-                )
-        return None
+    def _one_more_ready(self) -> None:
+        with self._changed:
+            self._num_ready += 1
+            self._changed.notify_all()
+
+    def _obituary(self, patience_s: float = 0.0) -> TransferError | None:
+        deadline = time.monotonic() + patience_s
+        while (dead := _first_dead(self._helpers)) is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if dead is None:
+            return None
+        if dead.returncode >= 0:
+            return TransferError(f"helper process {dead.pid} ended with code {dead.returncode}")
+        return TransferError(
+            f"helper process {dead.pid} was killed by {signal.Signals(-dead.returncode).name}",
+            hint="the kernel's log tells whether the host ran out of memory",
+        )
 
     def _fail(self, error: PackcastError) -> None:
         """The first call decides; what is under way is over with `error`."""
@@ -232,11 +282,19 @@ class ProcessHands:
             pending = list(self._pending.values())
             self._pending.clear()
             self._changed.notify_all()
-        for done in pending:
-            done(Outcome(error=error))
+        for batch in pending:
+            for _, _, done in batch:
+                done(Outcome(error=error))
 
 
 Hands = ThreadHands | ProcessHands
+
+
+def _performed(job: Job, memory: memoryview) -> Outcome:
+    try:
+        return perform(job, memory)
+    except Exception as error:
+        return Outcome(error=as_packcast_error(error, job.task.name.lower()))
 
 
 def join_all(threads: list[threading.Thread], limit_s: float) -> bool:
@@ -245,6 +303,10 @@ def join_all(threads: list[threading.Thread], limit_s: float) -> bool:
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     return not any(thread.is_alive() for thread in threads)
+
+
+def _first_dead(helpers: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:
+    return next((helper for helper in helpers if helper.poll() is not None), None)
 
 
 def _reap(helpers: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -269,14 +331,17 @@ def _reap_later(helpers: Sequence[subprocess.Popen[bytes]]) -> bool:
     return True
 
 
-def _start(jobs: socket.socket, replies: socket.socket, arena: Arena) -> subprocess.Popen[bytes]:
+def _start(
+    num_threads: int, jobs: socket.socket, replies: socket.socket, arena: Arena
+) -> subprocess.Popen[bytes]:
     root = str(Path(__file__).parents[2])  # where an editable install may have no path for it
     # A Path in it is no text, and nothing to the parent's own imports either.
     path = [entry for entry in sys.path if isinstance(entry, str)]
     path += [] if root in path else [root]
     inherited = (jobs.fileno(), replies.fileno(), arena.fd)
+    numbers = map(str, (os.getpid(), num_threads, *inherited))
     return subprocess.Popen(
-        [*_PYTHON, _PROGRAM, json.dumps(path), str(os.getpid()), *map(str, inherited)],
+        [*_PYTHON, _PROGRAM, json.dumps(path), *numbers],
         pass_fds=inherited,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.digests import BlockDigests
-from packcast.ends.hands import CLOSE_LIMIT_S, join_all
+from packcast.ends.hands import CLOSE_LIMIT_S, READY_LIMIT_S, Order, join_all
 from packcast.ends.staging import Buffers, Lease, make_hands, make_staging, use_device
 from packcast.ends.work import Job, Outcome, Span, Task
 from packcast.errors import PackcastError, TransferError, as_packcast_error
@@ -151,6 +151,10 @@ class Landing:
         """Pinned memory that this end holds."""
         return self._staging.pinned_nbytes
 
+    def await_ready(self) -> None:
+        """Block until its hands are there, a moment."""
+        self._hands.await_ready(READY_LIMIT_S)
+
     @property
     def stage(self) -> Stage:
         """The sink's stage: what the loop waits for when it waits here."""
@@ -225,10 +229,14 @@ class Landing:
             num_blocks(extent.nbytes) for extent in unit.extents
         )
         mine, arrival.digests = arrival.digests[at:], arrival.digests[:at]
-        for piece in pieces_of(unit):
-            nbytes = DIGEST_NBYTES * num_blocks(piece.extent.nbytes)
-            promised, mine = mine[:nbytes], mine[nbytes:]
-            self._submit(stay, piece, promised)
+        orders: list[Order] = []
+        try:
+            for piece in pieces_of(unit):
+                nbytes = DIGEST_NBYTES * num_blocks(piece.extent.nbytes)
+                promised, mine = mine[:nbytes], mine[nbytes:]
+                orders.append(self._order(stay, piece, promised))
+        finally:
+            self._hands.submit(orders)  # what has been lent comes back, whatever happens
 
     def _read_trailer(self, page: memoryview, chunk: Chunk, blocks: int) -> bytes:
         try:
@@ -238,19 +246,15 @@ class Landing:
                 raise
             return bytes(DIGEST_NBYTES * blocks)  # without its word nothing is proven
 
-    def _submit(self, stay: _Stay, piece: Piece, promised: bytes) -> None:
+    def _order(self, stay: _Stay, piece: Piece, promised: bytes) -> Order:
         extent = piece.extent
         memory = stay.lease.view[piece.at : piece.at + extent.nbytes]
         spans = self._sink.lend(extent)
         job = Job(self._sink.task if spans else Task.CHECK, extent.nbytes, spans, promised)
-        done = partial(self._landed, stay, extent, job, memory)
         stay.enter()
         with self._changed:
             self._num_jobs += 1
-        try:
-            self._hands.submit(job, memory, done)
-        except PackcastError as error:  # then it has not been taken on
-            done(Outcome(error=error))
+        return job, memory, partial(self._landed, stay, extent, job, memory)
 
     def _landed(
         self, stay: _Stay, extent: Extent, job: Job, memory: memoryview, outcome: Outcome

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile
 from packcast.ends.digests import BlockDigests
-from packcast.ends.hands import CLOSE_LIMIT_S, join_all
+from packcast.ends.hands import CLOSE_LIMIT_S, READY_LIMIT_S, Order, join_all
 from packcast.ends.staging import Buffers, Lease, make_hands, make_staging, use_device
 from packcast.ends.work import Job, Outcome, Span, Task, perform
 from packcast.errors import CheckpointError, PackcastError, TransferError, as_packcast_error
@@ -201,6 +201,10 @@ class FileSource:
         """Pinned memory that this end holds."""
         return self._staging.pinned_nbytes
 
+    def await_ready(self) -> None:
+        """Block until its hands are there, a moment."""
+        self._hands.await_ready(READY_LIMIT_S)
+
     def fill(self, chunk: Chunk, slot: Slot) -> None:
         """Give the chunk and its trailer to the fill lane, each unit as soon as it was read."""
         ring, digests, begin = self._ring, bytearray(), None
@@ -258,18 +262,20 @@ class FileSource:
             self._loads.put(as_packcast_error(error, "reading"))
 
     def _have_read(self, chunk: Chunk, load: _Load) -> None:
+        orders: list[Order] = []
         begin = 0
-        for piece in pieces_of(load.unit):
-            extent = piece.extent
-            memory = load.lease.view[piece.at : piece.at + extent.nbytes]
-            try:
+        try:
+            for piece in pieces_of(load.unit):
+                extent = piece.extent
+                memory = load.lease.view[piece.at : piece.at + extent.nbytes]
                 job = self._reader.job(extent, memory)
                 done = partial(self._piece_read, chunk.index, load, extent, begin, job)
-                self._hands.submit(job, memory, done)
-            except Exception as error:
-                load.fail(as_packcast_error(error, "reading"))
-                return
-            begin += num_blocks(extent.nbytes) * DIGEST_NBYTES
+                orders.append((job, memory, done))
+                begin += num_blocks(extent.nbytes) * DIGEST_NBYTES
+        except Exception as error:
+            load.fail(as_packcast_error(error, "reading"))
+            return
+        self._hands.submit(orders)
 
     def _piece_read(
         self, chunk: int, load: _Load, extent: Extent, begin: int, job: Job, outcome: Outcome

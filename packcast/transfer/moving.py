@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch._C._distributed_c10d import Store
 
 from packcast.ends.device_landing import DeviceLanding
+from packcast.ends.discard import DiscardSink
 from packcast.ends.landing import Landing, Sink
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.staging import Buffers
@@ -90,11 +92,11 @@ class Mover:
         self._chunks = chunks
         self._device = torch.device(offer.device)
         self._ring = self._make_ring()
-        ends = (reader is not None) + (sink is not None)
+        staged = (reader is not None) + (sink is not None and not self._stays_on_device(sink))
         self._buffers = Buffers(
             self._ring,
             offer.buffer_size,
-            staging_nbytes=staging_bound(offer) // max(1, ends),
+            staging_nbytes=staging_bound(offer) // max(1, staged),
             tag=transfer_tag(transfer_id),
             helpers=helpers_pay(offer),
         )
@@ -109,8 +111,8 @@ class Mover:
 
     def _make_ends(self, reader: FileReader | None, sink: Sink | None, *, tolerant: bool) -> None:
         offer, buffers = self._offer, self._buffers
-        if isinstance(sink, TensorSink) and self._device.type == "cuda":
-            self._landing = DeviceLanding(sink, offer.files, buffers)
+        if self._stays_on_device(sink):
+            self._landing = DeviceLanding(sink, offer.files, buffers, tolerant=tolerant)
         elif sink is not None:
             hands = num_hands(offer.place.ranks_on_host, helpers=buffers.helpers)
             self._landing = Landing(sink, offer.files, buffers, num_hands=hands, tolerant=tolerant)
@@ -118,6 +120,9 @@ class Mover:
             mine = [chunk for chunk in self._chunks if chunk.root == offer.rank]
             hands = num_hands(offer.place.readers_on_host, helpers=buffers.helpers)
             self._source = FileSource(mine, reader, buffers, num_hands=hands)
+
+    def _stays_on_device(self, sink: Sink | None) -> TypeGuard[TensorSink | DiscardSink]:
+        return self._device.type == "cuda" and isinstance(sink, (TensorSink, DiscardSink))
 
     @property
     def needs_sums(self) -> bool:
@@ -150,7 +155,14 @@ class Mover:
             raise
         channel.arm(self.position)
         self._connect(self._group, channel)
+        self.await_ready()
         return self.run(self._group, channel)
+
+    def await_ready(self) -> None:
+        """Before `run`: block until the threads and helpers are there, a moment."""
+        for end in (self._source, self._landing):
+            if isinstance(end, (FileSource, Landing)):
+                end.await_ready()
 
     def prove_by_sums(self) -> None:
         """Before `run`, on all ranks: who needs sums of what the roots send shall have them."""

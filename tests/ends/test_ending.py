@@ -6,6 +6,7 @@ So it is where a library's caller gives up a transfer whose thread is stuck.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ import pytest
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
 from packcast.ends import source
-from packcast.ends.hands import Done, ThreadHands
+from packcast.ends.hands import Order, ThreadHands
 from packcast.ends.landing import Landing
 from packcast.ends.source import FileReader, FileSource
-from packcast.ends.work import Job, perform
+from packcast.ends.work import perform
 from packcast.errors import TransferError
 from packcast.packed.plan import BLOCK, plan_chunks
 from tests.ends.alone import make_buffers, specs_of
@@ -68,8 +69,9 @@ def test_who_waits_for_what_is_read_next_goes_on_when_the_source_is_closed(
     class HeldUp(ThreadHands):
         """Its first job is done at once, but whoever brought it is kept until the end."""
 
-        def submit(self, job: Job, memory: memoryview, done: Done) -> None:
-            done(perform(job, memory))
+        def submit(self, orders: Sequence[Order]) -> None:
+            for job, memory, done in orders:
+                done(perform(job, memory))
             held.wait(20)
 
         def close(self) -> None:

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 from packcast.ends import hand
+from packcast.ends import hands as hands_module
 from packcast.ends.arena import Arena
-from packcast.ends.hands import Hands, ProcessHands, ThreadHands
+from packcast.ends.hands import Hands, Order, ProcessHands, ThreadHands
 from packcast.ends.work import Job, Outcome, Span, Task
-from packcast.errors import PackcastError, TransferError
+from packcast.errors import TransferError
 from packcast.packed.plan import BLOCK
 from tests.ends.sinks import digests_of
 from tests.helpers.commands import eventually
@@ -43,12 +44,39 @@ def check(arena: Arena) -> Job:
     return Job(Task.CHECK, NBYTES, (), digests_of(arena.view))
 
 
+def test_helpers_are_waited_for_until_all_are_there_and_no_longer_than_that(arena: Arena) -> None:
+    hands = ProcessHands(arena, 2, "test", threads_each=1)
+    hands.await_ready(20)
+    for helper in helpers_of(os.getpid()):
+        assert "memfd:packcast" in Path(f"/proc/{helper}/maps").read_text()
+        os.kill(helper, signal.SIGSTOP)
+    hands.await_ready(20)
+    hands.close()
+    hands.await_ready(20)
+
+
+def test_a_helper_that_does_not_come_is_not_waited_for_too_long(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hands_module, "_PROGRAM", "import time; time.sleep(20)")
+    hands = ProcessHands(arena, 1, "test")
+    hands.await_ready(0.1)
+    monkeypatch.setattr(hands_module, "_PROGRAM", "raise SystemExit(7)")
+    others = ProcessHands(arena, 1, "test")
+    others.await_ready(20)
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    others.submit([(check(arena), arena.view, answers.put)])
+    assert "ended with code 7" in str(answers.get(timeout=20).error)
+    for each in (hands, others):
+        each.close()
+
+
 def test_closing_ends_the_helpers_and_leaves_no_descriptor(arena: Arena) -> None:
     num_before = num_descriptors()
-    hands = ProcessHands(arena, 3, "test")
+    hands = ProcessHands(arena, 3, "test", threads_each=1)
     answers: SimpleQueue[Outcome] = SimpleQueue()
     for _ in range(20):
-        hands.submit(check(arena), arena.view, answers.put)
+        hands.submit([(check(arena), arena.view, answers.put)])
     assert all(answers.get(timeout=20).good for _ in range(20))
     assert len(helpers_of(os.getpid())) == 3
     hands.close()
@@ -58,19 +86,19 @@ def test_closing_ends_the_helpers_and_leaves_no_descriptor(arena: Arena) -> None
 
 
 def test_a_killed_helper_is_named_and_ends_what_is_under_way(arena: Arena) -> None:
-    hands = ProcessHands(arena, 2, "test")
+    hands = ProcessHands(arena, 2, "test", threads_each=1)
     answers: SimpleQueue[Outcome] = SimpleQueue()
     for helper in helpers_of(os.getpid()):
         os.kill(helper, signal.SIGSTOP)
-    hands.submit(check(arena), arena.view, answers.put)
+    hands.submit([(check(arena), arena.view, answers.put)])
     victim = helpers_of(os.getpid())[0]
     os.kill(victim, signal.SIGKILL)
     error = answers.get(timeout=20).error
     assert isinstance(error, TransferError)
     assert error.message == f"helper process {victim} was killed by SIGKILL"
     assert "memory" in str(error.hint)
-    with pytest.raises(TransferError, match="was killed"):
-        hands.submit(check(arena), arena.view, answers.put)
+    hands.submit([(check(arena), arena.view, answers.put)])
+    assert answers.get(timeout=20).error is error
     hands.close()  # the other one is stopped, and killed
     assert helpers_of(os.getpid()) == []
 
@@ -81,24 +109,23 @@ def test_who_waits_for_busy_helpers_is_woken_when_it_is_over(arena: Arena) -> No
         os.kill(helper, signal.SIGSTOP)
     answers: SimpleQueue[Outcome] = SimpleQueue()
     for _ in range(2):
-        hands.submit(check(arena), arena.view, answers.put)
-    waiting = Waiter(lambda: hands.submit(check(arena), arena.view, answers.put))
+        hands.submit([(check(arena), arena.view, answers.put)])
+    waiting = Waiter(lambda: hands.submit([(check(arena), arena.view, answers.put)]))
     assert waiting.waits()
     hands.close()
-    with pytest.raises(PackcastError, match="is over"):
-        waiting.result()
-    errors = [answers.get(timeout=20).error for _ in range(2)]
-    assert [str(error) for error in errors] == ["the transfer is over"] * 2
+    waiting.result()
+    errors = [answers.get(timeout=20).error for _ in range(3)]
+    assert [str(error) for error in errors] == ["the transfer is over"] * 3
 
 
 def test_an_interrupt_at_the_terminal_does_not_reach_the_helpers(arena: Arena) -> None:
-    hands = ProcessHands(arena, 2, "test")
+    hands = ProcessHands(arena, 2, "test", threads_each=1)
     answers: SimpleQueue[Outcome] = SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         for helper in helpers_of(os.getpid()):  # from their first moment on
             os.kill(helper, number)
     for _ in range(10):
-        hands.submit(check(arena), arena.view, answers.put)
+        hands.submit([(check(arena), arena.view, answers.put)])
     assert all(answers.get(timeout=20).good for _ in range(10))
     hands.close()
 
@@ -112,8 +139,8 @@ def test_a_thread_that_is_closed_drops_what_is_queued(arena: Arena) -> None:
         begun.set()
         go_on.wait(20)
 
-    hands.submit(check(arena), arena.view, hold)
-    hands.submit(check(arena), arena.view, answers.put)
+    hands.submit([(check(arena), arena.view, hold)])
+    hands.submit([(check(arena), arena.view, answers.put)])
     assert begun.wait(20)
     closing = Waiter(hands.close)
     assert closing.waits()
@@ -123,13 +150,14 @@ def test_a_thread_that_is_closed_drops_what_is_queued(arena: Arena) -> None:
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_a_job_that_comes_after_the_end_is_refused_and_not_forgotten(
+def test_jobs_that_come_after_the_end_are_refused_and_not_forgotten(
     arena: Arena, kind: str
 ) -> None:
     hands: Hands = ThreadHands(2, "test") if kind == "threads" else ProcessHands(arena, 1, "test")
     hands.close()
-    with pytest.raises(TransferError, match="is over"):
-        hands.submit(check(arena), arena.view, lambda _: None)
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    hands.submit([(check(arena), arena.view, answers.put)] * 3)
+    assert [str(answers.get_nowait().error) for _ in range(3)] == ["the transfer is over"] * 3
 
 
 def test_a_search_path_with_things_that_are_no_text_is_the_helpers_too(
@@ -139,7 +167,7 @@ def test_a_search_path_with_things_that_are_no_text_is_the_helpers_too(
     monkeypatch.setattr(sys, "path", path)
     hands = ProcessHands(arena, 1, "test")
     answers: SimpleQueue[Outcome] = SimpleQueue()
-    hands.submit(check(arena), arena.view, answers.put)
+    hands.submit([(check(arena), arena.view, answers.put)])
     assert answers.get(timeout=20).good
     hands.close()
 
@@ -150,7 +178,7 @@ from packcast.ends.arena import Arena
 from packcast.ends.hands import ProcessHands
 from packcast.ends.work import Job, Task
 arena = Arena(1 << 20, is_pinned=False)
-hands = ProcessHands(arena, 3, "test")
+hands = ProcessHands(arena, 3, "test", threads_each=1)
 if "fork" in sys.argv and os.fork() == 0:
     os.write(1, b"%d\\n" % os.getpid())  # in one piece: both processes write
     time.sleep(20)  # with our ends of the sockets
@@ -209,26 +237,53 @@ def test_a_helper_has_closed_a_jobs_files_when_it_answers(
         with (tmp_path / "out").open("wb") as file:
             span = Span(file.fileno(), 0, 0, NBYTES)
             job = Job(Task.WRITE, NBYTES, (span,), digests_of(arena.view))
-            message, descriptors = hand.pack_job(7, 0, job)
+            message, descriptors = hand.pack_jobs(7, [(0, job)])
             socket.send_fds(ours, [message], descriptors)
         ours.shutdown(socket.SHUT_WR)
-        given = (os.getppid(), theirs.detach(), replies.detach(), arena.fd)
+        given = (os.getppid(), 1, theirs.detach(), replies.detach(), arena.fd)
         monkeypatch.setattr(hand, "PARENTS_SIGNALS", ())
         monkeypatch.setattr(sys, "argv", ["-c", *map(str, given)])
         monkeypatch.setattr(socket, "socket", Watched)
         num_before = num_descriptors()
         hand.main()
-        ticket, outcome = hand.unpack_outcome(answers.recv(1000))
+        assert hand.unpack_outcomes(answers.recv(1000)) == (hand.HELLO, [])
+        ticket, (outcome,) = hand.unpack_outcomes(answers.recv(1000))
     assert (ticket, outcome.good) == (7, True)
-    assert num_open == [num_before + 1]  # its mapping of the memory
+    assert num_open == [num_before + 1] * 2  # its mapping of the memory
     assert (tmp_path / "out").read_bytes() == bytes(arena.view)
+
+
+def test_many_jobs_of_one_call_are_each_told_once_by_helpers_of_several_threads(
+    arena: Arena, tmp_path: Path
+) -> None:
+    """Whole and small ones, of more files than one message carries."""
+    memory, dice = bytes(arena.view), random.Random(8)
+    hands = ProcessHands(arena, 5, "test", threads_each=2)
+    assert len(helpers_of(os.getpid())) == 3
+    answers: SimpleQueue[tuple[int, Outcome]] = SimpleQueue()
+    with contextlib.ExitStack() as opened:
+        orders: list[Order] = []
+        for i in range(hand.MAX_DESCRIPTORS + 50):
+            nbytes = dice.choice([1000, 70_000])
+            begin = dice.randrange(NBYTES - nbytes)
+            (tmp_path / str(i)).write_bytes(memory[begin : begin + nbytes])
+            fd = opened.enter_context((tmp_path / str(i)).open("rb")).fileno()
+            view = arena.view[begin : begin + nbytes]
+            job = Job(Task.COMPARE, nbytes, (Span(fd, 0, 0, nbytes),), digests_of(view))
+            orders.append((job, view, lambda outcome, i=i: answers.put((i, outcome))))
+        hands.submit(orders)
+        told = [answers.get(timeout=20) for _ in orders]
+    assert sorted(i for i, _ in told) == list(range(len(orders)))
+    assert all(outcome.good and not outcome.differences for _, outcome in told)
+    hands.close()
+    assert answers.empty()
 
 
 def test_nothing_is_said_by_helpers_and_they_import_no_torch(arena: Arena) -> None:
     hands = ProcessHands(arena, 1, "test")
     (helper,) = helpers_of(os.getpid())
     answers: SimpleQueue[Outcome] = SimpleQueue()
-    hands.submit(check(arena), arena.view, answers.put)
+    hands.submit([(check(arena), arena.view, answers.put)])
     assert answers.get(timeout=20).good
     assert "torch" not in Path(f"/proc/{helper}/maps").read_text()
     for number in (0, 1, 2):

@@ -183,7 +183,7 @@ def test_staging_is_given_back_where_not_every_helper_can_be_started(
 
     monkeypatch.setattr(hands, "_start", start_two)
     with pytest.raises(kind):
-        make_hands(Buffers(make_ring(), BLOCK, 0, b"tag", helpers=True), staging, 3, "test")
+        make_hands(Buffers(make_ring(), BLOCK, 0, b"tag", helpers=True), staging, 9, "test")
     assert staging.arena.fd == -1
     assert num_descriptors() == num_before - 1
     assert helpers_of(os.getpid()) == []

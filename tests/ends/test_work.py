@@ -33,7 +33,7 @@ class Crew:
         self._answers: SimpleQueue[Outcome] = SimpleQueue()
 
     def do(self, job: Job) -> Outcome:
-        self.hands.submit(job, self.memory[: job.nbytes], self._answers.put)
+        self.hands.submit([(job, self.memory[: job.nbytes], self._answers.put)])
         return self._answers.get(timeout=20)
 
 
@@ -183,7 +183,7 @@ def test_a_job_of_more_spans_than_a_message_holds_is_done_all_the_same(
     fd = opened(tmp_path / "f", data)
     step = 700
     spans = tuple(Span(fd, at, at, min(step, NBYTES - at)) for at in range(0, NBYTES, step))
-    message, _ = hand.pack_job(0, 0, Job(Task.READ, NBYTES, spans))
+    message, _ = hand.pack_jobs(0, [(0, Job(Task.READ, NBYTES, spans))])
     assert len(message) > hand.MAX_MESSAGE_NBYTES
     assert crew.do(Job(Task.READ, NBYTES, spans)).digests == digests_of(data)
     assert bytes(crew.memory) == data
@@ -202,15 +202,20 @@ def test_a_bug_in_a_job_is_an_error_and_the_hands_go_on(
     os.close(fd)
 
 
-def test_a_job_and_its_outcome_survive_the_way_to_a_helper_and_back() -> None:
-    job = Job(Task.COMPARE, 99, (Span(7, 1 << 40, 0, 33), Span(9, 5, 40, 59)), b"d" * 16)
-    message, descriptors = hand.pack_job(1 << 50, 123, job)
+def test_jobs_and_their_outcomes_survive_the_way_to_a_helper_and_back() -> None:
+    jobs = [
+        (123, Job(Task.COMPARE, 99, (Span(7, 1 << 40, 0, 33), Span(9, 5, 40, 59)), b"d" * 16)),
+        (1 << 50, Job(Task.READ, 10, (Span(9, 0, 0, 10),))),
+        (0, Job(Task.CHECK, 10, (), b"e" * 32)),
+    ]
+    message, descriptors = hand.pack_jobs(1 << 50, jobs)
     assert descriptors == [7, 9]
-    assert hand.unpack_job(message, descriptors) == (1 << 50, 123, job)
-    for outcome in (
+    assert hand.unpack_jobs(message, descriptors) == (1 << 50, jobs)
+    outcomes = [
         Outcome(1.5, b"x" * 32),
         Outcome(0.25, damaged_block=3),
         Outcome(0.25, failure=Failure(2, 1 << 41, errno.ENOSPC)),
         Outcome(0.0, differences=((0, 17), (5, 1 << 40))),
-    ):
-        assert hand.unpack_outcome(hand.pack_outcome(6, outcome)) == (6, outcome)
+        Outcome(2.5, b"y" * 16),
+    ]
+    assert hand.unpack_outcomes(hand.pack_outcomes(6, outcomes)) == (6, outcomes)
