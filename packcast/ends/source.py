@@ -209,18 +209,18 @@ class FileSource:
         """Give the chunk and its trailer to the fill lane, each unit as soon as it was read."""
         ring, digests, begin = self._ring, bytearray(), None
         is_last = False
-        while not is_last:
-            load = self._await_load()
-            unit, lease, is_last = load.unit, load.lease, load.unit.is_last
-            digests += load.digests
-            if is_last:
-                trailer = lease.view[chunk.trailer_offset - unit.slot_offset :]
-                write_trailer(trailer, self._tag, chunk, bytes(digests))
-            with ring.fill:
+        with ring.fill:
+            while not is_last:
+                load = self._await_load()
+                unit, lease, is_last = load.unit, load.lease, load.unit.is_last
+                digests += load.digests
+                if is_last:
+                    trailer = lease.view[chunk.trailer_offset - unit.slot_offset :]
+                    write_trailer(trailer, self._tag, chunk, bytes(digests))
                 begin = begin or ring.fill.mark()
                 lease.copy_to(slot, unit.slot_offset)
                 slot.filled = ring.fill.mark()
-            lease.release(slot.filled)
+                lease.release(slot.filled)
         self._counters.newest = chunk.extents[-1]
         if not ring.is_host and begin and slot.filled:
             ring.clock.span("h2d", chunk.index, chunk.nbytes, begin, slot.filled)
@@ -240,8 +240,9 @@ class FileSource:
             load = self._loads.get()
         if isinstance(load, PackcastError):
             raise load
-        with self._counters.waiting_on("read"):
-            load.ready.wait()
+        if not load.ready.is_set():
+            with self._counters.waiting_on("read"):
+                load.ready.wait()
         if load.error is not None:
             raise load.error
         return load
