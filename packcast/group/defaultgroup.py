@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from packcast.errors import RendezvousError
+from packcast.group.bounded import within
 from packcast.group.processgroup import begin_abort, environment_with, variables_of
 from packcast.units import format_duration
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _LOOK_UP_EVERY_S = 0.25
 _PAUSE_S = 0.01
 _GRACE_S = 5.0
+_THREAD = "packcast-default-group"
 _CLOSE_LIMIT_S = 15.0
 _GIVEN_UP = "given up"
 
@@ -134,7 +135,7 @@ class DefaultGroup:
                 dist.destroy_process_group()
 
         with suppress(RuntimeError):  # of collectives that were aborted
-            _within(_CLOSE_LIMIT_S, destroy)
+            within(_CLOSE_LIMIT_S, _THREAD, destroy)
         sys.excepthook = self._excepthook
 
     def _meet(self, where: str) -> bool:
@@ -190,7 +191,7 @@ def open_default_group(
     made = DefaultGroup(own, device, rank=rank, world_size=world_size, limit_s=limit_s)
     try:
         # On a thread: what waits for a lost peer in NCCL or gloo cannot be called off.
-        is_over = _within(limit_s + _GRACE_S, lambda: made.make(backend, interface))
+        is_over = within(limit_s + _GRACE_S, _THREAD, lambda: made.make(backend, interface))
     except Exception as error:  # torch's many, and its plug-ins' own
         reason = (str(error) or repr(error)).splitlines()[0]
         is_forsaken = made.is_given_up()
@@ -205,21 +206,3 @@ def open_default_group(
             f"torch's default group could not be made within {format_duration(limit_s)}"
         )
     return made
-
-
-def _within(limit_s: float, call: Callable[[], object]) -> bool:
-    """Whether `call` has returned in time; what it raised is raised. It is not interrupted."""
-    errors: list[BaseException] = []
-
-    def act() -> None:
-        try:
-            call()
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=act, name="packcast-default-group", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if errors:
-        raise errors[0]
-    return not thread.is_alive()

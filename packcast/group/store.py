@@ -12,13 +12,13 @@ import contextlib
 import errno
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from packcast.errors import PackcastError, RendezvousError, error_from_code
+from packcast.group.bounded import within
 from packcast.group.launch import Launch, first_host, slurm_nodelist, slurm_port
 from packcast.units import format_duration
 
@@ -78,7 +78,7 @@ def connect_store(host: str, port: int, timeout_s: float) -> Store:
 
     deadline = time.monotonic() + timeout_s
     _await_listener(host, port, deadline)
-    return _within(
+    return _answer_in(
         max(deadline - time.monotonic(), _GRACE_S),
         f"the store at {host}:{port} does not answer",
         lambda: TCPStore(
@@ -124,20 +124,22 @@ def settle_sender(
         store.set(_role_key(launch.rank), role)
         return _poll(store, settled, nobody, timeout_s)
 
-    return _within(timeout_s, "the launcher's store does not answer", post_and_settle)
+    return _answer_in(timeout_s, "the launcher's store does not answer", post_and_settle)
 
 
 def publish_address(store: Store, address: tuple[str, int]) -> None:
     """The sender says where its control channel listens."""
     text = json.dumps({"host": address[0], "port": address[1]})
-    _within(_GRACE_S, "the launcher's store does not answer", lambda: store.set(_ADDRESS_KEY, text))
+    _answer_in(
+        _GRACE_S, "the launcher's store does not answer", lambda: store.set(_ADDRESS_KEY, text)
+    )
 
 
 def publish_failure(store: Store, error: PackcastError) -> None:
     """Tell the ranks that still wait in `settle_sender` or `await_address`; never raises."""
     text = json.dumps({"code": error.exit_code, "message": error.message, "hint": error.hint})
     try:
-        _within(_GRACE_S, "no answer", lambda: store.set(_FAILURE_KEY, text))
+        _answer_in(_GRACE_S, "no answer", lambda: store.set(_FAILURE_KEY, text))
     except (PackcastError, RuntimeError):
         return  # the launcher ends the others, or their own deadline does
 
@@ -161,7 +163,7 @@ def leave_last(store: Store, launch: Launch, environ: Mapping[str, str], limit_s
             time.sleep(_SLOWEST_POLL_S / 4)
 
     with contextlib.suppress(PackcastError, RuntimeError):
-        _within(limit_s, "no answer", go)
+        _answer_in(limit_s, "no answer", go)
 
 
 def _is_agents(environ: Mapping[str, str]) -> bool:
@@ -183,7 +185,7 @@ def await_address(store: Store, timeout_s: float) -> tuple[str, int]:
     def silence() -> str:
         return f"the sender has not said where it listens within {format_duration(timeout_s)}"
 
-    return _within(
+    return _answer_in(
         timeout_s,
         "the launcher's store does not answer",
         lambda: _poll(store, published, silence, timeout_s),
@@ -242,7 +244,7 @@ def _agents_store(launch: Launch, address: tuple[str, int], timeout_s: float) ->
         return store
 
     host, port = address
-    return _within(
+    return _answer_in(
         max(deadline - time.monotonic(), _GRACE_S),
         f"the launcher's store at {host}:{port} does not answer",
         meet,
@@ -266,7 +268,7 @@ def _serve(
             hint=f"choose another port with {option}" if taken else None,
         ) from None
     port = listener.getsockname()[1]
-    store = _within(
+    store = _answer_in(
         timeout_s,
         f"cannot reach my own store at {host}:{port}",
         lambda: TCPStore(
@@ -325,27 +327,15 @@ def _poll(
         pause_s = min(1.5 * pause_s, _SLOWEST_POLL_S)
 
 
-def _within(limit_s: float, complaint: str, call: Callable[[], T]) -> T:
+def _answer_in(limit_s: float, complaint: str, call: Callable[[], T]) -> T:
     """What `call` returns or raises; RendezvousError if it is still stuck a grace after the limit.
 
     The stuck thread stays behind: it holds the store's lock, so the process can only leave.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    worker = threading.Thread(target=work, name="packcast-store", daemon=True)
-    worker.start()
-    worker.join(limit_s + _GRACE_S)
-    if results:
-        return results[0]
-    if not errors:
+    try:
+        result = within(limit_s + _GRACE_S, "packcast-store", call)
+    except RuntimeError as error:  # torch's DistError and its kin
+        raise RendezvousError(f"{complaint}: {str(error).splitlines()[0]}") from None
+    if result is None:
         raise RendezvousError(complaint)
-    if isinstance(errors[0], RuntimeError):  # torch's DistError and its kin
-        raise RendezvousError(f"{complaint}: {str(errors[0]).splitlines()[0]}") from None
-    raise errors[0]
+    return result[0]

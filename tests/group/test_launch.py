@@ -319,4 +319,4 @@ def test_a_store_that_hangs_is_reported_and_never_by_publish_failure(
 def test_a_timeout_of_torchs_own_is_one_line(store: Store) -> None:
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(RendezvousError, match=r"^it failed: [^\n]*$"):
-        stores._within(1.0, "it failed", lambda: store.get("nothing"))
+        stores._answer_in(1.0, "it failed", lambda: store.get("nothing"))
