@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from packcast.packed.proven import proven_on
+
 # Each program of the kernel takes one piece at a time: so small that they all end together.
 PIECE_NBYTES = 64 << 10
 _MAX_PROVEN_NBYTES = 300
@@ -71,13 +73,9 @@ def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def move_on(device: torch.device) -> Move | None:
-    """The kernel, compiled and tried out; None where there is no GPU, no Triton, or it fails.
+    """The kernel, if it may be used there; the first call waits for the device."""
 
-    The first call on a device takes a second or two and waits for the device.
-    """
-    if device.type != "cuda":
-        return None
-    try:
+    def load() -> Move:
         from packcast.packed import kernel
 
         shared, most = kernel.programs_on(device)
@@ -88,12 +86,9 @@ def move_on(device: torch.device) -> Move | None:
             programs = most if alone else shared
             kernel.launch(table, slot, into_slot=into_slot, programs=programs)
 
-        with torch.cuda.device(device):
-            return move if is_right(move, device) else None
-    except Exception:
-        # Triton fails in ways of its own: no C compiler, no folder for its cache, a GPU that it
-        # does not know. The plain copies are there for all of them.
-        return None
+        return move
+
+    return proven_on(device, load, is_right)
 
 
 def is_right(move: Move, device: torch.device) -> bool:

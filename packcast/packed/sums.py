@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from packcast.packed.proven import proven_on
 from packcast.units import MIB
 
 _GROUP_NBYTES = 4 * MIB  # bounds the temporaries: twice as much, once; and the multipliers again
@@ -73,21 +74,15 @@ class SlotSums:
 
 @functools.cache
 def kernel_on(device: torch.device) -> AddUp | None:
-    """The kernel, compiled and tried out; None where there is no GPU, no Triton, or it fails.
+    """The kernel, if it may be used there; the first call waits for the device."""
 
-    The first call on a device takes a second and waits for the device.
-    """
-    if device.type != "cuda":
-        return None
-    try:
+    def load() -> AddUp:
         from packcast.packed import kernel
 
         assert _GROUP_NBYTES // _WORD_NBYTES <= _MAX_SPANS_EACH * kernel.SPAN
-        with torch.cuda.device(device):
-            return kernel.add_up if is_right(kernel.add_up, device) else None
-    except Exception:
-        # As for the copies (gather.py): Triton fails in ways of its own.
-        return None
+        return kernel.add_up
+
+    return proven_on(device, load, is_right)
 
 
 def is_right(add_up: AddUp, device: torch.device) -> bool:
