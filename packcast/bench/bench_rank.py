@@ -64,6 +64,7 @@ class BenchRank:
         self.team = team
         self.bench_id = bench_id
         self.stock = Stock("")
+        self._is_over = False
         self._settings = settings
         self._open_group = open_group
         self._name = f"packcast-bench-{bench_id[:12]}"
@@ -119,6 +120,7 @@ class BenchRank:
 
     def abandon(self) -> None:
         """Remove what lies on disks; from any thread, at any time."""
+        self._is_over = True
         with suppress(Exception):
             if self._way is not None:
                 self._way.close()
@@ -140,6 +142,8 @@ class BenchRank:
     def _shape(self, order: Order) -> Message:
         """A new shape; whoever is asked to take part in the next steps has its name."""
         self.stock = Stock(str(order["shape"]))
+        if self._is_over:  # asked only now, or `abandon` could have missed this one
+            drop_stock(self.stock)
         if self._settings.checkpoint is None:
             self.stock.specs = specs_of_weights(make_layout(_kind(order), self._settings.size))
         return {}

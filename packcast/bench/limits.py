@@ -85,7 +85,7 @@ def pace_of_read(
         view = views[thread][: align_up(nbytes, PAGE)]
         got = os.preadv(descriptors[index], [view], offset)
         if got != nbytes:
-            raise PackcastError(f"{files[index].name} is shorter than it was")
+            raise PackcastError(f"{files[index].name} is not as long as it was")
         return got
 
     try:

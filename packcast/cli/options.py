@@ -76,7 +76,7 @@ Discard = Annotated[
     option(
         "--discard",
         panel=DESTINATION,
-        help="Check digests and drop the bytes.",
+        help="Check what comes and drop it.",
     ),
 ]
 Force = Annotated[

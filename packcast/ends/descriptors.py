@@ -47,7 +47,7 @@ class Descriptors:
     """Files by index; the least recently used idle one is closed when there are too many.
 
     One that is in use is never closed under its user, so the bound may be passed by as many
-    files as there are threads.
+    files as there are parts in work at a time.
     """
 
     def __init__(self, open_file: Callable[[int], int], limit: int) -> None:

@@ -1,6 +1,7 @@
-"""The consumer's end where bytes stay on the device: slots to tensors, proven by a sum on the way.
+"""The consumer's end where bytes stay on the device: copied into tensors, or dropped.
 
-Only trailers and sums come to the host, where a thread compares them before tensors are given out.
+They are proven by sums: only those and trailers come to the host, where a thread compares them
+before tensors are given out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _NUM_PAGES = 16  # chunks whose proof may be under way: each is a trailer of hos
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A chunk that is in its tensors, once `mark` has passed; `page` is its trailer and sum."""
+    """A chunk that has left its slot, once `mark` has passed; `page` is its trailer and sum."""
 
     chunk: Chunk
     parts: Sequence[Part]
@@ -98,6 +99,9 @@ class DeviceLanding:
     def stage(self) -> Stage:
         """What the loop waits for when it waits here."""
         return self._sink.stage
+
+    def await_ready(self) -> None:
+        """It has no hands."""
 
     def drain(self, chunk: Chunk, slot: Slot) -> None:
         """Give the copies into the tensors to the drain lane, and their proof to the thread."""

@@ -148,15 +148,24 @@ class _Batch:
             self._num_left -= 1
             if self._num_left:
                 return None
-        # Before the answer: NFS keeps a removed file's name for as long as anybody has it open,
-        # and who hears of the last job may remove what was written at once.
-        for descriptor in self._descriptors:
-            os.close(descriptor)
+        self._close_files()
         return pack_outcomes(self.ticket, self._outcomes)
+
+    def _close_files(self) -> None:
+        """Before the answer: NFS keeps a removed file's name for as long as anybody has it open,
+        and who hears of the last job may remove what was written at once."""
+        for descriptor in self._descriptors:
+            try:
+                os.close(descriptor)
+            except OSError as error:  # NFS again, which writes now and finds that it cannot
+                for index, (_, job) in enumerate(self.jobs):
+                    if any(span.fd == descriptor for span in job.spans):
+                        failure = Failure(0, job.spans[0].offset, error.errno or 0)
+                        self._outcomes[index] = Outcome(failure=failure)
 
 
 class _Helper:
-    """Threads that take jobs one by one from the newest message, and the next when it has none."""
+    """Threads that take jobs one by one from a message, and the next message when it has none."""
 
     def __init__(self, parent: int, jobs_fd: int, replies_fd: int, memory_fd: int) -> None:
         self._parent = parent
@@ -184,7 +193,7 @@ class _Helper:
             if answer is not None:
                 try:
                     self._replies.send(answer)
-                except OSError:  # nobody waits for it any more
+                except (BrokenPipeError, ConnectionResetError):  # nobody waits for it any more
                     return
 
     def _receive(self) -> bool:
@@ -210,5 +219,13 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     helper = _Helper(parent, *descriptors)
     for _ in range(num_threads - 1):
-        threading.Thread(target=helper.work, daemon=True).start()
-    helper.work()
+        threading.Thread(target=_live, args=(helper,), daemon=True).start()
+    _live(helper)
+
+
+def _live(helper: _Helper) -> None:
+    """A thread's life; what ends it otherwise than well ends the process, which is noticed."""
+    try:
+        helper.work()
+    except BaseException:
+        os._exit(1)

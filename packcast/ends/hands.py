@@ -44,6 +44,9 @@ THREADS_PER_HELPER = 4  # so many share one interpreter well
 # A message is as much as one helper's threads do at a time, and each costs us the same.
 _BATCH_NBYTES = 16 * MIB
 _BATCH_JOBS = 64
+# Of one message, or of all that are under way: descriptors count against a limit that all processes
+# of a user share.
+_TOO_MUCH = (errno.ETOOMANYREFS, errno.EMSGSIZE, errno.ENOBUFS, errno.ENOMEM)
 _SMALL_NBYTES = 64 * 1024  # done at once here: the way to a helper would take longer
 # Isolated and without site: nothing but what the parent has imported from, and no delay.
 _PYTHON = (sys.executable, "-I", "-S", "-c")
@@ -222,8 +225,7 @@ class ProcessHands:
         try:
             socket.send_fds(self._jobs, [message], descriptors)
         except OSError as error:
-            # Descriptors under way count against a limit that all processes of a user share.
-            if error.errno == errno.ETOOMANYREFS:
+            if error.errno in _TOO_MUCH:
                 return False
             # Its sockets go a moment before itself.
             obituary = self._obituary(patience_s=CLOSE_LIMIT_S)
@@ -233,10 +235,16 @@ class ProcessHands:
     def _take(self, ticket: int) -> list[Order]:
         with self._changed:
             batch = self._pending.pop(ticket, [])
-            self._changed.notify()
+            self._changed.notify_all()
             return batch
 
     def _listen(self) -> None:
+        try:
+            self._hear_answers()
+        except Exception as error:
+            self._fail(as_packcast_error(error, "helpers"))
+
+    def _hear_answers(self) -> None:
         look_at = time.monotonic() + _LOOK_S
         while self._ended_by is None:
             with suppress(BlockingIOError):
@@ -269,7 +277,7 @@ class ProcessHands:
         if dead.returncode >= 0:
             return TransferError(f"helper process {dead.pid} ended with code {dead.returncode}")
         return TransferError(
-            f"helper process {dead.pid} was killed by {signal.Signals(-dead.returncode).name}",
+            f"helper process {dead.pid} was killed by {_signal_name(-dead.returncode)}",
             hint="the kernel's log tells whether the host ran out of memory",
         )
 
@@ -303,6 +311,13 @@ def join_all(threads: list[threading.Thread], limit_s: float) -> bool:
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
     return not any(thread.is_alive() for thread in threads)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # the real-time ones have none
+        return f"signal {number}"
 
 
 def _first_dead(helpers: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes] | None:

@@ -273,10 +273,9 @@ class FileSource:
                 done = partial(self._piece_read, chunk.index, load, extent, begin, job)
                 orders.append((job, memory, done))
                 begin += num_blocks(extent.nbytes) * DIGEST_NBYTES
+            self._hands.submit(orders)
         except Exception as error:
             load.fail(as_packcast_error(error, "reading"))
-            return
-        self._hands.submit(orders)
 
     def _piece_read(
         self, chunk: int, load: _Load, extent: Extent, begin: int, job: Job, outcome: Outcome

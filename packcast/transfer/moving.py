@@ -112,7 +112,8 @@ class Mover:
     def _make_ends(self, reader: FileReader | None, sink: Sink | None, *, tolerant: bool) -> None:
         offer, buffers = self._offer, self._buffers
         if self._stays_on_device(sink):
-            self._landing = DeviceLanding(sink, offer.files, buffers, tolerant=tolerant)
+            with self._room_told():
+                self._landing = DeviceLanding(sink, offer.files, buffers, tolerant=tolerant)
         elif sink is not None:
             hands = num_hands(offer.place.ranks_on_host, helpers=buffers.helpers)
             self._landing = Landing(sink, offer.files, buffers, num_hands=hands, tolerant=tolerant)
@@ -145,10 +146,10 @@ class Mover:
         goes on after a failure.
         """
         self._survives = survives and self._device.type == "cuda"
-        if sums:
-            self.prove_by_sums()
         timeout_s = stall_timeout_s + _GROUP_TIMEOUT_BEYOND_STALL_S
         try:
+            if sums:
+                self.prove_by_sums()
             self._group = self._open_group(store, interface, channel, timeout_s)
         except PackcastError:
             self.close()
@@ -161,13 +162,14 @@ class Mover:
     def await_ready(self) -> None:
         """Before `run`: block until the threads and helpers are there, a moment."""
         for end in (self._source, self._landing):
-            if isinstance(end, (FileSource, Landing)):
+            if end is not None:
                 end.await_ready()
 
     def prove_by_sums(self) -> None:
         """Before `run`, on all ranks: who needs sums of what the roots send shall have them."""
         if self._source is not None:
-            self._summed = Summed(self._source, self._buffers)
+            with self._room_told():
+                self._summed = Summed(self._source, self._buffers)
 
     def run(self, group: Group, channel: Hub | Line) -> Moved:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
@@ -340,12 +342,19 @@ class Mover:
 
     def _make_ring(self) -> Ring:
         offer = self._offer
-        try:
+        with self._room_told():
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
             return Ring(
                 self._device, slot_nbytes(offer.buffer_size), offer.num_buffers, self.counters
             )
+
+    @contextmanager
+    def _room_told(self) -> Iterator[None]:
+        """torch's own errors, of making the ring or what proves its chunks, in our words."""
+        offer = self._offer
+        try:
+            yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is a plain one
             raise TransferError(
                 f"{offer.device} is not there, or has no room for {offer.num_buffers} buffers of"

@@ -50,7 +50,7 @@ def agreed_digests(
 def proof_of(
     offer: Offer, moved: Moved, counters: Counters, sink: Sink, seconds: float
 ) -> dict[str, object]:
-    """PROVED: every byte was received, compared with its digest, and made durable or compared."""
+    """PROVED: every byte was received, proven, and made durable, compared or dropped."""
     return {
         "kind": "PROVED",
         "digests": moved.digests,

@@ -46,6 +46,6 @@ def helpers_pay(offer: Offer) -> bool:
 
 
 def num_hands(sharing: int, *, helpers: bool = False) -> int:
-    """How many threads or processes do the I/O: this rank's share of its cores, at least two."""
+    """How many threads do the I/O, here or in helpers: a share of the cores, at least two."""
     cores = len(os.sched_getaffinity(0)) // sharing
     return max(2, min(_MAX_HANDS, cores - _KEPT_CORES if helpers else cores))

@@ -18,7 +18,7 @@ from packcast.ends.hands import Order, ThreadHands
 from packcast.ends.landing import Landing
 from packcast.ends.source import FileReader, FileSource
 from packcast.ends.work import perform
-from packcast.errors import TransferError
+from packcast.errors import PackcastError, TransferError
 from packcast.packed.plan import BLOCK, plan_chunks
 from tests.ends.alone import make_buffers, specs_of
 from tests.helpers.checkpoints import write_safetensors
@@ -92,3 +92,20 @@ def test_who_waits_for_what_is_read_next_goes_on_when_the_source_is_closed(
     reading.close()
     with pytest.raises(TransferError, match="is over"):
         filling.result()
+
+
+def test_hands_that_cannot_take_a_job_are_told_of_and_not_waited_for(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(ThreadHands):
+        def submit(self, orders: Sequence[Order]) -> None:
+            raise MemoryError
+
+    monkeypatch.setattr(source, "make_hands", lambda *_: Broken(1, "test"))
+    buffers = make_buffers(BLOCK, 2, helpers=False)
+    chunks = plan_chunks([spec.nbytes for spec in specs_of(checkpoint)], BLOCK, [0])
+    reader = FileReader(outgoing_files(checkpoint), checkpoint.files)
+    reading = FileSource(chunks, reader, buffers, num_hands=1)
+    with pytest.raises(PackcastError, match="reading failed: MemoryError"):
+        reading.fill(chunks[0], buffers.ring.take(chunks[0]))
+    reading.close()

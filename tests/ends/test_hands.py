@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ from packcast.ends import hand
 from packcast.ends import hands as hands_module
 from packcast.ends.arena import Arena
 from packcast.ends.hands import Hands, Order, ProcessHands, ThreadHands
-from packcast.ends.work import Job, Outcome, Span, Task
+from packcast.ends.work import Failure, Job, Outcome, Span, Task
 from packcast.errors import TransferError
 from packcast.packed.plan import BLOCK
 from tests.ends.sinks import digests_of
@@ -101,6 +102,72 @@ def test_a_killed_helper_is_named_and_ends_what_is_under_way(arena: Arena) -> No
     assert answers.get(timeout=20).error is error
     hands.close()  # the other one is stopped, and killed
     assert helpers_of(os.getpid()) == []
+
+
+def with_helpers_program(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """Helpers that do `change` first, some statements about `hand`."""
+    program = hands_module._PROGRAM
+    start = program.index("from packcast")
+    changed = f"{program[:start]}import os, packcast.ends.hand as hand; {change}; hand.main()"
+    monkeypatch.setattr(hands_module, "_PROGRAM", changed)
+
+
+def test_a_helper_is_noticed_also_if_only_one_of_its_threads_dies(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_helpers_program(monkeypatch, "hand._Batch.do = None")
+    hands = ProcessHands(arena, 4, "test")
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    hands.submit([(check(arena), arena.view, answers.put)])
+    assert "ended with code 1" in str(answers.get(timeout=20).error)
+    hands.close()
+
+
+def test_a_file_that_cannot_be_closed_is_a_failed_write(
+    arena: Arena, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, which writes what it was given only then."""
+    fail = "close = os.close; os.close = lambda fd: [close(fd), os.open('/dev/full/x', 0)]"
+    with_helpers_program(monkeypatch, fail)
+    hands = ProcessHands(arena, 2, "test")
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    with (tmp_path / "out").open("wb") as file:
+        span = Span(file.fileno(), 5, 0, NBYTES)
+        job = Job(Task.WRITE, NBYTES, (span,), digests_of(arena.view))
+        hands.submit([(job, arena.view, answers.put), (check(arena), arena.view, answers.put)])
+        outcomes = [answers.get(timeout=20) for _ in range(2)]
+    assert [outcome.failure for outcome in outcomes] == [Failure(0, 5, errno.ENOTDIR), None]
+    assert [outcome.good for outcome in outcomes] == [False, True]
+    hands.close()
+
+
+def test_a_signal_without_a_name_is_told_by_its_number(arena: Arena) -> None:
+    hands = ProcessHands(arena, 1, "test")
+    (helper,) = helpers_of(os.getpid())
+    os.kill(helper, signal.SIGRTMIN + 6)
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    hands.submit([(check(arena), arena.view, answers.put)])
+    error = str(answers.get(timeout=20).error)
+    assert error == f"helper process {helper} was killed by signal {signal.SIGRTMIN + 6}"
+    hands.close()
+
+
+def test_a_message_that_the_socket_does_not_take_is_done_in_smaller_ones(
+    arena: Arena, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hands = ProcessHands(arena, 2, "test")
+    real = socket.send_fds
+
+    def small(to: socket.socket, messages: list[bytes], *more: Any) -> int:
+        if len(messages[0]) > 150:
+            raise OSError(errno.EMSGSIZE, "too long")
+        return real(to, messages, *more)
+
+    monkeypatch.setattr(socket, "send_fds", small)
+    answers: SimpleQueue[Outcome] = SimpleQueue()
+    hands.submit([(check(arena), arena.view, answers.put)] * 7)
+    assert all(answers.get(timeout=20).good for _ in range(7))
+    hands.close()
 
 
 def test_who_waits_for_busy_helpers_is_woken_when_it_is_over(arena: Arena) -> None:
