@@ -5,7 +5,7 @@ Gives orders through a function that reaches all ranks; measures nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ _BUDGET_S = {"cpu": 0.2, "cuda": 0.7}
 _BROADCAST_NBYTES = {"cpu": 64 * MIB, "cuda": GIB}
 _WRITE_NBYTES = {"cpu": 256 * MIB, "cuda": 4 * GIB}
 _MIN_BROADCASTS, _MAX_BROADCASTS = 3, 200
+_BROADCAST_TRIES = 3
 # Faster than any of this is a mistake of ours, not a machine.
 _ABSURD = 1e14
 
@@ -116,25 +117,25 @@ class Ceilings:
             return self._limit("broadcast", list(everyone), nbytes=nbytes, count=count)
 
         trial_s = max(float(str(answer["seconds"])) for answer in once(1).values())
-        wanted = int(_BUDGET_S[kind] / max(trial_s, 1e-6))
+        wanted = int(_BUDGET_S[kind] / _BROADCAST_TRIES / max(trial_s, 1e-6))
         count = max(_MIN_BROADCASTS, min(_MAX_BROADCASTS, wanted))
-        calls = f"{count} calls of {format_exact_size(nbytes)}"
-        return self._limit_of("broadcast", once(count), calls, buffer_size=buffer_size)
+        calls = f"{count} calls of {format_exact_size(nbytes)}, best of {_BROADCAST_TRIES}"
+        return _best(
+            self._limit_of("broadcast", once(count), calls, buffer_size=buffer_size)
+            for _ in range(_BROADCAST_TRIES)
+        )
 
     def _read(self, readers: int, *, shared: bool) -> Limit:
         ranks = self._first(readers)
         budget_s = _BUDGET_S[self._cluster.device_type]
-        best: Limit | None = None
+        found: list[Limit] = []
         for threads in _counts(max(2, self._cluster.read_threads // readers)):
             answers = self._limit("read", ranks, threads=threads, budget=budget_s, shared=shared)
             detail = _so_many(threads, "thread")
             if readers > 1:
                 detail += f" on each of {readers} ranks" + ("" if shared else ", all of it on each")
-            limit = self._limit_of("read", answers, detail, readers=readers, shared=shared)
-            if best is None or limit.bytes_per_second > best.bytes_per_second:
-                best = limit
-        assert best is not None, "there is at least one count of threads"
-        return best
+            found.append(self._limit_of("read", answers, detail, readers=readers, shared=shared))
+        return _best(found)
 
     def _copies(self, stage: LimitStage, ranks: list[int], *, shared: bool) -> Limit:
         budget_s = _BUDGET_S[self._cluster.device_type]
@@ -145,16 +146,13 @@ class Ceilings:
 
     def _write(self, nbytes: int) -> Limit:
         amount = max(8 * MIB, min(nbytes, _WRITE_NBYTES[self._cluster.device_type]))
-        best: Limit | None = None
+        found: list[Limit] = []
         for threads in _counts(self._cluster.write_threads)[-2:]:
             answers = self._limit("write", self._workers(), threads=threads, nbytes=amount)
             detail = f"{_so_many(threads, 'thread')}, 8 files, fsync included"
             detail += f", {_so_many(len(answers), 'rank')} at once"
-            limit = self._limit_of("write", answers, detail)
-            if best is None or limit.bytes_per_second > best.bytes_per_second:
-                best = limit
-        assert best is not None, "there is at least one count of threads"
-        return best
+            found.append(self._limit_of("write", answers, detail))
+        return _best(found)
 
     def _limit(self, stage: str, ranks: list[int], **fields: Any) -> dict[int, Message]:
         """The answers of the ranks that took part; raises PackcastError with what went wrong."""
@@ -197,6 +195,10 @@ class Ceilings:
 
     def _workers(self) -> list[int]:
         return [rank for rank in range(self._cluster.world_size) if rank != self._cluster.sender]
+
+
+def _best(found: Iterable[Limit]) -> Limit:
+    return max(found, key=lambda limit: limit.bytes_per_second)
 
 
 def _so_many(count: int, what: str) -> str:
