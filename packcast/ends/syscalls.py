@@ -14,6 +14,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
+_SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _RENAMEAT2_NUMBER = {"x86_64": 316, "aarch64": 276, "riscv64": 276, "ppc64le": 357, "s390x": 347}
 
@@ -31,6 +34,13 @@ def fallocate(fd: int, nbytes: int) -> None:
     while _libc.fallocate(fd, 0, 0, nbytes) != 0:
         if ctypes.get_errno() != errno.EINTR:
             _raise_errno()
+
+
+def start_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Have the kernel begin to write the file's dirty pages to disk; does not wait for the disk,
+    unless it has too much to do already. Errors of the disk are left for fsync to tell."""
+    if _libc.sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE) != 0:
+        _raise_errno()
 
 
 def exchange(dir_fd: int, one: str, other: str) -> None:

@@ -12,10 +12,10 @@ from queue import SimpleQueue
 
 import pytest
 
-from packcast.ends import hand
+from packcast.ends import hand, work
 from packcast.ends.arena import Arena
 from packcast.ends.hands import Hands, ProcessHands, ThreadHands
-from packcast.ends.work import Failure, Job, Outcome, Span, Task
+from packcast.ends.work import Failure, Job, Outcome, Span, Task, perform
 from packcast.errors import PackcastError
 from packcast.packed.plan import BLOCK
 from tests.ends.sinks import digests_of
@@ -158,6 +158,29 @@ def test_writing_puts_each_span_where_it_belongs(crew: Crew, data: bytes, tmp_pa
     assert (tmp_path / "0").read_bytes() == b""
     assert (tmp_path / "1").read_bytes() == bytes(10) + data[:cut]
     assert (tmp_path / "2").read_bytes() == bytes(7) + data[cut:]
+    list(map(os.close, fds))
+
+
+def test_the_disk_begins_with_what_is_written_and_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random.Random(9).randbytes(NBYTES)
+    fds = [opened(tmp_path / str(i), b"") for i in range(2)]
+    spans = (Span(fds[0], 10, 0, BLOCK), Span(fds[1], 0, BLOCK, NBYTES - BLOCK))
+    job = Job(Task.WRITE, NBYTES, spans, digests_of(data))
+    begun: list[tuple[int, int, int]] = []
+
+    def start(*given: int) -> None:
+        begun.append((given[0], given[1], given[2]))
+        raise OSError(errno.ESPIPE, "not everything can")
+
+    monkeypatch.setattr(work, "start_writeback", start)
+    assert perform(job, memoryview(bytearray(data))).good
+    assert begun == [(span.fd, span.offset, span.nbytes) for span in spans]
+    damaged = bytearray(data)
+    damaged[-1] ^= 1
+    assert not perform(job, memoryview(damaged)).good
+    assert len(begun) == 2
     list(map(os.close, fds))
 
 
