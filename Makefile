@@ -18,10 +18,10 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench bench-gpu test test-gpu lint type check clean
+.PHONY: help setup demo bench bench-gpu bench-disk test test-gpu lint type check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make .venv with torch, packcast and its tools (once; minutes)
 
@@ -68,16 +68,23 @@ bench: $(READY) ## the README's tables for CPUs: ranks over gloo, into .bench/ (
 	$(BIN)/packcast bench --nproc 3 --backend gloo --runs 5 --num-buffers 4 --buffer-size 16MiB,64MiB $(call into,cpu-3-ranks)
 
 # Files lie in memory. Baselines take most of the time.
-ON_GPUS = --nproc $(GPUS) --backend nccl --readers 1 --runs 5
+ON_GPUS = --nproc $(GPUS) --backend nccl --runs 5
 FILE_ON_GPUS = $(ON_GPUS) --num-buffers 4 --dir /dev/shm --source file
 bench-gpu: $(READY) ## the README's tables for GPUs: GPUS=2 of them, into .bench/ (minutes)
 	@mkdir -p .bench
 	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --size 8GiB --source resident --sink land --buffer-size 128MiB,256MiB --num-buffers 2 $(call into,gpu-replay)
 	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --size 8GiB --source resident --sink discard --buffer-size 1GiB --num-buffers 2 $(call into,gpu-compat)
-	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink discard --buffer-size 8MiB,16MiB,32MiB,64MiB,128MiB $(call into,gpu-file)
-	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink land --buffer-size 64MiB --heartbeat-timeout 25s $(call into,gpu-land)
-	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 4GiB --sink write --buffer-size 16MiB,64MiB $(call into,gpu-write)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink discard --buffer-size 16MiB,32MiB,64MiB,128MiB $(call into,gpu-file)
 	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape moe,tiny --size 2GiB --sink discard --buffer-size 64MiB --no-limits $(call into,gpu-moe-tiny)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink land --readers 1,all --buffer-size 64MiB --heartbeat-timeout 25s $(call into,gpu-land)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 4GiB --sink write --buffer-size 64MiB $(call into,gpu-write)
+
+# A folder on the disk that is to be measured.
+DISK ?= .bench
+bench-disk: $(READY) ## the same for a disk, from and to DISK=.bench (a minute)
+	@mkdir -p .bench
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --write-dir $(DISK) --shape dense --size 2GiB --sink write --buffer-size 64MiB --no-baselines $(call into,disk-write)
+	$(BIN)/packcast bench $(ON_GPUS) --num-buffers 4 --source file --cold --dir $(DISK) --shape dense --size 2GiB --sink discard --buffer-size 64MiB --no-baselines $(call into,disk-cold)
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)

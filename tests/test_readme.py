@@ -225,7 +225,9 @@ def test_command_lines_are_understood(line: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-@pytest.mark.parametrize(("target", "ranks"), [("bench", [2, 2, 3]), ("bench-gpu", [2] * 6)])
+@pytest.mark.parametrize(
+    ("target", "ranks"), [("bench", [2, 2, 3]), ("bench-gpu", [2] * 6), ("bench-disk", [2] * 2)]
+)
 def test_the_benches_of_the_makefile_can_be_meant(
     target: str, ranks: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
