@@ -24,7 +24,7 @@ MAX_TOKEN_NBYTES = 4096
 
 MIN_FITTING_SIZE, MAX_FITTING_SIZE = 16 * MIB, 64 * MIB  # that are chosen for a checkpoint
 DEFAULT_NUM_BUFFERS = 4
-DEFAULT_STAGING = 192 * MIB  # more would leave the cache, and halve what goes through it
+DEFAULT_STAGING = 192 * MIB  # more is no faster
 DEFAULT_JOIN_TIMEOUT_S = 300.0
 DEFAULT_HEARTBEAT_TIMEOUT_S = 3.0
 DEFAULT_STALL_TIMEOUT_S = 600.0

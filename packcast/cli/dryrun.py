@@ -58,7 +58,8 @@ def _text(
         ),
         (
             "pinned memory",
-            f"{exact(pinned_nbytes(size, settings.staging))} bytes on each rank that has a GPU",
+            f"{exact(pinned_nbytes(size, settings.staging))} bytes"
+            " on each rank with a GPU that reads or writes files",
         ),
     ]
     return "\n".join(

@@ -67,7 +67,10 @@ def test_a_dry_run_needs_nobody_and_states_the_memory(checkpoint: Path, capsys: 
     assert run([*argv, "--staging", "8MiB"]) == 0
     out = capsys.readouterr().out
     assert f"{3 * ((2 << 20) + 4096):,} bytes on each rank: 3 buffers of 2MiB + 4096" in out
-    assert f"{3 * ((2 << 20) + 4096):,} bytes on each rank that has a GPU" in out  # of 8 MiB
+    assert (
+        f"{3 * ((2 << 20) + 4096):,} bytes on each rank with a GPU that reads or writes files"
+        in out
+    )  # of 8 MiB
     assert "1 of at most 2MiB" in out
 
 
