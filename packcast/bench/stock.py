@@ -117,11 +117,12 @@ def drop_stock(stock: Stock) -> None:
     if stock.folder is None:
         return
     deadline = time.monotonic() + _REMOVAL_LIMIT_S
-    shutil.rmtree(stock.folder, ignore_errors=True)
-    # Threads that are still writing may have made another file in it.
-    while stock.folder.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while True:
         shutil.rmtree(stock.folder, ignore_errors=True)
+        # Threads that are still writing may have made another file in it.
+        if not stock.folder.exists() or time.monotonic() > deadline:
+            return
+        time.sleep(0.01)
 
 
 def specs_of_weights(weights: Sequence[Weight]) -> tuple[TensorSpec, ...]:

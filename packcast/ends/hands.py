@@ -38,7 +38,7 @@ Done = Callable[[Outcome], None]  # called once for each job, in some thread; mu
 Order = tuple[Job, memoryview, Done]  # a job, the memory that is exactly its bytes, who is told
 
 CLOSE_LIMIT_S = 1.0  # for threads and helpers at the end: after a failure some are stuck in I/O
-READY_LIMIT_S = 5.0  # for helpers at the beginning; they take a tenth of a second
+_READY_LIMIT_S = 5.0  # for helpers at the beginning; they take a tenth of a second
 _LOOK_S = 0.25  # how often the helpers are looked at
 THREADS_PER_HELPER = 4  # so many share one interpreter well
 # A message is as much as one helper's threads do at a time, and each costs us the same.
@@ -70,7 +70,7 @@ class ThreadHands:
         for thread in self._threads:
             thread.start()
 
-    def await_ready(self, limit_s: float) -> None:
+    def await_ready(self, limit_s: float = _READY_LIMIT_S) -> None:
         """Threads are at once."""
 
     def submit(self, orders: Sequence[Order]) -> None:
@@ -81,8 +81,7 @@ class ThreadHands:
                 for order in orders:
                     self._jobs.put(order)
         if ended_by:
-            for _, _, done in orders:
-                done(Outcome(error=ended_by))
+            _refuse(orders, ended_by)
 
     def close(self) -> None:
         """End the threads, and wait a moment for that; jobs that nobody has begun are over."""
@@ -139,7 +138,7 @@ class ProcessHands:
                 f"this host cannot start a helper process: {error.strerror}"
             ) from error
 
-    def await_ready(self, limit_s: float) -> None:
+    def await_ready(self, limit_s: float = _READY_LIMIT_S) -> None:
         """Block until all helpers are there, so that the first bytes do not wait for the last one;
         but no longer, since one alone does it too."""
         with self._changed:
@@ -193,8 +192,7 @@ class ProcessHands:
                 self._next_ticket += 1
                 self._pending[ticket] = batch
         if ended_by:
-            for _, _, done in batch:
-                done(Outcome(error=ended_by))
+            _refuse(batch, ended_by)
         elif not self._send(ticket, batch) and self._take(ticket):
             half = len(batch) // 2
             if half:
@@ -249,24 +247,25 @@ class ProcessHands:
         while self._ended_by is None:
             with suppress(BlockingIOError):
                 message = self._replies.recv(MAX_MESSAGE_NBYTES)
-                if not message:
-                    look_at = 0.0
+                if message:
+                    self._hear(message)
                 else:
-                    ticket, outcomes = unpack_outcomes(message)
-                    if ticket == HELLO:
-                        self._one_more_ready()
-                    for (_, _, done), outcome in zip(self._take(ticket), outcomes, strict=False):
-                        done(outcome)
+                    look_at = 0.0
             if time.monotonic() >= look_at:
                 look_at = time.monotonic() + _LOOK_S
                 obituary = self._obituary()
                 if obituary:
                     self._fail(obituary)
 
-    def _one_more_ready(self) -> None:
-        with self._changed:
-            self._num_ready += 1
-            self._changed.notify_all()
+    def _hear(self, message: bytes) -> None:
+        ticket, outcomes = unpack_outcomes(message)
+        if ticket == HELLO:
+            with self._changed:
+                self._num_ready += 1
+                self._changed.notify_all()
+            return
+        for (_, _, done), outcome in zip(self._take(ticket), outcomes, strict=False):
+            done(outcome)
 
     def _obituary(self, patience_s: float = 0.0) -> TransferError | None:
         deadline = time.monotonic() + patience_s
@@ -291,8 +290,7 @@ class ProcessHands:
             self._pending.clear()
             self._changed.notify_all()
         for batch in pending:
-            for _, _, done in batch:
-                done(Outcome(error=error))
+            _refuse(batch, error)
 
 
 Hands = ThreadHands | ProcessHands
@@ -303,6 +301,11 @@ def _performed(job: Job, memory: memoryview) -> Outcome:
         return perform(job, memory)
     except Exception as error:
         return Outcome(error=as_packcast_error(error, job.task.name.lower()))
+
+
+def _refuse(orders: Sequence[Order], error: PackcastError) -> None:
+    for _, _, done in orders:
+        done(Outcome(error=error))
 
 
 def join_all(threads: list[threading.Thread], limit_s: float) -> bool:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.ends.digests import BlockDigests
-from packcast.ends.hands import CLOSE_LIMIT_S, READY_LIMIT_S, Order, join_all
+from packcast.ends.hands import CLOSE_LIMIT_S, Order, join_all
 from packcast.ends.staging import Buffers, Lease, make_hands, make_staging, use_device
 from packcast.ends.work import Job, Outcome, Span, Task
 from packcast.errors import PackcastError, TransferError, as_packcast_error
@@ -153,7 +153,7 @@ class Landing:
 
     def await_ready(self) -> None:
         """Block until its hands are there, a moment."""
-        self._hands.await_ready(READY_LIMIT_S)
+        self._hands.await_ready()
 
     @property
     def stage(self) -> Stage:

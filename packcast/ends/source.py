@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile
 from packcast.ends.digests import BlockDigests
-from packcast.ends.hands import CLOSE_LIMIT_S, READY_LIMIT_S, Order, join_all
+from packcast.ends.hands import CLOSE_LIMIT_S, Order, join_all
 from packcast.ends.staging import Buffers, Lease, make_hands, make_staging, use_device
 from packcast.ends.work import Job, Outcome, Span, Task, perform
 from packcast.errors import CheckpointError, PackcastError, TransferError, as_packcast_error
@@ -203,7 +203,7 @@ class FileSource:
 
     def await_ready(self) -> None:
         """Block until its hands are there, a moment."""
-        self._hands.await_ready(READY_LIMIT_S)
+        self._hands.await_ready()
 
     def fill(self, chunk: Chunk, slot: Slot) -> None:
         """Give the chunk and its trailer to the fill lane, each unit as soon as it was read."""
