@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from tests.group.two_ranks import run_program
 
-REPOSITORY = Path(__file__).parents[2]
-
-# One process imports torch and forks, before torch has a thread: half the waiting.
 BEGIN = """
 import os, sys, threading
 import torch
@@ -17,17 +11,10 @@ import torch.distributed as dist
 from packcast.errors import RendezvousError
 from packcast.group import defaultgroup
 from packcast.group.processgroup import interface_of
-from packcast.group.store import connect_store, serve_store
+from tests.group.two_ranks import become_two
 
-reader, writer = os.pipe()
-child = os.fork()
-rank = 0 if child else 1
-if rank == 0:
-    store, port = serve_store("127.0.0.1", 20.0)
-    os.write(writer, b"%d\\n" % port)
-else:
-    port = int(os.read(reader, 100))
-    store = connect_store("127.0.0.1", port, 20.0)
+two = become_two(20.0)
+rank, store = two.rank, two.store
 
 def open_group(name, limit_s=20.0):
     return defaultgroup.open_default_group(
@@ -44,19 +31,12 @@ def leave():
     if rank == 1:
         store.set("gone", "")
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    assert os.waitpid(two.child, 0)[1] == 0
 """
 
 
 def run_two_ranks(body: str) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", f"{BEGIN}\n{body}\nleave()\n"],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode == 0, ran.stderr
+    run_program(f"{BEGIN}\n{body}\nleave()\n")
 
 
 def test_it_is_torchs_default_while_it_is_there_and_nothing_is_left_of_it() -> None:

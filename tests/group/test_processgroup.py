@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -16,10 +13,8 @@ import pytest
 
 from packcast.group.launch import reachable_host
 from packcast.group.processgroup import begin_abort, begin_close, interface_of
+from tests.group.two_ranks import run_program
 
-REPOSITORY = Path(__file__).parents[2]
-
-# One process imports torch and forks, before torch has a thread: half the waiting.
 TWO_RANKS = """
 import os, sys, time
 import torch
@@ -27,17 +22,11 @@ from packcast.errors import RendezvousError
 from packcast.group.processgroup import (
     begin_close, broadcast_over, interface_of, open_process_group
 )
-from packcast.group.store import connect_store, serve_store
+from packcast.group.store import serve_store
+from tests.group.two_ranks import become_two
 
-reader, writer = os.pipe()
-child = os.fork()
-rank = 0 if child else 1
-if rank == 0:
-    store, port = serve_store("127.0.0.1", 10.0)
-    os.write(writer, b"%d\\n" % port)
-else:
-    port = int(os.read(reader, 100))
-    store = connect_store("127.0.0.1", port, 10.0)
+two = become_two(10.0)
+rank, store = two.rank, two.store
 before = dict(os.environ)
 group = open_process_group(
     "gloo", rank=rank, world_size=2, store=store, device=torch.device("cpu"), timeout_s=20.0,
@@ -53,7 +42,7 @@ assert begin_close(group, torch.device("cpu")).wait(5.0)
 assert time.monotonic() - started < 4.0
 if rank == 1:
     os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
+assert os.waitpid(two.child, 0)[1] == 0
 # And once more, with a peer that never comes.
 try:
     open_process_group(
@@ -66,14 +55,7 @@ except RendezvousError as error:
 
 
 def test_two_ranks_make_a_group_broadcast_and_take_it_down() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", TWO_RANKS],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ran.returncode == 0, ran.stderr
+    ran = run_program(TWO_RANKS)
     assert ran.stdout.startswith("the gloo process group could not be made: ")
     assert len(ran.stdout.splitlines()) == 1
 
