@@ -18,7 +18,7 @@ ROOMS = (
     "settings",
     "checkpoint",
     "packed",
-    "ends",
+    "io",
     "group",
     "transfer",
     "bench",

@@ -15,8 +15,8 @@ import torch
 
 import packcast
 from packcast.bench.pagecache import file_system_of
-from packcast.ends.memory import available_nbytes
 from packcast.group.devices import host_name
+from packcast.io.memory import available_nbytes
 
 
 def versions(backend: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,53 +18,19 @@ from packcast.bench.check import digests_of_copy, sums_of, wrong_blocks, wrong_t
 from packcast.bench.pagecache import evict
 from packcast.bench.ways import Job as CaseJob
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.ends.discard import DiscardSink
-from packcast.ends.shelf import GivenTensors
-from packcast.ends.source import FileReader
-from packcast.ends.tensors import TensorSink
-from packcast.ends.verify import VerifySink
-from packcast.ends.work import Job
-from packcast.ends.write import WriteSink
 from packcast.errors import TransferError
+from packcast.io.sinks.discard import DiscardSink
+from packcast.io.sinks.shelf import GivenTensors
+from packcast.io.sinks.tensors import TensorSink
+from packcast.io.sinks.verify import VerifySink
+from packcast.io.sinks.write import WriteSink
+from packcast.io.source import FileReader
 from packcast.packed.counters import Counters
-from packcast.packed.plan import Extent, check_buffers, check_staging, plan_chunks, plan_digest
+from packcast.packed.plan import check_buffers, check_staging, plan_chunks, plan_digest
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
 
 FileSink = DiscardSink | VerifySink | WriteSink | TensorSink
-
-
-class Gate:
-    """Holds the readers back until the common start: a Mover begins to read when it is made."""
-
-    def __init__(self) -> None:
-        self._open = threading.Event()
-        self._given_up = False
-
-    def open(self) -> None:
-        """Let everything through."""
-        self._open.set()
-
-    def give_up(self) -> None:
-        """Nothing will be read; raises in those who wait."""
-        self._given_up = True
-        self._open.set()
-
-    def wait(self) -> None:
-        """Block until it is open."""
-        self._open.wait()
-        if self._given_up:
-            raise TransferError("the run was given up")
-
-
-class GatedReader(FileReader):
-    """A FileReader that gives nothing to read before the start."""
-
-    gate: Gate
-
-    def job(self, extent: Extent, into: memoryview) -> Job:
-        self.gate.wait()
-        return super().job(extent, into)
 
 
 class FileCase:
@@ -78,7 +43,6 @@ class FileCase:
         self._job = job
         self._write_folder = write_folder
         self._cold = cold
-        self._gate = Gate()
         self._sink: FileSink | None = None
         self._mover: Mover | None = None
         self._incomplete = False
@@ -97,10 +61,9 @@ class FileCase:
         chunks = offer.chunks()
         if self._cold and (job.team.rank in job.readers or case.sink == "verify"):
             evict(job.stock.paths())
-        reader: GatedReader | None = None
+        reader = None
         if job.team.rank in job.readers:
-            reader = GatedReader(job.stock.files, job.stock.opened().files)
-            reader.gate = self._gate
+            reader = FileReader(job.stock.files, job.stock.opened().files)
         if not job.team.is_sender:
             self._sink = self._make_sink(offer.files)
             self._sink.prepare()
@@ -111,8 +74,7 @@ class FileCase:
             self._mover.prove_by_sums()
 
     def connect(self) -> None:
-        """The group is there, and so are the helpers: a transfer has them before its group."""
-        self._made().await_ready()
+        """The group is there."""
 
     def warm(self) -> None:
         """A transfer's first pass is its only one."""
@@ -126,7 +88,7 @@ class FileCase:
     def run(self) -> float:
         """The moment of the last byte: buffers that are unpinned afterwards are no part of it."""
         mover, team = self._made(), self._job.team
-        self._gate.open()
+        mover.read_ahead()
         moved = mover.run(team.group, team.channel)
         self.pinned_nbytes = moved.pinned_nbytes
         if self._sink is None:
@@ -163,7 +125,6 @@ class FileCase:
         return wrong
 
     def close(self) -> None:
-        self._gate.give_up()
         if self._mover is not None:
             self._mover.close()
             self._mover = None

@@ -37,7 +37,7 @@ from packcast.group.member import Member
 from packcast.group.wire import Message
 from packcast.settings import Settings
 from packcast.transfer.agreement import make_offers
-from packcast.transfer.share import num_hands
+from packcast.transfer.share import num_io_threads
 
 
 @dataclass(slots=True)
@@ -163,8 +163,8 @@ class Lead:
                 sender=team.sender,
                 world_size=team.world_size,
                 device_type=team.device.type,
-                read_threads=num_hands(1),
-                write_threads=num_hands(on_host),
+                read_threads=num_io_threads(1),
+                write_threads=num_io_threads(on_host),
                 free_nbytes=min(int(str(answer["free"])) for answer in facts.values()),
             )
             self._ceilings = Ceilings(settings, cluster, self._ask)

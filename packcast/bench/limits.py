@@ -24,9 +24,8 @@ import torch
 from packcast.bench.pagecache import evict
 from packcast.bench.team import Team
 from packcast.checkpoint.checkpoint import SourceFile
-from packcast.ends import syscalls
-from packcast.ends.staging import use_device
 from packcast.errors import PackcastError
+from packcast.io import syscalls
 from packcast.packed.plan import PAGE, align_up
 from packcast.packed.ring import host_view
 from packcast.units import MIB
@@ -203,7 +202,8 @@ def _in_threads(
 
     def run(thread: int) -> None:
         try:
-            use_device(team.device)
+            if team.device.type == "cuda":  # or its first call would make a context on GPU 0
+                torch.cuda.set_device(team.device)
             while not failures:
                 with lock:
                     item = next(items, None)

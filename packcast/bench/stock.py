@@ -22,8 +22,6 @@ from packcast.bench.weights import Weight, write_weights
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
-from packcast.ends.shelf import torch_dtype
-from packcast.ends.source import FileReader
 from packcast.errors import (
     CheckpointError,
     DestinationError,
@@ -31,6 +29,8 @@ from packcast.errors import (
     TransferError,
     UsageError,
 )
+from packcast.io.sinks.shelf import torch_dtype
+from packcast.io.source import FileReader
 from packcast.packed.layout import TensorSpec
 from packcast.transfer.offer import Offer
 
@@ -176,11 +176,7 @@ def file_tensors(stock: Stock, device: torch.device) -> Iterator[tuple[str, torc
 
 def true_blocks(stock: Stock) -> list[bytes]:
     """Digests of the files as they lie on the sender's disk."""
-    reader = stock.reader()
-    try:
-        return digests_of_files([file.spec for file in stock.files], reader.read)
-    finally:
-        reader.close()
+    return digests_of_files([file.spec for file in stock.files], stock.reader().read)
 
 
 def true_sums(stock: Stock, source: SourceKind, device: torch.device) -> list[int]:

@@ -15,10 +15,10 @@ from packcast.bench import grammar
 from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
 from packcast.cli import settings as given
 from packcast.cli.profile import backend_expected
-from packcast.ends.memory import available_nbytes
 from packcast.errors import UsageError
 from packcast.group.asking import check_port
 from packcast.group.launch import Launch
+from packcast.io.memory import available_nbytes
 from packcast.packed.plan import check_staging
 from packcast.settings import Backend
 from packcast.units import GIB, MIB, format_exact_size, parse_rate

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 from packcast.packed.plan import Extent
 
@@ -44,12 +44,26 @@ class StageTotal:
     last_end: float = 0.0
 
 
+class StageWork(Protocol):
+    """What somebody who counts by himself has done of a stage."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def busy_s(self) -> float: ...
+    @property
+    def first_begin(self) -> float: ...
+    @property
+    def last_end(self) -> float: ...
+
+
 class Counters:
     """The counters of one rank, safe to use from every thread."""
 
     def __init__(self, *, trace: bool = False) -> None:
         self._lock = threading.Lock()
         self._totals: dict[Stage, StageTotal] = {}
+        self._followed: dict[Stage, Callable[[], StageWork]] = {}
         self._trace: list[StageEvent] | None = [] if trace else None
         self.newest: Extent | None = None  # the newest bytes that the loop has seen
 
@@ -64,6 +78,18 @@ class Counters:
             if self._trace is not None:
                 self._trace.append(StageEvent(stage, chunk, nbytes, begin, end))
 
+    def follow(self, stage: Stage, work: Callable[[], StageWork]) -> None:
+        """Count what `work` says of the stage, now and later, until `unfollow`."""
+        with self._lock:
+            self._followed[stage] = work
+
+    def unfollow(self, stage: Stage) -> None:
+        """Keep what the stage's work is by now."""
+        with self._lock:
+            work = self._followed.pop(stage, None)
+            if work is not None:
+                self._totals[stage] = self._with_work(stage, work())
+
     def waiting_on(self, stage: Stage) -> Waiting:
         """Count the time inside the `with` as time that the loop stood still for `stage`."""
         return Waiting(self, stage)
@@ -77,21 +103,26 @@ class Counters:
         """How many bytes the stage has finished."""
         with self._lock:
             total = self._totals.get(stage)
-            return total.nbytes if total else 0
+            followed = self._followed.get(stage)
+            return (total.nbytes if total else 0) + (followed().nbytes if followed else 0)
 
     def totals(self) -> dict[Stage, StageTotal]:
         """A copy of all totals at this moment."""
         with self._lock:
-            return {
-                stage: StageTotal(
-                    total.nbytes,
-                    total.busy_s,
-                    total.waiting_s,
-                    total.first_begin,
-                    total.last_end,
-                )
-                for stage, total in self._totals.items()
-            }
+            found = {stage: replace(total) for stage, total in self._totals.items()}
+            for stage, work in self._followed.items():
+                found[stage] = self._with_work(stage, work())
+            return found
+
+    def _with_work(self, stage: Stage, work: StageWork) -> StageTotal:
+        total = self._totals.get(stage, StageTotal())
+        return StageTotal(
+            total.nbytes + work.nbytes,
+            total.busy_s + work.busy_s,
+            total.waiting_s,
+            min(total.first_begin, work.first_begin),
+            max(total.last_end, work.last_end),
+        )
 
     def trace(self) -> list[StageEvent]:
         """The events so far, in the order in which they ended; empty without `trace=True`."""

@@ -8,12 +8,31 @@ from __future__ import annotations
 import time
 from collections import deque
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
 from packcast.packed.counters import Counters, Stage
 
 _POLL_S = 0.001
+
+
+class Passage(Protocol):
+    """A point that is passed sooner or later: in a lane, or by host threads."""
+
+    @property
+    def event(self) -> torch.cuda.Event | None:
+        """For a lane to wait for; None where it is the host's business."""
+
+    @property
+    def passed_at(self) -> float:
+        """When it was passed, by `time.perf_counter()`; where there is no event."""
+
+    def passed(self) -> bool:
+        """Has it been? Never blocks."""
+
+    def synchronize(self) -> None:
+        """Block this host thread until it has been."""
 
 
 class Mark:
@@ -92,7 +111,7 @@ class Lane:
         """Mark the end of what has been given to the lane so far."""
         return Mark(self._stream, timed=self.timed)
 
-    def wait(self, mark: Mark | None) -> None:
+    def wait(self, mark: Passage | None) -> None:
         """What is given to this lane from now on begins after `mark`; the host does not wait."""
         if self._stream is not None and mark is not None and mark.event is not None:
             self._stream.wait_event(mark.event)
@@ -117,7 +136,7 @@ def mark_caller(device: torch.device) -> Mark:
     return Mark(torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
 
-def hold_caller(device: torch.device, mark: Mark | None) -> None:
+def hold_caller(device: torch.device, mark: Passage | None) -> None:
     """What the caller's current stream is given from now on begins after `mark`."""
     if mark is not None and mark.event is not None:
         torch.cuda.current_stream(device).wait_event(mark.event)
@@ -131,14 +150,14 @@ class LaneClock:
 
     def __init__(self, device: torch.device, counters: Counters | None) -> None:
         self._counters = counters
-        self._open: deque[tuple[Stage, int, int, Mark, Mark]] = deque()
+        self._open: deque[tuple[Stage, int, int, Passage, Passage]] = deque()
         self._base: Mark | None = None
         if device.type == "cuda" and counters is not None:
             self._base = Mark(torch.cuda.current_stream(device))
             self._base.synchronize()
         self._base_at = time.perf_counter()
 
-    def span(self, stage: Stage, chunk: int, nbytes: int, begin: Mark, end: Mark) -> None:
+    def span(self, stage: Stage, chunk: int, nbytes: int, begin: Passage, end: Passage) -> None:
         """Count `stage` from `begin` to `end` once the lane has passed them."""
         if self._counters is not None:
             self._open.append((stage, chunk, nbytes, begin, end))
@@ -155,7 +174,7 @@ class LaneClock:
             self._open.popleft()
             self._counters.add(stage, chunk, nbytes, self._when(begin), self._when(end))
 
-    def _when(self, mark: Mark) -> float:
+    def _when(self, mark: Passage) -> float:
         if self._base is None or self._base.event is None or mark.event is None:
             return mark.passed_at
         return self._base_at + float(self._base.event.elapsed_time(mark.event)) / 1e3

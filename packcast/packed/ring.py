@@ -1,23 +1,21 @@
 """The slots: device buffers made once, taken strictly in chunk order on every rank.
 
 Chunk i uses slot i mod `num_buffers`. On CUDA a slot's reuse is ordered by events between three
-lanes (fill, communication, drain) and the host never waits; on a CPU host memory and slot are one,
-so a slot is free again when the loop has released it and no host thread holds a part of it.
+lanes (fill, communication, drain) and the host never waits; on a CPU the host waits for the marks
+of those who used it last.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from packcast.errors import PackcastError
 from packcast.packed.counters import Counters
-from packcast.packed.lanes import Lane, LaneClock, Mark
+from packcast.packed.lanes import Lane, LaneClock, Mark, Passage
 from packcast.packed.plan import align_up
 
 # broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank.
@@ -63,22 +61,26 @@ class Carried(Protocol):
 
 
 class Slot:
-    """One device buffer with the marks of those who used it last."""
+    """One buffer with the marks of those who used it last."""
 
-    def __init__(self, index: int, memory: torch.Tensor) -> None:
+    def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
-        self.turn = index  # the chunk that may use the slot now
-        self.holders = 0  # host threads that use a part of it; on a CPU only
-        self.released = False  # by the loop, for this turn
-        self.filled: Mark | None = None
-        self.arrived: Mark | None = None
-        self.drained: Mark | None = None
+        self.filled: Passage | None = None
+        self.arrived: Passage | None = None
+        self.drained: Passage | None = None
+
+    def is_free(self) -> bool:
+        """Has everyone done with the slot? Never blocks."""
+        return all(mark is None or mark.passed() for mark in self._marks())
 
     def synchronize(self) -> None:
-        """Block this host thread until every lane has done with the slot."""
-        for mark in (self.filled, self.arrived, self.drained):
+        """Block this host thread until everyone has done with the slot."""
+        for mark in self._marks():
             if mark is not None:
                 mark.synchronize()
+
+    def _marks(self) -> tuple[Passage | None, ...]:
+        return self.filled, self.arrived, self.drained
 
 
 class Ring:
@@ -86,8 +88,7 @@ class Ring:
 
     The slots are one allocation, made here unless `memory` is given for them. Where a chunk turns
     out larger (on a wire that learns sizes late), its slot grows to it, rounded up to a multiple of
-    `step_nbytes`. Without `counters` nothing is timed. Built and used by the main thread;
-    `await_turn`, `hold` and `let_go` by host threads too.
+    `step_nbytes`. Without `counters` nothing is timed. Built and used by one thread.
     """
 
     def __init__(
@@ -109,18 +110,27 @@ class Ring:
         if memory is None:
             memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
         self._after_caller()
+        self.memory = memory
         self._slots = [
-            Slot(i, memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
+            Slot(memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
         ]
         self._step_nbytes = step_nbytes
         self.num_broadcast = 0
         self.num_dry = 0
-        self._changed = threading.Condition()
-        self._stopped_by: PackcastError | None = None
+
+    @property
+    def num_slots(self) -> int:
+        return len(self._slots)
+
+    def is_free(self, chunk: Carried) -> bool:
+        """Whether `take` would not block; on a CPU."""
+        return self._slot_of(chunk).is_free()
 
     def take(self, chunk: Carried) -> Slot:
         """The chunk's slot, once its former use is over for the lanes, or on a CPU for the host."""
-        slot = self.await_turn(chunk)
+        slot = self._slot_of(chunk)
+        if self.is_host:
+            slot.synchronize()
         if chunk.own is None and slot.memory.numel() < chunk.wire_nbytes:
             slot.synchronize()  # or the memory could be given to others while it is in use
             slot.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
@@ -174,38 +184,6 @@ class Ring:
                 self.num_dry += 1
         return all(mark.passes_within(patience_s) for mark in marks)
 
-    def release(self, slot: Slot) -> None:
-        """The loop is done with the slot; the marks and holders say when it is free."""
-        with self._changed:
-            slot.released = True
-            self._pass_on(slot)
-
-    def await_turn(self, chunk: Carried) -> Slot:
-        """Block until the slot belongs to `chunk`; raises what stopped the ring."""
-        slot = self._slots[chunk.index % len(self._slots)]
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped_by or slot.turn == chunk.index)
-            if self._stopped_by:
-                raise self._stopped_by
-        return slot
-
-    def hold(self, slot: Slot) -> None:
-        """A host thread begins to use a part of the slot's memory (on a CPU)."""
-        with self._changed:
-            slot.holders += 1
-
-    def let_go(self, slot: Slot) -> None:
-        """The host thread has done with it."""
-        with self._changed:
-            slot.holders -= 1
-            self._pass_on(slot)
-
-    def stop(self, error: PackcastError) -> None:
-        """Wake everyone who waits for a slot with `error`; the first one counts."""
-        with self._changed:
-            self._stopped_by = self._stopped_by or error
-            self._changed.notify_all()
-
     def overwrite(self, byte: int) -> None:
         """Leave nothing of an earlier use in the slots; before the first chunk."""
         for slot in self._slots:
@@ -221,10 +199,6 @@ class Ring:
         if counters is not self._given:
             self._count(counters)
         self.num_broadcast = 0
-        with self._changed:
-            self._stopped_by = None
-            for index, slot in enumerate(self._slots):
-                slot.turn, slot.released = index, False
 
     def synchronize(self) -> None:
         """Block until all lanes are empty and every stage on them is counted."""
@@ -249,8 +223,5 @@ class Ring:
         for lane in (self.fill, self.comm, self.drain):
             lane.wait_for_caller(self.device)
 
-    def _pass_on(self, slot: Slot) -> None:
-        if slot.released and slot.holders == 0:
-            slot.released = False
-            slot.turn += len(self._slots)
-            self._changed.notify_all()
+    def _slot_of(self, chunk: Carried) -> Slot:
+        return self._slots[chunk.index % len(self._slots)]

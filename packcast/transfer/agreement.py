@@ -11,10 +11,10 @@ import xxhash
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
-from packcast.ends.source import FileReader
 from packcast.errors import RendezvousError
 from packcast.group.devices import assign_devices
 from packcast.group.member import Member
+from packcast.io.source import FileReader
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.offer import Offer, Place, Sample, Selection
@@ -116,13 +116,10 @@ def take_samples(checkpoint: Checkpoint, files: Sequence[OutgoingFile]) -> tuple
     places = [(i, file.spec.nbytes) for i, file in enumerate(files) if file.spec.nbytes]
     reader = FileReader(files, checkpoint.files)
     samples = []
-    try:
-        for file, size in random.choices(places, [n for _, n in places], k=NUM_SAMPLES):
-            offset = random.randrange(-(-size // BLOCK)) * BLOCK
-            nbytes = min(BLOCK, size - offset)
-            samples.append(Sample(file, offset, nbytes, _digest(reader, file, offset, nbytes)))
-    finally:
-        reader.close()
+    for file, size in random.choices(places, [n for _, n in places], k=NUM_SAMPLES):
+        offset = random.randrange(-(-size // BLOCK)) * BLOCK
+        nbytes = min(BLOCK, size - offset)
+        samples.append(Sample(file, offset, nbytes, _digest(reader, file, offset, nbytes)))
     return tuple(samples)
 
 
@@ -138,15 +135,12 @@ def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[Outgoin
             f"this reader has {len(files)} files to send, the sender {len(offer.files)}"
         )
     reader = FileReader(files, checkpoint.files)
-    try:
-        for sample in offer.samples:
-            if _digest(reader, sample.file, sample.offset, sample.nbytes) != sample.digest:
-                raise RendezvousError(
-                    f"this reader's {offer.files[sample.file].name} differs from the sender's"
-                    f" at byte {sample.offset} or soon after"
-                )
-    finally:
-        reader.close()
+    for sample in offer.samples:
+        if _digest(reader, sample.file, sample.offset, sample.nbytes) != sample.digest:
+            raise RendezvousError(
+                f"this reader's {offer.files[sample.file].name} differs from the sender's"
+                f" at byte {sample.offset} or soon after"
+            )
     return files
 
 

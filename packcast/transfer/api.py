@@ -14,10 +14,10 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from packcast.ends.shelf import GivenTensors, NewTensors, Shelf
 from packcast.errors import UsageError, error_from_code
 from packcast.group import asking
 from packcast.group.launch import detect_launch
+from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
 from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import (

@@ -16,13 +16,6 @@ from typing import TypeGuard
 import torch
 from torch._C._distributed_c10d import Store
 
-from packcast.ends.device_landing import DeviceLanding
-from packcast.ends.discard import DiscardSink
-from packcast.ends.landing import Landing, Sink
-from packcast.ends.source import FileReader, FileSource
-from packcast.ends.staging import Buffers
-from packcast.ends.summed import Summed
-from packcast.ends.tensors import TensorSink
 from packcast.errors import PackcastError, RendezvousError, TransferError
 from packcast.group.hub import Hub
 from packcast.group.line import Line
@@ -33,13 +26,20 @@ from packcast.group.processgroup import (
     broadcast_over,
     open_process_group,
 )
+from packcast.io.device_landing import DeviceLanding
+from packcast.io.landing import Landing, Sink
+from packcast.io.sinks.discard import DiscardSink
+from packcast.io.sinks.tensors import TensorSink
+from packcast.io.source import FileReader, FileSource
+from packcast.io.staging import Buffers
+from packcast.io.summed import Summed
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
-from packcast.packed.ring import Broadcast, Ring
+from packcast.packed.ring import Broadcast, Ring, Slot
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
-from packcast.transfer.share import helpers_pay, num_hands, staging_bound
+from packcast.transfer.share import num_io_threads, staging_bound
 from packcast.units import format_exact_size, format_size
 from packcast.view import Snapshot
 
@@ -70,7 +70,7 @@ class Moved:
 
 
 class Mover:
-    """This rank's buffers and threads, made from an offer; a reader begins to read at once."""
+    """This rank's buffers and threads, made from an offer; a reader reads from `read_ahead` on."""
 
     def __init__(
         self,
@@ -98,7 +98,6 @@ class Mover:
             offer.buffer_size,
             staging_nbytes=staging_bound(offer) // max(1, staged),
             tag=transfer_tag(transfer_id),
-            helpers=helpers_pay(offer),
         )
         self._landing: Landing | DeviceLanding | None = None
         self._source: FileSource | None = None
@@ -115,12 +114,18 @@ class Mover:
             with self._room_told():
                 self._landing = DeviceLanding(sink, offer.files, buffers, tolerant=tolerant)
         elif sink is not None:
-            hands = num_hands(offer.place.ranks_on_host, helpers=buffers.helpers)
-            self._landing = Landing(sink, offer.files, buffers, num_hands=hands, tolerant=tolerant)
+            self._landing = Landing(
+                self._chunks,
+                sink,
+                offer.files,
+                buffers,
+                num_threads=num_io_threads(offer.place.ranks_on_host),
+                tolerant=tolerant,
+            )
         if reader is not None:
             mine = [chunk for chunk in self._chunks if chunk.root == offer.rank]
-            hands = num_hands(offer.place.readers_on_host, helpers=buffers.helpers)
-            self._source = FileSource(mine, reader, buffers, num_hands=hands)
+            threads = num_io_threads(offer.place.readers_on_host)
+            self._source = FileSource(mine, reader, buffers, num_threads=threads)
 
     def _stays_on_device(self, sink: Sink | None) -> TypeGuard[TensorSink | DiscardSink]:
         return self._device.type == "cuda" and isinstance(sink, (TensorSink, DiscardSink))
@@ -156,14 +161,7 @@ class Mover:
             raise
         channel.arm(self.position)
         self._connect(self._group, channel)
-        self.await_ready()
         return self.run(self._group, channel)
-
-    def await_ready(self) -> None:
-        """Before `run`: block until the threads and helpers are there, a moment."""
-        for end in (self._source, self._landing):
-            if end is not None:
-                end.await_ready()
 
     def prove_by_sums(self) -> None:
         """Before `run`, on all ranks: who needs sums of what the roots send shall have them."""
@@ -182,6 +180,7 @@ class Mover:
                 broadcast=self._broadcast(group, channel),
                 source=self._summed or self._source,
                 drain=self._landing,
+                begin=self._begin,
                 on_failure=partial(self._run_dry, group, channel) if self._survives else None,
             )
         self._is_moved = True
@@ -195,6 +194,11 @@ class Mover:
             pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
         )
 
+    def read_ahead(self) -> None:
+        """Before `run`: a reader begins to fill its staging."""
+        if self._source is not None:
+            self._source.read_ahead()
+
     def overwrite_buffers(self, byte: int) -> None:
         """Leave nothing of an earlier use in them; before `move` or `run`."""
         self._ring.overwrite(byte)
@@ -202,7 +206,12 @@ class Mover:
     def block_digests(self) -> list[bytes]:
         """For each file the digests of the blocks that this rank took; after `move` or `run`."""
         assert self._landing is not None, "this rank takes nothing"
-        return self._landing.digests.of_blocks()
+        return self._landing.digests().of_blocks()
+
+    def _begin(self, chunk: Chunk, slot: Slot) -> None:
+        """On a CPU: the chunk has its slot, ahead of its turn."""
+        if self._source is not None and chunk.root == self._offer.rank:
+            self._source.begin(chunk)
 
     def _broadcast(self, group: Group, channel: Hub | Line) -> Broadcast:
         """The group's, which raises the verdict once there is one; see `_run_dry`."""
@@ -335,9 +344,9 @@ class Mover:
 
     def _digests(self) -> list[str] | None:
         if self._landing is not None:
-            return self._landing.digests.of_files()
+            return self._landing.digests().of_files()
         if self._source is not None and len(self._offer.readers) == 1:
-            return self._source.digests.of_files()
+            return self._source.digests().of_files()
         return None
 
     def _make_ring(self) -> Ring:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from packcast.ends.landing import Sink
 from packcast.errors import PackcastError, TransferError, VerificationError
 from packcast.group.member import Member
 from packcast.group.wire import error_of
+from packcast.io.landing import Sink
 from packcast.packed.counters import Counters
 from packcast.report import RankReport, Report, StageReport
 from packcast.settings import Settings

@@ -7,17 +7,10 @@ from __future__ import annotations
 
 import os
 
-import torch
-
-from packcast.ends.memory import available_nbytes
+from packcast.io.memory import available_nbytes
 from packcast.transfer.offer import Offer
-from packcast.units import GIB
 
-_MAX_HANDS = 16
-# Below that a few threads do as well as processes, which take a moment to start.
-_MIN_HELPER_CORES = 8
-_MIN_HELPER_NBYTES = GIB
-_KEPT_CORES = 2  # of each rank's share: helpers must not push its own threads aside
+_MAX_IO_THREADS = 24  # more do not pay, with a GPU's link as the limit
 
 
 def staging_bound(offer: Offer) -> int:
@@ -31,21 +24,7 @@ def staging_bound(offer: Offer) -> int:
     return min(offer.staging, available // 2 // offer.place.ranks_on_host)
 
 
-def helpers_pay(offer: Offer) -> bool:
-    """Whether processes are to read, check and write instead of threads: this is the one place.
-
-    Beside a GPU copies run by themselves, so what is left of the loop and of many threads' calls
-    is bound by the interpreter's lock; on a CPU ring the broadcast is what takes the time.
-    """
-    cores = len(os.sched_getaffinity(0)) // offer.place.ranks_on_host
-    return (
-        torch.device(offer.device).type == "cuda"
-        and cores >= _MIN_HELPER_CORES
-        and offer.nbytes >= _MIN_HELPER_NBYTES
-    )
-
-
-def num_hands(sharing: int, *, helpers: bool = False) -> int:
-    """How many threads do the I/O, here or in helpers: a share of the cores, at least two."""
-    cores = len(os.sched_getaffinity(0)) // sharing
-    return max(2, min(_MAX_HANDS, cores - _KEPT_CORES if helpers else cores))
+def num_io_threads(sharing: int) -> int:
+    """How many threads read or write for this rank, of `sharing` on the host that do: its share of
+    the processors, at least two."""
+    return max(2, min(_MAX_IO_THREADS, len(os.sched_getaffinity(0)) // sharing))

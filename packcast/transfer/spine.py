@@ -9,13 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from packcast.ends.discard import DiscardSink
-from packcast.ends.landing import Sink
-from packcast.ends.shelf import Shelf
-from packcast.ends.source import FileReader
-from packcast.ends.tensors import TensorSink
-from packcast.ends.verify import VerifySink, local_copy
-from packcast.ends.write import WriteSink
 from packcast.errors import PackcastError, TransferError
 from packcast.group.hub import Hub
 from packcast.group.launch import reachable_host
@@ -24,6 +17,13 @@ from packcast.group.line import Line
 from packcast.group.member import Member
 from packcast.group.processgroup import interface_of
 from packcast.group.store import connect_store, serve_store
+from packcast.io.landing import Sink
+from packcast.io.sinks.discard import DiscardSink
+from packcast.io.sinks.shelf import Shelf
+from packcast.io.sinks.tensors import TensorSink
+from packcast.io.sinks.verify import VerifySink, local_copy
+from packcast.io.sinks.write import WriteSink
+from packcast.io.source import FileReader
 from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
@@ -103,6 +103,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     reader = FileReader(files, checkpoint.files)
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
     leaver.on_abandon(mover.abandon)
+    mover.read_ahead()
     sums = _await_ready(hub, offer, settings.join_timeout_s)
 
     view.phase("start")
@@ -176,6 +177,7 @@ def receive(
         sink.prepare()
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
         leaver.on_abandon(mover.abandon)
+        mover.read_ahead()
         line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
         line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
 

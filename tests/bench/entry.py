@@ -126,8 +126,8 @@ def slow_sinks(rank: int, seconds: float) -> None:
 
 def slow_tasks(names: set[str], seconds: float) -> None:
     """In this process, every piece of host I/O of these kinds takes a while longer."""
-    from packcast.ends import hands, source
-    from packcast.ends.work import Job, Outcome, perform
+    from packcast.io import hands, source
+    from packcast.io.work import Job, Outcome, perform
 
     def slowly(job: Job, memory: memoryview) -> Outcome:
         if job.task.name in names:

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
-from packcast.ends.landing import Landing
-from packcast.ends.source import FileReader, FileSource
-from packcast.ends.staging import Buffers
-from packcast.ends.work import Job
+from packcast.io.landing import Landing
+from packcast.io.source import FileReader, FileSource
+from packcast.io.staging import Buffers
+from packcast.io.work import Job
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Extent, plan_chunks, slot_nbytes

@@ -20,7 +20,7 @@ def helpers_of(pid: int) -> list[int]:
             command = (path / "cmdline").read_text()
         except OSError:
             continue
-        if int(parent) == pid and state != "Z" and "packcast.ends.hand import main" in command:
+        if int(parent) == pid and state != "Z" and "packcast.io.hand import main" in command:
             found.append(int(path.name))
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.ends.work import Outcome, Span, Task
+from packcast.io.work import Outcome, Span, Task
 from packcast.packed.plan import Extent
 
 

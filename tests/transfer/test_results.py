@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from packcast.ends.discard import DiscardSink
+from packcast.io.sinks.discard import DiscardSink
 from packcast.errors import (
     DestinationError,
     Interrupted,

@@ -1,0 +1,235 @@
+"""The consumer's end: chunks go from slots through staging to a sink, each block proven on the way.
+
+Every block is compared with its digest in the chunk's trailer before anything is done with it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.errors import PackcastError, TransferError
+from packcast.io.digests import BlockDigests
+from packcast.io.files import Resources
+from packcast.io.runner import UnitRunner
+from packcast.io.schedule import Schedule, ScheduledUnit, Span, make_schedule
+from packcast.io.staging import Buffers, Staging
+from packcast.io.work import Failure, FailureKind, Task
+from packcast.packed.counters import Stage
+from packcast.packed.lanes import Passage
+from packcast.packed.plan import BLOCK, DIGEST_NBYTES, Chunk, Extent
+from packcast.packed.ring import Slot
+from packcast.packed.trailer import read_trailer
+
+
+class Sink(Protocol):
+    """Where a worker's bytes go: write, verify, discard."""
+
+    notes: list[str]  # what a person should know although it went well
+
+    @property
+    def stage(self) -> Stage:
+        """The name under which its work is counted."""
+
+    @property
+    def task(self) -> Task:
+        """What is done with each proven block."""
+
+    def prepare(self) -> None:
+        """Before READY: check and reserve; raises DestinationError or CheckpointError."""
+
+    def spans(self, extent: Extent) -> Iterable[Span]:
+        """The runs of files that `task` is about; after `prepare`, before any byte comes."""
+
+    def open_files(self, schedule: Schedule) -> Resources:
+        """What the I/O threads use for them; after `spans`."""
+
+    def error_of(self, failure: Failure, span: Span) -> PackcastError:
+        """What the system said of a span; damage on the way is not the sink's concern."""
+
+    def compared(self, span: Span, offset: int) -> None:
+        """A span of a file differs, first at byte `offset` of it; before `finish`."""
+
+    def finish(self) -> None:
+        """After the last byte: make it durable."""
+
+    def publish(self) -> None:
+        """After COMMIT: make it appear."""
+
+    def abort(self) -> None:
+        """Leave nothing behind; from any thread, at any time before `publish`."""
+
+    def result(self) -> dict[str, object]:
+        """What there is to report."""
+
+
+class UnitMark:
+    """A point in time that has passed once a unit is done; as a stream's mark, for the host."""
+
+    event = None
+    passed_at = 0.0
+
+    def __init__(self, runner: UnitRunner, unit: int) -> None:
+        self._runner = runner
+        self._unit = unit
+
+    def passed(self) -> bool:
+        """Whether the unit is done; raises why it will not be."""
+        return self._runner.is_done(self._unit)
+
+    def synchronize(self) -> None:
+        """Block until it is done; raises why it will not be."""
+        self._runner.wait(self._unit)
+
+
+class Landing:
+    """Takes chunks out of slots and has their blocks put into `sink` by I/O threads.
+
+    A damaged block ends it; a `tolerant` one goes on, and `digests` tell what came.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        sink: Sink,
+        files: Sequence[FileSpec],
+        buffers: Buffers,
+        *,
+        num_threads: int,
+        tolerant: bool = False,
+    ) -> None:
+        self._chunks = chunks
+        self._sink = sink
+        self._tolerant = tolerant
+        self._files = files
+        self._ring = buffers.ring
+        self._counters = buffers.ring.counters
+        self._tag = buffers.tag
+        self._staging = Staging(buffers)
+        try:
+            self._schedule = make_schedule(
+                chunks, self._staging.unit_nbytes, self._staging.place, sink.spans
+            )
+            self._units = self._schedule.units_by_chunk()
+            self._runner = UnitRunner(
+                sink.task,
+                sink.stage,
+                self._schedule,
+                self._staging,
+                sink.open_files(self._schedule),
+                num_threads=num_threads,
+                counters=self._counters,
+                error_of=self._error_of,
+                tolerant=tolerant,
+            )
+        except BaseException:
+            self._staging.free(is_idle=True)
+            raise
+        self._copies: deque[tuple[ScheduledUnit, Passage]] = deque()  # into staging, under way
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Pinned memory that this end holds."""
+        return self._staging.pinned_nbytes
+
+    @property
+    def stage(self) -> Stage:
+        """The sink's stage: what the loop waits for when it waits here."""
+        return self._sink.stage
+
+    def drain(self, chunk: Chunk, slot: Slot) -> None:
+        """Give the chunk to the drain lane, and each unit to the sink once it is copied."""
+        ring, begin = self._ring, None
+        units = self._units[chunk.index]
+        for unit in units:
+            self._await_place(unit)
+            with ring.drain:
+                ring.drain.wait(slot.arrived)
+                begin = begin or ring.drain.mark()
+                if unit is units[0]:
+                    self._staging.copy_trailer_from(slot, unit)
+                self._staging.copy_from(slot, unit)
+                mark = slot.drained = ring.drain.mark()
+            self._copies.append((unit, mark))
+            self._pass_on()
+        self._counters.newest = chunk.extents[-1]
+        if ring.is_host:
+            slot.drained = UnitMark(self._runner, units[-1].index)
+        elif begin and slot.drained:
+            ring.clock.span("d2h", chunk.index, chunk.nbytes, begin, slot.drained)
+
+    def finish(self) -> None:
+        """Block until every byte is in the sink; raises the first thing that went wrong."""
+        with self._counters.waiting_on(self.stage):
+            self._runner.wait(len(self._schedule.units) - 1, self._pass_on)
+        for index, offset in enumerate(self._runner.differences):
+            if offset >= 0:
+                self._sink.compared(self._schedule.span(index), offset)
+
+    def digests(self) -> BlockDigests:
+        """Of every block that came, once all are through; after `finish`."""
+        digests = BlockDigests([spec.nbytes for spec in self._files])
+        digests.record(self._chunks, self._runner.digests)
+        return digests
+
+    def close(self) -> None:
+        """End the threads; after a failure what is under way is dropped."""
+        self._runner.close(self._ring)
+
+    def _await_place(self, unit: ScheduledUnit) -> None:
+        """Wait until the unit that had its place in staging before is done."""
+        before = unit.index - self._staging.num_units
+        if before < self._runner.num_done:
+            return
+        self._pass_on()
+        # What is not allowed yet waits for its copy, while the sink may have nothing to do.
+        stage: Stage = self.stage if before < self._runner.num_allowed else "d2h"
+        with self._counters.waiting_on(stage):
+            self._runner.wait(before, self._pass_on)
+
+    def _pass_on(self) -> None:
+        """Let the I/O threads at the units whose copies are over."""
+        num_copied = self._runner.num_allowed
+        while self._copies and self._copies[0][1].passed():
+            unit, _ = self._copies.popleft()
+            if unit.slot_offset == 0:
+                self._take_promised_digests(unit)
+            num_copied = unit.index + 1
+        self._runner.allow(num_copied)
+
+    def _take_promised_digests(self, first: ScheduledUnit) -> None:
+        """Those of the chunk of which this is the first unit, from its trailer."""
+        chunk, begin = first.chunk, first.blocks.start
+        num_blocks = self._units[chunk.index][-1].blocks.stop - begin
+        page = self._staging.view(self._staging.trailer_offset(first), chunk.trailer_nbytes)
+        try:
+            digests = read_trailer(page, self._tag, chunk, num_blocks)
+        except TransferError:
+            if not self._tolerant:
+                raise
+            digests = bytes(DIGEST_NBYTES * num_blocks)  # without its word nothing is proven
+        at = begin * DIGEST_NBYTES
+        self._runner.digests[at : at + len(digests)] = digests
+
+    def _error_of(self, failure: Failure) -> PackcastError:
+        if failure.kind is not FailureKind.DAMAGED:
+            return self._sink.error_of(failure, self._schedule.span(failure.span))
+        unit_index, memory, *_ = self._schedule.piece(failure.piece)
+        unit = self._schedule.units[unit_index]
+        at = unit.slot_offset + memory - unit.memory_offset + failure.offset
+        ends = list(accumulate(extent.nbytes for extent in unit.chunk.extents))
+        extent = unit.chunk.extents[bisect_right(ends, at)]
+        end_of_extent = extent.offset + extent.nbytes
+        begin = end_of_extent - (ends[bisect_right(ends, at)] - at)
+        end = min(begin + BLOCK, end_of_extent)
+        spec = self._files[extent.file]
+        tensor = spec.header.tensor_at(begin) if spec.header else None
+        inside = f" (tensor {tensor.name})" if tensor else ""
+        return TransferError(
+            f"{spec.name}: bytes {begin} to {end}{inside} were damaged on the way, "
+            f"chunk {unit.chunk.index}"
+        )

@@ -1,0 +1,196 @@
+"""The compiled pool: finds it and the hash function that it calls, and drives it through ctypes.
+
+Its threads are no Python threads: nothing of the interpreter is in the way of a byte.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import sys
+import sysconfig
+import threading
+import weakref
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from packcast.io.work import Failure, FailureKind, PoolStopped, Task, Totals, Work
+
+_ABI = 1
+_TOLERANT, _WRITEBACK = 1, 2
+_END_LIMIT_S = 1.0
+
+_stuck: list[object] = []  # work of threads that never ended: nothing of it may be freed
+
+
+class _Hash128(ctypes.Structure):
+    _fields_ = (("low", ctypes.c_uint64), ("high", ctypes.c_uint64))
+
+
+class _Config(ctypes.Structure):
+    _fields_ = (
+        ("task", ctypes.c_int64),
+        ("flags", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+        ("num_units", ctypes.c_int64),
+        ("num_pieces", ctypes.c_int64),
+        ("pieces", ctypes.c_void_p),
+        ("spans", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p),
+        ("descriptors", ctypes.c_void_p),
+        ("digests", ctypes.c_void_p),
+        ("differences", ctypes.c_void_p),
+        ("hash", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """The compiled pool and the address of a function as XXH3_128bits."""
+
+    functions: ctypes.CDLL
+    hash_address: int
+
+
+def open_library(path: Path) -> Library:
+    """Load a compiled pool; raises OSError where it, or a hash function for it, cannot be had."""
+    functions = ctypes.CDLL(str(path))
+    pool, count = ctypes.c_void_p, ctypes.c_int64
+    signatures: dict[str, tuple[list[type], type | None]] = {
+        "abi": ([], count),
+        "start": ([ctypes.POINTER(_Config), ctypes.POINTER(pool)], ctypes.c_int),
+        "allow": ([pool, count], None),
+        "wait": ([pool, count, count], ctypes.c_int),
+        "stop": ([pool], None),
+        "join": ([pool, count], count),
+        "free": ([pool], None),
+        "totals": ([pool, ctypes.POINTER(count)], None),
+        "failure": ([pool, ctypes.POINTER(count)], None),
+    }
+    for name, (arguments, result) in signatures.items():
+        try:
+            function = functions[f"packcast_pool_{name}"]
+        except AttributeError as error:
+            raise OSError(f"{path} has no {name}") from error
+        function.argtypes, function.restype = arguments, result
+    if functions.packcast_pool_abi() != _ABI:
+        raise OSError(f"{path} was built for another version of packcast")
+    return Library(functions, _hash_address())
+
+
+@functools.cache
+def installed() -> Library | str:
+    """The compiled pool of this installation, or why there is none."""
+    name = f"_pool{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path = Path(__file__).with_name(name)
+    if not path.exists():
+        return "it was not compiled when packcast was installed"
+    try:
+        return open_library(path)
+    except OSError as error:
+        return str(error)
+
+
+def _hash_address() -> int:
+    """Of XXH3_128bits: the xxhash package's, chosen for this processor where it can be, else the
+    system's. OSError where neither exports one that computes what the package does."""
+    for library, name in _hash_candidates():
+        with suppress(AttributeError):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_size_t], _Hash128
+            data = bytes(range(256)) * 5
+            found = function(data, len(data))
+            if (found.high << 64 | found.low) == xxhash.xxh3_128_intdigest(data):
+                return ctypes.cast(function, ctypes.c_void_p).value or 0
+    raise OSError("no library exports XXH3_128bits")
+
+
+def _hash_candidates() -> Iterator[tuple[ctypes.CDLL, str]]:
+    with suppress(ImportError, OSError, AttributeError):
+        package = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__)
+        yield package, "XXH3_128bits_dispatch"
+        yield package, "XXH3_128bits"
+    with suppress(OSError):
+        yield ctypes.CDLL("libxxhash.so.0"), "XXH3_128bits"
+
+
+def _address(buffer: bytearray | array[int]) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if len(buffer) else 0
+
+
+class NativePool:
+    """I/O threads of the compiled pool; see `packcast.io.work.Pool`. Started when it is made."""
+
+    def __init__(self, work: Work, num_threads: int, library: Library) -> None:
+        self._functions = library.functions
+        schedule = work.schedule
+        config = _Config(
+            task=work.task,
+            flags=(_TOLERANT if work.tolerant else 0)
+            | (_WRITEBACK if work.task is Task.WRITE else 0),
+            num_threads=num_threads,
+            num_units=len(schedule.units),
+            num_pieces=schedule.num_pieces,
+            pieces=_address(schedule.pieces),
+            spans=_address(schedule.spans),
+            memory=work.address,
+            descriptors=_address(work.descriptors),
+            digests=_address(work.digests),
+            differences=_address(work.differences),
+            hash=library.hash_address,
+        )
+        self._handle = ctypes.c_void_p()
+        code = self._functions.packcast_pool_start(ctypes.byref(config), ctypes.byref(self._handle))
+        if code:
+            raise OSError(code, f"{num_threads} I/O threads cannot be started")
+        self._closing = threading.Lock()
+        # Not freed before nobody can be in a call: whoever is in one holds this object.
+        self._finalizer = weakref.finalize(self, _free, self._functions, self._handle, work)
+
+    def allow(self, num_units: int) -> None:
+        self._functions.packcast_pool_allow(self._handle, num_units)
+
+    def wait(self, unit: int, timeout_s: float) -> bool:
+        result = self._functions.packcast_pool_wait(self._handle, unit, int(timeout_s * 1e9))
+        if result < 0:
+            raise PoolStopped(self._failure())
+        return bool(result)
+
+    def stop(self) -> None:
+        self._functions.packcast_pool_stop(self._handle)
+
+    def close(self, limit_s: float) -> bool:
+        self.stop()
+        with self._closing:
+            return _joined(self._functions, self._handle, limit_s)
+
+    def totals(self) -> Totals:
+        values = (ctypes.c_int64 * 4)()
+        self._functions.packcast_pool_totals(self._handle, values)
+        nbytes, *times = values
+        busy_s, first_begin, last_end = (nanoseconds / 1e9 for nanoseconds in times)
+        return Totals(nbytes, busy_s, first_begin if last_end else sys.float_info.max, last_end)
+
+    def _failure(self) -> Failure | None:
+        values = (ctypes.c_int64 * 5)()
+        self._functions.packcast_pool_failure(self._handle, values)
+        kind, *where = values
+        return Failure(FailureKind(kind), *where) if kind else None
+
+
+def _joined(functions: ctypes.CDLL, handle: ctypes.c_void_p, limit_s: float) -> bool:
+    return not functions.packcast_pool_join(handle, int(limit_s * 1e9))
+
+
+def _free(functions: ctypes.CDLL, handle: ctypes.c_void_p, work: Work) -> None:
+    functions.packcast_pool_stop(handle)
+    if _joined(functions, handle, _END_LIMIT_S):
+        functions.packcast_pool_free(handle)
+    else:
+        _stuck.append(work)

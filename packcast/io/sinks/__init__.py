@@ -1,0 +1,1 @@
+"""Where received bytes go: written, compared, dropped, or made into tensors."""

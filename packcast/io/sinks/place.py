@@ -1,0 +1,198 @@
+"""Where a received copy goes: the target, and the partial directory beside it or inside it.
+
+Knows paths and why one cannot be written; creates nothing but parents, and moves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from packcast.errors import DestinationError
+from packcast.io.sinks.owned import STAGE_PREFIX, entries
+from packcast.io.syscalls import mount_id
+
+_NUM_FOREIGN_NAMED = 3
+_REASONS = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: "no space left",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "a symbolic link is in the way",
+    errno.EFBIG: "the file is larger than the file system or a limit allows",
+}
+_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The target and its partial directory, named after the transfer: `partial` in `holder`."""
+
+    target: str  # absolute, symlinks resolved
+    holder: str
+    partial: str
+    mode: int | None  # of the directory that is there already
+    inside_because: str | None  # the reason why `holder` is the target itself
+
+    @property
+    def inside(self) -> bool:
+        return self.inside_because is not None
+
+    @property
+    def partial_path(self) -> str:
+        return os.path.join(self.holder, self.partial)
+
+    def ignores(self, name: str, is_folder: bool) -> bool:
+        """What does not count as the target's content: our own stage, a fresh disk's lost+found."""
+        return is_folder and (
+            name == self.partial or (name == "lost+found" and os.path.ismount(self.target))
+        )
+
+
+def destination_error(error: OSError, doing: str) -> DestinationError:
+    """One sentence for what the kernel said; `doing` as in `cannot <doing>`."""
+    reason = _REASONS.get(error.errno or 0) or (error.strerror or str(error)).lower()
+    hint = "free some space, or choose another --out" if error.errno in _SPACE else None
+    return DestinationError(f"cannot {doing}: {reason}", hint=hint)
+
+
+def locate(target: Path, transfer_id: str) -> Place:
+    """Resolve `target` and decide where its partial directory goes; raises DestinationError.
+
+    A target that is a symlink stands for what it points at. The partial directory lies beside the
+    target, so that one rename publishes all; inside it where no such rename is possible.
+    """
+    try:
+        real = os.path.realpath(target)
+        found = os.lstat(real)
+    except FileNotFoundError:
+        if not os.path.isabs(target) and not os.path.exists(os.curdir):
+            raise DestinationError(f"{target}: the current directory is gone") from None
+        found = None
+    except NotADirectoryError:
+        raise _blocked_by_a_file(real) from None
+    except OSError as error:
+        raise destination_error(error, f"write {target}") from error
+    if found is not None and not stat.S_ISDIR(found.st_mode):
+        raise DestinationError(f"{target} is not a directory", hint="--out names a directory")
+    holder, name = os.path.split(real)
+    reason = None if found is None else _reason_to_stage_inside(real, holder, found)
+    if reason is not None:
+        return Place(real, real, f"{STAGE_PREFIX}{transfer_id}", None, reason)
+    mode = None if found is None else stat.S_IMODE(found.st_mode)
+    return Place(real, holder, _name_beside(name, transfer_id), mode, None)
+
+
+def _name_beside(name: str, transfer_id: str) -> str:
+    beside = f".{name}.packcast-{transfer_id}"
+    if len(os.fsencode(beside)) > 255:
+        digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
+        beside = f"{STAGE_PREFIX}{transfer_id}-{digest}"
+    return beside
+
+
+def _reason_to_stage_inside(real: str, holder: str, found: os.stat_result) -> str | None:
+    with suppress(OSError):
+        if os.path.samestat(found, os.stat(os.curdir)):
+            return "it is the current directory"
+    try:
+        above = os.stat(holder)
+        if real == holder or above.st_dev != found.st_dev or _mount(real) != _mount(holder):
+            return "it is a mount point"
+    except OSError as error:
+        raise destination_error(error, f"write {real}") from error
+    if not os.access(holder, os.W_OK | os.X_OK) and os.access(real, os.W_OK | os.X_OK):
+        return f"{holder} is not writable"
+    return None
+
+
+def _mount(path: str) -> int | None:
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return mount_id(fd)
+    finally:
+        os.close(fd)
+
+
+def _blocked_by_a_file(path: str) -> DestinationError:
+    above = os.path.dirname(path)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    return DestinationError(
+        f"cannot make {path}: {above} is not a directory", hint="choose another --out"
+    )
+
+
+def check_replaceable(place: Place, offered: Collection[str], *, force: bool) -> bool:
+    """Whether something is there that will be replaced; raises DestinationError if it may not be.
+
+    Nothing there, and an empty directory, are False.
+    """
+    try:
+        fd = os.open(place.target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise destination_error(error, f"look into {place.target}") from error
+    try:
+        found = entries(fd, offered, place.ignores)
+        first = next(found, None)
+        if first is None:
+            return False
+        if not force:
+            raise DestinationError(
+                f"{place.target} exists and is not empty", hint="replace it with --force"
+            )
+        foreign = [] if not first.is_foreign else [first.name]
+        more = (entry.name for entry in found if entry.is_foreign)
+        foreign += islice(more, _NUM_FOREIGN_NAMED + 1 - len(foreign))
+    except OSError as error:
+        raise destination_error(error, f"look into {place.target}") from error
+    finally:
+        os.close(fd)
+    if foreign:
+        named = ", ".join(foreign[:_NUM_FOREIGN_NAMED])
+        named += " and more" if len(foreign) > _NUM_FOREIGN_NAMED else ""
+        raise DestinationError(
+            f"{place.target} holds what packcast did not write: {named}",
+            hint="--force keeps its hands off it; move it away, or choose another --out",
+        )
+    if not os.access(place.target, os.W_OK | os.X_OK):
+        raise DestinationError(f"cannot replace {place.target}: permission denied")
+    return True
+
+
+def make_parents(
+    path: str, made: list[str], while_wanted: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Make `path` and what is missing above it, adding to `made` what this call itself made."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        above = os.path.dirname(path)
+        if above == path:
+            break
+        path = above
+    for folder in reversed(missing):
+        with while_wanted():
+            try:
+                os.mkdir(folder)
+            except FileExistsError:
+                # Another rank was faster, which is as good; or it is a file.
+                if not os.path.isdir(folder):
+                    raise _blocked_by_a_file(os.path.join(folder, "_")) from None
+            except NotADirectoryError:
+                raise _blocked_by_a_file(folder) from None
+            except OSError as error:
+                raise destination_error(error, f"make {folder}") from error
+            else:
+                made.append(folder)

@@ -1,0 +1,183 @@
+"""The moment a complete copy appears under its final name, in one step where that can be had.
+
+Knows directories and names; not how the files came to be there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Collection
+from contextlib import suppress
+
+from packcast.errors import DestinationError
+from packcast.io.sinks.owned import entries, open_folder, remove_entry
+from packcast.io.sinks.place import Place, check_replaceable, destination_error
+from packcast.io.syscalls import exchange
+
+# The rename or exchange cannot be had here (a mount, overlayfs, NFS, a sticky directory): file by
+# file is the next best.
+_NO_SINGLE_STEP = frozenset(
+    {errno.EXDEV, errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+    | {errno.EPERM, errno.EACCES}
+)
+_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+
+
+def publish(place: Place, holder_fd: int, offered: Collection[str], *, force: bool) -> list[str]:
+    """Give the complete partial directory its final name, durably; returns the promises not kept.
+
+    Whatever raises (DestinationError) leaves the partial directory where it is, and says so: by
+    now it is a proven copy.
+    """
+    try:
+        if place.inside:
+            check_replaceable(place, offered, force=force)
+            return _file_by_file(place, holder_fd, offered, place.inside_because or "")
+        return _in_one_step(place, holder_fd, offered, force)
+    except OSError as error:
+        failure = destination_error(error, f"publish {place.target}")
+    except DestinationError as error:
+        failure = error
+    kept = f"the complete copy is kept in {place.partial_path}: move it into place yourself"
+    raise DestinationError(failure.message, hint=kept) from failure
+
+
+def _in_one_step(place: Place, holder_fd: int, offered: Collection[str], force: bool) -> list[str]:
+    name = os.path.basename(place.target)
+    try:
+        # A plain rename is enough: onto a directory it succeeds only where that is empty, and onto
+        # anything else never, so nothing is lost whatever has appeared there since.
+        os.rename(place.partial, name, src_dir_fd=holder_fd, dst_dir_fd=holder_fd)
+    except OSError as error:
+        if error.errno not in _NOT_EMPTY | _NO_SINGLE_STEP or not os.path.isdir(place.target):
+            raise
+        is_empty = error.errno not in _NOT_EMPTY
+        reason = (error.strerror or "").lower()
+    else:
+        return _make_durable(place, holder_fd)
+    check_replaceable(place, offered, force=force)
+    if not is_empty:
+        try:
+            exchange(holder_fd, place.partial, name)
+        except OSError as error:
+            if error.errno not in _NO_SINGLE_STEP:
+                raise
+            reason = (error.strerror or "").lower()
+        else:
+            return _make_durable(place, holder_fd) + _remove_old(place, holder_fd, offered)
+    target_fd = os.open(place.target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        because = f"it cannot be replaced in one step ({reason})"
+        return _file_by_file(place, holder_fd, offered, because, target_fd)
+    finally:
+        os.close(target_fd)
+
+
+def _make_durable(place: Place, holder_fd: int) -> list[str]:
+    # The new name is out by now, so a failure here is no reason to call it unpublished.
+    try:
+        sync_folder(holder_fd, "")
+    except OSError as error:
+        return [f"{place.target} may not outlast a power cut: {error.strerror}"]
+    return []
+
+
+def _remove_old(place: Place, holder_fd: int, offered: Collection[str]) -> list[str]:
+    """Remove what the exchange brought to the partial directory's name; the new copy is out.
+
+    What has been put into the old directory since it was last looked at stays there.
+    """
+    try:
+        old_fd = open_folder(holder_fd, place.partial)
+        try:
+            for entry in entries(old_fd, offered, lambda _name, _is_folder: False):
+                if not entry.is_foreign:
+                    remove_entry(old_fd, entry.name, is_folder=entry.is_folder)
+        finally:
+            os.close(old_fd)
+        os.rmdir(place.partial, dir_fd=holder_fd)
+    except OSError:
+        return [f"the old {place.target} could not be removed wholly: see {place.partial_path}"]
+    return []
+
+
+def _file_by_file(
+    place: Place,
+    holder_fd: int,
+    offered: Collection[str],
+    because: str,
+    target_fd: int | None = None,
+) -> list[str]:
+    """Move the files into the directory that is there, index files last and their old ones first.
+
+    So a directory in between has no index that names a mixture of old and new shards.
+    """
+    into_fd = holder_fd if target_fd is None else target_fd
+    for entry in entries(into_fd, offered, place.ignores):
+        is_stale = entry.is_folder or entry.name not in offered or _is_index(entry.name)
+        if is_stale and not entry.is_foreign:
+            remove_entry(into_fd, entry.name, is_folder=entry.is_folder)
+    partial_fd = open_folder(holder_fd, place.partial)
+    try:
+        for names in (
+            sorted(name for name in offered if not _is_index(name)),
+            sorted(filter(_is_index, offered)),
+        ):
+            for name in names:
+                _move(partial_fd, into_fd, name)
+            for folder in sorted({name.rpartition("/")[0] for name in names} | {""}):
+                sync_folder(into_fd, folder)
+    finally:
+        os.close(partial_fd)
+    # Only empty folders are left in it.
+    shutil.rmtree(place.partial, ignore_errors=True, dir_fd=holder_fd)
+    return [f"{place.target} was published file by file, index files last: {because}"]
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(".index.json")
+
+
+def _move(from_fd: int, into_fd: int, name: str) -> None:
+    folder, _, last = name.rpartition("/")
+    components = folder.split("/") if folder else []
+    for depth in range(len(components)):
+        above_fd = open_folder(into_fd, "/".join(components[:depth]))
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(components[depth], dir_fd=above_fd)
+        finally:
+            os.close(above_fd)
+    source_fd = open_folder(from_fd, folder)
+    try:
+        dest_fd = open_folder(into_fd, folder)
+        try:
+            os.rename(last, last, src_dir_fd=source_fd, dst_dir_fd=dest_fd)
+        finally:
+            os.close(dest_fd)
+    finally:
+        os.close(source_fd)
+
+
+def sync_folder(root_fd: int, folder: str) -> None:
+    """Make a folder's names durable; a file system that cannot be told to is left alone."""
+    fd = open_folder(root_fd, folder)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(fd)
+
+
+def sync_parent_of(folder: str) -> None:
+    """Make the name of a folder that was made on the way durable, where that can be had."""
+    with suppress(OSError):
+        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

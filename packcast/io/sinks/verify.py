@@ -1,0 +1,286 @@
+"""The sink that writes nothing: compares what arrives with a checkpoint that is there already.
+
+Knows local files and the offered headers; not where the bytes come from.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.header import Tensor
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.errors import CheckpointError, PackcastError
+from packcast.io.files import FileTable, close_quietly
+from packcast.io.schedule import Schedule, Span
+from packcast.io.work import Failure, FailureKind, Task
+from packcast.packed.plan import Extent
+
+_FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a local file and the offered one part."""
+
+    file: str
+    offset: int  # of the first byte that differs, in the file
+    tensor: str | None  # that the byte belongs to; None in a header or a sidecar
+    reason: str  # the rest of a sentence that begins with the file's name
+
+
+class VerifySink:
+    """Compares proven runs with the `local` checkpoint and records where they differ.
+
+    Calls as a sink's: prepare, spans and open_files, compared, finish, publish; abort at any time.
+    A difference is never raised; CheckpointError is, where the local checkpoint cannot be read or
+    changes meanwhile. Read `difference` after finish.
+    """
+
+    stage: Final = "verify"
+    task: Final = Task.COMPARE
+
+    def __init__(self, local: Checkpoint, files: Sequence[FileSpec]) -> None:
+        self._checkpoint = local
+        self._files = tuple(files)
+        self._locals = _counterparts(local, self._files)
+        self.notes: list[str] = []
+        self._first: tuple[int, Difference] | None = None
+        self._differing_files: set[int] = set()
+        self._differing_tensors: set[tuple[int, int]] = set()
+        self._table = FileTable(len(self._files), self._open, close_quietly)
+
+    @property
+    def difference(self) -> Difference | None:
+        """The first difference known, in the order of the files and of their bytes."""
+        return self._first[1] if self._first else None
+
+    @property
+    def differing_tensors(self) -> int:
+        return len(self._differing_tensors)
+
+    @property
+    def differing_files(self) -> int:
+        return len(self._differing_files)
+
+    def prepare(self) -> None:
+        """Record what sizes tell already: files that are missing here, longer or shorter."""
+        for index, (spec, local) in enumerate(zip(self._files, self._locals, strict=True)):
+            if local is None or local.nbytes != spec.nbytes:
+                self._record_size(index, spec, local)
+        matched = {local.name for local in self._locals if local is not None}
+        extra = [
+            file.name
+            for file in self._checkpoint.files
+            if file.name.endswith(".safetensors") and file.name not in matched
+        ]
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            self.notes.append(f"{self._checkpoint.path} also has {extra[0]}{more}, not compared")
+
+    def spans(self, extent: Extent) -> Iterator[Span]:
+        """The local bytes to compare with, cut where tensors begin and end."""
+        local = self._locals[extent.file]
+        if local is None or extent.offset >= local.nbytes:
+            return
+        end = min(extent.offset + extent.nbytes, local.nbytes)
+        cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
+        for begin, stop in pairwise(cuts):
+            yield Span(extent.file, begin, begin - extent.offset, stop - begin)
+
+    def open_files(self, schedule: Schedule) -> FileTable:
+        """The local files, for I/O threads."""
+        return self._table
+
+    def error_of(self, failure: Failure, span: Span) -> PackcastError:
+        """What kept a local file from being read."""
+        if failure.kind is FailureKind.END_OF_FILE:
+            return CheckpointError(
+                f"{self._files[span.file].name} was cut off while it was compared",
+                hint="run it again",
+            )
+        return CheckpointError(f"cannot read {self._path_of(span.file)}: {failure.reason}")
+
+    def compared(self, span: Span, offset: int) -> None:
+        """A span differs, first at byte `offset` of the file."""
+        header = self._files[span.file].header
+        tensors = header.tensors if header else ()
+        index = bisect_right(tensors, offset, key=_end_of)
+        is_inside = index < len(tensors) and tensors[index].begin <= offset
+        self._record(span.file, offset, {(span.file, index)} if is_inside else set(), None)
+
+    def finish(self) -> None:
+        """After the last extent: make sure that what was compared with is still what is there."""
+        self._table.close()
+        for local in self._locals:
+            if local is not None:
+                try:
+                    _check_unchanged(local, os.stat(local.path))
+                except OSError as error:
+                    raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
+
+    def publish(self) -> None:
+        """Nothing to name."""
+
+    def abort(self) -> None:
+        """Stop comparing; any thread, any number of times."""
+        self._table.close()
+
+    def sentence(self) -> str | None:
+        """What differs, for people: the first difference and how many tensors or files do."""
+        found = self.difference
+        if found is None:
+            return None
+        num_tensors = sum(len(spec.header.tensors) for spec in self._files if spec.header)
+        if self._differing_tensors:
+            count = _count(self.differing_tensors, num_tensors, "tensor")
+        else:
+            count = _count(self.differing_files, len(self._files), "file")
+        return f"{found.file} {found.reason}; {count}"
+
+    def result(self) -> dict[str, object]:
+        found = self.difference
+        return {
+            "sink": "verify",
+            "checkpoint": str(self._checkpoint.path),
+            "equal": found is None,
+            "difference": None
+            if found is None
+            else {"file": found.file, "offset": found.offset, "tensor": found.tensor},
+            "sentence": self.sentence(),
+            "differing_tensors": self.differing_tensors,
+            "differing_files": self.differing_files,
+            "notes": list(self.notes),
+        }
+
+    def _path_of(self, file: int) -> Path | None:
+        local = self._locals[file]
+        return local.path if local else None
+
+    def _open(self, index: int) -> int:
+        local = self._locals[index]
+        assert local is not None
+        try:
+            fd = os.open(local.path, _FILE_FLAGS)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
+        try:
+            _check_unchanged(local, os.fstat(fd))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _cuts(self, file: int, begin: int, end: int) -> list[int]:
+        """Where tensors begin or end strictly between two bytes of the file."""
+        header = self._files[file].header
+        tensors = header.tensors if header else ()
+        cuts = []
+        # Tensors do not overlap, so those that reach into this run are neighbours.
+        index = bisect_right(tensors, begin, key=_end_of)
+        while index < len(tensors) and tensors[index].begin < end:
+            cuts += [tensors[index].begin, tensors[index].end]
+            index += 1
+        return sorted({cut for cut in cuts if begin < cut < end})
+
+    def _record_size(self, index: int, spec: FileSpec, local: SourceFile | None) -> None:
+        tensors = spec.header.tensors if spec.header else ()
+        num_here = -1 if local is None else local.nbytes
+        lost = {
+            (index, position) for position, tensor in enumerate(tensors) if tensor.end > num_here
+        }
+        reason = "is missing here"
+        if local is not None:
+            reason = f"has {local.nbytes:,} bytes here and {spec.nbytes:,} in the offer"
+        self._record(index, min(max(num_here, 0), spec.nbytes), lost, reason)
+
+    def _record(
+        self, file: int, offset: int, tensors: set[tuple[int, int]], reason: str | None
+    ) -> None:
+        self._differing_files.add(file)
+        self._differing_tensors |= tensors
+        if self._first is None or (file, offset) < (self._first[0], self._first[1].offset):
+            self._first = file, self._describe(file, offset, reason)
+
+    def _describe(self, file: int, offset: int, reason: str | None) -> Difference:
+        spec, local = self._files[file], self._locals[file]
+        tensor = spec.header.tensor_at(offset) if spec.header and offset < spec.nbytes else None
+        if reason is None:
+            reason = f"differs at byte {offset:,}"
+            if tensor:
+                reason += f" (tensor {tensor.name}, its byte {offset - tensor.begin:,})"
+            elif spec.header:
+                reason += " (in its header)"
+            if local is not None and local.nbytes != spec.nbytes:
+                reason += f", and has {local.nbytes:,} bytes here, {spec.nbytes:,} in the offer"
+        return Difference(spec.name, offset, tensor.name if tensor else None, reason)
+
+
+def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
+    """What is at `path` of the offered files, by name and size only.
+
+    Headers are not parsed: a damaged copy must come out as different, not as unreadable. Shards
+    beside them that were not offered are listed too. Raises CheckpointError where nothing is.
+    """
+    if path.is_file():
+        return Checkpoint(path, (_local_file(path.name, path),), ())
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: there is nothing to compare with")
+    offered = {spec.name for spec in files}
+    folders = {str(PurePosixPath(name).parent) for name in offered}
+    beside = {
+        str(found.relative_to(path))
+        for folder in folders
+        for found in (path / folder).glob("*.safetensors")
+    }
+    found_files = (
+        _local_file(name, path / name)
+        for name in sorted(offered | beside)
+        if (path / name).is_file()
+    )
+    return Checkpoint(path, tuple(found_files), ())
+
+
+def _local_file(name: str, path: Path) -> SourceFile:
+    real = path.resolve()
+    status = real.stat()
+    return SourceFile(
+        name=name,
+        path=real,
+        nbytes=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        inode=status.st_ino,
+        executable=False,
+        header=None,
+    )
+
+
+def _counterparts(local: Checkpoint, files: Sequence[FileSpec]) -> tuple[SourceFile | None, ...]:
+    """The local file for each offered one: by name, but one single file stands for another."""
+    if len(files) == 1 and len(local.files) == 1 and local.path.is_file():
+        return (local.files[0],)
+    by_name = {file.name: file for file in local.files}
+    return tuple(by_name.get(spec.name) for spec in files)
+
+
+def _check_unchanged(local: SourceFile, found: os.stat_result) -> None:
+    is_same = (found.st_size, found.st_mtime_ns) == (local.nbytes, local.mtime_ns)
+    if not is_same or found.st_ino != local.inode:
+        raise CheckpointError(
+            f"{local.path} was changed while it was compared", hint="run it again"
+        )
+
+
+def _end_of(tensor: Tensor) -> int:
+    return tensor.end
+
+
+def _count(number: int, total: int, noun: str) -> str:
+    plural = "" if total == 1 else "s"
+    return f"{number:,} of {total:,} {noun}{plural} {'differs' if number == 1 else 'differ'}"

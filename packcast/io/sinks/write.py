@@ -1,0 +1,319 @@
+"""The sink that writes: a partial directory that becomes the target in one step, or is removed.
+
+Knows files and threads; not where the bytes come from, nor who else takes part.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.errors import DestinationError, PackcastError, TransferError
+from packcast.io.files import FileTable, close_quietly
+from packcast.io.schedule import Schedule, Span
+from packcast.io.sinks.offered import check_names, folders_of
+from packcast.io.sinks.owned import mark_as_own, open_folder
+from packcast.io.sinks.place import (
+    Place,
+    check_replaceable,
+    destination_error,
+    locate,
+    make_parents,
+)
+from packcast.io.sinks.publish import publish, sync_folder, sync_parent_of
+from packcast.io.sinks.space import free_nbytes, reserve
+from packcast.io.work import Failure, Task
+from packcast.packed.plan import Extent
+
+_NUM_SYNC_THREADS = 8
+_WAIT_FOR_WRITERS_S = 1.0
+_FILE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _State(enum.Enum):
+    WRITING = enum.auto()
+    ABORTED = enum.auto()
+    COMMITTED = enum.auto()  # publish was called: abort comes too late
+
+
+class WriteSink:
+    """Writes the offered files into `target`, a directory, which appears complete or not at all.
+
+    Calls, in order: prepare, spans and open_files, finish, publish, from one thread. abort from any
+    thread, at any time; what I/O threads still write is then lost. Where several sinks of one
+    transfer name the same directory, one writes and the others drop their bytes. All raise
+    DestinationError for what the file system says, and TransferError when they meet an abort.
+    """
+
+    stage: Final = "write"
+    task: Final = Task.WRITE
+
+    def __init__(
+        self, target: Path, files: Sequence[FileSpec], *, transfer_id: str, force: bool
+    ) -> None:
+        self._given = target
+        self._files = tuple(files)
+        self._names = frozenset(spec.name for spec in self._files)
+        self._transfer_id = transfer_id
+        self._force = force
+        self.wrote = False
+        self.published = False
+        self.notes: list[str] = []
+        self._place: Place | None = None
+        self._made_parents: list[str] = []
+        self._holder_fd = self._partial_fd = -1
+        self._table = FileTable(len(self._files), self._reopen, close_quietly, keeps_open=True)
+        self._state = _State.WRITING
+        # Three locks, taken in this order: a step of the main thread; the removal; the state.
+        # Things are created only under the last, with the state looked at, so that nothing appears
+        # behind the back of a removal. Re-entrant, since a failing step aborts.
+        self._step_lock = threading.RLock()
+        self._removal_lock = threading.RLock()
+        self._lock = threading.RLock()
+
+    # -- the three steps, in order ---------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Check the target, make the partial directory and reserve every file's space in it."""
+        with self._step("write"):
+            check_names([spec.name for spec in self._files], self._transfer_id)
+            place = self._place = locate(self._given, self._transfer_id)
+            check_replaceable(place, self._names, force=self._force)
+            make_parents(place.holder, self._made_parents, self._while_wanted)
+            if not self._make_partial(place):
+                return
+            free = free_nbytes(self._partial_fd)
+            self._make_folders()
+            for index in range(len(self._files)):
+                self._make_file(index)
+            self.notes += reserve(self._table, self._files, place, free)
+            self._raise_if_aborted()
+
+    def spans(self, extent: Extent) -> Iterable[Span]:
+        """Where the extent's bytes are to be written; nowhere where another sink writes."""
+        return (Span(extent.file, extent.offset, 0, extent.nbytes),) if self.wrote else ()
+
+    def open_files(self, schedule: Schedule) -> FileTable:
+        """The files, for I/O threads; the last of them are closed at the end of all."""
+        return self._table
+
+    def error_of(self, failure: Failure, span: Span) -> PackcastError:
+        """What kept a span from being written."""
+        error = OSError(failure.errno, failure.reason)
+        return destination_error(error, f"write {self._path_of(span.file)}")
+
+    def compared(self, span: Span, offset: int) -> None:
+        """Nothing is."""
+
+    def finish(self) -> None:
+        """After the last extent: make files and folders durable, with their times."""
+        if not self.wrote:
+            return
+        with self._step("finish"):
+            indices = range(len(self._files))
+            with ThreadPoolExecutor(_NUM_SYNC_THREADS, "packcast-sync") as pool:
+                list(pool.map(self._finish_file, indices))
+            # Bottom up, so that a durable name never leads to one that is not.
+            for folder in reversed(folders_of(self._names)):
+                sync_folder(self._partial_fd, folder)
+            sync_folder(self._partial_fd, "")
+            self._raise_if_aborted()
+
+    def publish(self) -> None:
+        """Give the complete copy its final name. From here on abort does nothing."""
+        if not self.wrote:
+            return
+        with self._step_lock:
+            with self._lock:
+                self._raise_if_aborted()
+                if self._state is _State.COMMITTED:
+                    return
+                self._state = _State.COMMITTED
+            self._table.close()
+            place = self._placed()
+            try:
+                self.notes += publish(place, self._holder_fd, self._names, force=self._force)
+                self.published = True
+                for folder in self._made_parents:
+                    sync_parent_of(folder)
+            finally:
+                self._close_folders()
+
+    def abort(self) -> None:
+        """Stop, and remove what was made; any thread, any number of times, never raises.
+
+        Returns when it is gone, whoever removed it. After publish was called: nothing.
+        """
+        with suppress(Exception):
+            with self._lock:
+                if self._state is _State.COMMITTED:
+                    return
+                self._state = _State.ABORTED
+            self._table.close()
+            with self._removal_lock:
+                self._remove()
+                # A step that is under way still uses them, and comes here when it ends.
+                if self._step_lock.acquire(blocking=False):
+                    try:
+                        self._close_folders()
+                    finally:
+                        self._step_lock.release()
+
+    def result(self) -> dict[str, object]:
+        place = self._place
+        return {
+            "sink": "write",
+            "target": place.target if place else os.path.abspath(self._given),
+            "wrote": self.wrote,
+            "published": self.published,
+            "notes": list(self.notes),
+        }
+
+    # -- making ----------------------------------------------------------------------------------
+
+    def _make_partial(self, place: Place) -> bool:
+        """Whether this sink is the one that writes; an exclusive mkdir decides."""
+        with self._while_wanted():
+            self._holder_fd = os.open(place.holder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.mkdir(place.partial, dir_fd=self._holder_fd)
+            except FileExistsError:
+                self._close_folders()
+                return False
+            except OSError as error:
+                raise destination_error(error, f"write into {place.holder}") from error
+            self.wrote = True
+            self._partial_fd = open_folder(self._holder_fd, place.partial)
+            if place.mode is not None:
+                os.fchmod(self._partial_fd, place.mode | 0o700)
+        return True
+
+    def _make_folders(self) -> None:
+        for folder in folders_of(self._names):
+            above, _, last = folder.rpartition("/")
+            with self._while_wanted():
+                above_fd = open_folder(self._partial_fd, above)
+                try:
+                    os.mkdir(last, dir_fd=above_fd)
+                finally:
+                    os.close(above_fd)
+
+    def _make_file(self, index: int) -> None:
+        spec = self._files[index]
+        with self._while_wanted():
+            try:
+                fd = self._open(index, _FILE_FLAGS | os.O_CREAT | os.O_EXCL)
+            except OSError as error:
+                raise destination_error(error, f"make {self._path_of(index)}") from error
+            self._table.adopt(index, fd)
+            self._table.release(index)
+            if spec.executable:
+                mode = os.fstat(fd).st_mode & 0o777
+                os.fchmod(fd, mode | (mode & 0o444) >> 2)
+
+    # -- finishing and removing ------------------------------------------------------------------
+
+    def _finish_file(self, index: int) -> None:
+        spec = self._files[index]
+        try:
+            with self._table.borrow(index) as fd:
+                if os.fstat(fd).st_size != spec.nbytes:
+                    raise DestinationError(f"{self._path_of(index)} was changed by someone else")
+                # Times that a file system or the C library cannot hold are not worth a failure.
+                with suppress(OSError, OverflowError):
+                    os.utime(fd, ns=(spec.mtime_ns, spec.mtime_ns))
+                mark_as_own(fd, self._transfer_id)
+                os.fsync(fd)
+        except OSError as error:
+            raise destination_error(error, f"write {self._path_of(index)}") from error
+
+    def _remove(self) -> None:
+        if self.wrote and self._holder_fd >= 0:
+            partial = self._placed().partial
+            shutil.rmtree(partial, ignore_errors=True, dir_fd=self._holder_fd)
+            # NFS keeps a removed file's name for as long as we have it open: wait for the writers.
+            if self._partial_is_there(partial):
+                self._table.wait_closed(_WAIT_FOR_WRITERS_S)
+                shutil.rmtree(partial, ignore_errors=True, dir_fd=self._holder_fd)
+        for folder in reversed(self._made_parents):
+            with suppress(OSError):
+                os.rmdir(folder)
+
+    def _partial_is_there(self, partial: str) -> bool:
+        try:
+            os.stat(partial, dir_fd=self._holder_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _close_folders(self) -> None:
+        for fd in (self._holder_fd, self._partial_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._holder_fd = self._partial_fd = -1
+
+    # -- small things ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _step(self, doing: str) -> Iterator[None]:
+        """One step of the main thread: what fails in it cleans up, an abort ends it."""
+        with self._step_lock:
+            try:
+                self._raise_if_aborted()
+                yield
+            except BaseException as error:
+                was_aborted = self._state is _State.ABORTED
+                self.abort()
+                # What fails because the ground was taken away is not news of its own.
+                if was_aborted and isinstance(error, Exception):
+                    raise _aborted() from None
+                if isinstance(error, OSError):
+                    raise destination_error(error, f"{doing} {self._given}") from error
+                raise
+            finally:
+                if self._state is _State.ABORTED:
+                    self.abort()
+
+    @contextmanager
+    def _while_wanted(self) -> Iterator[None]:
+        with self._lock:
+            self._raise_if_aborted()
+            yield
+
+    def _raise_if_aborted(self) -> None:
+        if self._state is _State.ABORTED:
+            raise _aborted()
+
+    def _placed(self) -> Place:
+        assert self._place is not None
+        return self._place
+
+    def _path_of(self, index: int) -> str:
+        return os.path.join(self._placed().target, self._files[index].name)
+
+    def _open(self, index: int, flags: int) -> int:
+        folder, _, last = self._files[index].name.rpartition("/")
+        folder_fd = open_folder(self._partial_fd, folder)
+        try:
+            return os.open(last, flags, 0o666, dir_fd=folder_fd)
+        finally:
+            os.close(folder_fd)
+
+    def _reopen(self, index: int) -> int:
+        self._raise_if_aborted()
+        try:
+            return self._open(index, _FILE_FLAGS)
+        except OSError as error:
+            raise destination_error(error, f"write {self._path_of(index)}") from error
+
+
+def _aborted() -> TransferError:
+    return TransferError("the transfer was aborted")

@@ -1,0 +1,252 @@
+"""The producer's end: outgoing files are read by I/O threads, ahead of the loop, into staging.
+
+Reads by `pread`, never by mapping: a file that is cut short while it is read is then an error, not
+the death of the process.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+from packcast.checkpoint.checkpoint import SourceFile
+from packcast.checkpoint.outgoing import Literal, OutgoingFile, Run
+from packcast.errors import CheckpointError, PackcastError
+from packcast.io.digests import BlockDigests
+from packcast.io.files import FileTable
+from packcast.io.runner import UnitRunner
+from packcast.io.schedule import IN_MEMORY, ScheduledUnit, Span, make_schedule
+from packcast.io.staging import Buffers, Staging
+from packcast.io.work import Failure, FailureKind, Task
+from packcast.packed.counters import Stage
+from packcast.packed.lanes import Passage
+from packcast.packed.plan import DIGEST_NBYTES, Chunk, Extent
+from packcast.packed.ring import Slot
+from packcast.packed.trailer import write_trailer
+
+
+class FileReader:
+    """The source files behind outgoing files: where a run of bytes is, and what went wrong."""
+
+    def __init__(self, files: Sequence[OutgoingFile], sources: Sequence[SourceFile]) -> None:
+        self._files = files
+        self._sources = sources
+        self._begins = [  # of each file's segments, to find the one a byte is in
+            list(accumulate((segment.nbytes for segment in file.segments), initial=0))
+            for file in files
+        ]
+        self._literals: dict[int, array[int]] = {}  # by identity; copies, whose address is known
+
+    @property
+    def file_nbytes(self) -> list[int]:
+        """The sizes of the outgoing files."""
+        return [file.spec.nbytes for file in self._files]
+
+    def read(self, file: int, offset: int, into: memoryview) -> None:
+        """Fill `into` with the outgoing file's bytes from `offset`, in this thread."""
+        at = 0
+        for segment, skip, nbytes in self._parts(Extent(file, offset, len(into))):
+            part = into[at : at + nbytes]
+            if isinstance(segment, Literal):
+                part[:] = segment.data[skip : skip + nbytes]
+            else:
+                fd = self._open(segment.source)
+                try:
+                    self._read_exactly(segment.source, fd, segment.offset + skip, part)
+                finally:
+                    os.close(fd)
+            at += nbytes
+
+    def spans(self, extent: Extent) -> Iterator[Span]:
+        """Where the extent's bytes come from; a span's file is a source, or memory."""
+        at = 0
+        for segment, skip, nbytes in self._parts(extent):
+            if isinstance(segment, Literal):
+                yield Span(IN_MEMORY, self._address(segment) + skip, at, nbytes)
+            else:
+                yield Span(segment.source, segment.offset + skip, at, nbytes)
+            at += nbytes
+
+    def open_files(self) -> FileTable:
+        """The sources, for I/O threads; each is seen to be unchanged when opened and at its end."""
+        return FileTable(len(self._sources), self._open, self._close)
+
+    def error_of(self, failure: Failure, span: Span) -> PackcastError:
+        """What kept a span from being read."""
+        name = self._sources[span.file].name
+        if failure.kind is FailureKind.END_OF_FILE:
+            return CheckpointError(f"{name} ended at byte {failure.offset} while it was being sent")
+        return CheckpointError(f"{name}: reading failed: {failure.reason}")
+
+    def _parts(self, extent: Extent) -> Iterator[tuple[Literal | Run, int, int]]:
+        """The segments that the extent lies in: how much of each to skip, how much to take."""
+        begins, segments = self._begins[extent.file], self._files[extent.file].segments
+        at, end = extent.offset, extent.offset + extent.nbytes
+        i = bisect_right(begins, at) - 1
+        while at < end:
+            skip = at - begins[i]
+            nbytes = min(segments[i].nbytes - skip, end - at)
+            yield segments[i], skip, nbytes
+            at, i = at + nbytes, i + 1
+
+    def _address(self, literal: Literal) -> int:
+        copy = self._literals.setdefault(id(literal), array("B", literal.data))
+        return copy.buffer_info()[0]
+
+    def _open(self, source: int) -> int:
+        known = self._sources[source]
+        try:
+            fd = os.open(known.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{known.name}: cannot be opened: {error.strerror}") from error
+        try:
+            self._check_unchanged(source, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _close(self, source: int, fd: int) -> None:
+        try:
+            self._check_unchanged(source, fd)
+        finally:
+            os.close(fd)
+
+    def _read_exactly(self, source: int, fd: int, offset: int, into: memoryview) -> None:
+        name = self._sources[source].name
+        while into:
+            try:
+                num_read = os.preadv(fd, [into], offset)
+            except OSError as error:
+                raise CheckpointError(f"{name}: reading failed: {error.strerror}") from error
+            if not num_read:
+                raise CheckpointError(f"{name} ended at byte {offset} while it was being sent")
+            into, offset = into[num_read:], offset + num_read
+
+    def _check_unchanged(self, source: int, fd: int) -> None:
+        known, now = self._sources[source], os.fstat(fd)
+        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
+            known.nbytes,
+            known.mtime_ns,
+            known.inode,
+        ):
+            raise CheckpointError(
+                f"{known.name} changed while it was being sent",
+                hint="nothing was published; run again once it is quiet",
+            )
+
+
+class FileSource:
+    """Fills slots from outgoing files.
+
+    Beside a GPU staging bounds how far it reads ahead of the copies; on a CPU the slots do.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[Chunk],
+        reader: FileReader,
+        buffers: Buffers,
+        *,
+        num_threads: int,
+    ) -> None:
+        self._chunks = chunks
+        self._reader = reader
+        self._ring = buffers.ring
+        self._counters = buffers.ring.counters
+        self._tag = buffers.tag
+        self._staging = Staging(buffers)
+        schedule = make_schedule(
+            chunks, self._staging.unit_nbytes, self._staging.place, reader.spans
+        )
+        self._units = schedule.units_by_chunk()
+        try:
+            self._runner = UnitRunner(
+                Task.READ,
+                "read",
+                schedule,
+                self._staging,
+                reader.open_files(),
+                num_threads=num_threads,
+                counters=self._counters,
+                error_of=lambda failure: reader.error_of(failure, schedule.span(failure.span)),
+            )
+        except BaseException:
+            self._staging.free(is_idle=True)
+            raise
+        self._copies: deque[Passage] = deque()  # out of staging, under way
+        self._num_copied = 0
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Pinned memory that this end holds."""
+        return self._staging.pinned_nbytes
+
+    def read_ahead(self) -> None:
+        """Before the loop: begin to read, as far as there is staging; no slot is in use yet."""
+        room = self._staging.num_units
+        if self._staging.is_slots:
+            room = sum(chunk.index < room for chunk in self._chunks)
+        self._runner.allow(room)
+
+    def begin(self, chunk: Chunk) -> None:
+        """On a CPU: the chunk has its slot, which may be read into from now on."""
+        self._runner.allow(self._units[chunk.index][-1].index + 1)
+
+    def fill(self, chunk: Chunk, slot: Slot) -> None:
+        """Give the chunk and its trailer to the fill lane, each unit as soon as it was read."""
+        ring, begin = self._ring, None
+        units = self._units[chunk.index]
+        for unit in units:
+            self._wait(unit)
+            if unit.is_last:
+                self._write_trailer(chunk, units)
+            with ring.fill:
+                begin = begin or ring.fill.mark()
+                self._staging.copy_to(slot, unit)
+                slot.filled = ring.fill.mark()
+            if not self._staging.is_slots:
+                self._copies.append(slot.filled)
+        self._counters.newest = chunk.extents[-1]
+        if not ring.is_host and begin and slot.filled:
+            ring.clock.span("h2d", chunk.index, chunk.nbytes, begin, slot.filled)
+
+    def digests(self) -> BlockDigests:
+        """Of every block of its chunks, once all are through."""
+        digests = BlockDigests(self._reader.file_nbytes)
+        digests.record(self._chunks, self._runner.digests)
+        return digests
+
+    def close(self) -> None:
+        """End the threads and close the files."""
+        self._runner.close(self._ring)
+
+    def _wait(self, unit: ScheduledUnit) -> None:
+        if self._staging.is_slots:
+            self.begin(unit.chunk)
+            with self._counters.waiting_on("read"):
+                self._runner.wait(unit.index)
+            return
+        self._reuse_staging()
+        # What is not allowed yet waits for staging, which is full of what waits for its copy.
+        stage: Stage = "read" if unit.index < self._runner.num_allowed else "h2d"
+        with self._counters.waiting_on(stage):
+            self._runner.wait(unit.index, self._reuse_staging)
+
+    def _reuse_staging(self) -> None:
+        """Have more units read in the place of those whose copies are over."""
+        while self._copies and self._copies[0].passed():
+            self._copies.popleft()
+            self._num_copied += 1
+        self._runner.allow(self._num_copied + self._staging.num_units)
+
+    def _write_trailer(self, chunk: Chunk, units: Sequence[ScheduledUnit]) -> None:
+        first, last = units[0], units[-1]
+        begin, end = first.blocks.start * DIGEST_NBYTES, last.blocks.stop * DIGEST_NBYTES
+        at = last.memory_offset + chunk.trailer_offset - last.slot_offset
+        into = self._staging.view(at, chunk.trailer_nbytes)
+        write_trailer(into, self._tag, chunk, bytes(self._runner.digests[begin:end]))

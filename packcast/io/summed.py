@@ -1,0 +1,44 @@
+"""The producer's end where some worker's bytes stay on its device: chunks that carry their sums."""
+
+from __future__ import annotations
+
+import torch
+
+from packcast.io.pool import CLOSE_LIMIT_S
+from packcast.io.staging import Buffers
+from packcast.packed.lanes import Lane, Mark
+from packcast.packed.pipeline import Source
+from packcast.packed.plan import Chunk
+from packcast.packed.ring import Slot
+from packcast.packed.sums import SlotSums
+from packcast.packed.trailer import SUM_NBYTES, SUM_OFFSET
+
+
+class Summed:
+    """A source whose chunks carry, in their trailers, the sum of what it put into the slot."""
+
+    def __init__(self, source: Source[Chunk], buffers: Buffers) -> None:
+        self._source = source
+        device = buffers.ring.device
+        self._sums = SlotSums(device, buffers.tag, buffers.buffer_size)
+        self._lane = Lane(device)  # its own: the next chunk's copies need not wait for the sum
+        self._lane.wait_for_caller(device)  # the multipliers were made there
+        self._newest: Mark | None = None
+
+    def fill(self, chunk: Chunk, slot: Slot) -> None:
+        """Give chunk and trailer to the fill lane, and the sum to one behind it."""
+        self._source.fill(chunk, slot)
+        begin = chunk.trailer_offset + SUM_OFFSET
+        self._lane.wait(slot.filled)
+        with self._lane:
+            place = slot.memory[begin : begin + SUM_NBYTES].view(torch.int64)
+            place.copy_(self._sums.of(slot.memory, chunk.nbytes).view(1), non_blocking=True)
+            slot.filled = self._newest = self._lane.mark()
+
+    def close(self) -> None:
+        """End the source's threads."""
+        try:
+            self._source.close()
+        finally:
+            if self._newest is not None:
+                self._newest.passes_within(CLOSE_LIMIT_S)  # it uses the slots' memory

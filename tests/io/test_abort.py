@@ -1,0 +1,208 @@
+"""WriteSink among others and under fire: one directory for several, abort, sudden death."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from packcast.io.sinks.write import WriteSink
+from packcast.errors import DestinationError, TransferError
+from tests.io.sinks import CONTENT, copy, in_threads, names_in, put, put_all, sink_for, tree
+from tests.helpers.processes import num_descriptors
+
+# -- several sinks, one directory ----------------------------------------------------------------
+
+
+def test_of_many_sinks_for_one_directory_exactly_one_writes(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "together" / "out"
+    sinks = [sink_for(target) for _ in range(8)]
+    barrier = threading.Barrier(8)
+
+    def work(sink: WriteSink) -> None:
+        barrier.wait()
+        sink.prepare()
+        put_all(sink)
+        sink.finish()
+        barrier.wait()
+        sink.publish()
+
+    in_threads(work, sinks)
+    assert [sink.wrote for sink in sinks].count(True) == 1
+    assert [sink.published for sink in sinks].count(True) == 1
+    assert tree(target) == CONTENT
+    assert names_in(target.parent) == ["out"]
+
+
+def test_two_names_of_one_directory_are_one_directory(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    targets = [Path("real/out"), tmp_path / "link" / "out", Path("real/x/../out/.")]
+    sinks = [sink_for(target) for target in targets]
+    for sink in sinks:
+        sink.prepare()
+    assert [sink.wrote for sink in sinks] == [True, False, False]
+    sinks[1].abort()
+    assert names_in(tmp_path / "real") == [".out.packcast-t1"]
+    sinks[0].abort()
+    assert names_in(tmp_path / "real") == []
+
+
+def test_two_transfers_to_one_directory_do_not_mix(tmp_path: Path) -> None:
+    one, two = (sink_for(tmp_path / "out", transfer_id=name) for name in ("one", "two"))
+    for sink in (one, two):
+        sink.prepare()
+        put_all(sink)
+        sink.finish()
+    one.publish()
+    with pytest.raises(DestinationError, match="exists and is not empty") as caught:
+        two.publish()
+    assert ".out.packcast-two" in str(caught.value.hint)
+    assert tree(tmp_path / "out") == CONTENT
+    two.abort()
+    assert tree(tmp_path / ".out.packcast-two") == CONTENT
+
+
+# -- abort ---------------------------------------------------------------------------------------
+
+
+def test_abort_removes_the_copy_and_the_parents_it_made(tmp_path: Path) -> None:
+    sink = sink_for(tmp_path / "a" / "b" / "out")
+    sink.prepare()
+    put_all(sink)
+    sink.abort()
+    sink.abort()
+    assert names_in(tmp_path) == []
+
+
+def test_abort_leaves_parents_that_others_use(tmp_path: Path) -> None:
+    sink = sink_for(tmp_path / "a" / "b" / "out")
+    sink.prepare()
+    (tmp_path / "a" / "mine").write_bytes(b"")
+    sink.abort()
+    assert names_in(tmp_path / "a") == ["mine"]
+
+
+def test_abort_before_prepare_lets_nothing_be_made(tmp_path: Path) -> None:
+    sink = sink_for(tmp_path / "a" / "out")
+    sink.abort()
+    with pytest.raises(TransferError):
+        sink.prepare()
+    assert names_in(tmp_path) == []
+
+
+def test_after_abort_puts_are_dropped_and_nothing_is_published(tmp_path: Path) -> None:
+    sink = sink_for(tmp_path / "out")
+    sink.prepare()
+    put_all(sink)
+    sink.abort()
+    put_all(sink)
+    for step in (sink.finish, sink.publish):
+        with pytest.raises(TransferError):
+            step()
+    assert names_in(tmp_path) == []
+
+
+def test_abort_after_publish_does_nothing(tmp_path: Path) -> None:
+    sink = copy(tmp_path / "out")
+    sink.abort()
+    sink.publish()
+    assert tree(tmp_path / "out") == CONTENT
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.002, 0.005, 0.01, 0.02])
+def test_abort_during_puts_from_four_threads_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
+    num_before = num_descriptors()
+    content = {f"{name}.bin": bytes(400_000) for name in "abcd"}
+    sink = sink_for(tmp_path / "x" / "out", content)
+    sink.prepare()
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            while not stop.is_set():
+                for offset in range(0, 400_000, 10_000):
+                    put(sink, index, offset, memoryview(bytes(10_000)))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(delay_s)
+    aborts = [threading.Thread(target=sink.abort) for _ in range(3)]
+    for thread in aborts:
+        thread.start()
+    for thread in aborts:
+        thread.join()
+    assert names_in(tmp_path) == []
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert num_descriptors() == num_before
+
+
+@pytest.mark.parametrize("step", ["prepare", "finish"])
+@pytest.mark.parametrize("delay_s", [0.0, 0.001, 0.003, 0.006, 0.01])
+def test_abort_during_a_step_leaves_nothing(tmp_path: Path, step: str, delay_s: float) -> None:
+    num_before = num_descriptors()
+    content = {f"d{index % 7}/f{index:03}.bin": b"x" * 5000 for index in range(300)}
+    sink = sink_for(tmp_path / "out", content)
+    if step == "finish":
+        sink.prepare()
+        put_all(sink, content)
+    timer = threading.Timer(delay_s, sink.abort)
+    timer.start()
+    was_aborted = False
+    try:
+        getattr(sink, step)()
+    except TransferError as error:
+        was_aborted = "aborted" in error.message
+        # Whoever removes: when the step has raised, all is gone.
+        assert names_in(tmp_path) == []
+    timer.join()
+    assert names_in(tmp_path) == []
+    assert was_aborted or delay_s
+    assert num_descriptors() == num_before
+
+
+# -- death ---------------------------------------------------------------------------------------
+
+LIFE = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from tests.io.sinks import put_all, sink_for
+from packcast.io import publish as publishing
+target, last = Path(sys.argv[1]), sys.argv[2]
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+if last == "exchanged": publishing._remove_old = die
+sink = sink_for(target, force=True, transfer_id="t2")
+for name, step in (("prepare", sink.prepare), ("put", lambda: put_all(sink)),
+                   ("finish", sink.finish), ("publish", sink.publish)):
+    step()
+    if name == last: die()
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("last", ["prepare", "put", "finish", "exchanged", "publish"])
+def test_a_killed_process_leaves_the_old_copy_or_the_new_one(tmp_path: Path, last: str) -> None:
+    old = {"config.json": b"old", "gone.txt": b"old"}
+    copy(tmp_path / "out", old)
+    died = subprocess.run(
+        [sys.executable, "-c", LIFE, tmp_path / "out", last, Path(__file__).parents[2]]
+    )
+    assert died.returncode == -9
+    is_new = last in ("exchanged", "publish")
+    assert tree(tmp_path / "out") == (CONTENT if is_new else old)
+    # And the next transfer works whatever was left lying about.
+    copy(tmp_path / "out", force=True, transfer_id="t3")
+    assert tree(tmp_path / "out") == CONTENT
