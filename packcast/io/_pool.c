@@ -1,9 +1,10 @@
 /* The loop of the I/O threads: read, write or compare the pieces of a schedule, hash every block.
 
    Knows descriptors, memory and counters; no Python, no plan, no GPU. The schedule is fixed before
-   the first thread starts. Three things pass between the threads and the caller: how many units
-   the threads may work on (`allowed`), how many pieces of each unit are left, and one cell for the
-   first failure.
+   the first thread starts. A grain, some blocks of a piece, is what a thread does at a time; the
+   threads take the grains in order. Three things pass between the threads and the caller: how many
+   units the threads may work on (`allowed`), how many grains of each unit are left, and one cell
+   for the first failure.
 
    Memory order. `allowed` is stored with release and loaded with acquire, so that a thread that
    sees a unit allowed also sees the bytes, digests and descriptors that the caller put there.
@@ -48,6 +49,7 @@ struct config {
     uint8_t *digests;           /* by block: found by TASK_READ, promised to the others */
     int64_t *differences;       /* by span: the first byte that differs, or -1; TASK_COMPARE */
     hash_function hash;
+    int64_t grain_nbytes; /* a multiple of BLOCK */
 };
 
 struct pool;
@@ -64,9 +66,10 @@ struct failure { int64_t kind, code, piece, span, offset; };
 
 struct pool {
     struct config config;
-    _Atomic int64_t next_piece, allowed;
+    _Atomic int64_t next_grain, allowed;
     _Atomic int stop;
     _Atomic int32_t *left;
+    int64_t *first_grain; /* by piece, and how many there are in all */
     _Atomic int64_t nbytes, busy_ns, first_ns, last_ns;
     pthread_mutex_t mutex;
     pthread_cond_t changed; /* a unit is done, a thread has failed or ended, or stop */
@@ -214,18 +217,19 @@ static int do_parts(struct thread *me, int64_t index, int64_t begin, int64_t end
     return 1;
 }
 
-/* Block by block, so that each is hashed while it is in the cache. Whether all of it was done. */
-static int do_piece(struct thread *me, int64_t index)
+/* The piece's bytes `from` to `to`, block by block, so that each is hashed while it is in the
+   cache. Whether all of it was done. */
+static int do_grain(struct thread *me, int64_t index, int64_t from, int64_t to)
 {
     struct pool *pool = me->pool;
     const struct config *config = &pool->config;
     const struct piece *piece = &config->pieces[index];
-    uint8_t *digest = config->digests + piece->block * DIGEST;
+    uint8_t *digest = config->digests + (piece->block + from / BLOCK) * DIGEST;
     int64_t span = piece->span;
-    for (int64_t begin = 0; begin < piece->nbytes; begin += BLOCK, digest += DIGEST) {
+    for (int64_t begin = from; begin < to; begin += BLOCK, digest += DIGEST) {
         if (atomic_load_explicit(&pool->stop, memory_order_relaxed))
             return 0;
-        int64_t end = begin + BLOCK < piece->nbytes ? begin + BLOCK : piece->nbytes;
+        int64_t end = begin + BLOCK < to ? begin + BLOCK : to;
         uint8_t *data = config->memory + piece->memory + begin;
         if (config->task == TASK_READ && !do_parts(me, index, begin, end, &span))
             return 0;
@@ -251,9 +255,11 @@ static int do_piece(struct thread *me, int64_t index)
     if (config->task == TASK_WRITE && config->flags & FLAG_WRITEBACK)
         for (span = piece->span; span < piece[1].span; span++) {
             const struct span *it = &config->spans[span];
-            if (it->file != IN_MEMORY)
-                (void)sync_file_range(config->descriptors[it->file], it->offset, it->nbytes,
-                                      SYNC_FILE_RANGE_WRITE);
+            int64_t low = it->at > from ? it->at : from;
+            int64_t high = it->at + it->nbytes < to ? it->at + it->nbytes : to;
+            if (it->file != IN_MEMORY && low < high)
+                (void)sync_file_range(config->descriptors[it->file], it->offset + low - it->at,
+                                      high - low, SYNC_FILE_RANGE_WRITE);
         }
 #endif
     return 1;
@@ -307,18 +313,23 @@ static void *work(void *argument)
 {
     struct thread *me = argument;
     struct pool *pool = me->pool;
+    int64_t index = 0, grain_nbytes = pool->config.grain_nbytes;
     for (;;) {
-        int64_t index = atomic_fetch_add_explicit(&pool->next_piece, 1, memory_order_relaxed);
-        if (index >= pool->config.num_pieces)
+        int64_t grain = atomic_fetch_add_explicit(&pool->next_grain, 1, memory_order_relaxed);
+        if (grain >= pool->first_grain[pool->config.num_pieces])
             break;
+        while (pool->first_grain[index + 1] <= grain)
+            index++;
         const struct piece *piece = &pool->config.pieces[index];
+        int64_t from = (grain - pool->first_grain[index]) * grain_nbytes;
+        int64_t to = from + grain_nbytes < piece->nbytes ? from + grain_nbytes : piece->nbytes;
         if (!await_allowed(me, piece->unit))
             break;
-        jitter(index);
+        jitter(grain);
         int64_t began = now_ns();
-        if (!do_piece(me, index))
+        if (!do_grain(me, index, from, to))
             break;
-        count(pool, piece->nbytes, began);
+        count(pool, to - from, began);
         if (atomic_fetch_sub_explicit(&pool->left[piece->unit], 1, memory_order_acq_rel) == 1) {
             pthread_mutex_lock(&pool->mutex);
             pthread_cond_broadcast(&pool->changed);
@@ -410,6 +421,7 @@ void packcast_pool_free(struct pool *pool)
     pthread_mutex_destroy(&pool->mutex);
     free(pool->threads);
     free((void *)pool->left);
+    free(pool->first_grain);
     free(pool);
 }
 
@@ -462,7 +474,8 @@ static struct pool *make_pool(const struct config *config)
     pool->config = *config;
     pool->threads = calloc((size_t)config->num_threads, sizeof *pool->threads);
     pool->left = calloc((size_t)config->num_units + 1, sizeof *pool->left);
-    int has_room = pool->threads != NULL && pool->left != NULL;
+    pool->first_grain = calloc((size_t)config->num_pieces + 1, sizeof *pool->first_grain);
+    int has_room = pool->threads != NULL && pool->left != NULL && pool->first_grain != NULL;
     for (int64_t i = 0; has_room && i < config->num_threads; i++) {
         pool->threads[i].pool = pool;
         pool->threads[i].waits_for = -1;
@@ -470,8 +483,12 @@ static struct pool *make_pool(const struct config *config)
             has_room = (pool->threads[i].scratch = malloc(BLOCK)) != NULL;
     }
     if (has_room) {
-        for (int64_t i = 0; i < config->num_pieces; i++)
-            pool->left[config->pieces[i].unit]++;
+        for (int64_t i = 0; i < config->num_pieces; i++) {
+            const struct piece *piece = &config->pieces[i];
+            int64_t count = (piece->nbytes + config->grain_nbytes - 1) / config->grain_nbytes;
+            pool->first_grain[i + 1] = pool->first_grain[i] + count;
+            pool->left[piece->unit] += (int32_t)count;
+        }
         atomic_store_explicit(&pool->first_ns, INT64_MAX, memory_order_relaxed);
         return pool;
     }
@@ -479,6 +496,7 @@ static struct pool *make_pool(const struct config *config)
         free(pool->threads[i].scratch);
     free(pool->threads);
     free((void *)pool->left);
+    free(pool->first_grain);
     free(pool);
     return NULL;
 }

@@ -47,6 +47,7 @@ class _Config(ctypes.Structure):
         ("digests", ctypes.c_void_p),
         ("differences", ctypes.c_void_p),
         ("hash", ctypes.c_void_p),
+        ("grain_nbytes", ctypes.c_int64),
     )
 
 
@@ -144,6 +145,7 @@ class NativePool:
             digests=_address(work.digests),
             differences=_address(work.differences),
             hash=library.hash_address,
+            grain_nbytes=work.grain_nbytes,
         )
         self._handle = ctypes.c_void_p()
         code = self._functions.packcast_pool_start(ctypes.byref(config), ctypes.byref(self._handle))

@@ -201,16 +201,16 @@ class FileSource:
         """Give the chunk and its trailer to the fill lane, each unit as soon as it was read."""
         ring, begin = self._ring, None
         units = self._units[chunk.index]
-        for unit in units:
-            self._wait(unit)
-            if unit.is_last:
-                self._write_trailer(chunk, units)
-            with ring.fill:
+        with ring.fill:
+            for unit in units:
+                self._wait(unit)
+                if unit.is_last:
+                    self._write_trailer(chunk, units)
                 begin = begin or ring.fill.mark()
                 self._staging.copy_to(slot, unit)
                 slot.filled = ring.fill.mark()
-            if not self._staging.is_slots:
-                self._copies.append(slot.filled)
+                if not self._staging.is_slots:
+                    self._copies.append(slot.filled)
         self._counters.newest = chunk.extents[-1]
         if not ring.is_host and begin and slot.filled:
             ring.clock.span("h2d", chunk.index, chunk.nbytes, begin, slot.filled)

@@ -32,9 +32,15 @@ class ThreadPool:
         schedule = work.schedule
         self._work = work
         pieces = [schedule.piece(i) for i in range(schedule.num_pieces)]
-        self._left = Counter(unit for unit, *_ in pieces)
-        self._pieces = enumerate(pieces)
         nbytes = max((memory + nbytes for _, memory, nbytes, _, _ in pieces), default=0)
+        step = work.grain_nbytes
+        grains = [
+            (index, unit, begin, min(begin + step, piece_nbytes))
+            for index, (unit, _, piece_nbytes, _, _) in enumerate(pieces)
+            for begin in range(0, piece_nbytes, step)
+        ]
+        self._left = Counter(unit for _, unit, _, _ in grains)
+        self._grains = iter(grains)
         array_type = ctypes.c_ubyte * nbytes
         self._memory = memoryview(array_type.from_address(work.address)).cast("B")
         self._changed = threading.Condition()
@@ -94,22 +100,22 @@ class ThreadPool:
             self.stop()
 
     def _do_next(self) -> bool:
-        """Do the next piece that nobody does, once it is allowed; whether there was one."""
+        """Do the next grain that nobody does, once it is allowed; whether there was one."""
         with self._changed:
-            index, piece = next(self._pieces, (-1, None))
-            if piece is None:
+            grain = next(self._grains, None)
+            if grain is None:
                 return False
-            unit = piece[0]
+            index, unit, first, last = grain
             self._changed.wait_for(lambda: self._allowed > unit or self._stopped)
             if self._stopped:
                 return False
         begin = time.perf_counter()
-        self._do_piece(index, piece)
+        self._do_grain(index, first, last)
         end = time.perf_counter()
         with self._changed:
             known = self._totals
             self._totals = Totals(
-                known.nbytes + piece[2],
+                known.nbytes + last - first,
                 known.busy_s + end - begin,
                 min(known.first_begin, begin),
                 max(known.last_end, end),
@@ -119,15 +125,15 @@ class ThreadPool:
                 self._changed.notify_all()
         return True
 
-    def _do_piece(self, index: int, piece: tuple[int, int, int, int, range]) -> None:
+    def _do_grain(self, index: int, first: int, last: int) -> None:
         """Block by block, so that each is hashed while it is in the cache."""
         work = self._work
-        _, memory, nbytes, block, span_range = piece
+        _, memory, _, block, span_range = work.schedule.piece(index)
         spans = [(i, work.schedule.span(i)) for i in span_range]
-        for begin in range(0, nbytes, BLOCK):
+        for begin in range(first, last, BLOCK):
             if self._stopped:
                 raise _FailedPiece(None)
-            end = min(begin + BLOCK, nbytes)
+            end = min(begin + BLOCK, last)
             data = self._memory[memory + begin : memory + end]
             if work.task is Task.READ:
                 self._do_parts(index, spans, begin, data)
@@ -143,10 +149,11 @@ class ThreadPool:
             self._do_parts(index, spans, begin, data)
         if work.task is Task.WRITE:
             for _, span in spans:
-                if span.file != IN_MEMORY:
+                low, high = max(span.at, first), min(span.at + span.nbytes, last)
+                if span.file != IN_MEMORY and low < high:
                     with suppress(OSError):
                         fd = work.descriptors[span.file]
-                        start_writeback(fd, span.offset, span.nbytes)
+                        start_writeback(fd, span.offset + low - span.at, high - low)
 
     def _do_parts(
         self, piece: int, spans: list[tuple[int, Span]], begin: int, data: memoryview

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from packcast.io.schedule import Schedule
-from packcast.packed.plan import DIGEST_NBYTES
+from packcast.packed.plan import BLOCK, DIGEST_NBYTES, MAX_PIECE
 
 
 class Task(enum.IntEnum):
@@ -79,6 +79,12 @@ class Work:
     digests: bytearray
     differences: array[int]
     tolerant: bool = False
+
+    @property
+    def grain_nbytes(self) -> int:
+        """How much an I/O thread does at a time. Many threads read one unit, so that it is there
+        soon; but few write to one file, since its inode serialises them."""
+        return BLOCK if self.task is Task.READ else MAX_PIECE
 
 
 def make_digests(schedule: Schedule) -> bytearray:
