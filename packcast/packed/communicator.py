@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Backend
+from torch._C._distributed_c10d import Backend, BroadcastOptions, Work
 
 from packcast.errors import TransferError, UsageError
 from packcast.packed.ring import Broadcast
@@ -82,7 +82,7 @@ def _of_bare(group: object, device: torch.device | str | int | None) -> Communic
         result = bare.broadcast(tensor, src=root)
         if isinstance(result, torch.Tensor) and result.data_ptr() != tensor.data_ptr():
             _take(result, tensor)  # an engine's stateless group returns what it has received
-        elif isinstance(result, dist.Work):
+        elif isinstance(result, Work):
             result.wait()
 
     own: Any = getattr(bare, "device", None)
@@ -133,7 +133,7 @@ def _of_process_group(group: Any) -> Communicator:
         alive = known()
         if alive is None:
             raise UsageError("the process group has been destroyed")
-        options = dist.BroadcastOptions()
+        options = BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         options.asyncOp = False
         work = alive.broadcast([tensor], options)

@@ -92,7 +92,7 @@ class ReplaySender:
         """Look at the tensors once, for every `send` without an argument; local to this rank.
 
         Each such `send` sends what this memory holds then. Values may change in between, the
-        tensors' memory and shape must not: memory that was freed is an UsageError, a `.data` that
+        tensors' memory and shape must not: memory that was freed is a UsageError, a `.data` that
         was swapped is not noticed.
         """
         self._replay.bind(tensors, fill=True)
@@ -141,7 +141,7 @@ class ReplayReceiver:
         """Look at the tensors once, for every `receive` without `into`; local to this rank.
 
         From now on those land in this memory, and return one and the same dict. The tensors'
-        memory and shape must stay as they are: memory that was freed is an UsageError, a `.data`
+        memory and shape must stay as they are: memory that was freed is a UsageError, a `.data`
         that was swapped is not noticed. Raises UsageError for tensors that overlap.
         """
         self._replay.bind(into, fill=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Work
 
 from packcast.errors import TransferError, UsageError
 from packcast.packed.communicator import communicator_of
@@ -136,6 +137,24 @@ def test_a_bare_object_without_a_device_works_on_the_cpu_where_there_is_no_gpu()
 @pytest.mark.parametrize("group", [Bare(), Engine("cuda")])
 def test_a_bare_object_works_on_the_current_gpu_where_there_is_one(group: Bare) -> None:
     assert communicator_of(group).device == torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_groups_with_nccl_that_torch_does_not_know_work_on_the_gpu() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    mine = dist.HashStore(), 0, 1
+    backend, group = dist.ProcessGroupNCCL(*mine), dist.ProcessGroup(*mine)
+    kind = dist.ProcessGroup.BackendType.NCCL
+    group._set_default_backend(kind)
+    group._register_backend(torch.device("cuda"), kind, backend)
+    for one in (backend, group):
+        communicator = communicator_of(one)
+        assert (communicator.device, communicator.rank, communicator.world_size) == (device, 0, 1)
+        tensor = torch.arange(3, device=device)
+        communicator.broadcast(tensor, 0)
+        assert tensor.tolist() == [0, 1, 2]
+    backend.shutdown()
 
 
 @pytest.mark.gpu
@@ -328,6 +347,29 @@ def test_a_group_that_returns_what_it_received_is_listened_to() -> None:
         packed_broadcast_consumer(
             iter([("a", ((8,), torch.int64))]), StoreGroup(1, 2, sent), 0, print, 8, 2
         )
+
+
+class Late(Work):
+    """Done when it is waited for."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._tensor = tensor
+
+    def wait(self, timeout: object = None) -> bool:
+        self._tensor.fill_(7)
+        return True
+
+
+def test_a_group_that_returns_what_is_under_way_is_waited_for() -> None:
+    class Async(Bare):
+        def broadcast(self, tensor: torch.Tensor, src: int) -> Late:
+            return Late(tensor)
+
+    got: list[tuple[str, torch.Tensor]] = []
+    described = [("a", ((3,), torch.uint8))]
+    packed_broadcast_consumer(iter(described), Async(), 0, got.extend, 8, 2, "cpu")
+    assert [tensor.tolist() for _, tensor in got] == [[7, 7, 7]]
 
 
 def test_a_group_that_only_the_caller_and_the_pair_hold_stays() -> None:
