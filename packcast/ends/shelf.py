@@ -11,13 +11,12 @@ from contextlib import nullcontext
 from typing import Protocol
 
 import torch
-from torch.autograd.graph import increment_version
 
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import UsageError
 from packcast.packed.overlap import check_apart
-from packcast.packed.tensors import alias_of, as_bytes, check_plain
+from packcast.packed.tensors import alias_of, as_bytes, check_plain, mark_changed
 
 # By name: a version of torch may not have them all. None of it stands for a 4- or 6-bit dtype
 # with a header's shape: torch's float4 has two numbers in an element.
@@ -177,11 +176,10 @@ class GivenTensors:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._stream = None  # once: nothing of the caller's runs between here and the end
-        memory = alias_of(target)
-        increment_version(memory)  # from now on it changes: what autograd has saved of it is stale
+        mark_changed([target])
         if not target.is_contiguous():
             return torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
-        return memory
+        return alias_of(target)
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
         target = self._tensors[tensor.name]

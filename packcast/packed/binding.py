@@ -142,16 +142,15 @@ class Bound:
         """Before another run: raise UsageError where memory went that a stand-in or tie needs."""
         self._check(self._look([*self._stand_ins, *(i for i, _ in self._ties)]))
 
-    def chunks_in_turn(self, *, look: bool, write: bool) -> Iterator[BoundChunk]:
-        """The chunks for one run, each as the loop comes to it: what is done here for every tensor
-        takes no time of its own while a GPU is at work on the chunks before.
+    def chunks_again(self, *, write: bool) -> Iterator[BoundChunk]:
+        """The chunks for another run, each as the loop comes to it: what is done here for every
+        tensor takes no time of its own while a GPU is at work on the chunks before.
 
-        With `look`, raises UsageError for a tensor whose memory is no longer where it was bound.
-        With `write`, the tensors count as changed, which autograd looks at.
+        Raises UsageError for a tensor whose memory is no longer where it was bound. With `write`,
+        the tensors count as changed, which autograd looks at.
         """
         for chunk, looked in zip(self.chunks, self._by_chunk, strict=True):
-            if look:
-                self._check(looked)
+            self._check(looked)
             if write:
                 increment_version(looked.tensors)
             yield chunk

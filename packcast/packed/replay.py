@@ -29,7 +29,7 @@ from packcast.packed.layout import (
 )
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, host_view
-from packcast.packed.tensors import check_plain, check_shaped
+from packcast.packed.tensors import check_plain, check_shaped, mark_changed
 
 DEFAULT_REPLAY_BUFFER_SIZE = 64 << 20
 DEFAULT_REPLAY_NUM_BUFFERS = 4
@@ -162,6 +162,7 @@ class ReplayReceiver:
         if into is not None:
             bound = replay.look_at(into, fill=False)
             received = bound.named(into)
+            mark_changed(received.values())
         elif replay.bound is not None:
             bound, received = replay.bound, replay.named
         else:
@@ -242,7 +243,7 @@ class _Replay:
         copier = Copier(ring, self._move, self._views)
         try:
             run_pipeline(
-                bound.chunks_in_turn(look=again, write=not fill),
+                bound.chunks_again(write=not fill) if again else bound.chunks,
                 rank=rank,
                 ring=ring,
                 broadcast=self._communicator.broadcast,

@@ -6,9 +6,10 @@ Knows names only to name them in errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch.autograd.graph import increment_version
 from torch.nn.parameter import is_lazy
 
 from packcast.errors import UsageError
@@ -121,6 +122,11 @@ def span_of(tensor: torch.Tensor) -> int:
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((length - 1) * stride for length, stride in steps)
+
+
+def mark_changed(tensors: Iterable[torch.Tensor]) -> None:
+    """The tensors are about to be written: whatever autograd has saved of them is stale."""
+    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def alias_of(tensor: torch.Tensor) -> torch.Tensor:

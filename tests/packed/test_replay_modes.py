@@ -129,6 +129,18 @@ def test_autograd_notices_that_a_receive_has_changed_what_it_saved(
                 graph.backward()
 
 
+def test_autograd_notices_it_of_each_object_that_is_given_for_the_same_memory() -> None:
+    sender, recorder = record({"w": torch.ones(3)})
+    for _ in range(2):
+        sender.send({"w": torch.ones(3)})
+    receiver = ReplayReceiver(Player(recorder.wire), 0)
+    weight = torch.zeros(3)
+    receiver.receive({"w": weight.data})  # which has another counter
+    before = weight._version
+    receiver.receive({"w": weight})
+    assert weight._version > before
+
+
 def test_a_send_changes_nothing_for_autograd() -> None:
     given = some(2)
     sender, _ = record(given)
