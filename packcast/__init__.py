@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         DEFAULT_PACKED_NUM_BUFFERS,
         packed_broadcast_consumer,
         packed_broadcast_producer,
+        packed_nccl_broadcast_consumer,
+        packed_nccl_broadcast_producer,
     )
     from packcast.packed.layout import TensorSpec
     from packcast.packed.replay import ReplayReceiver, ReplaySender
@@ -53,6 +55,8 @@ __all__ = [
     "View",
     "packed_broadcast_consumer",
     "packed_broadcast_producer",
+    "packed_nccl_broadcast_consumer",
+    "packed_nccl_broadcast_producer",
     "receive_checkpoint",
     "send_checkpoint",
 ]
@@ -67,7 +71,9 @@ _MODULES = {
     "TensorSpec": "packed.layout",
     "View": "view",
     "packed_broadcast_consumer": "packed.compat",
+    "packed_nccl_broadcast_consumer": "packed.compat",
     "packed_broadcast_producer": "packed.compat",
+    "packed_nccl_broadcast_producer": "packed.compat",
     "receive_checkpoint": "transfer.api",
     "send_checkpoint": "transfer.api",
 }

@@ -6,18 +6,21 @@ Then a chunk costs one call, whatever it holds, or none where it is broadcast as
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
 from packcast.errors import UsageError
 from packcast.packed.counters import Stage
 from packcast.packed.gather import Move, on_device, pieces_of
 from packcast.packed.lanes import hold_caller, mark_caller
 from packcast.packed.layout import Part, ReplayChunk, TensorSpec
+from packcast.packed.overlap import check_apart
 from packcast.packed.ring import Ring, Slot
-from packcast.packed.tensors import as_bytes, check_plain
+from packcast.packed.tensors import alias_of, as_bytes, check_plain
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -56,6 +59,14 @@ class BoundChunk:
         return self.plan.nbytes
 
 
+class _Looked(NamedTuple):
+    """Some of the plan's tensors, by their indices, and where each lay when it was bound."""
+
+    indices: Sequence[int]
+    tensors: Sequence[torch.Tensor]
+    addresses: Sequence[int]
+
+
 class Bound:
     """The plan's tensors as bytes on the ring's device, cut into each chunk's parts.
 
@@ -75,18 +86,18 @@ class Bound:
         self._specs = specs
         self._names = [spec.name for spec in specs]
         # Not the caller's own objects: those may be given other memory.
-        self._tensors = [self._checked(spec, tensors).detach() for spec in specs]
+        self._tensors = [alias_of(self._checked(spec, tensors)) for spec in specs]
         self._dtypes = [spec.dtype for spec in specs]
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
-        self._stand_ins: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._stand_ins: dict[int, torch.Tensor] = {}
         alone = {chunk.parts[0].tensor for chunk in chunks if not chunk.needs_slot}
         self._whole = [
-            self._bytes_of(spec, tensor, device, alone=i in alone)
-            for i, (spec, tensor) in enumerate(zip(specs, self._tensors, strict=True))
+            self._bytes_of(i, spec, device, alone=i in alone) for i, spec in enumerate(specs)
         ]
         self.chunks = self._bound(chunks, move, device)
         position = {spec.name: i for i, spec in enumerate(specs)}
         self._ties = [(i, position[spec.same_as]) for i, spec in enumerate(specs) if spec.same_as]
+        self._by_chunk = [self._look(part.tensor for part in chunk.parts) for chunk in chunks]
         self._device = device
         self._newest = mark_caller(device)  # of its copies on callers' streams: tables, stand-ins
 
@@ -109,7 +120,7 @@ class Bound:
                 and list(map(torch.Tensor.data_ptr, given)) == self._addresses
                 and all(map(torch.Tensor.is_set_to, given, self._tensors))
             )
-        except (KeyError, AttributeError, TypeError, RuntimeError):  # missing, or no plain bytes
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # no plain bytes
             return False
 
     def check_ties(self) -> None:
@@ -123,22 +134,44 @@ class Bound:
                     hint="make a new pair from the tensors as they are now",
                 )
 
+    def check_apart(self) -> None:
+        """Before a receive: raise UsageError where two elements would land at one place."""
+        check_apart(dict(zip(self._names, self._tensors, strict=True)))
+
+    def check_is_there(self) -> None:
+        """Before another run: raise UsageError where memory went that a stand-in or tie needs."""
+        self._check(self._look([*self._stand_ins, *(i for i, _ in self._ties)]))
+
+    def chunks_again(self, *, write: bool) -> Iterator[BoundChunk]:
+        """The chunks for another run, each as the loop comes to it: what is done here for every
+        tensor takes no time of its own while a GPU is at work on the chunks before.
+
+        Raises UsageError for a tensor whose memory is no longer where it was bound. With `write`,
+        the tensors count as changed, which autograd looks at.
+        """
+        for chunk, looked in zip(self.chunks, self._by_chunk, strict=True):
+            self._check(looked)
+            if write:
+                increment_version(looked.tensors)
+            yield chunk
+
     def follow(self) -> None:
         """Before a run: what was copied on another stream, as when it was bound, comes first."""
         hold_caller(self._device, self._newest)
 
     def refresh(self) -> None:
         """Before a send: the stand-ins take the tensors' values of now."""
-        for tensor, stand_in in self._stand_ins:
-            stand_in.copy_(tensor)
+        for i, stand_in in self._stand_ins.items():
+            stand_in.copy_(self._tensors[i])
 
     def deliver(self) -> None:
         """After a receive: stand-ins and ties hand their values on."""
-        for tensor, stand_in in self._stand_ins:
-            tensor.copy_(stand_in)
+        for i, stand_in in self._stand_ins.items():
+            self._tensors[i].copy_(stand_in)
         for i, original in self._ties:
             if self._tensors[i].data_ptr() != self._tensors[original].data_ptr():
                 self._tensors[i].copy_(self._tensors[original])
+        increment_version([self._tensors[i] for i, _ in self._ties])
         self._newest = mark_caller(self._device)
 
     def _bound(
@@ -189,17 +222,33 @@ class Bound:
         return of_chunks
 
     def _bytes_of(
-        self, spec: TensorSpec, tensor: torch.Tensor, device: torch.device, *, alone: bool
+        self, index: int, spec: TensorSpec, device: torch.device, *, alone: bool
     ) -> torch.Tensor:
         """The tensor's bytes, its own or a stand-in's; a tied one's are never asked for."""
         if not spec.nbytes:
             return torch.empty(0, dtype=torch.uint8)
+        tensor = self._tensors[index]
         data = as_bytes(spec.name, tensor, device)
         if alone and data.data_ptr() % _WORD:
             data = data.clone()
         if data.device != tensor.device or data.data_ptr() != tensor.data_ptr():
-            self._stand_ins.append((tensor, data.view(tensor.dtype).view(tensor.shape)))
+            self._stand_ins[index] = data.view(tensor.dtype).view(tensor.shape)
         return data
+
+    def _look(self, indices: Iterable[int]) -> _Looked:
+        chosen = list(indices)
+        tensors = [self._tensors[i] for i in chosen]
+        return _Looked(chosen, tensors, [self._addresses[i] for i in chosen])
+
+    def _check(self, looked: _Looked) -> None:
+        now = list(map(torch.Tensor.data_ptr, looked.tensors))
+        if now != looked.addresses:
+            pairs = zip(looked.indices, now, looked.addresses, strict=True)
+            moved = next(self._names[i] for i, address, bound in pairs if address != bound)
+            raise UsageError(
+                f"the memory of tensor {moved} was freed, or is elsewhere, since it was bound",
+                hint="bind the tensors again when they have their memory back",
+            )
 
     @staticmethod
     def _checked(spec: TensorSpec, tensors: Tensors) -> torch.Tensor:

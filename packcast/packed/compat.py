@@ -32,6 +32,7 @@ DEFAULT_PACKED_NUM_BUFFERS = 2
 _ENOUGH_PIECES = 4096
 # Parts that are larger on average are joined at once, without a table, where nothing is under way.
 _LARGE = 1 << 20
+_LARGEST = 1 << 62  # more than any buffer
 
 _COPIED_AS_BYTES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8)  # by a GPU's cat
 
@@ -51,32 +52,38 @@ def packed_broadcast_producer(
     post_iter_func: PostIter,
     buffer_size_bytes: int = DEFAULT_PACKED_BUFFER_SIZE_BYTES,
     num_buffers: int = DEFAULT_PACKED_NUM_BUFFERS,
+    *,
+    strict: bool = False,
 ) -> None:
     """Broadcast tensors from rank `src` of `group`; only that rank calls this, the others consume.
 
     `iterator` yields (name, tensor) of any shape, stride and plain dtype, on any device;
     `post_iter_func` is called once with each pair, on the caller's stream, and returns the tensor
-    to send, of the same shape and dtype. `group` is a `torch.distributed` process group, or any
-    object with `broadcast(tensor, src=...)` that works on the current stream. `src` is the rank
+    to send: it may cast, gather or reshape. The consumer has to be told the shapes and dtypes that
+    it returns, not the iterator's; with `strict` those must be the same. `group` is a process group
+    or backend of `torch.distributed`, whether or not torch's tables know it, or any object with
+    `broadcast(tensor, src=...)` that works on the current stream. `src` is this rank, counted
     within the group.
 
     Work is ordered after the caller's current stream, and over when this returns; also when it
     raises, provided the other ranks took part in what was begun. Errors of the iterator,
     `post_iter_func` and `group` are raised as they are. Raises UsageError naming the tensor that
-    cannot travel, or that `post_iter_func` gave another shape or dtype.
+    cannot travel (no buffer that it would be in is sent), for a `src` that is not this rank, and
+    for a group that is disabled.
 
     Memory: `num_buffers` buffers, each as large as the largest that it has to carry and at most an
-    eighth of `buffer_size_bytes` more; on a GPU also 24 bytes for every tensor of a buffer, or
-    every 64 KiB of one. Tensors that `post_iter_func` or the iterator make on the way live until
-    they are packed: those of two buffers at most.
+    eighth of that more, or of `buffer_size_bytes` if that is less; on a GPU also 24 bytes for every
+    tensor of a buffer, or every 64 KiB of one. Tensors that `post_iter_func` or the iterator make
+    on the way live until they are packed: those of two buffers at most.
 
     Three things are the wire's own, and no implementation can mend them: a buffer exceeds
     `buffer_size_bytes` by up to one tensor; ends that disagree on order, shapes or sizes are not
     noticed, and may hang or take wrong bytes; and over a bare communicator there is no time-out.
     """
     communicator = communicator_of(group)
+    communicator.check_src(src, sends=True)
     packs = _packs_to_send(
-        iter(iterator), post_iter_func, buffer_size_bytes, src, communicator.device
+        iter(iterator), post_iter_func, buffer_size_bytes, src, communicator.device, strict=strict
     )
     ring = _growing_ring(communicator, num_buffers, buffer_size_bytes)
     _run(packs, communicator, ring, rank=src, source=_Packer(ring), drain=None)
@@ -89,14 +96,17 @@ def packed_broadcast_consumer(
     post_unpack_func: PostUnpack,
     buffer_size_bytes: int = DEFAULT_PACKED_BUFFER_SIZE_BYTES,
     num_buffers: int = DEFAULT_PACKED_NUM_BUFFERS,
+    device: torch.device | str | int | None = None,
     *,
     borrow: bool = False,
 ) -> None:
     """Receive what the producer on rank `src` of `group` broadcasts; every other rank calls this.
 
-    `iterator` yields (name, (shape, dtype)) in the producer's order, and `buffer_size_bytes` must
-    be the producer's. `post_unpack_func` gets a list of (name, tensor) for each buffer, in the
-    caller's thread, with the tensors ready on its current stream.
+    `iterator` yields (name, (shape, dtype)) in the producer's order, of the tensors that its
+    `post_iter_func` returns, and `buffer_size_bytes` must be the producer's. `device` is where the
+    group's tensors belong; only for a communicator that has no `device` of its own it decides.
+    `post_unpack_func` gets a list of (name, tensor) for each buffer, in the caller's thread, with
+    the tensors ready on its current stream.
 
     The tensors are the callback's own and stay right when they are kept. With `borrow` they are
     views of the buffer instead (but for a few that are not aligned), which costs no copy: they
@@ -104,11 +114,17 @@ def packed_broadcast_consumer(
 
     Work, errors, memory and the wire's own limits are as for the producer.
     """
-    communicator = communicator_of(group)
+    communicator = communicator_of(group, device)
+    communicator.check_src(src, sends=False)
     packs = _packs_to_receive(iter(iterator), buffer_size_bytes, src)
     ring = _growing_ring(communicator, num_buffers, buffer_size_bytes)
     unpacker = _Unpacker(ring, post_unpack_func, borrow=borrow)
     _run(packs, communicator, ring, rank=NOBODY, source=None, drain=unpacker)
+
+
+# As vLLM calls the two since 0.22.
+packed_nccl_broadcast_producer = packed_broadcast_producer
+packed_nccl_broadcast_consumer = packed_broadcast_consumer
 
 
 class _Entry(NamedTuple):
@@ -141,8 +157,9 @@ def _growing_ring(communicator: Communicator, num_buffers: int, limit: int) -> R
     if num_buffers < 1:
         raise UsageError(f"num_buffers is {num_buffers}", hint="give at least 1")
     # A slot is idle while it grows, and buffers exceed the limit by a little more or less each
-    # time: in steps of a sixteenth to an eighth of it most slots grow once.
-    step_nbytes = 1 << max(0, (int(limit) // 8).bit_length() - 1)
+    # time: in steps of a sixteenth to an eighth of it most slots grow once. A limit may be any
+    # number, as "all in one buffer".
+    step_nbytes = 1 << max(0, (int(min(limit, _LARGEST)) // 8).bit_length() - 1)
     return Ring(communicator.device, 0, num_buffers, wanted_counters(), step_nbytes=step_nbytes)
 
 
@@ -152,17 +169,19 @@ def _packs_to_send(
     limit: int,
     root: int,
     device: torch.device,
+    *,
+    strict: bool,
 ) -> Iterator[_Pack]:
     def parts() -> Iterator[tuple[int, torch.Tensor]]:
         for name, given in pairs:
             tensor = post_iter_func((name, given))
             # Detached, so as to have its memory also when the caller's object is given other.
             part = tensor.detach() if is_simple(tensor, device) else as_bytes(name, tensor, device)
-            if tensor is not given and (tensor.shape != given.shape or tensor.dtype != given.dtype):
+            if strict and (tensor.shape, tensor.dtype) != (given.shape, given.dtype):
                 raise UsageError(
                     f"post_iter_func made {name}, {given.dtype} {tuple(given.shape)}, into"
                     f" {tensor.dtype} {tuple(tensor.shape)}",
-                    hint="receivers count on the shape and dtype that the iterator names",
+                    hint="with strict, receivers count on what the iterator names",
                 )
             yield part.nbytes, part
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 
 import torch
 
@@ -29,7 +29,7 @@ from packcast.packed.layout import (
 )
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, host_view
-from packcast.packed.tensors import check_plain
+from packcast.packed.tensors import check_plain, check_shaped, mark_changed
 
 DEFAULT_REPLAY_BUFFER_SIZE = 64 << 20
 DEFAULT_REPLAY_NUM_BUFFERS = 4
@@ -48,18 +48,20 @@ class ReplaySender:
 
     `tensors` maps names to tensors (their values do not matter yet) or is a list of TensorSpec.
     Tensors that are one in memory travel once. `group` is a torch process group, or any object
-    with `broadcast(tensor, src=...)` on the current stream.
+    with `broadcast(tensor, src=...)` on the current stream. A pair may be made and used inside
+    `torch.inference_mode` and outside, in any order.
 
     Device memory, for as long as the object lives: `num_buffers` x `buffer_size` bytes (a slot is
-    no larger than the largest chunk that needs one), a copy of each tensor that is not contiguous
-    or not on the group's device, and 24 bytes for every tensor below `buffer_size`, or every 64 KiB
-    of one. A tensor of `buffer_size` or more is sent from where it lies, or from a copy if that is
-    not at a multiple of 16 bytes. The object holds on to the tensors that it was last given, and
-    to those that are bound.
+    no larger than the largest chunk that needs one, and there are no more of them than chunks), a
+    copy of each tensor that is not contiguous or not on the group's device, and 24 bytes for every
+    tensor below `buffer_size`, or every 64 KiB of one. A tensor of `buffer_size` or more is sent
+    from where it lies, or from a copy if that is not at a multiple of 16 bytes. The object holds on
+    to the tensors that it was last given, and to those that are bound.
 
-    Raises UsageError for tensors that have no plain bytes, and TransferError on every rank if a
-    receiver expects another plan (over a bare communicator that does not tell `rank` and
-    `world_size` only the receivers can know).
+    Raises UsageError for tensors that have no plain bytes, for a `src` that is not this rank and
+    for a group that is disabled, and TransferError on every rank if a receiver expects another
+    plan (over a bare communicator that does not tell `rank` and `world_size` only the receivers
+    can know).
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class ReplaySender:
         except ValueError as error:
             raise UsageError(str(error)) from error
         communicator = communicator_of(group)
+        communicator.check_src(src, sends=True)
         description = describe(self.specs, buffer_size, num_buffers)
         _tell(communicator, src, description)
         agree(communicator, src, digest_of(description))
@@ -89,7 +92,8 @@ class ReplaySender:
         """Look at the tensors once, for every `send` without an argument; local to this rank.
 
         Each such `send` sends what this memory holds then. Values may change in between, the
-        tensors' memory and shape must not: a `.data` that was swapped is not noticed.
+        tensors' memory and shape must not: memory that was freed is a UsageError, a `.data` that
+        was swapped is not noticed.
         """
         self._replay.bind(tensors, fill=True)
 
@@ -120,6 +124,7 @@ class ReplayReceiver:
     ) -> None:
         wanted = None if expected is None else _looks_of(expected)
         communicator = communicator_of(group)
+        communicator.check_src(src, sends=False)
         description = _hear(communicator, src)
         try:
             self.specs, buffer_size, num_buffers = understand(description)
@@ -136,7 +141,8 @@ class ReplayReceiver:
         """Look at the tensors once, for every `receive` without `into`; local to this rank.
 
         From now on those land in this memory, and return one and the same dict. The tensors'
-        memory and shape must stay as they are: a `.data` that was swapped is not noticed.
+        memory and shape must stay as they are: memory that was freed is a UsageError, a `.data`
+        that was swapped is not noticed. Raises UsageError for tensors that overlap.
         """
         self._replay.bind(into, fill=False)
 
@@ -146,7 +152,8 @@ class ReplayReceiver:
         """Take part in one `send`; returns the received tensors by name.
 
         With `into`, values are written into these tensors (all of the plan's names, same shapes
-        and dtypes, on any device), and they are what is returned. Without, those that are bound
+        and dtypes, on any device, none overlapping), and they are what is returned; for autograd
+        they count as changed in place. Without, those that are bound
         are, and if none are, new tensors are made; tied ones are one tensor under two names.
         `callback(name, tensor)` is called for each in order, at the end, on the caller's stream.
         Ordered after the caller's current stream, over when this returns.
@@ -155,11 +162,12 @@ class ReplayReceiver:
         if into is not None:
             bound = replay.look_at(into, fill=False)
             received = bound.named(into)
+            mark_changed(received.values())
         elif replay.bound is not None:
             bound, received = replay.bound, replay.named
         else:
             received = replay.new_tensors()
-            bound = replay.bound_to(received, fill=False)  # the caller's, and may be many: not kept
+            bound = replay.bound_to(received)  # the caller's, and may be many: not kept
         replay.run(NOBODY, bound, fill=False)
         if callback is not None:
             for name, tensor in received.items():
@@ -183,8 +191,10 @@ class _Replay:
         self._specs = specs
         self._chunks = lay_out(specs, buffer_size, src)
         slot_nbytes = slot_nbytes_of(self._chunks)
-        self._ring = Ring(communicator.device, slot_nbytes, num_buffers)
-        self._move = move_on(communicator.device)
+        with _any_mode():
+            num_slots = max(1, min(num_buffers, len(self._chunks)))
+            self._ring = Ring(communicator.device, slot_nbytes, num_slots)
+            self._move = move_on(communicator.device)
         self._views: dict[int, list[torch.Tensor]] = {}
         self._seen: Bound | None = None  # of the tensors that were last given
         self.bound: Bound | None = None
@@ -192,26 +202,40 @@ class _Replay:
 
     def bind(self, tensors: Tensors, *, fill: bool) -> None:
         """Keep the tensors for runs that are given none."""
-        self.bound = self.bound_to(tensors, fill=fill)
+        self.bound = self._checked(tensors, fill=fill)
         self.named = self.bound.named(tensors)
 
     def look_at(self, tensors: Tensors, *, fill: bool) -> Bound:
         """The tensors bound; again as they were last time if they are the same."""
         if self._seen is None or not self._seen.is_of(tensors):
             self._seen = None  # its stand-ins' memory may be wanted for the next ones'
-            self._seen = self.bound_to(tensors, fill=fill)
+            self._seen = self._checked(tensors, fill=fill)
         return self._seen
 
-    def bound_to(self, tensors: Tensors, *, fill: bool) -> Bound:
+    def bound_to(self, tensors: Tensors) -> Bound:
         """The tensors bound; raises UsageError for those that are not the plan's."""
-        bound = Bound(self._specs, self._chunks, tensors, self._communicator.device, self._move)
+        device = self._communicator.device
+        with _any_mode():
+            return Bound(self._specs, self._chunks, tensors, device, self._move)
+
+    def _checked(self, tensors: Tensors, *, fill: bool) -> Bound:
+        bound = self.bound_to(tensors)
         if fill:
             bound.check_ties()
+        else:
+            bound.check_apart()
         return bound
 
     def run(self, rank: int, bound: Bound, *, fill: bool) -> None:
         """One send, or one receive."""
+        with _any_mode():
+            self._run(rank, bound, fill=fill)
+
+    def _run(self, rank: int, bound: Bound, *, fill: bool) -> None:
         ring = self._ring
+        again = bound is self.bound  # who gives tensors has just had them looked at
+        if again:
+            bound.check_is_there()
         bound.follow()
         if fill:
             bound.refresh()
@@ -219,7 +243,7 @@ class _Replay:
         copier = Copier(ring, self._move, self._views)
         try:
             run_pipeline(
-                bound.chunks,
+                bound.chunks_again(write=not fill) if again else bound.chunks,
                 rank=rank,
                 ring=ring,
                 broadcast=self._communicator.broadcast,
@@ -243,6 +267,13 @@ class _Replay:
                 else torch.empty(spec.shape, dtype=spec.dtype, device=device)
             )
         return made
+
+
+def _any_mode() -> AbstractContextManager[object]:
+    """What a pair keeps is made outside inference mode, and used there: then it does not matter
+    in which mode the caller is, now and the next time.
+    """
+    return torch.inference_mode(False)
 
 
 def agree(communicator: Communicator, src: int, mine: bytes) -> None:
@@ -283,6 +314,8 @@ def _exchange(communicator: Communicator, root: int, mine: bytes) -> bytes:
 def _looks_of(tensors: Tensors | Sequence[TensorSpec]) -> list[Look]:
     """What has to be alike on both ends; ties may differ, and the tensors may be on meta."""
     if isinstance(tensors, Mapping):
+        for name, tensor in tensors.items():
+            check_shaped(name, tensor)
         return [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
     return [(spec.name, tuple(spec.shape), spec.dtype) for spec in tensors]
 

@@ -88,7 +88,8 @@ class Ring:
 
     The slots are one allocation, made here unless `memory` is given for them. Where a chunk turns
     out larger (on a wire that learns sizes late), its slot grows to it, rounded up to a multiple of
-    `step_nbytes`. Without `counters` nothing is timed. Built and used by one thread.
+    `step_nbytes`, or of an eighth of it if that is less. Without `counters` nothing is timed.
+    Built and used by one thread.
     """
 
     def __init__(
@@ -134,7 +135,8 @@ class Ring:
         if chunk.own is None and slot.memory.numel() < chunk.wire_nbytes:
             slot.synchronize()  # or the memory could be given to others while it is in use
             slot.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
-            nbytes = align_up(chunk.wire_nbytes, self._step_nbytes)
+            eighth = 1 << max(0, (chunk.wire_nbytes // 8).bit_length() - 1)
+            nbytes = align_up(chunk.wire_nbytes, min(self._step_nbytes, eighth))
             slot.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self._after_caller()
         for lane in (self.fill, self.comm):

@@ -6,9 +6,11 @@ Knows names only to name them in errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
+from torch.autograd.graph import increment_version
+from torch.nn.parameter import is_lazy
 
 from packcast.errors import UsageError
 
@@ -42,23 +44,39 @@ def is_simple(tensor: torch.Tensor, device: torch.device) -> bool:
 
     One element is not simple: its strides may be anything.
     """
-    return (
-        type(tensor) in _SIMPLE_TYPES
-        and tensor.device == device
-        and tensor.layout is torch.strided
-        and not (tensor.is_nested or tensor.is_quantized)
-        and tensor.is_contiguous()
-        and tensor.numel() > 1
-        and not (tensor.is_conj() or tensor.is_neg())
-    )
+    try:
+        return (
+            type(tensor) in _SIMPLE_TYPES
+            and tensor.device == device
+            and tensor.layout is torch.strided
+            and not (tensor.is_nested or tensor.is_quantized)
+            and tensor.is_contiguous()
+            and tensor.numel() > 1
+            and not (tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor())
+            # A storage may be freed, or cut short, under a tensor that keeps its shape.
+            and tensor.untyped_storage().nbytes()
+            >= tensor.nbytes + tensor.storage_offset() * tensor.itemsize
+        )
+    except NotImplementedError:  # inside vmap and its like a tensor has no storage
+        return False
+
+
+def check_shaped(name: str, tensor: torch.Tensor) -> None:
+    """Raise UsageError unless it is a tensor with a shape; it may be without memory."""
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"tensor {name} is a {type(tensor).__name__}, not a tensor")
+    if is_lazy(tensor):
+        raise UsageError(
+            f"tensor {name} is a lazy parameter that has no shape yet",
+            hint="run the module once, which gives it one",
+        )
 
 
 def check_plain(name: str, tensor: torch.Tensor) -> None:
-    """Raise UsageError unless the tensor's value is its bytes in memory."""
+    """Raise UsageError unless the tensor's value is its bytes in memory, and that is there."""
+    check_shaped(name, tensor)
     hint = None
-    if not isinstance(tensor, torch.Tensor):
-        what = f"is a {type(tensor).__name__}, not a tensor"
-    elif hasattr(tensor, "full_tensor"):
+    if hasattr(tensor, "full_tensor"):
         what, hint = "is a DTensor", "call its full_tensor() on every rank of its mesh first"
     elif tensor.is_meta:
         what = "is on the meta device and has no bytes"
@@ -70,9 +88,57 @@ def check_plain(name: str, tensor: torch.Tensor) -> None:
         what, hint = "is a lazy conjugate or negative", "call resolve_conj().resolve_neg() first"
     elif tensor.is_quantized:
         what, hint = "is quantized with a scale beside its bytes", "send int_repr() and the scale"
+    elif type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        what = f"is a {type(tensor).__name__}, whose value is not in bytes of its own"
+        hint = "send the plain tensors that it wraps, or what it can be converted to"
+    elif (missing := _what_is_missing(tensor)) is not None:
+        what, hint = missing
     else:
         return
     raise UsageError(f"tensor {name} {what}", hint=hint)
+
+
+def _what_is_missing(tensor: torch.Tensor) -> tuple[str, str] | None:
+    """What is wrong with the tensor's memory, and what helps; None if all of it is there."""
+    try:
+        storage = tensor.untyped_storage()
+        has_nbytes = storage.nbytes() if storage.data_ptr() or not storage.nbytes() else None
+    except (NotImplementedError, RuntimeError):
+        has_nbytes = None
+    if tensor.numel() and has_nbytes is None:
+        return "has no memory of its own", "call clone() on it first"
+    needs_nbytes = (tensor.storage_offset() + span_of(tensor)) * tensor.itemsize
+    if tensor.numel() and (has_nbytes or 0) < needs_nbytes:
+        return (
+            f"has lost its memory: its storage has {has_nbytes} bytes, of {needs_nbytes} needed",
+            "sharded trainers free weights between steps: gather them first",
+        )
+    return None
+
+
+def span_of(tensor: torch.Tensor) -> int:
+    """How many elements' room lies from its first element in memory to its last, both counted."""
+    if not tensor.numel():
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((length - 1) * stride for length, stride in steps)
+
+
+def mark_changed(tensors: Iterable[torch.Tensor]) -> None:
+    """The tensors are about to be written: whatever autograd has saved of them is stale."""
+    increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+
+
+def alias_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's memory as a tensor that may be written in any mode, outside inference mode too.
+
+    Made outside inference mode it shares the tensor's version counter, if that has one.
+    """
+    if not tensor.is_inference():
+        return tensor.detach()
+    storage, offset = tensor.untyped_storage(), tensor.storage_offset()
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return empty.set_(storage, offset, tensor.shape, tensor.stride())
 
 
 def nbytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:

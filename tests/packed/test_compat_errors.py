@@ -12,6 +12,7 @@ import torch
 from packcast.bench.baselines import original_producer
 from packcast.errors import UsageError
 from packcast.packed.compat import packed_broadcast_consumer, packed_broadcast_producer
+from tests.helpers.wrapper import Wrapper
 from tests.packed.wire_model import Item, Player, Recorder, assert_same, wire_of
 
 CPU = torch.device("cpu")
@@ -42,6 +43,32 @@ def compressed() -> torch.Tensor:
         return torch.eye(3).to_sparse_csr()
 
 
+def freed() -> torch.Tensor:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.data.untyped_storage().resize_(0)
+    return parameter
+
+
+def part_of_freed() -> torch.Tensor:
+    flat = torch.ones(9)
+    part = flat[6:]
+    flat.untyped_storage().resize_(0)
+    assert part.data_ptr(), "its address alone would not tell"
+    return part
+
+
+def cut_short() -> torch.Tensor:
+    flat = torch.ones(6)
+    flat.untyped_storage().resize_(20)
+    return flat
+
+
+def column_of_cut_short() -> torch.Tensor:
+    column = torch.ones(3, 2)[:, 1]
+    column.untyped_storage().resize_(20)
+    return column
+
+
 REFUSED = {
     "DTensor": (lambda: torch.zeros(3).as_subclass(LikeDTensor), "DTensor", "full_tensor"),
     "meta": (lambda: torch.empty(3, device="meta"), "meta device", None),
@@ -53,11 +80,21 @@ REFUSED = {
     "nested": (nested, "nested", "unbind"),
     "empty meta": (lambda: torch.empty(0, device="meta"), "meta device", None),
     "nothing": (lambda: None, "NoneType", None),
+    "wrapper": (lambda: Wrapper(torch.ones(3)), "Wrapper", "plain tensors"),
+    "lazy": (lambda: torch.nn.LazyLinear(3).weight, "lazy parameter", "run the module"),
+    "lazy buffer": (lambda: torch.nn.UninitializedBuffer(), "lazy parameter", "run the module"),
+    "implicit zeros": (lambda: torch._efficientzerotensor(3), "no memory of its own", "clone"),
+    "freed": (freed, "lost its memory: its storage has 0 bytes, of 12 needed", "gather"),
+    "part of freed": (part_of_freed, "lost its memory: .* 0 bytes, of 36 needed", "gather"),
+    "cut short": (cut_short, "lost its memory: .* 20 bytes, of 24 needed", "gather"),
+    "column": (column_of_cut_short, "lost its memory: .* 20 bytes, of 24 needed", "gather"),
 }
+# Of these the original says nothing: it ends the process, or reads what is not there.
+CRASHES = {"quantized", "freed", "part of freed", "cut short", "column", "implicit zeros"}
 
 
 def originals_error(refused: torch.Tensor) -> str:
-    """What the original says of it, if anything (of a quantized one nothing: it crashes)."""
+    """What the original says of it, if anything."""
 
     class Deaf:
         def broadcast(self, tensor: torch.Tensor, src: int) -> None:
@@ -66,7 +103,7 @@ def originals_error(refused: torch.Tensor) -> str:
     try:
         pairs = iter([("layer.3.weight", refused)])
         original_producer(pairs, Deaf(), 0, lambda pair: pair[1], 3, 2, CPU)
-    except (RuntimeError, AttributeError) as error:
+    except (RuntimeError, AttributeError, ValueError) as error:
         return str(error)
     return ""
 
@@ -88,7 +125,31 @@ def test_what_has_no_plain_bytes_is_refused_by_name(kind: str, made_by: str) -> 
         packed_broadcast_producer(iter(pairs), recorder, 0, post_iter_func, 3, 2)
     assert hint is None or hint in str(caught.value.hint)
     assert recorder.wire == [b"\1\1\1\1"], "what went before it was sent"
-    assert kind == "quantized" or "layer.3.weight" not in originals_error(refused)
+    assert kind in CRASHES or "layer.3.weight" not in originals_error(refused)
+
+
+def test_a_tensor_inside_vmap_is_refused_by_name() -> None:
+    def send(tensor: torch.Tensor) -> torch.Tensor:
+        packed_broadcast_producer(iter([("w", tensor)]), Recorder(), 0, lambda pair: pair[1])
+        return tensor
+
+    with pytest.raises(UsageError, match="tensor w has no memory of its own"):
+        torch.vmap(send)(torch.ones(2, 3))
+
+
+def test_what_has_its_memory_back_travels() -> None:
+    flat = torch.ones(4)
+    parts = [("a", flat[:1]), ("b", flat[1:])]
+    storage, recorder = flat.untyped_storage(), Recorder()
+    nbytes = storage.nbytes()
+    storage.resize_(0)
+    with pytest.raises(UsageError, match="tensor a has lost its memory"):
+        packed_broadcast_producer(iter(parts), recorder, 0, lambda pair: pair[1])
+    assert recorder.wire == []
+    storage.resize_(nbytes)
+    flat.fill_(7.0)
+    packed_broadcast_producer(iter(parts), recorder, 0, lambda pair: pair[1])
+    assert recorder.wire == [torch.full((4,), 7.0).numpy().tobytes()]
 
 
 def test_a_dtensor_that_post_iter_func_has_made_whole_travels() -> None:

@@ -114,18 +114,31 @@ def test_a_dimension_of_size_one_with_an_odd_stride_is_packed() -> None:
     ],
     ids=["dtype", "order", "size", "rank", "dtype of the same size"],
 )
-def test_a_post_iter_func_that_changes_shape_or_dtype_is_an_error_that_names_the_tensor(
+def test_what_post_iter_func_makes_is_sent_and_with_strict_it_must_be_of_the_same_kind(
     post: Post, made: str
 ) -> None:
     pairs = [("fine", torch.zeros(0)), ("layer.7", torch.arange(6.0).view(2, 3))]
 
-    def spoil(pair: tuple[str, torch.Tensor]) -> torch.Tensor:
+    def change(pair: tuple[str, torch.Tensor]) -> torch.Tensor:
         return post(pair) if pair[0] == "layer.7" else pair[1]
 
-    assert originals_produce(pairs, post=spoil), "silently another layout"
+    assert produce(pairs, post=change) == originals_produce(pairs, post=change)
     with pytest.raises(UsageError, match=rf"layer\.7, torch.float32 \(2, 3\), into {made}") as e:
-        produce(pairs, post=spoil)
-    assert e.value.hint
+        packed_broadcast_producer(iter(pairs), Recorder(), 0, change, strict=True)
+    assert "strict" in str(e.value.hint)
+
+
+def test_a_consumer_that_is_told_what_post_iter_func_makes_receives_that() -> None:
+    given = {"w": torch.arange(6.0).view(2, 3), "b": torch.tensor(2.5), "i": torch.arange(5)}
+    expected = {name: tensor.to(torch.bfloat16).flatten() for name, tensor in given.items()}
+    wire = produce(list(given.items()), 5, lambda pair: expected[pair[0]])
+    described = [(name, (tensor.shape, tensor.dtype)) for name, tensor in expected.items()]
+    got: Pairs = []
+    packed_broadcast_consumer(iter(described), Player(wire), 0, got.extend, 5, 2)
+    assert [name for name, _ in got] == list(given)
+    for name, tensor in got:
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, expected[name])
 
 
 def test_what_post_iter_func_only_copies_or_restrides_is_fine() -> None:
@@ -183,6 +196,34 @@ def test_a_slot_grows_only_to_the_largest_buffer_that_it_carries() -> None:
     pairs = ((f"t{i}", torch.zeros(size, dtype=torch.uint8)) for i, size in enumerate(sizes))
     packed_broadcast_producer(pairs, Measure(), 0, lambda pair: pair[1], 1, 2)
     assert largest == {0: 50, 1: 700}
+
+
+@pytest.mark.parametrize("limit", [1 << 36, 1 << 62, 1 << 80, float("inf")])
+@pytest.mark.parametrize("sizes", [[12], [1], [0], [3000, 500]])
+def test_a_limit_far_beyond_the_weights_takes_no_more_memory_than_they_need(
+    limit: int, sizes: list[int]
+) -> None:
+    sent, received = Storages(), Storages()
+    pairs = [(f"t{i}", torch.ones(size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
+    packed_broadcast_producer(iter(pairs), sent, 0, lambda pair: pair[1], limit, 2)
+    described = [(name, (tensor.shape, tensor.dtype)) for name, tensor in pairs]
+    packed_broadcast_consumer(iter(described), received, 0, lambda got: None, limit, 2)
+    total = sum(sizes)
+    for group in (sent, received):
+        assert [nbytes for nbytes, _ in group.carried] == [total]
+        assert all(total <= room <= total + total // 8 for _, room in group.carried)
+
+
+class Storages:
+    """A group that keeps how large what it carries is, and the memory behind it."""
+
+    device = CPU
+
+    def __init__(self) -> None:
+        self.carried: list[tuple[int, int]] = []
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        self.carried.append((tensor.numel(), tensor.untyped_storage().nbytes()))
 
 
 def test_buffers_that_exceed_the_limit_by_more_each_time_do_not_make_a_slot_grow_each_time() -> (

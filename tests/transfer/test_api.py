@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,13 +25,16 @@ from packcast import (
     send_checkpoint,
 )
 from packcast.checkpoint.header import DTYPE_BITS, read_header
+from packcast.report import Report
 from packcast.units import MIB
 from tests.helpers.checkpoints import same_tree, sharded, write_safetensors
 from tests.helpers.commands import eventually
 from tests.helpers.dtypes import UNKNOWN_TO_TORCH, every_torch_dtype
 from tests.helpers.library import TOKEN, Address, Receiver, failed, succeeded, transfer
+from tests.helpers.wrapper import Wrapper
 
 Tensors = dict[str, torch.Tensor]
+Mode = Callable[[], AbstractContextManager[object]]
 
 
 def to(**arguments: object) -> Receiver:
@@ -171,6 +175,10 @@ def lose(name: str) -> Callable[[Tensors], object]:
     return lambda state: state.pop(name)
 
 
+def free(name: str) -> Callable[[Tensors], object]:
+    return lambda state: state[name].untyped_storage().resize_(0)
+
+
 def put(name: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
     return lambda state: state.update({name: tensor})
 
@@ -183,6 +191,16 @@ def put(name: str, tensor: torch.Tensor) -> Callable[[Tensors], object]:
         (put("mix.bias", torch.ones(63)), r"mix.bias is torch.float32 \(63,\) in into"),
         (put("mix.bias", torch.ones(64).half()), r"mix.bias is torch.float16 \(64,\) in into"),
         (put("mix.bias", torch.ones(64, device="meta")), r"mix.bias is on the meta device"),
+        (put("mix.bias", torch.ones(1).expand(64)), r"mix.bias cannot .* elements of it share"),
+        (put("mix.bias", Wrapper(torch.ones(64))), r"mix.bias is a Wrapper"),
+        (free("mix.bias"), r"mix.bias has lost its memory: its storage has 0 bytes, of 256"),
+        (free("mix.weight"), r"mix.weight has lost its memory: its storage has 0 bytes"),
+        (
+            lambda state: state.update({"mix.bias": state["mix.weight"].t()[0]}),
+            r"mix.\w+ cannot be received into: part of it shares the memory of mix.\w+",
+        ),
+        (put("mix.bias", torch.nn.UninitializedBuffer()), r"mix.bias is a lazy parameter"),
+        (put("extra", torch.nn.UninitializedBuffer()), r"extra is a lazy parameter"),
     ],
 )
 def test_tensors_that_do_not_fit_are_named_before_any_is_touched(
@@ -191,15 +209,51 @@ def test_tensors_that_do_not_fit_are_named_before_any_is_touched(
     state = {name: tensor.clone() for name, tensor in Net(seed=2).state_dict().items()}
     state["head.weight"] = state["embed.weight"]
     change(state)
-    before = {name: tensor.clone() for name, tensor in state.items()}
+    before = {name: tensor.clone() for name, tensor in state.items() if is_whole(tensor)}
     errors = failed(transfer(trained[1], to(into=state, device="cpu")))
     for error in errors:
         assert isinstance(error, UsageError)
     with pytest.raises(UsageError, match=says):
         raise errors[1]
     assert "rank 1 (" in str(errors[0])
-    for name, tensor in state.items():
-        assert tensor.is_meta or torch.equal(tensor, before[name]), name
+    for name, tensor in before.items():
+        assert torch.equal(state[name], tensor), name
+
+
+def is_whole(tensor: torch.Tensor) -> bool:
+    """May its values be looked at?"""
+    if type(tensor) is not torch.Tensor or tensor.is_meta:
+        return False
+    return tensor.untyped_storage().nbytes() > 0
+
+
+@pytest.mark.parametrize("made_in", [torch.inference_mode, nullcontext])
+@pytest.mark.parametrize("received_in", [torch.inference_mode, nullcontext])
+def test_tensors_made_in_one_mode_are_received_into_in_another(
+    trained: tuple[Net, Path], made_in: Mode, received_in: Mode
+) -> None:
+    net, checkpoint = trained
+    with made_in():
+        theirs = Net(seed=2)
+        state = theirs.state_dict()
+
+    def receiver(address: Address) -> Report:
+        with received_in():
+            return receive_checkpoint(address, token=TOKEN, into=state)
+
+    succeeded(transfer(checkpoint, receiver))
+    assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_autograd_notices_that_tensors_were_received_into(trained: tuple[Net, Path]) -> None:
+    theirs = Net(seed=2)
+    state = theirs.state_dict()
+    scale = torch.ones((), requires_grad=True)
+    graphs = {name: (tensor * scale).sum() for name, tensor in state.items()}
+    succeeded(transfer(trained[1], to(into=state)))
+    for graph in graphs.values():
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            graph.backward()
 
 
 def test_without_strict_only_what_both_have_is_received(trained: tuple[Net, Path]) -> None:

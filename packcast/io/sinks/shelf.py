@@ -15,7 +15,8 @@ import torch
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import UsageError
-from packcast.packed.tensors import as_bytes, check_plain
+from packcast.packed.overlap import check_apart
+from packcast.packed.tensors import alias_of, as_bytes, check_plain, mark_changed
 
 # By name: a version of torch may not have them all. None of it stands for a 4- or 6-bit dtype
 # with a header's shape: torch's float4 has two numbers in an element.
@@ -164,6 +165,7 @@ class GivenTensors:
         twice = next((name for name, count in names.items() if count > 1), None)
         if twice is not None:
             raise UsageError(f"tensor {twice} is in two shards, and into has one of that name")
+        check_apart({name: self._tensors[name] for name in names})
         if self._strict:
             self._check_none_is_left(names)
 
@@ -174,14 +176,15 @@ class GivenTensors:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._stream = None  # once: nothing of the caller's runs between here and the end
+        mark_changed([target])
         if not target.is_contiguous():
             return torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
-        return target.detach()
+        return alias_of(target)
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
         target = self._tensors[tensor.name]
         if not target.is_contiguous():
-            target.detach().copy_(memory)
+            alias_of(target).copy_(memory)
             if self._device.type == "cuda":  # or the memory could be another's while it is read
                 torch.cuda.current_stream(self._device).synchronize()
 
@@ -216,6 +219,7 @@ class GivenTensors:
         received = [self._tensors[name] for name in names]
         memories = {(one.data_ptr(), one.nbytes) for one in received if one.numel()}
         for name, tensor in self._tensors.items():
+            check_plain(name, tensor)
             # A tied tensor is filled under its other name.
             if name not in names and (tensor.data_ptr(), tensor.nbytes) not in memories:
                 raise UsageError(
