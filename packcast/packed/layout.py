@@ -14,6 +14,7 @@ import xxhash
 
 from packcast.errors import TransferError
 from packcast.packed.plan import align_up
+from packcast.packed.tensor_map import Rows, ends_of
 from packcast.packed.tensors import nbytes_of
 
 ALIGNMENT = 256  # what GPUs copy best, and enough for a view of any dtype
@@ -102,6 +103,19 @@ def lay_out(specs: Sequence[TensorSpec], buffer_size: int, root: int) -> tuple[R
 def slot_nbytes_of(chunks: Sequence[ReplayChunk]) -> int:
     """How large a slot has to be: a multiple of ALIGNMENT, so that all of them begin at one."""
     return align_up(max((c.nbytes for c in chunks if c.needs_slot), default=0), ALIGNMENT)
+
+
+def rows_of(chunks: Sequence[ReplayChunk]) -> Rows:
+    """The parts of all chunks as flat numbers, for tables of addresses."""
+    numbers = [
+        (part.tensor, part.offset, part.slot_offset, part.nbytes)
+        for chunk in chunks
+        for part in chunk.parts
+    ]
+    columns = torch.tensor(numbers, dtype=torch.int64).view(-1, 4).t().contiguous()
+    tensor, offset, slot_offset, nbytes = columns.unbind()
+    counts = torch.tensor([len(chunk.parts) for chunk in chunks], dtype=torch.int64)
+    return Rows(tensor, offset, slot_offset, nbytes, ends_of(counts))
 
 
 def describe(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) -> bytes:

@@ -23,6 +23,7 @@ from packcast.packed.layout import (
     describe,
     digest_of,
     lay_out,
+    rows_of,
     slot_nbytes_of,
     specs_of,
     understand,
@@ -185,6 +186,7 @@ class _Replay:
         slot_nbytes = slot_nbytes_of(self._chunks)
         self._ring = Ring(communicator.device, slot_nbytes, num_buffers)
         self._move = move_on(communicator.device)
+        self._rows = rows_of(self._chunks) if self._move is not None else None
         self._views: dict[int, list[torch.Tensor]] = {}
         self._seen: Bound | None = None  # of the tensors that were last given
         self.bound: Bound | None = None
@@ -204,7 +206,7 @@ class _Replay:
 
     def bound_to(self, tensors: Tensors, *, fill: bool) -> Bound:
         """The tensors bound; raises UsageError for those that are not the plan's."""
-        bound = Bound(self._specs, self._chunks, tensors, self._communicator.device, self._move)
+        bound = Bound(self._specs, self._chunks, tensors, self._communicator.device, self._rows)
         if fill:
             bound.check_ties()
         return bound
