@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from packcast.ends.tensors import Part
 from packcast.ends.work import Outcome, Span, Task
-from packcast.packed.plan import Extent
+from packcast.packed.plan import Chunk, Extent
 
 
 class DiscardSink:
@@ -35,12 +34,8 @@ class DiscardSink:
     ) -> None:
         """Drop `data`."""
 
-    def parts_of(self, file: int, offset: int, nbytes: int) -> Sequence[Part]:
+    def placed(self, chunks: Sequence[Chunk]) -> None:
         """Its bytes go nowhere on the device either."""
-        return ()
-
-    def landed(self, parts: Sequence[Part]) -> None:
-        """There is none to take."""
 
     def finish(self) -> None:
         """Nothing to make durable."""

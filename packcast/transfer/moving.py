@@ -113,7 +113,9 @@ class Mover:
         offer, buffers = self._offer, self._buffers
         if self._stays_on_device(sink):
             with self._room_told():
-                self._landing = DeviceLanding(sink, offer.files, buffers, tolerant=tolerant)
+                self._landing = DeviceLanding(
+                    sink, offer.files, self._chunks, buffers, tolerant=tolerant
+                )
         elif sink is not None:
             hands = num_hands(offer.place.ranks_on_host, helpers=buffers.helpers)
             self._landing = Landing(sink, offer.files, buffers, num_hands=hands, tolerant=tolerant)
