@@ -58,18 +58,16 @@ class PlacedTensors:
 
     def begin(self, chunk: int) -> None:
         """Make the memory of those that begin in this chunk; raises TransferError after `stop`."""
+        begun = self._begun.of(chunk)
+        indexes = begun.tolist()
+        # Not under the lock: making memory may take its time, and `stop` is not to wait for that.
+        made = self._shelf.make([self._tensors[index] for index in indexes]) if indexes else []
         with self._lock:
             if self._stopped:
                 raise TransferError("the transfer is over")
-            if self.is_settled[chunk]:
-                return
-            begun = self._begun.of(chunk)
-            if not len(begun):
-                return
-            indexes = begun.tolist()
-            made = self._shelf.make([self._tensors[index] for index in indexes])
             for index, memory in zip(indexes, made, strict=True):
                 self.memory[index] = memory
+        if made:
             pointers = torch.tensor([memory.data_ptr() for memory in made], dtype=torch.int64)
             self.addresses.index_copy_(0, begun, pointers)
 
