@@ -39,6 +39,7 @@ class BoundChunk:
     own: torch.Tensor | None = None
     table: torch.Tensor | None = None
     parts: Sequence[torch.Tensor] = ()
+    is_last: bool = False  # no broadcast runs beside its copies out of the slot
 
     @property
     def index(self) -> int:
@@ -151,7 +152,9 @@ class Bound:
             starts = torch.tensor([data.data_ptr() for data in self._whole], dtype=torch.int64)
             tables = tables_of(rows, starts, device, [chunk.own is None for chunk in bound])
             for chunk in copied:
-                bound[chunk.index] = BoundChunk(chunk.plan, table=tables[chunk.index])
+                index = chunk.index
+                is_last = index == len(bound) - 1
+                bound[index] = BoundChunk(chunk.plan, table=tables[index], is_last=is_last)
         else:
             for chunk in copied:
                 parts = [self._run(part) for part in chunk.plan.parts]
@@ -213,8 +216,9 @@ class Copier:
         # The tensors are the caller's: what it has given its stream comes first. Once is enough,
         # since nothing of the caller's runs between here and the end. The communication lane, for
         # the chunks that are broadcast as they lie.
+        given = mark_caller(ring.device)
         for lane in (ring.fill, ring.comm, ring.drain):
-            lane.wait_for_caller(ring.device)
+            lane.wait(given)
 
     def fill(self, chunk: BoundChunk, slot: Slot) -> None:
         """Give the copies into the slot to the fill lane."""
@@ -222,7 +226,7 @@ class Copier:
         if chunk.own is not None:
             return
         with ring.fill:
-            begin = ring.fill.mark()
+            begin = ring.fill.begin()
             if chunk.table is not None and self._move is not None:
                 self._move(chunk.table, slot.memory, into_slot=True, alone=chunk.index == 0)
             else:
@@ -237,9 +241,9 @@ class Copier:
             return
         ring.drain.wait(slot.arrived)
         with ring.drain:
-            begin = ring.drain.mark()
+            begin = ring.drain.begin()
             if chunk.table is not None and self._move is not None:
-                self._move(chunk.table, slot.memory, into_slot=False)
+                self._move(chunk.table, slot.memory, into_slot=False, alone=chunk.is_last)
             else:
                 torch._foreach_copy_(list(chunk.parts), self._places(chunk, slot))
             slot.drained = ring.drain.mark()

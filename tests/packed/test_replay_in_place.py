@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from packcast.errors import UsageError
+from packcast.packed import replay
 from packcast.packed.replay import ReplayReceiver, ReplaySender
 from packcast.packed.ring import Broadcast
 from tests.helpers.ranks import run_ranks
@@ -23,6 +24,7 @@ from tests.packed.replays import (
     mixed,
     record,
 )
+from tests.packed.tables import move_by_rows
 from tests.packed.wire_model import Player, Recorder
 
 LARGE = 2 * BUFFER  # bytes; it rides alone
@@ -104,6 +106,34 @@ def test_each_end_has_a_copy_only_where_its_own_large_tensor_lies_badly(
     is_there = {place == into.data_ptr() for place in player.places[AGREEMENT:]}
     assert is_there == {receive_lay is plain}
     assert {place % 16 for place in (*player.places, *group.places)[AGREEMENT:]} == {0}
+
+
+# The share of a GPU that copies take
+
+
+def test_only_copies_that_no_broadcast_runs_beside_may_fill_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first ones in, and the last ones out."""
+    moves: list[tuple[bool, bool]] = []
+
+    def watched(
+        table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, alone: bool = False
+    ) -> None:
+        moves.append((into_slot, alone))
+        move_by_rows(table, slot, into_slot=into_slot)
+
+    monkeypatch.setattr(replay, "move_on", lambda device: watched)
+    values = {f"small.{i}": random_bytes(BUFFER // 2) for i in range(6)}
+    values["large"] = random_bytes(BUFFER)  # which needs no copy, before the third buffer is full
+    sender, recorder = record(values)
+    sender.send(values)
+    assert moves == [(True, True), (True, False), (True, False)]
+    moves.clear()
+    into = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    ReplayReceiver(Player(recorder.wire), 0).receive(into)
+    assert moves == [(False, False), (False, False), (False, True)]
+    assert all(torch.equal(into[name], tensor) for name, tensor in values.items())
 
 
 # Bound
