@@ -36,7 +36,7 @@ DEFAULT_REPLAY_BUFFER_SIZE = 64 << 20
 DEFAULT_REPLAY_NUM_BUFFERS = 4
 _MAX_DESCRIPTION = 1 << 30
 _HELLO = struct.Struct("<8sQ")
-_MAGIC = b"packrep2"  # the digit counts up with what a plan means: here its layout
+_MAGIC = b"packrep3"  # the digit counts up with what a plan means: here its layout
 _OTHER_PLAN = bytes(16)  # in a digest's place
 
 Look = tuple[str, tuple[int, ...], torch.dtype]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from packcast.errors import UsageError
-from packcast.packed import replay
+from packcast.packed import layout, replay
 from packcast.packed.replay import ReplayReceiver, ReplaySender
 from packcast.packed.ring import Broadcast
 from tests.helpers.ranks import run_ranks
@@ -19,6 +19,7 @@ from tests.packed.replays import (
     blank,
     bytes_of,
     change,
+    copying,
     flipped,
     kept,
     mixed,
@@ -133,6 +134,23 @@ def test_only_copies_that_no_broadcast_runs_beside_may_fill_the_gpu(
     into = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
     ReplayReceiver(Player(recorder.wire), 0).receive(into)
     assert moves == [(False, False), (False, False), (False, True)]
+    assert all(torch.equal(into[name], tensor) for name, tensor in values.items())
+
+
+@pytest.mark.parametrize("way", ["table", "plain"])
+def test_large_chunks_cut_at_both_ends_arrive_as_others_do(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(layout, "END_NBYTES", 256)
+    values = {f"t.{i}": random_bytes(nbytes) for i, nbytes in enumerate([700, 0, 1, 3000, 2500])}
+    into = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    with copying(way):
+        recorder = Recorder()
+        ReplaySender(values, recorder, 0, buffer_size=4096, num_buffers=2).send(values)
+        ReplayReceiver(Player(recorder.wire), 0).receive(into)
+    sizes = [len(part) for part in recorder.wire][AGREEMENT:]
+    assert len(sizes) > 2  # of 6,660 bytes
+    assert sizes[0] == 256
     assert all(torch.equal(into[name], tensor) for name, tensor in values.items())
 
 
