@@ -43,6 +43,7 @@ _DTYPE_NAMES = {
 _DTYPES = {
     name: getattr(torch, known) for name, known in _DTYPE_NAMES.items() if hasattr(torch, known)
 }
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
@@ -202,7 +203,9 @@ class GivenTensors:
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
         target = self._tensors[tensor.name]
         if not target.is_contiguous():
-            target.detach().copy_(memory)
+            # As whole numbers: copies of floats on a GPU may quiet a NaN.
+            bits = _BITS[target.itemsize]
+            target.detach().view(bits).copy_(memory.view(bits))
             if self._device.type == "cuda":  # or the memory could be another's while it is read
                 torch.cuda.current_stream(self._device).synchronize()
 
