@@ -206,7 +206,8 @@ def receive_checkpoint(
     tensors of `staging` bytes wait (the sender's, 192 MiB unless told otherwise), so one that
     takes longer than the stall timeout ends the transfer. What it raises ends it too, and is
     raised here. Beside the tensors this needs the ring (`num_buffers` x `buffer_size`, of the
-    sender), on a GPU 16 MiB more, and for `on_tensor` the tensors that wait or are unfinished.
+    sender), on a GPU 16 MiB more and 24 bytes for every tensor or every 64 KiB of one, and for
+    `on_tensor` the tensors that wait or are unfinished.
 
     Returns when the checkpoint is where it belongs and every other rank has said so, or has been
     waited for. Raises as `send_checkpoint` does, and leaves behind what is said there; UsageError,

@@ -112,7 +112,9 @@ class Mover:
         offer, buffers = self._offer, self._buffers
         if self._stays_on_device(sink):
             with self._room_told():
-                self._landing = DeviceLanding(sink, offer.files, buffers, tolerant=tolerant)
+                self._landing = DeviceLanding(
+                    sink, offer.files, self._chunks, buffers, tolerant=tolerant
+                )
         elif sink is not None:
             self._landing = Landing(
                 self._chunks,

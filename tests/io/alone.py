@@ -8,8 +8,8 @@ import torch
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec, outgoing_files
-from packcast.io.pinned import Arena
 from packcast.io.landing import Landing, Sink
+from packcast.io.pinned import Arena
 from packcast.io.source import FileReader, FileSource
 from packcast.io.staging import Buffers
 from packcast.packed.counters import Counters

@@ -11,8 +11,8 @@ import xxhash
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.io.landing import Sink
-from packcast.io.work import Job, perform
 from packcast.io.sinks.write import WriteSink
+from packcast.io.work import Job, perform
 from packcast.packed.plan import BLOCK, Extent
 
 T = TypeVar("T")

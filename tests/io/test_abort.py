@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from packcast.io.sinks.write import WriteSink
 from packcast.errors import DestinationError, TransferError
-from tests.io.sinks import CONTENT, copy, in_threads, names_in, put, put_all, sink_for, tree
+from packcast.io.sinks.write import WriteSink
 from tests.helpers.processes import num_descriptors
+from tests.io.sinks import CONTENT, copy, in_threads, names_in, put, put_all, sink_for, tree
 
 # -- several sinks, one directory ----------------------------------------------------------------
 

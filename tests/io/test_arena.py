@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from packcast.errors import TransferError
 from packcast.io import arena as arenas
 from packcast.io.pinned import Arena
-from packcast.errors import TransferError
 from packcast.packed.plan import PAGE
 from tests.helpers.processes import num_descriptors
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.errors import CheckpointError, DestinationError, TransferError
 from packcast.io import descriptors, landing, source, syscalls
 from packcast.io.pinned import Arena
-from packcast.io.staging import Buffers, PinnedStaging
 from packcast.io.sinks.verify import VerifySink, local_copy
 from packcast.io.sinks.write import WriteSink
-from packcast.errors import CheckpointError, DestinationError, TransferError
+from packcast.io.staging import Buffers, PinnedStaging
 from packcast.packed.plan import PAGE, trailer_nbytes
-from tests.io.alone import run_alone, specs_of
-from tests.io.sinks import names_in, tree
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.disks import small_tmpfs
 from tests.helpers.processes import num_descriptors
 from tests.helpers.sinks import MemorySink
+from tests.io.alone import run_alone, specs_of
+from tests.io.sinks import names_in, tree
 
 MIB = 1 << 20
 

@@ -10,24 +10,24 @@ import torch
 
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
+from packcast.errors import TransferError
 from packcast.io.device_landing import DeviceLanding
 from packcast.io.digests import BlockDigests
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.shelf import NewTensors
+from packcast.io.sinks.tensors import TensorSink
 from packcast.io.source import FileReader, FileSource
 from packcast.io.staging import Buffers
 from packcast.io.summed import Summed
-from packcast.io.sinks.tensors import TensorSink
-from packcast.errors import TransferError
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import DIGEST_NBYTES, PAGE, plan_chunks, slot_nbytes
 from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
-from tests.io.sinks import digests_of
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.dtypes import every_torch_dtype
 from tests.helpers.ranks import run_ranks
+from tests.io.sinks import digests_of
 
 MIB = 1 << 20
 TAG = transfer_tag("test")
@@ -82,7 +82,7 @@ def send(
             tensors = TensorSink(specs, NewTensors(ring.device, kept))
             sink = DiscardSink() if dropped else tensors
             sink.prepare()
-            drain = DeviceLanding(sink, specs, buffers, tolerant=tolerant)
+            drain = DeviceLanding(sink, specs, chunks, buffers, tolerant=tolerant)
 
         def spoiled(tensor: torch.Tensor, root: int) -> None:
             broadcast(tensor, root)

@@ -17,18 +17,18 @@ from queue import SimpleQueue
 from typing import Any
 
 import pytest
+from packcast.io.hands import Hands, Order, ProcessHands, ThreadHands
 
+from packcast.errors import TransferError
 from packcast.io import hand
 from packcast.io import hands as hands_module
 from packcast.io.pinned import Arena
-from packcast.io.hands import Hands, Order, ProcessHands, ThreadHands
 from packcast.io.work import Failure, Job, Outcome, Span, Task
-from packcast.errors import TransferError
 from packcast.packed.plan import BLOCK
-from tests.io.sinks import digests_of
 from tests.helpers.commands import eventually
 from tests.helpers.processes import helpers_of, num_descriptors
 from tests.helpers.waiting import Waiter
+from tests.io.sinks import digests_of
 
 NBYTES = 2 * BLOCK
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from packcast.io import owned, publish, syscalls
 from packcast.errors import DestinationError
+from packcast.io import owned, publish, syscalls
 from tests.io.sinks import (
     CONTENT,
     copy,

@@ -11,13 +11,13 @@ from safetensors.numpy import save_file
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.errors import CheckpointError
 from packcast.io import work
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.verify import VerifySink
-from packcast.errors import CheckpointError
+from tests.helpers.processes import num_descriptors
 from tests.io import sinks
 from tests.io.sinks import in_threads, put
-from tests.helpers.processes import num_descriptors
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

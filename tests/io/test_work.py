@@ -11,12 +11,12 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
+from packcast.io.hands import Hands, ProcessHands, ThreadHands
 
+from packcast.errors import PackcastError
 from packcast.io import hand, work
 from packcast.io.pinned import Arena
-from packcast.io.hands import Hands, ProcessHands, ThreadHands
 from packcast.io.work import Failure, Job, Outcome, Span, Task, perform
-from packcast.errors import PackcastError
 from packcast.packed.plan import BLOCK
 from tests.io.sinks import digests_of
 

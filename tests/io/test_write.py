@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from packcast.errors import DestinationError, TransferError
 from packcast.io import descriptors, syscalls
 from packcast.io.sinks.write import WriteSink
-from packcast.errors import DestinationError, TransferError
+from tests.helpers.disks import small_tmpfs
+from tests.helpers.processes import num_descriptors
 from tests.io.sinks import (
     CONTENT,
     MTIME_NS,
@@ -29,8 +31,6 @@ from tests.io.sinks import (
     tree,
     write_tree,
 )
-from tests.helpers.disks import small_tmpfs
-from tests.helpers.processes import num_descriptors
 
 IS_ROOT = os.geteuid() == 0
 

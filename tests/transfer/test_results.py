@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import pytest
 
-from packcast.io.sinks.discard import DiscardSink
 from packcast.errors import (
     DestinationError,
     Interrupted,
@@ -16,6 +15,7 @@ from packcast.errors import (
     TransferError,
     VerificationError,
 )
+from packcast.io.sinks.discard import DiscardSink
 from packcast.packed.counters import Counters
 from packcast.report import Report, StageReport
 from packcast.settings import Settings

@@ -44,6 +44,7 @@ _DTYPE_NAMES = {
 _DTYPES = {
     name: getattr(torch, known) for name, known in _DTYPE_NAMES.items() if hasattr(torch, known)
 }
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
@@ -64,10 +65,18 @@ class Shelf(Protocol):
     def check(self, files: Sequence[FileSpec]) -> None:
         """Before READY: raise UsageError where the offered tensors do not fit."""
 
-    def memory_for(self, tensor: Tensor) -> torch.Tensor | None:
-        """Where to receive it: contiguous, on the ring's device, in any state. None: drop it.
+    def wants(self, tensor: Tensor) -> bool:
+        """Whether it is received at all; it is dropped where not."""
 
-        What the current stream is given from now on may write there.
+    def own_memory_of(self, tensor: Tensor) -> torch.Tensor | None:
+        """Where to receive a wanted one, if it has memory already: contiguous, on the ring's
+        device. What the current stream is given from now on may write there.
+        """
+
+    def make(self, tensors: Sequence[Tensor]) -> list[torch.Tensor]:
+        """New memory for wanted ones that have none: as `own_memory_of`, in any state.
+
+        The caller keeps it until the current stream has done with it.
         """
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
@@ -111,14 +120,22 @@ class NewTensors:
             for tensor in spec.header.tensors if spec.header else ():
                 torch_dtype(tensor, spec.name)
 
-    def memory_for(self, tensor: Tensor) -> torch.Tensor:
+    def wants(self, tensor: Tensor) -> bool:
+        return True
+
+    def own_memory_of(self, tensor: Tensor) -> None:
+        return None
+
+    def make(self, tensors: Sequence[Tensor]) -> list[torch.Tensor]:
         on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with on_stream:
-            made = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+            made = [
+                torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+                for tensor in tensors
+            ]
         if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)  # who had this memory before may still be at work
-            made.record_stream(current)  # and it is not given to others while we write
+            # Who had this memory before may still be at work.
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return made
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
@@ -169,22 +186,30 @@ class GivenTensors:
         if self._strict:
             self._check_none_is_left(names)
 
-    def memory_for(self, tensor: Tensor) -> torch.Tensor | None:
-        target = self._tensors.get(tensor.name)
-        if target is None:
-            return None
+    def wants(self, tensor: Tensor) -> bool:
+        return tensor.name in self._tensors
+
+    def own_memory_of(self, tensor: Tensor) -> torch.Tensor | None:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._stream = None  # once: nothing of the caller's runs between here and the end
+        target = self._tensors[tensor.name]
         mark_changed([target])
-        if not target.is_contiguous():
-            return torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
-        return alias_of(target)
+        return alias_of(target) if target.is_contiguous() else None
+
+    def make(self, tensors: Sequence[Tensor]) -> list[torch.Tensor]:
+        mark_changed([self._tensors[tensor.name] for tensor in tensors])
+        return [
+            torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+            for tensor in tensors
+        ]
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
         target = self._tensors[tensor.name]
         if not target.is_contiguous():
-            alias_of(target).copy_(memory)
+            # As whole numbers: copies of floats on a GPU may quiet a NaN.
+            bits = _BITS[target.itemsize]
+            alias_of(target).view(bits).copy_(memory.view(bits))
             if self._device.type == "cuda":  # or the memory could be another's while it is read
                 torch.cuda.current_stream(self._device).synchronize()
 
