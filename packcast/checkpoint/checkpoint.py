@@ -18,10 +18,17 @@ from pathlib import Path
 from packcast.checkpoint.header import Header, read_header
 from packcast.checkpoint.index import Index, is_index, read_index
 from packcast.checkpoint.names import clash_of, name_fault
-from packcast.checkpoint.reading import open_regular, shown, shown_name, unreadable
+from packcast.checkpoint.reading import (
+    FileState,
+    open_regular,
+    shown,
+    shown_name,
+    unreadable,
+)
 from packcast.checkpoint.walk import Entry, Kind, walk
 from packcast.errors import CheckpointError
 
+MAX_MTIME_NS = (1 << 63) - 1  # in 2262; an offer has no later time
 _SHOWN_NAMES = 3
 _INCOMPLETE = "the download or copy is probably incomplete"
 
@@ -30,17 +37,37 @@ _INCOMPLETE = "the download or copy is probably incomplete"
 class SourceFile:
     """One file to read. `name` is logical (posix, relative), `path` has no symlink left in it.
 
-    Size, time and inode are as when the checkpoint was opened; `header` is None for a sidecar or
-    an index.
+    `state` is as when the checkpoint was opened; `header` is None for a sidecar or an index. Of a
+    shard's tensors the index assigns those in `elsewhere` to another shard, and does not name those
+    in `unlisted`.
     """
 
     name: str
     path: Path
-    nbytes: int
-    mtime_ns: int
-    inode: int
+    state: FileState
     executable: bool
     header: Header | None
+    elsewhere: frozenset[str] = frozenset()
+    unlisted: frozenset[str] = frozenset()
+
+    @property
+    def nbytes(self) -> int:
+        return self.state.nbytes
+
+    @property
+    def mtime_ns(self) -> int:
+        """The modification time as it travels: the nearest that 64 bits of nanoseconds hold."""
+        return max(-MAX_MTIME_NS, min(self.state.mtime_ns, MAX_MTIME_NS))
+
+    def check_unchanged(self, found: os.stat_result, doing: str, hint: str) -> None:
+        """Raise CheckpointError unless `found` is the file that was opened, as it was then.
+
+        To be asked of a descriptor before it is read, and again when all has been read.
+        """
+        difference = self.state.difference(found)
+        if difference:
+            what = f"{self.name} changed while it was being {doing}: {difference}"
+            raise CheckpointError(what, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +125,8 @@ def open_checkpoint(path: Path, *, sidecars: bool = True, all_files: bool = Fals
             f"{path}: an index, not a checkpoint", hint=f"give its directory: {path.parent}"
         )
     _check_name(path.name)
-    return Checkpoint(path, (_shard(path.name, path),), ())
+    files = (_shard(path.name, path),)
+    return Checkpoint(path, files, tuple(_clamped_times(files)))
 
 
 def _open_directory(path: Path, *, sidecars: bool, all_files: bool) -> Checkpoint:
@@ -129,7 +157,7 @@ def _open_directory(path: Path, *, sidecars: bool, all_files: bool) -> Checkpoin
             names = _some(shown_name(entry.name) for entry in of_kind[Kind.OTHER_WEIGHTS])
             warnings.append(f"weights in other formats are left out: {names}")
     files, more = _without_clashes([*shards, *ruling], others)
-    return Checkpoint(path, files, (*warnings, *more))
+    return Checkpoint(path, files, (*warnings, *more, *_clamped_times(files)))
 
 
 def _nothing_here(
@@ -224,6 +252,19 @@ def _without_clashes(
     return tuple(by_name[name] for name in sorted(by_name)), warnings
 
 
+def _clamped_times(files: Sequence[SourceFile]) -> list[str]:
+    clamped = [file.name for file in files if file.mtime_ns != file.state.mtime_ns]
+    if not clamped:
+        return []
+    times = (
+        "1 modification time is" if len(clamped) == 1 else f"{len(clamped)} modification times are"
+    )
+    return [
+        f"{times} outside of the years 1678 to 2262, and copied as the nearest one inside:"
+        f" {_some(clamped)}"
+    ]
+
+
 def _index(entry: Entry) -> Index:
     return read_index(_checked(entry), entry.name)
 
@@ -246,13 +287,15 @@ def _check_name(name: str) -> None:
 
 def _shard(name: str, path: Path) -> SourceFile:
     resolved = _resolved(name, path)
-    return _source(name, resolved, read_header(resolved, name))
+    before = _stat(name, resolved)
+    return _source(name, resolved, before, read_header(resolved, name))
 
 
 def _plain(name: str, path: Path) -> SourceFile:
     resolved = _resolved(name, path)
+    before = _stat(name, resolved)
     with open_regular(resolved, name):  # unreadable: better said now than in mid stream
-        return _source(name, resolved, None)
+        return _source(name, resolved, before, None)
 
 
 def _resolved(name: str, path: Path) -> Path:
@@ -262,22 +305,19 @@ def _resolved(name: str, path: Path) -> Path:
         raise CheckpointError(f"{name}: its symlinks lead nowhere") from error
 
 
-def _source(name: str, resolved: Path, header: Header | None) -> SourceFile:
+def _stat(name: str, resolved: Path) -> os.stat_result:
     try:
-        found = os.stat(resolved)
+        return os.stat(resolved)
     except OSError as error:
         raise unreadable(name, error) from error
-    if header and header.file_nbytes != found.st_size:
-        raise CheckpointError(f"{name}: changed size while it was being read")
-    return SourceFile(
-        name=name,
-        path=resolved,
-        nbytes=found.st_size,
-        mtime_ns=found.st_mtime_ns,
-        inode=found.st_ino,
-        executable=bool(found.st_mode & stat.S_IXUSR),
-        header=header,
-    )
+
+
+def _source(name: str, resolved: Path, before: os.stat_result, header: Header | None) -> SourceFile:
+    executable = bool(before.st_mode & stat.S_IXUSR)
+    file = SourceFile(name, resolved, FileState.of(before), executable, header)
+    # Again, after its header was read: a rewrite in between would be sent under the old header.
+    file.check_unchanged(_stat(name, resolved), "opened", "run it again once it is quiet")
+    return file
 
 
 def _some(names: Iterable[str]) -> str:

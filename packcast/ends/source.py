@@ -34,6 +34,8 @@ from packcast.packed.plan import (
 from packcast.packed.ring import Slot
 from packcast.packed.trailer import write_trailer
 
+_CHANGED_HINT = "nothing was published; run again once it is quiet"
+
 
 class FileReader:
     """Reads any run of an outgoing file's bytes, from many threads; each file is open once."""
@@ -124,16 +126,8 @@ class FileReader:
             return descriptor
 
     def _check_unchanged(self, source: int, descriptor: int) -> None:
-        known, now = self._sources[source], os.fstat(descriptor)
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
-            known.nbytes,
-            known.mtime_ns,
-            known.inode,
-        ):
-            raise CheckpointError(
-                f"{known.name} changed while it was being sent",
-                hint="nothing was published; run again once it is quiet",
-            )
+        found = os.fstat(descriptor)
+        self._sources[source].check_unchanged(found, "sent", _CHANGED_HINT)
 
 
 class _Load:

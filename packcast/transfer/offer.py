@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from packcast.checkpoint.checkpoint import MAX_MTIME_NS
 from packcast.checkpoint.header import Header, parse_header
 from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.outgoing import FileSpec
@@ -21,7 +22,6 @@ MAX_FILES = 100_000
 MAX_NBYTES = 1 << 46
 MAX_CHUNKS = 1 << 20
 MAX_TURNS = 4 * MAX_CHUNKS  # of files, within chunks: 16 TiB
-MAX_MTIME_NS = (1 << 63) - 1
 MAX_RANKS = 1 << 20
 MAX_SAMPLES = 64
 

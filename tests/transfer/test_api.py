@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from packcast import (
+    CheckpointError,
     DestinationError,
     PackcastError,
     TransferError,
@@ -131,6 +132,27 @@ def test_every_tensor_is_handed_out_once_whole_and_in_the_calling_thread(
     assert kinds["all.U16"] == torch.uint16
     assert kinds["all.F8_E4M3"] == torch.float8_e4m3fn
     assert kinds["all.BOOL"] == torch.bool
+
+
+def test_a_source_that_is_rewritten_with_its_times_set_back_is_not_sent(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {f"t{i:02}": ("U8", (MIB,)) for i in range(24)})
+    before, rewritten = path.stat(), threading.Event()
+
+    def rewrite(name: str, tensor: torch.Tensor) -> None:
+        if not rewritten.is_set():
+            rewritten.set()
+            with path.open("r+b") as file:  # the end, which is not read yet
+                file.seek(-10, os.SEEK_END)
+                file.write(b"new weight")
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    errors = failed(transfer(path, to(on_tensor=rewrite)))
+    assert rewritten.is_set()
+    for error in errors:
+        assert isinstance(error, CheckpointError)
+        assert "m.safetensors changed while it was being sent" in error.message
+        assert "its time set back" in error.message
 
 
 def test_what_is_handed_out_is_the_callers_own(tmp_path: Path) -> None:

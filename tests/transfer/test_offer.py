@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from packcast.checkpoint.checkpoint import MAX_MTIME_NS
 from packcast.errors import TransferError
 from packcast.packed.plan import BLOCK, TURN
 from packcast.transfer.offer import (
     MAX_CHUNKS,
     MAX_FILES,
-    MAX_MTIME_NS,
     MAX_NBYTES,
     MAX_RANKS,
     MAX_SAMPLES,
