@@ -22,13 +22,25 @@ _HEADER_ALIGNMENT = 8
 
 @dataclass(frozen=True, slots=True)
 class FileSpec:
-    """What an outgoing file will be: all that a receiver knows of it before its bytes come."""
+    """What an outgoing file will be: all that a receiver knows of it before its bytes come.
+
+    `elsewhere` and `unlisted` are positions in `header.tensors`: of tensors that the index assigns
+    to another shard, which are never received as tensors, and of those that it does not name.
+    """
 
     name: str
     nbytes: int
     mtime_ns: int
     executable: bool
     header: Header | None
+    elsewhere: frozenset[int] = frozenset()
+    unlisted: frozenset[int] = frozenset()
+
+    @property
+    def tensors(self) -> tuple[tuple[int, Tensor], ...]:
+        """The tensors that a receiver of tensors may take, each with its position."""
+        tensors = self.header.tensors if self.header else ()
+        return tuple((i, t) for i, t in enumerate(tensors) if i not in self.elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +129,12 @@ def _verbatim(source: int, file: SourceFile) -> OutgoingFile:
 
 
 def _spec(file: SourceFile, nbytes: int, header: Header | None) -> FileSpec:
-    return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header)
+    tensors = header.tensors if header else ()
+    elsewhere, unlisted = (
+        frozenset(i for i, tensor in enumerate(tensors) if tensor.name in names)
+        for names in (file.elsewhere, file.unlisted)
+    )
+    return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header, elsewhere, unlisted)
 
 
 def _header_json(header: Header, tensors: Sequence[Tensor]) -> bytes:

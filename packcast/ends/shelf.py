@@ -60,8 +60,11 @@ def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
 class Shelf(Protocol):
     """Where whole tensors go. `complete` and `stop` may be called from any thread."""
 
-    def check(self, files: Sequence[FileSpec]) -> None:
-        """Before READY: raise UsageError where the offered tensors do not fit."""
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
+        """Before READY: raise UsageError where the offered tensors do not fit.
+
+        The tensors that it leaves out because of the index, by file and position in its header.
+        """
 
     def memory_for(self, tensor: Tensor) -> torch.Tensor | None:
         """Where to receive it: contiguous, on the ring's device, in any state. None: drop it.
@@ -105,10 +108,11 @@ class NewTensors:
         self._taker = taker
         self._stream = stream
 
-    def check(self, files: Sequence[FileSpec]) -> None:
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
         for spec in files:
-            for tensor in spec.header.tensors if spec.header else ():
+            for _, tensor in spec.tensors:
                 torch_dtype(tensor, spec.name)
+        return []
 
     def memory_for(self, tensor: Tensor) -> torch.Tensor:
         on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -133,6 +137,9 @@ class NewTensors:
 class GivenTensors:
     """Receives into the caller's own tensors, by name; `strict`: all of both sides' names.
 
+    Where there is an index the sender's names are those in it. Without `strict` a tensor that it
+    does not name is received too, if it names no other of that name.
+
     One that is not contiguous is received beside it and copied. On a GPU the tensors may be in use
     on `stream`, the caller's, until this is made.
     """
@@ -150,14 +157,15 @@ class GivenTensors:
         self._strict = strict
         self._stream = stream
 
-    def check(self, files: Sequence[FileSpec]) -> None:
-        offered = [
-            (spec.name, tensor)
-            for spec in files
-            if spec.header
-            for tensor in spec.header.tensors
-            if self._strict or tensor.name in self._tensors
-        ]
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
+        listed = {t.name for spec in files for i, t in spec.tensors if i not in spec.unlisted}
+        offered, left_out = [], {}
+        for file, spec in enumerate(files):
+            for i, tensor in spec.tensors:
+                if i in spec.unlisted and (self._strict or tensor.name in listed):
+                    left_out[file, i] = tensor.name
+                elif self._strict or tensor.name in self._tensors:
+                    offered.append((spec.name, tensor))
         for where, tensor in offered:
             self._check_tensor(where, tensor)
         names = Counter(tensor.name for _, tensor in offered)
@@ -165,7 +173,8 @@ class GivenTensors:
         if twice is not None:
             raise UsageError(f"tensor {twice} is in two shards, and into has one of that name")
         if self._strict:
-            self._check_none_is_left(names)
+            self._check_none_is_left(names, set(left_out.values()))
+        return list(left_out)
 
     def memory_for(self, tensor: Tensor) -> torch.Tensor | None:
         target = self._tensors.get(tensor.name)
@@ -212,12 +221,17 @@ class GivenTensors:
                 hint="say device= for the tensors' own, or move them",
             )
 
-    def _check_none_is_left(self, names: Mapping[str, int]) -> None:
+    def _check_none_is_left(self, names: Mapping[str, int], unlisted: set[str]) -> None:
         received = [self._tensors[name] for name in names]
         memories = {(one.data_ptr(), one.nbytes) for one in received if one.numel()}
         for name, tensor in self._tensors.items():
             # A tied tensor is filled under its other name.
             if name not in names and (tensor.data_ptr(), tensor.nbytes) not in memories:
+                if name in unlisted:
+                    raise UsageError(
+                        f"tensor {name} of into is in the checkpoint, but not in its index",
+                        hint="strict=False takes it all the same",
+                    )
                 raise UsageError(
                     f"tensor {name} of into is not in the checkpoint",
                     hint="strict=False leaves it as it is",

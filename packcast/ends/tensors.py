@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +16,7 @@ import torch
 
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.reading import shown
 from packcast.ends.shelf import Shelf, bytes_of
 from packcast.ends.work import Outcome, Span, Task
 from packcast.errors import TransferError
@@ -60,12 +62,15 @@ class TensorSink:
         self.notes: list[str] = []
         self._lock = threading.Lock()
         self._growing: dict[tuple[int, int], Growing | None] = {}
+        self._left_out: set[tuple[int, int]] = set()
         self._num_complete = 0
         self._aborted = False
 
     def prepare(self) -> None:
         """Raise UsageError where a tensor cannot be received, before anything is."""
-        self._shelf.check(self._files)
+        old = [(file, i) for file, spec in enumerate(self._files) for i in spec.elsewhere]
+        self._left_out = {*old, *self._shelf.check(self._files)}
+        self.notes += _notes(self._files, old, self._left_out)
 
     def lend(self, extent: Extent) -> tuple[Span, ...]:
         """Its bytes go to no file."""
@@ -137,6 +142,8 @@ class TensorSink:
             index += 1
 
     def _grow(self, key: tuple[int, int], tensor: Tensor) -> Growing | None:
+        if key in self._left_out:
+            return None
         if key not in self._growing:
             memory = self._shelf.memory_for(tensor)
             self._growing[key] = (
@@ -145,3 +152,28 @@ class TensorSink:
                 else Growing(key, tensor, memory, bytes_of(memory), tensor.nbytes)
             )
         return self._growing[key]
+
+
+def _notes(
+    files: Sequence[FileSpec], old: Sequence[tuple[int, int]], left_out: set[tuple[int, int]]
+) -> list[str]:
+    """What is to be said of tensors that are in several shards."""
+    notes = []
+    if old:
+        copies = "1 tensor" if len(old) == 1 else f"{len(old)} tensors"
+        file = files[old[0][0]].name
+        notes.append(f"{copies} left out, as in {file}: the index names another shard for them")
+    names = Counter(
+        tensor.name
+        for file, spec in enumerate(files)
+        for i, tensor in spec.tensors
+        if (file, i) not in left_out
+    )
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        number = "1 tensor is" if len(twice) == 1 else f"{len(twice)} tensors are"
+        notes.append(
+            f"{number} in several shards, as {shown(twice[0])}, and no index says which one counts:"
+            " each is handed out, in no certain order"
+        )
+    return notes

@@ -13,7 +13,7 @@ from packcast.errors import PackcastError, error_from_code
 from packcast.group.member import printable
 from packcast.units import KIB, MIB
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 LENGTH_NBYTES = 4
 MAX_KIND_LENGTH = 32

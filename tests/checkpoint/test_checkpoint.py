@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from packcast.checkpoint import walk as walk_module
 from packcast.checkpoint.checkpoint import MAX_MTIME_NS, Checkpoint, open_checkpoint
 from packcast.checkpoint.header import Header
 from packcast.checkpoint.reading import FileState
-from packcast.errors import CheckpointError
+from packcast.errors import CheckpointError, PackcastError, UsageError
 from tests.checkpoint.handmade import index, shard, sharded, write
 
 
@@ -24,9 +24,11 @@ def names(checkpoint: Checkpoint) -> list[str]:
     return [file.name for file in checkpoint.files]
 
 
-def refused(path: Path, **options: bool) -> CheckpointError:
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(path, **options)
+def refused(
+    path: Path, *, all_files: bool = False, exclude_files: Sequence[str] = ()
+) -> PackcastError:
+    with pytest.raises((CheckpointError, UsageError)) as caught:
+        open_checkpoint(path, all_files=all_files, exclude_files=exclude_files)
     return caught.value
 
 
@@ -94,7 +96,7 @@ def test_each_index_rules_the_shards_of_its_own_folder(tmp_path: Path) -> None:
         shard(tmp_path / folder / f"{stem}.safetensors", "a")
         index(tmp_path / folder / f"{stem}.safetensors.index.json", {"a": f"{stem}-1.safetensors"})
     shard(tmp_path / "vae" / "model.safetensors", "a")
-    shard(tmp_path / "flux.safetensors", "a")
+    shard(tmp_path / "flux.safetensors", "b", num_elements=400)
     checkpoint = open_checkpoint(tmp_path)
     assert [file.name for file in checkpoint.shards] == [
         "flux.safetensors",

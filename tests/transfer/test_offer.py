@@ -28,7 +28,9 @@ from packcast.transfer.offer import (
 from tests.transfer.offers import JUNK, Message, header_text, messages, shard, sidecar, valid_offer
 
 OTHERS: dict[str, Any] = {  # for each field of an offer another value than `valid_offer` has
-    "files": (shard("only.safetensors", 5),),
+    "files": (
+        replace(shard("only.safetensors", 5, 6), elsewhere=frozenset({1}), unlisted=frozenset({0})),
+    ),
     "buffer_size": BLOCK,
     "num_buffers": 1,
     "staging": 0,
@@ -208,15 +210,27 @@ def test_a_name_that_leaves_the_target_or_the_rules_is_refused(name: str) -> Non
     ],
 )
 def test_two_names_for_one_place_are_refused(one: str, other: str) -> None:
-    entries = [[one, 1, 1, False, None], ["between", 1, 1, False, None], [other, 1, 1, False, None]]
+    entries = [[name, 1, 1, False, None, [], []] for name in (one, "between", other)]
     assert "cannot both be there" in refused_with(files=entries, samples=[])
+
+
+@pytest.mark.parametrize("positions", [None, "01", [2], [-1], [True], ["0"], [0, 1, 0]])
+@pytest.mark.parametrize("field", [5, 6])
+def test_positions_are_those_of_tensors(field: int, positions: object) -> None:
+    entry: list[object] = ["a.safetensors", len(header_text(1, 1)) + 10, 1, False]
+    entry += [header_text(1, 1), [0], [1]]
+    message, place = messages(valid_offer())
+    message |= {"files": [entry], "samples": []}
+    assert Offer.from_json(message, place).files[0].elsewhere == {0}
+    entry[field] = positions
+    refused(message, place)
 
 
 @pytest.mark.parametrize("parts", ["x", "/", "x/", "\x1b"])
 def test_an_absurdly_long_name_costs_no_more_than_itself(parts: str) -> None:
     name = parts * ((8 << 20) // len(parts))
     message, place = messages(valid_offer())
-    message |= {"files": [[name, 1, 1, False, None]], "samples": []}
+    message |= {"files": [[name, 1, 1, False, None, [], []]], "samples": []}
     tracemalloc.start()
     try:
         refused(message, place)
@@ -327,14 +341,20 @@ def test_a_device_that_is_none_for_the_backend_is_refused(backend: str, device: 
 
 def too_large() -> Iterator[Message]:
     """Offers that are only too much."""
-    yield {"files": [["a", MAX_NBYTES, 1, False, None]], "buffer_size": BLOCK}
-    yield {"files": [["a", (MAX_CHUNKS + 1) * BLOCK, 1, False, None]], "buffer_size": BLOCK}
+    yield {"files": [["a", MAX_NBYTES, 1, False, None, [], []]], "buffer_size": BLOCK}
+    yield {"files": [["a", (MAX_CHUNKS + 1) * BLOCK, 1, False, None, [], []]], "buffer_size": BLOCK}
     half = MAX_NBYTES // 2 + 1
-    yield {"files": [[name, half, 1, False, None] for name in "ab"], "buffer_size": 16 << 30}
-    yield {"files": [["a", MAX_NBYTES + 1, 1, False, None]], "buffer_size": 16 << 30}
-    yield {"files": [["a", (MAX_TURNS + 1) * TURN, 1, False, None]], "buffer_size": 16 << 30}
-    yield {"files": [["a", 1, MAX_MTIME_NS + 1, False, None]]}
-    yield {"files": [["a", 1, 1, False, None]] * (MAX_FILES + 1)}
+    yield {
+        "files": [[name, half, 1, False, None, [], []] for name in "ab"],
+        "buffer_size": 16 << 30,
+    }
+    yield {"files": [["a", MAX_NBYTES + 1, 1, False, None, [], []]], "buffer_size": 16 << 30}
+    yield {
+        "files": [["a", (MAX_TURNS + 1) * TURN, 1, False, None, [], []]],
+        "buffer_size": 16 << 30,
+    }
+    yield {"files": [["a", 1, MAX_MTIME_NS + 1, False, None, [], []]]}
+    yield {"files": [["a", 1, 1, False, None, [], []]] * (MAX_FILES + 1)}
     yield {"samples": [[0, 0, 1, "ab"]] * (MAX_SAMPLES + 1)}
     yield {"staging": MAX_NBYTES + 1}
 
