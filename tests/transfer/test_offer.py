@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from packcast.checkpoint.checkpoint import MAX_MTIME_NS
-from packcast.errors import TransferError
+from packcast.checkpoint import outgoing as outgoing_module
+from packcast.checkpoint.checkpoint import MAX_MTIME_NS, open_checkpoint
+from packcast.checkpoint.header import MAX_HEADER_NBYTES, MAX_TENSORS
+from packcast.checkpoint.outgoing import outgoing_files
+from packcast.errors import CheckpointError, TransferError
+from packcast.group.wire import FROM_SENDER, encode_frame
 from packcast.packed.plan import BLOCK, TURN
 from packcast.transfer.offer import (
     MAX_CHUNKS,
@@ -25,7 +31,16 @@ from packcast.transfer.offer import (
     Sample,
     Selection,
 )
-from tests.transfer.offers import JUNK, Message, header_text, messages, shard, sidecar, valid_offer
+from tests.transfer.offers import (
+    FILES,
+    JUNK,
+    Message,
+    header_text,
+    messages,
+    shard,
+    sidecar,
+    valid_offer,
+)
 
 OTHERS: dict[str, Any] = {  # for each field of an offer another value than `valid_offer` has
     "files": (
@@ -389,3 +404,34 @@ def test_every_number_of_the_plan_is_under_its_digest(changes: dict[str, Any]) -
     offer = replace(valid_offer(), samples=(), **changes)
     with pytest.raises(TransferError, match="plan is not the one"):
         received(offer).chunks()
+
+
+def test_the_files_of_an_offer_take_no_more_than_was_checked(tmp_path: Path) -> None:
+    text = header_text(3, 4).replace("pt", "\U0001f600\\\\ \\n\\u00e9") + " \n\t\r" * 50
+    path = tmp_path / 'we"ird.safetensors'
+    path.write_bytes(struct.pack("<Q", len(text.encode())) + text.encode() + bytes(7))
+    files = [file.spec for file in outgoing_files(open_checkpoint(tmp_path))]
+    files = [replace(files[0], unlisted=frozenset({0, 1})), *FILES]
+    message = replace(valid_offer(), files=tuple(files)).to_json()
+    alone = replace(valid_offer(), files=()).to_json()
+    taken = len(encode_frame(message, FROM_SENDER)) - len(encode_frame(alone, FROM_SENDER))
+    bound = sum(map(outgoing_module._offered_nbytes, files))
+    assert taken <= bound < 2 * taken
+
+
+def test_headers_that_no_offer_can_hold_are_an_error_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.safetensors").write_bytes(
+        struct.pack("<Q", len(header_text(3))) + header_text(3).encode() + bytes(3)
+    )
+    assert outgoing_files(open_checkpoint(tmp_path))
+    monkeypatch.setattr(outgoing_module, "MAX_OFFERED_NBYTES", 200)
+    with pytest.raises(CheckpointError, match="as they are offered to the workers, more than 200"):
+        outgoing_files(open_checkpoint(tmp_path))
+
+
+def test_one_header_of_any_content_fits_into_an_offer() -> None:
+    most_roles = 2 * 8 * MAX_TENSORS
+    assert 2 * MAX_HEADER_NBYTES + most_roles + 10_000 < outgoing_module.MAX_OFFERED_NBYTES
+    assert FROM_SENDER.of("OFFER") > outgoing_module.MAX_OFFERED_NBYTES
