@@ -16,12 +16,19 @@ from itertools import accumulate
 from queue import SimpleQueue
 
 from packcast.checkpoint.checkpoint import SourceFile
-from packcast.checkpoint.outgoing import Literal, OutgoingFile
+from packcast.checkpoint.outgoing import Literal, OutgoingFile, Run
+from packcast.ends.descriptors import Descriptors, open_files_limit
 from packcast.ends.digests import BlockDigests
 from packcast.ends.hands import CLOSE_LIMIT_S, Order, join_all
 from packcast.ends.staging import Buffers, Lease, make_hands, make_staging, use_device
 from packcast.ends.work import Job, Outcome, Span, Task, perform
-from packcast.errors import CheckpointError, PackcastError, TransferError, as_packcast_error
+from packcast.errors import (
+    CheckpointError,
+    PackcastError,
+    TransferError,
+    as_packcast_error,
+    out_of_descriptors,
+)
 from packcast.packed.plan import (
     DIGEST_NBYTES,
     Chunk,
@@ -38,7 +45,7 @@ _CHANGED_HINT = "nothing was published; run again once it is quiet"
 
 
 class FileReader:
-    """Reads any run of an outgoing file's bytes, from many threads; each file is open once."""
+    """Reads any run of an outgoing file's bytes, from many threads; a bounded number is open."""
 
     def __init__(self, files: Sequence[OutgoingFile], sources: Sequence[SourceFile]) -> None:
         self._files = files
@@ -47,8 +54,7 @@ class FileReader:
             list(accumulate((segment.nbytes for segment in file.segments), initial=0))
             for file in files
         ]
-        self._lock = threading.Lock()
-        self._open: dict[int, int] = {}  # source -> file descriptor
+        self._descriptors = Descriptors(self._open, open_files_limit(len(sources)))
 
     @property
     def file_nbytes(self) -> list[int]:
@@ -62,33 +68,41 @@ class FileReader:
         self.check(extent, job, perform(job, into))
 
     def job(self, extent: Extent, into: memoryview) -> Job:
-        """How the extent's bytes come to lie in `into`; what is in no source is there already."""
+        """How the extent's bytes come to lie in `into`; what is in no source is there already.
+
+        Its files stay open until `check`.
+        """
         begins, segments = self._begins[extent.file], self._files[extent.file].segments
+        lent: list[int] = []
         spans, at = [], 0
         i = bisect_right(begins, extent.offset) - 1
-        while at < extent.nbytes:
-            segment, skip = segments[i], extent.offset + at - begins[i]
-            nbytes = min(segment.nbytes - skip, extent.nbytes - at)
-            if isinstance(segment, Literal):
-                into[at : at + nbytes] = segment.data[skip : skip + nbytes]
-            else:
-                descriptor = self._descriptor(segment.source)
-                spans.append(Span(descriptor, segment.offset + skip, at, nbytes))
-            at, i = at + nbytes, i + 1
+        try:
+            while at < extent.nbytes:
+                segment, skip = segments[i], extent.offset + at - begins[i]
+                nbytes = min(segment.nbytes - skip, extent.nbytes - at)
+                if isinstance(segment, Literal):
+                    into[at : at + nbytes] = segment.data[skip : skip + nbytes]
+                else:
+                    descriptor = self._descriptors.lend(segment.source)
+                    lent.append(segment.source)
+                    spans.append(Span(descriptor, segment.offset + skip, at, nbytes))
+                at, i = at + nbytes, i + 1
+        except BaseException:
+            for source in lent:
+                self._descriptors.give_back(source)
+            raise
         return Job(Task.READ, extent.nbytes, tuple(spans))
 
     def check(self, extent: Extent, job: Job, outcome: Outcome) -> None:
-        """Raise what went wrong with the job, if anything did."""
+        """Take its files back; raise what went wrong with the job, if anything did."""
+        for span in job.spans:
+            self._descriptors.give_back(self._segment(extent, span).source)
         if outcome.error:
             raise outcome.error
         failure = outcome.failure
         if failure is None:
             return
-        at = extent.offset + job.spans[failure.span].at
-        i = bisect_right(self._begins[extent.file], at) - 1
-        segment = self._files[extent.file].segments[i]
-        assert not isinstance(segment, Literal)
-        name = self._sources[segment.source].name
+        name = self._sources[self._segment(extent, job.spans[failure.span]).source].name
         if failure.errno:
             raise CheckpointError(f"{name}: reading failed: {failure.error.strerror}")
         raise CheckpointError(f"{name} ended at byte {failure.offset} while it was being sent")
@@ -96,34 +110,33 @@ class FileReader:
     def close_file(self, file: int) -> None:
         """Every byte of the outgoing file was read: see that its sources have not changed."""
         for source in {s.source for s in self._files[file].segments if not isinstance(s, Literal)}:
-            with self._lock:
-                descriptor = self._open.pop(source, None)
-            if descriptor is not None:
-                try:
-                    self._check_unchanged(source, descriptor)
-                finally:
-                    os.close(descriptor)
+            with self._descriptors.borrow(source) as descriptor:
+                self._check_unchanged(source, descriptor)
 
     def close(self) -> None:
         """Close what is still open, unchecked; no read may be under way."""
-        with self._lock:
-            descriptors = list(self._open.values())
-            self._open.clear()
-        for descriptor in descriptors:
-            os.close(descriptor)
+        self._descriptors.close()
 
-    def _descriptor(self, source: int) -> int:
-        with self._lock:
-            descriptor = self._open.get(source)
-            if descriptor is None:
-                try:
-                    descriptor = os.open(self._sources[source].path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    name = self._sources[source].name
-                    raise CheckpointError(f"{name}: cannot be opened: {error.strerror}") from error
-                self._open[source] = descriptor
-                self._check_unchanged(source, descriptor)
-            return descriptor
+    def _segment(self, extent: Extent, span: Span) -> Run:
+        i = bisect_right(self._begins[extent.file], extent.offset + span.at) - 1
+        segment = self._files[extent.file].segments[i]
+        assert isinstance(segment, Run)
+        return segment
+
+    def _open(self, source: int) -> int:
+        known = self._sources[source]
+        try:
+            descriptor = os.open(known.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if ran_out := out_of_descriptors(error):
+                raise ran_out from error
+            raise CheckpointError(f"{known.name}: cannot be opened: {error.strerror}") from error
+        try:
+            self._check_unchanged(source, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _check_unchanged(self, source: int, descriptor: int) -> None:
         found = os.fstat(descriptor)

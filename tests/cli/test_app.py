@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -75,6 +76,16 @@ def test_recv_hands_its_options_to_the_transfer(
             rank=2,
         )
     ]
+
+
+def test_a_file_too_many_is_no_bug(transfer: FakeTransfer, capsys: Capture) -> None:
+    def run_out(_settings: Settings, _view: View) -> Report:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    transfer.does = run_out
+    with pytest.raises(SystemExit, match="5"):
+        run([*SEND, "--workers", "1"])
+    assert "may not open more files or sockets" in capsys.readouterr().err
 
 
 def test_the_defaults_are_those_of_settings(transfer: FakeTransfer) -> None:
