@@ -48,6 +48,7 @@ class Settings:
     force: bool = False
     sidecars: bool = True
     all_files: bool = False
+    exclude_files: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     readers: int | None = 1  # None: all

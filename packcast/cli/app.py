@@ -95,6 +95,7 @@ def send(
     force: opt.Force = False,
     no_sidecars: opt.NoSidecars = False,
     all_files: opt.AllFiles = False,
+    exclude_files: opt.ExcludeFiles = None,
     include: opt.Include = None,
     exclude: opt.Exclude = None,
     dry_run: opt.DryRun = False,
@@ -134,6 +135,7 @@ def send(
         force=force,
         sidecars=not no_sidecars,
         all_files=all_files,
+        exclude_files=tuple(exclude_files or ()),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         readers=given.readers(readers),
@@ -203,6 +205,7 @@ def inspect(
     checkpoint: opt.Checkpoint,
     tensors: opt.Tensors = False,
     all_files: opt.AllFiles = False,
+    exclude_files: opt.ExcludeFiles = None,
     json: opt.InspectJson = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -211,7 +214,12 @@ def inspect(
     from packcast.cli.inspect import inspect as listing_of
 
     outcome = begin(context, "inspect", json=json, verbose=verbose)
-    listing = listing_of(Path(checkpoint), all_files=all_files, tensors=tensors)
+    listing = listing_of(
+        Path(checkpoint),
+        all_files=all_files,
+        exclude_files=tuple(exclude_files or ()),
+        tensors=tensors,
+    )
     return _show(outcome, listing, quiet=quiet)
 
 

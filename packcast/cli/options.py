@@ -101,7 +101,16 @@ AllFiles = Annotated[
     option(
         "--all-files",
         panel=SELECTION,
-        help="Also .safetensors files that the index does not name.",
+        help="Every .safetensors file, whatever the index says.",
+    ),
+]
+ExcludeFiles = Annotated[
+    list[str] | None,
+    option(
+        "--exclude-files",
+        metavar="GLOB",
+        panel=SELECTION,
+        help="Not the files or folders whose names match, as in 'original/*'. May be repeated.",
     ),
 ]
 Include = Annotated[

@@ -16,7 +16,13 @@ from pathlib import Path
 from packcast.cli.progress import Display
 from packcast.cli.report import end_line, report_document, to_json
 from packcast.cli.terminal import say, say_once
-from packcast.errors import DestinationError, Interrupted, PackcastError, error_from_code
+from packcast.errors import (
+    DestinationError,
+    Interrupted,
+    PackcastError,
+    error_from_code,
+    out_of_descriptors,
+)
 from packcast.group.launch import Launch
 from packcast.group.leave import record_failure
 from packcast.group.nproc import SAID_VARIABLE
@@ -36,6 +42,8 @@ def command_failure(error: BaseException) -> PackcastError:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted", signal_number=signal.SIGINT)
+    if known := out_of_descriptors(error):
+        return known
     wrapped = PackcastError(
         f"this is a bug: {type(error).__name__}: {error}",
         hint=_TRY_VERBOSE,

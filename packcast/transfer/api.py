@@ -56,6 +56,7 @@ def send_checkpoint(
     force: bool = False,
     sidecars: bool = True,
     all_files: bool = False,
+    exclude_files: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     readers: int | Literal["all"] = 1,
@@ -88,7 +89,8 @@ def send_checkpoint(
         print(report.num_tensors, "tensors at", report.bytes_per_second / 1e9, "GB/s")
 
     The arguments are the options of `packcast send`: sizes in bytes (`buffer_size` goes by the
-    checkpoint's if it is None), times in seconds, `include` and `exclude` globs over tensor names,
+    checkpoint's if it is None), times in seconds, `exclude_files` globs over the
+    names of files and folders, `include` and `exclude` globs over tensor names,
     `readers` how many of the ranks that call this read the checkpoint and share the sending.
     `view` is told what happens, on a thread of the transfer.
 
@@ -120,7 +122,8 @@ def send_checkpoint(
         raise UsageError(f"workers: {workers} is nobody")
     if backend not in ("auto", "nccl", "gloo"):
         raise UsageError(f"backend: {backend!r} is none of auto, nccl, gloo")
-    for name, globs in (("include", include), ("exclude", exclude)):
+    all_globs = {"exclude_files": exclude_files, "include": include, "exclude": exclude}
+    for name, globs in all_globs.items():
         if isinstance(globs, str):
             raise UsageError(f"{name}: give a list of globs, not one text")
     settings = Settings(
@@ -131,6 +134,7 @@ def send_checkpoint(
         force=force,
         sidecars=sidecars,
         all_files=all_files,
+        exclude_files=tuple(exclude_files),
         include=tuple(include),
         exclude=tuple(exclude),
         readers=None if readers == "all" else readers,

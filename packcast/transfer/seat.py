@@ -172,7 +172,10 @@ def _open(settings: Settings) -> Opened:
         return None, (), None
     try:
         checkpoint = open_checkpoint(
-            settings.checkpoint, sidecars=settings.sidecars, all_files=settings.all_files
+            settings.checkpoint,
+            sidecars=settings.sidecars,
+            all_files=settings.all_files,
+            exclude_files=settings.exclude_files,
         )
         files = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
     except PackcastError as fault:

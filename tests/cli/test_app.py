@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -27,8 +28,9 @@ Capture = pytest.CaptureFixture[str]
 def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: Capture) -> None:
     options = "--workers 3 --listen h:1 --out d-{rank} --force --buffer-size 2MiB --num-buffers 3"
     more = "--staging 8MiB --readers all --no-sidecars --all-files --include a* --include b*"
-    last = "--exclude c --backend gloo --device cpu --join-timeout 1min --heartbeat-timeout 500ms"
-    argv = ["send", "ckpt", *options.split(), *more.split(), *last.split(), "--stall-timeout", "9"]
+    last = "--exclude c --exclude-files x/* --backend gloo --device cpu --join-timeout 1min"
+    limits = "--heartbeat-timeout 500ms --stall-timeout 9"
+    argv = ["send", "ckpt", *f"{options} {more} {last} {limits}".split()]
     assert run(argv) == 0
     assert transfer.settings == [
         Settings(
@@ -39,6 +41,7 @@ def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: 
             force=True,
             sidecars=False,
             all_files=True,
+            exclude_files=("x/*",),
             include=("a*", "b*"),
             exclude=("c",),
             readers=None,
@@ -75,6 +78,16 @@ def test_recv_hands_its_options_to_the_transfer(
     ]
 
 
+def test_a_file_too_many_is_no_bug(transfer: FakeTransfer, capsys: Capture) -> None:
+    def run_out(_settings: Settings, _view: View) -> Report:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    transfer.does = run_out
+    with pytest.raises(SystemExit, match="5"):
+        run([*SEND, "--workers", "1"])
+    assert "may not open more files or sockets" in capsys.readouterr().err
+
+
 def test_the_defaults_are_those_of_settings(transfer: FakeTransfer) -> None:
     assert run([*SEND, "--workers", "1"]) == 0
     expected = Settings(command="send", checkpoint=Path("c"), workers=1, address=("h", 1))
@@ -84,12 +97,14 @@ def test_the_defaults_are_those_of_settings(transfer: FakeTransfer) -> None:
 def test_options_are_read_from_the_environment(
     transfer: FakeTransfer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"WORKERS": "2", "FORCE": "1", "INCLUDE": "a* b*", "OUT": "d"}.items():
+    given = {"WORKERS": "2", "FORCE": "1", "INCLUDE": "a* b*", "OUT": "d", "EXCLUDE_FILES": "x/* y"}
+    for name, value in given.items():
         monkeypatch.setenv(f"PACKCAST_{name}", value)
     assert run([*SEND]) == 0
     (settings,) = transfer.settings
     assert (settings.workers, settings.force, settings.target) == (2, True, "d")
     assert settings.include == ("a*", "b*")
+    assert settings.exclude_files == ("x/*", "y")
 
 
 @pytest.mark.parametrize(

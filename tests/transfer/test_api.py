@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from packcast import (
+    CheckpointError,
     DestinationError,
     PackcastError,
     TransferError,
@@ -135,6 +137,27 @@ def test_every_tensor_is_handed_out_once_whole_and_in_the_calling_thread(
     assert kinds["all.U16"] == torch.uint16
     assert kinds["all.F8_E4M3"] == torch.float8_e4m3fn
     assert kinds["all.BOOL"] == torch.bool
+
+
+def test_a_source_that_is_rewritten_with_its_times_set_back_is_not_sent(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {f"t{i:02}": ("U8", (MIB,)) for i in range(24)})
+    before, rewritten = path.stat(), threading.Event()
+
+    def rewrite(name: str, tensor: torch.Tensor) -> None:
+        if not rewritten.is_set():
+            rewritten.set()
+            with path.open("r+b") as file:  # the end, which is not read yet
+                file.seek(-10, os.SEEK_END)
+                file.write(b"new weight")
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    errors = failed(transfer(path, to(on_tensor=rewrite)))
+    assert rewritten.is_set()
+    for error in errors:
+        assert isinstance(error, CheckpointError)
+        assert "m.safetensors changed while it was being sent" in error.message
+        assert "its time set back" in error.message
 
 
 def test_what_is_handed_out_is_the_callers_own(tmp_path: Path) -> None:
@@ -279,14 +302,69 @@ def test_a_dtype_that_torch_has_not_is_named_before_any_byte_moves(
     assert got == []
 
 
+@pytest.fixture
+def reused(tmp_path: Path) -> Path:
+    """A checkpoint with an old copy of b, a tensor x beside the index, and an original/ of it."""
+    folder = tmp_path / "reused"
+    (folder / "original").mkdir(parents=True)
+    one = torch.ones(2)
+    save_file({"a": one, "b": one * 2}, folder / "model-1.safetensors")
+    save_file({"b": one * 99, "c": one * 3, "x": one * 4}, folder / "model-2.safetensors")
+    save_file({"a": one * 98, "block.b": one * 2}, folder / "original" / "model.safetensors")
+    weight_map = {
+        "a": "model-1.safetensors",
+        "b": "model-1.safetensors",
+        "c": "model-2.safetensors",
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def values(tensors: Tensors) -> dict[str, float]:
+    return {name: float(tensor[0]) for name, tensor in tensors.items()}
+
+
+def test_an_old_copy_of_a_tensor_is_not_handed_out_but_its_file_travels_whole(
+    reused: Path, tmp_path: Path
+) -> None:
+    got: list[tuple[str, float]] = []
+    reports = succeeded(
+        transfer(
+            reused,
+            to(on_tensor=lambda name, tensor: got.append((name, float(tensor[0])))),
+            to(out=tmp_path / "copy"),
+        )
+    )
+    assert sorted(got) == [("a", 1.0), ("b", 2.0), ("block.b", 2.0), ("c", 3.0), ("x", 4.0)]
+    same_tree(reused, tmp_path / "copy")
+    (counted,) = (w for w in reports[0].warnings if "in another shard too" in w)
+    assert counted.startswith("2 tensors are in another shard too, which the index names instead")
+    assert any(
+        w.startswith("2 tensors left out") for w in [*reports[1].warnings, *reports[2].warnings]
+    )
+
+
+def test_strict_takes_the_tensors_of_the_index_and_no_others(reused: Path) -> None:
+    state = {name: torch.zeros(2) for name in "abc"}
+    succeeded(transfer(reused, to(into=state)))
+    assert values(state) == {"a": 1.0, "b": 2.0, "c": 3.0}
+    state["x"] = torch.zeros(2)
+    errors = failed(transfer(reused, to(into=state)))
+    assert "tensor x of into is in the checkpoint, but not in its index" in str(errors[1])
+    succeeded(transfer(reused, to(into=state, strict=False)))
+    assert values(state) == {"a": 1.0, "b": 2.0, "c": 3.0, "x": 4.0}
+
+
 def test_one_name_in_two_shards_is_handed_out_twice_but_cannot_be_received_into(
     tmp_path: Path,
 ) -> None:
     for folder in ("unet", "vae"):
         write_safetensors(tmp_path / folder / "m.safetensors", {"w": ("F32", (4,))})
     got: list[str] = []
-    succeeded(transfer(tmp_path, to(on_tensor=lambda name, _: got.append(name))))
+    reports = succeeded(transfer(tmp_path, to(on_tensor=lambda name, _: got.append(name))))
     assert got == ["w", "w"]
+    [warning] = reports[1].warnings
+    assert warning.startswith("1 tensor is in several shards, as 'w', and no index says")
     errors = failed(transfer(tmp_path, to(into={"w": torch.zeros(4)})))
     assert "tensor w is in two shards" in str(errors[1])
 

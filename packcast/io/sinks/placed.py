@@ -7,7 +7,7 @@ their making and their handing out. Knows no devices, and not how the bytes come
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -21,18 +21,26 @@ from packcast.packed.tensor_map import Groups, Rows, map_tensors
 class PlacedTensors:
     """The offered tensors that `shelf` takes, by their place in the plan, and their memory.
 
+    Without those `left_out`, by file and position in its header.
+
     For every chunk, in order: `begin` it, put its bytes where `rows` and `addresses` say, and once
     they are proven say that it has `landed`. `begin` and `landed` are for a thread each, `stop` for
     any, at any time. Made on the stream that is to write there, as `begin` is called on it.
     """
 
-    def __init__(self, files: Sequence[FileSpec], shelf: Shelf, chunks: Sequence[Chunk]) -> None:
+    def __init__(
+        self,
+        files: Sequence[FileSpec],
+        shelf: Shelf,
+        chunks: Sequence[Chunk],
+        left_out: Collection[tuple[int, int]] = (),
+    ) -> None:
         self._shelf = shelf
         offered = [
             (file, position, tensor)
             for file, spec in enumerate(files)
             for position, tensor in enumerate(spec.header.tensors if spec.header else ())
-            if shelf.wants(tensor)
+            if (file, position) not in left_out and shelf.wants(tensor)
         ]
         # By file and place in its header.
         self.index_of = {(file, at): i for i, (file, at, _) in enumerate(offered)}

@@ -62,8 +62,11 @@ def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
 class Shelf(Protocol):
     """Where whole tensors go. `complete` and `stop` may be called from any thread."""
 
-    def check(self, files: Sequence[FileSpec]) -> None:
-        """Before READY: raise UsageError where the offered tensors do not fit."""
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
+        """Before READY: raise UsageError where the offered tensors do not fit.
+
+        The tensors that it leaves out because of the index, by file and position in its header.
+        """
 
     def wants(self, tensor: Tensor) -> bool:
         """Whether it is received at all; it is dropped where not."""
@@ -115,10 +118,11 @@ class NewTensors:
         self._taker = taker
         self._stream = stream
 
-    def check(self, files: Sequence[FileSpec]) -> None:
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
         for spec in files:
-            for tensor in spec.header.tensors if spec.header else ():
+            for _, tensor in spec.tensors:
                 torch_dtype(tensor, spec.name)
+        return []
 
     def wants(self, tensor: Tensor) -> bool:
         return True
@@ -151,6 +155,9 @@ class NewTensors:
 class GivenTensors:
     """Receives into the caller's own tensors, by name; `strict`: all of both sides' names.
 
+    Where there is an index the sender's names are those in it. Without `strict` a tensor that it
+    does not name is received too, if it names no other of that name.
+
     One that is not contiguous is received beside it and copied. On a GPU the tensors may be in use
     on `stream`, the caller's, until this is made.
     """
@@ -168,14 +175,15 @@ class GivenTensors:
         self._strict = strict
         self._stream = stream
 
-    def check(self, files: Sequence[FileSpec]) -> None:
-        offered = [
-            (spec.name, tensor)
-            for spec in files
-            if spec.header
-            for tensor in spec.header.tensors
-            if self._strict or tensor.name in self._tensors
-        ]
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
+        listed = {t.name for spec in files for i, t in spec.tensors if i not in spec.unlisted}
+        offered, left_out = [], {}
+        for file, spec in enumerate(files):
+            for i, tensor in spec.tensors:
+                if i in spec.unlisted and (self._strict or tensor.name in listed):
+                    left_out[file, i] = tensor.name
+                elif self._strict or tensor.name in self._tensors:
+                    offered.append((spec.name, tensor))
         for where, tensor in offered:
             self._check_tensor(where, tensor)
         names = Counter(tensor.name for _, tensor in offered)
@@ -184,7 +192,8 @@ class GivenTensors:
             raise UsageError(f"tensor {twice} is in two shards, and into has one of that name")
         check_apart({name: self._tensors[name] for name in names})
         if self._strict:
-            self._check_none_is_left(names)
+            self._check_none_is_left(names, set(left_out.values()))
+        return list(left_out)
 
     def wants(self, tensor: Tensor) -> bool:
         return tensor.name in self._tensors
@@ -240,13 +249,18 @@ class GivenTensors:
                 hint="say device= for the tensors' own, or move them",
             )
 
-    def _check_none_is_left(self, names: Mapping[str, int]) -> None:
+    def _check_none_is_left(self, names: Mapping[str, int], unlisted: set[str]) -> None:
         received = [self._tensors[name] for name in names]
         memories = {(one.data_ptr(), one.nbytes) for one in received if one.numel()}
         for name, tensor in self._tensors.items():
             check_plain(name, tensor)
             # A tied tensor is filled under its other name.
             if name not in names and (tensor.data_ptr(), tensor.nbytes) not in memories:
+                if name in unlisted:
+                    raise UsageError(
+                        f"tensor {name} of into is in the checkpoint, but not in its index",
+                        hint="strict=False takes it all the same",
+                    )
                 raise UsageError(
                     f"tensor {name} of into is not in the checkpoint",
                     hint="strict=False leaves it as it is",

@@ -8,10 +8,12 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.reading import shown
 from packcast.errors import PackcastError, TransferError
 from packcast.io.schedule import IN_MEMORY, SPAN_FIELDS, Schedule, ScheduledUnit, Span
 from packcast.io.sinks.placed import PlacedTensors
@@ -40,18 +42,21 @@ class TensorSink:
         self._lock = threading.Lock()
         self._placed: PlacedTensors | None = None
         self._aborted = False
+        self._left_out: set[tuple[int, int]] = set()
         self._keys: list[tuple[int, int]] = []  # by span: file, and the tensor's place in it
         self._spans = array("q")
         self.descriptors = array("i", [-1])
 
     def prepare(self) -> None:
         """Raise UsageError where a tensor cannot be received, before anything is."""
-        self._shelf.check(self._files)
+        old = [(file, i) for file, spec in enumerate(self._files) for i in spec.elsewhere]
+        self._left_out = {*old, *self._shelf.check(self._files)}
+        self.notes += _notes(self._files, old, self._left_out)
 
     def placed(self, chunks: Sequence[Chunk]) -> PlacedTensors:
         """Before READY, after `prepare`: for an end whose chunks land whole and in order. On the
         stream that is to write into the tensors."""
-        placed = PlacedTensors(self._files, self._shelf, chunks)
+        placed = PlacedTensors(self._files, self._shelf, chunks, self._left_out)
         with self._lock:
             self._placed = placed
             if self._aborted:
@@ -129,3 +134,28 @@ class TensorSink:
     def result(self) -> dict[str, object]:
         num_complete = 0 if self._placed is None else self._placed.num_complete
         return {"sink": "tensors", "tensors": num_complete}
+
+
+def _notes(
+    files: Sequence[FileSpec], old: Sequence[tuple[int, int]], left_out: set[tuple[int, int]]
+) -> list[str]:
+    """What is to be said of tensors that are in several shards."""
+    notes = []
+    if old:
+        copies = "1 tensor" if len(old) == 1 else f"{len(old)} tensors"
+        file = files[old[0][0]].name
+        notes.append(f"{copies} left out, as in {file}: the index names another shard for them")
+    names = Counter(
+        tensor.name
+        for file, spec in enumerate(files)
+        for i, tensor in spec.tensors
+        if (file, i) not in left_out
+    )
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        number = "1 tensor is" if len(twice) == 1 else f"{len(twice)} tensors are"
+        notes.append(
+            f"{number} in several shards, as {shown(twice[0])}, and no index says which one counts:"
+            " each is handed out, in no certain order"
+        )
+    return notes
