@@ -102,7 +102,7 @@ def test_a_worker_may_start_before_its_sender(group: Group) -> None:
     def connect() -> None:
         lines.append(
             Line.connect(
-                "127.0.0.1",
+                ["127.0.0.1"],
                 port,
                 me=me,
                 token=None,
