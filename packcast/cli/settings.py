@@ -109,7 +109,7 @@ def address(option: str, text: str) -> tuple[str, int]:
     bracketed = host.startswith("[") and host.endswith("]")
     if bracketed:
         host = host[1:-1]
-    if not host or not colon or (":" in host and not bracketed):
+    if not host or not colon or (":" in host) != bracketed:
         raise UsageError(f"{option}: {text!r} is not HOST:PORT", hint="as in node1:29400")
     if not is_host(host):
         raise UsageError(f"{option}: {host!r} is not a host name or address")

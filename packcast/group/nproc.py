@@ -38,14 +38,14 @@ _STOP_LIMIT_S = 10.0
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); from packcast.__main__ import main; main()"
 )
-_COMMAND = (sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2]))
+COMMAND = (sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2]))
 
 
 def run_nproc(
     argv: Sequence[str],
     nproc: int,
     *,
-    command: Sequence[str] = _COMMAND,
+    command: Sequence[str] = COMMAND,
     verbose: bool = False,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> int:
