@@ -17,7 +17,7 @@ Said = Callable[[str], str]
 WAYS_TO_LAUNCH = """ways to start the workers:
     here, three ranks   packcast send CKPT --out 'DIR-{rank}' --nproc 3
     on other hosts      packcast send CKPT --workers 3 --listen HOST:29400
-    under torchrun      torchrun --no-python --nproc-per-node 4 packcast send CKPT --out DIR
+    under torchrun      torchrun --no-python --nproc-per-node 4 packcast send CKPT --out D-{rank}
     under Slurm         srun packcast send CKPT --out DIR"""
 
 
