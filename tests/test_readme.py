@@ -42,6 +42,7 @@ WHOLE, REPLAY, COMPAT = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL 
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.DOTALL | re.MULTILINE)
 SHOWN = re.findall(r"^    (.*)$", PROSE, re.MULTILINE)  # what one would type, or read
 OTHERS_OPTIONS = {  # torchrun's, mypy's, and those that every command has
+    "--no-python",
     "--nproc-per-node",
     "--nnodes",
     "--node-rank",
@@ -207,7 +208,7 @@ def test_every_option_reads_its_variable() -> None:
 
 def shown_commands() -> list[str]:
     lines = [re.sub(r"\s+#.*", "", line) for line in SHOWN]
-    return [line for line in lines if re.search(r"(^|srun |-m )packcast ", line)]
+    return [line for line in lines if re.search(r"(^|srun |^torchrun .* )packcast ", line)]
 
 
 def test_the_command_lines_are_found() -> None:

@@ -30,7 +30,14 @@ from packcast.cli.helps import (
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.profile import profiled
 from packcast.cli.progress import make_view
-from packcast.cli.start import be_a_rank, begin, start_ranks, was_given
+from packcast.cli.start import (
+    be_a_rank,
+    begin,
+    forget_service_links,
+    name_variables,
+    start_ranks,
+    was_given,
+)
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
@@ -53,6 +60,7 @@ app = typer.Typer(
 def run(argv: list[str]) -> int:
     """Run one command line; the exit code. Every error that a command raises ends here."""
     outcome = Outcome(argv=argv)
+    forget_service_links(os.environ)
     try:
         code = app(argv, prog_name="packcast", standalone_mode=False, obj=outcome)
     except typer.TyperException as error:  # the parser's own: unknown options, missing arguments
@@ -65,6 +73,7 @@ def run(argv: list[str]) -> int:
 
 
 def _fail(outcome: Outcome, error: PackcastError) -> int:
+    name_variables(error, outcome.argv, os.environ)
     record_failure(error)  # for torchrun, which flattens exit codes
     outcome.failed(error)
     return error.exit_code

@@ -23,6 +23,11 @@ OUTPUT = "Output"
 # A repeatable option's variable is split at spaces: PACKCAST_INCLUDE="a* b*".
 
 
+def variable_of(name: str) -> str:
+    """The variable that an option is read from where it is not typed: PACKCAST_BUFFER_SIZE."""
+    return "PACKCAST_" + name.removeprefix("--").replace("-", "_").upper()
+
+
 def option(
     *names: str,
     panel: str,
@@ -32,10 +37,9 @@ def option(
     max: int | None = None,
 ) -> Any:
     """An option with its variable, which the epilog explains once for all of them."""
-    variable = "PACKCAST_" + names[0].removeprefix("--").replace("-", "_").upper()
     return typer.Option(
         *names,
-        envvar=variable,
+        envvar=variable_of(names[0]),
         show_envvar=False,
         rich_help_panel=panel,
         help=help,

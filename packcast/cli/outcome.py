@@ -23,14 +23,13 @@ from packcast.errors import (
     error_from_code,
     out_of_descriptors,
 )
-from packcast.group.launch import Launch
+from packcast.group.launch import ALONE, Launch
 from packcast.group.leave import record_failure
 from packcast.group.nproc import SAID_VARIABLE
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 
 _TRY_VERBOSE = "run again with -v for the traceback"
-NOT_LAUNCHED = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
 def command_failure(error: BaseException) -> PackcastError:
@@ -61,7 +60,7 @@ class Outcome:
     verbose: bool = False
     json: str | None = None
     settings: Settings | None = None
-    launch: Launch = NOT_LAUNCHED
+    launch: Launch = ALONE
     display: Display | None = None
     before_error: Callable[[PackcastError], None] | None = None  # a bench's rows so far
 

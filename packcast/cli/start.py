@@ -6,15 +6,25 @@ What all commands that move data begin with. Nothing here imports torch.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from itertools import takewhile
 
 import typer
 
 from packcast.cli import settings as given
+from packcast.cli.options import variable_of
 from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say
-from packcast.group.launch import detect_launch
+from packcast.errors import PackcastError
+from packcast.group.asking import launch_of
 from packcast.group.leave import Leaver, die_with_parent, watch_signals
 from packcast.group.nproc import LAUNCHER_PID_VARIABLE, run_nproc
+
+_BY_ADDRESS = ("workers", "listen", "address")  # options that say who takes part
+_OPTION = re.compile(r"'?(--[a-z][a-z-]*)'?")
+# What Kubernetes sets in every pod beside a service called packcast: PACKCAST_PORT=tcp://10.0.0.1:80
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")
 
 
 def begin(context: typer.Context, command: str, *, json: str | None, verbose: bool) -> Outcome:
@@ -23,9 +33,30 @@ def begin(context: typer.Context, command: str, *, json: str | None, verbose: bo
     assert isinstance(outcome, Outcome)
     outcome.command, outcome.verbose = command, verbose
     if command != "inspect":
-        outcome.launch = detect_launch(os.environ)
+        by_address = any(context.params.get(name) for name in _BY_ADDRESS)
+        outcome.launch = launch_of(os.environ, by_address=by_address)
     outcome.json = given.json_target(json)
     return outcome
+
+
+def forget_service_links(environ: MutableMapping[str, str]) -> None:
+    """Drop what has the name of an option of ours, but is Kubernetes' word of a service."""
+    name = variable_of("--port")
+    if _SERVICE_LINK.fullmatch(environ.get(name, "")):
+        del environ[name]
+
+
+def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Behind each option that the error's message names, the variable that it was read from."""
+    typed = {word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv)}
+
+    def with_variable(found: re.Match[str]) -> str:
+        variable = variable_of(found[1])
+        if found[1] in typed or not environ.get(variable):
+            return found[0]
+        return f"{found[0]} (from {variable})"
+
+    error.message = _OPTION.sub(with_variable, error.message)
 
 
 def was_given(context: typer.Context, *names: str) -> bool:

@@ -33,14 +33,19 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _NOISY_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
 # A rank cleans up within six seconds (see leave.py), then it is stuck.
 _STOP_LIMIT_S = 10.0
-_COMMAND = (sys.executable, "-m", "packcast")
+# Without the current directory on the path (-P), which may be a checkpoint from anywhere. Where
+# packcast itself was only found by way of that directory, its own is the last to be searched.
+_PROGRAM = (
+    "import sys; sys.path.append(sys.argv.pop(1)); from packcast.__main__ import main; main()"
+)
+COMMAND = (sys.executable, "-P", "-c", _PROGRAM, str(Path(__file__).parents[2]))
 
 
 def run_nproc(
     argv: Sequence[str],
     nproc: int,
     *,
-    command: Sequence[str] = _COMMAND,
+    command: Sequence[str] = COMMAND,
     verbose: bool = False,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> int:

@@ -5,19 +5,13 @@ Knows nothing of launchers or of the control channel; errors of peers are that c
 
 from __future__ import annotations
 
-import array
 import atexit
 import ctypes
-import fcntl
 import os
-import socket
-import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from ipaddress import IPv6Address, ip_address
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from packcast.errors import PackcastError, RendezvousError
@@ -26,22 +20,7 @@ if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import BroadcastOptions, Store, Work
 
-_SIOCGIFCONF = 0x8912
-_IFREQ = struct.Struct("16s H 2x 4s 16x")  # name, address family, port, IPv4 address
-_MAX_INTERFACES = 1024
 _LOOK_UP_EVERY = timedelta(seconds=0.1)
-
-
-def interface_of(address: str) -> str | None:
-    """The name of the network interface that has this local address, as gloo and NCCL want it."""
-    ip = ip_address(address.partition("%")[0])
-    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    if isinstance(ip, IPv6Address):
-        return _ipv6_interfaces().get(ip.packed)
-    # All of 127.0.0.0/8 is this host, though only one address of it is on an interface.
-    packed = socket.inet_aton("127.0.0.1") if ip.is_loopback else ip.packed
-    return _ipv4_interfaces().get(packed)
 
 
 class Group(Protocol):
@@ -261,21 +240,3 @@ def environment_with(wanted: Mapping[str, str]) -> Iterator[None]:
 
 
 _INTERFACE_VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
-
-
-def _ipv4_interfaces() -> dict[bytes, str]:
-    """Every IPv4 address of this host, secondary ones too, and its interface's name."""
-    names = array.array("B", bytes(_MAX_INTERFACES * _IFREQ.size))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = struct.pack("iL", len(names), names.buffer_info()[0])
-        nbytes, _ = struct.unpack("iL", fcntl.ioctl(probe, _SIOCGIFCONF, request))
-    entries = _IFREQ.iter_unpack(names[: nbytes // _IFREQ.size * _IFREQ.size])
-    return {packed: name.rstrip(b"\0").decode() for name, _, packed in entries}
-
-
-def _ipv6_interfaces() -> dict[bytes, str]:
-    try:
-        lines = Path("/proc/net/if_inet6").read_text().splitlines()
-    except OSError:
-        return {}  # a kernel without IPv6
-    return {bytes.fromhex(line.split()[0]): line.split()[5] for line in lines}

@@ -145,12 +145,15 @@ class Bound:
         self._check(self._look([*self._stand_ins, *(i for i, _ in self._ties)]))
 
     def chunks_again(self, *, write: bool) -> Iterator[BoundChunk]:
-        """The chunks for another run, each as the loop comes to it: what is done here for every
-        tensor takes no time of its own while a GPU is at work on the chunks before.
+        """The chunks for another run, each as the loop comes to it.
 
-        Raises UsageError for a tensor whose memory is no longer where it was bound. With `write`,
-        the tensors count as changed, which autograd looks at.
+        On a CPU this raises UsageError for a tensor whose memory is no longer where it was bound,
+        and with `write` the tensors count as changed, which autograd looks at. On a GPU that would
+        take longer than the run: who binds tensors there answers for both.
         """
+        if self._device.type == "cuda":
+            yield from self.chunks
+            return
         for chunk, looked in zip(self.chunks, self._by_chunk, strict=True):
             self._check(looked)
             if write:

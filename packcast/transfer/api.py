@@ -16,7 +16,6 @@ import torch
 
 from packcast.errors import UsageError, error_from_code
 from packcast.group import asking
-from packcast.group.launch import detect_launch
 from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
 from packcast.packed.plan import check_ring
 from packcast.report import Report
@@ -35,6 +34,7 @@ from packcast.settings import (
     check_seconds,
     check_size,
     check_template,
+    is_host,
 )
 from packcast.transfer.caller import Caller, HandOut
 from packcast.transfer.spine import MakeShelf, run
@@ -151,7 +151,7 @@ def send_checkpoint(
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    launch = detect_launch(os.environ)
+    launch = asking.launch_of(os.environ, by_address=settings.by_address)
     asking.check_send(settings, launch, "{}=".format, nproc=None, ways=_WAYS)
     if workers is not None and settings.token is None and view is None:
         raise UsageError(
@@ -244,7 +244,8 @@ def receive_checkpoint(
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    asking.check_recv(settings, detect_launch(os.environ), "{}=".format, ways=_WHERE)
+    launch = asking.launch_of(os.environ, by_address=settings.by_address)
+    asking.check_recv(settings, launch, "{}=".format, ways=_WHERE)
     caller = Caller()
 
     def make_shelf(device: str, waiting_nbytes: int) -> Shelf:
@@ -293,14 +294,14 @@ def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | N
     if not isinstance(address, tuple) or [type(part) for part in address] != [str, int]:
         raise UsageError(f"{where}: {address!r} is not (host, port)", hint="as ('node1', 29400)")
     host, port = address
-    if not host or not 0 <= port <= 65535:
+    if not is_host(host) or not 0 <= port <= 65535:
         raise UsageError(f"{where}: {address!r} names no host, or no port")
     return host, port
 
 
 def _token(token: str | bytes | None) -> bytes | None:
     if token is None:
-        return os.environ.get("PACKCAST_TOKEN", "").encode() or None
+        return os.fsencode(os.environ.get("PACKCAST_TOKEN", "")) or None
     secret = token.encode() if isinstance(token, str) else token
     if not 0 < len(secret) <= MAX_TOKEN_NBYTES:
         raise UsageError(f"token: from 1 to {MAX_TOKEN_NBYTES} bytes, not {len(secret)}")

@@ -10,12 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from packcast.errors import PackcastError, TransferError
+from packcast.group.addresses import interface_of, interface_towards
 from packcast.group.hub import Hub
-from packcast.group.launch import reachable_host
 from packcast.group.leave import WayOut
 from packcast.group.line import Line
 from packcast.group.member import Member
-from packcast.group.processgroup import interface_of
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
 from packcast.io.sinks.discard import DiscardSink
@@ -40,7 +39,7 @@ from packcast.transfer.results import (
     rank_reports,
     since,
 )
-from packcast.transfer.seat import Seat, host_to_reach, take_seat
+from packcast.transfer.seat import Seat, take_seat
 from packcast.transfer.stall import StallWatch
 from packcast.view import Start, View
 
@@ -78,6 +77,8 @@ def run(
     except PackcastError as error:
         seat.channel.abort(error)
         raise
+    finally:
+        seat.leave()
 
 
 def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -> Report:
@@ -92,6 +93,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
         settings.join_timeout_s,
         lambda member, joined, wanted: view.joined(member.label, joined, wanted),
     )
+    seat.have_joined()
     offers = make_offers(settings, checkpoint, files, members, members[seat.launch.rank])
     offer = offers[seat.launch.rank]
 
@@ -107,8 +109,8 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     sums = _await_ready(hub, offer, settings.join_timeout_s)
 
     view.phase("start")
-    host = host_to_reach(hub.address)
-    store, port = (seat.store, 0) if seat.store else serve_store(host, settings.join_timeout_s)
+    host = hub.host_met()
+    store, port = serve_store(host, settings.join_timeout_s)
     hub.broadcast({"kind": "GO", "host": host, "port": port, "sums": sums})
     view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
 
@@ -167,6 +169,7 @@ def receive(
     """A worker's side, which may read too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
     me, world_size = line.await_joined(patience_s)
+    seat.have_joined()
 
     view.phase("offer")
     offer = _expect_offer(line, me, world_size, patience_s)
@@ -183,16 +186,15 @@ def receive(
 
         go = line.expect("GO", patience_s)
         view.phase("start")
-        host, port = str(go.get("host")), int(str(go.get("port")))
-        store = seat.store or connect_store(host, port, settings.join_timeout_s)
+        host, port = line.host_told(str(go.get("host"))), int(str(go.get("port")))
+        store = connect_store(host, port, settings.join_timeout_s)
         view.started(_start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
             view.phase("data")
-            interface = interface_of(reachable_host((host, port or 9)))
             moved = mover.move(
                 store,
-                interface,
+                interface_towards(host),
                 line,
                 stall_timeout_s=settings.stall_timeout_s,
                 sums=go.get("sums") is True,

@@ -261,8 +261,8 @@ def test_a_failure_leaves_its_record_for_torchrun(
     torchrun(1)
     record = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(record))
-    assert run([*SEND, "--workers", "2"]) == 2
-    assert "--workers" in record.read_text()
+    assert run(["send", "c", "--nproc", "2"]) == 2
+    assert "--nproc" in record.read_text()
 
 
 def test_nproc_starts_the_same_command_once_per_rank(

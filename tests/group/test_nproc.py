@@ -10,12 +10,16 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import packcast
+from packcast.group.nproc import COMMAND
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -270,3 +274,22 @@ def test_killing_the_parent_leaves_no_orphan(launch: Callable[..., Launch]) -> N
     assert all(map(alive, ranks))
     os.kill(run.pid, signal.SIGKILL)
     assert run.exit_code() == -signal.SIGKILL
+
+
+def test_ranks_search_no_current_directory_and_find_packcast_where_it_is_not_installed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "resource.py").write_text("raise SystemExit('code beside the checkpoint runs')")
+    # Site packages without their .pth files, so without an editable install's.
+    environment = {"PYTHONPATH": sysconfig.get_path("purelib")}
+    python, *options = COMMAND
+    ran = subprocess.run(
+        [python, "-S", *options, "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert ran.stderr == ""
+    assert ran.stdout == f"packcast {packcast.__version__}\n"

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from packcast.group.launch import reachable_host
-from packcast.group.processgroup import begin_abort, begin_close, interface_of
+from packcast.group.processgroup import begin_abort, begin_close
 from tests.group.two_ranks import run_program
 
 TWO_RANKS = """
 import os, sys, time
 import torch
 from packcast.errors import RendezvousError
-from packcast.group.processgroup import (
-    begin_close, broadcast_over, interface_of, open_process_group
-)
+from packcast.group.addresses import interface_of
+from packcast.group.processgroup import begin_close, broadcast_over, open_process_group
 from packcast.group.store import serve_store
 from tests.group.two_ranks import become_two
 
@@ -87,29 +83,6 @@ def test_a_way_down_that_hangs_can_be_given_up(
     assert time.monotonic() - started < 2
     group.released.set()
     assert ended.wait(10)
-
-
-def test_loopback_addresses_belong_to_the_loopback_interface() -> None:
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("127.0.1.1") == "lo"
-    assert interface_of("::ffff:127.0.0.1") == "lo"
-
-
-@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="a kernel without IPv6")
-def test_the_ipv6_loopback_too() -> None:
-    if not Path("/proc/net/if_inet6").read_text():
-        pytest.skip("no IPv6 address on this host")
-    assert interface_of("::1") == "lo"
-
-
-def test_an_address_of_somebody_else_is_on_no_interface() -> None:
-    assert interface_of("203.0.113.7") is None
-    assert interface_of("2001:db8::7") is None
-
-
-def test_this_hosts_address_towards_the_world_has_an_interface() -> None:
-    name = interface_of(reachable_host(None))
-    assert name in {name for _, name in socket.if_nameindex()}
 
 
 def test_whoever_has_waited_for_the_way_down_leaves_no_group_to_another_thread() -> None:

@@ -15,8 +15,8 @@ from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import outgoing_files
 from packcast.errors import TransferError
-from packcast.io.sinks import scatter
 from packcast.io.device_landing import DeviceLanding
+from packcast.io.sinks import scatter
 from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
 from packcast.io.sinks.tensors import TensorSink
 from packcast.io.staging import Buffers

@@ -475,3 +475,27 @@ def test_the_receivers_arguments_too(arguments: dict[str, object], says: str) ->
 def test_a_bad_checkpoint_is_raised_before_anybody_is_waited_for(tmp_path: Path) -> None:
     with pytest.raises(PackcastError, match="nowhere"):
         send_checkpoint(tmp_path / "nowhere", workers=1, listen=("127.0.0.1", 0), token=TOKEN)
+
+
+@pytest.mark.parametrize("master", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}])
+def test_an_explicit_address_goes_before_a_launchers_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, master: dict[str, str]
+) -> None:
+    # As in a worker that has a rank in its engine's group, or a trainer under torchrun.
+    for name, value in ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"} | master).items():
+        monkeypatch.setenv(name, value)
+    checkpoint = sharded(tmp_path / "model", 1, 10_000)
+    out = tmp_path / "copy-{local_rank}"
+    reports = succeeded(
+        transfer(checkpoint, lambda address: receive_checkpoint(address, token=TOKEN, out=out))
+    )
+    assert [report.rank for report in reports] == [0, 1]
+    same_tree(checkpoint, tmp_path / ("copy-1" if master else "copy-0"))
+
+
+@pytest.mark.parametrize("host", ["node..1", "a" * 70, "tcp://node1", ""])
+def test_a_name_that_no_host_can_have_is_refused_at_once(tmp_path: Path, host: str) -> None:
+    with pytest.raises(UsageError, match=r"address: .* names no host"):
+        receive_checkpoint((host, 1), token=TOKEN, discard=True)
+    with pytest.raises(UsageError, match=r"listen: .* names no host"):
+        send_checkpoint(tmp_path, workers=1, listen=(host, 1), token=TOKEN)
