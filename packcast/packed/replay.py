@@ -93,8 +93,8 @@ class ReplaySender:
         """Look at the tensors once, for every `send` without an argument; local to this rank.
 
         Each such `send` sends what this memory holds then. Values may change in between, the
-        tensors' memory and shape must not: memory that was freed is a UsageError, a `.data` that
-        was swapped is not noticed.
+        tensors' memory and shape must not: on a CPU memory that was freed is a UsageError, on a
+        GPU, and where a `.data` was swapped, it is not noticed.
         """
         self._replay.bind(tensors, fill=True)
 
@@ -142,8 +142,9 @@ class ReplayReceiver:
         """Look at the tensors once, for every `receive` without `into`; local to this rank.
 
         From now on those land in this memory, and return one and the same dict. The tensors'
-        memory and shape must stay as they are: memory that was freed is a UsageError, a `.data`
-        that was swapped is not noticed. Raises UsageError for tensors that overlap.
+        memory and shape must stay as they are: on a CPU memory that was freed is a UsageError, on
+        a GPU, and where a `.data` was swapped, it is not noticed. Nor is autograd told there of
+        what a run has written. Raises UsageError for tensors that overlap.
         """
         self._replay.bind(into, fill=False)
 
