@@ -37,7 +37,7 @@ from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 
-COMMANDS = ("send", "recv", "bench", "inspect")
+COMMANDS = ("send", "recv", "bench", "inspect", "clean")
 
 app = typer.Typer(
     name="packcast",
@@ -93,6 +93,7 @@ def send(
     out: opt.Out = None,
     verify: opt.Verify = None,
     force: opt.Force = False,
+    in_place: opt.InPlace = False,
     no_sidecars: opt.NoSidecars = False,
     all_files: opt.AllFiles = False,
     include: opt.Include = None,
@@ -132,6 +133,7 @@ def send(
         sink=sink,
         target=target,
         force=force,
+        in_place=given.in_place(in_place, sink),
         sidecars=not no_sidecars,
         all_files=all_files,
         include=tuple(include or ()),
@@ -164,6 +166,7 @@ def recv(
     verify: opt.Verify = None,
     discard: opt.Discard = False,
     force: opt.Force = False,
+    in_place: opt.InPlace = False,
     rank: opt.Rank = None,
     port: opt.Port = None,
     token_file: opt.TokenFile = None,
@@ -183,6 +186,7 @@ def recv(
         sink=sink,
         target=target,
         force=force,
+        in_place=given.in_place(in_place, sink),
         device=given.device(device),
         address=given.address("HOST:PORT", address) if address else None,
         port=port,
@@ -213,6 +217,27 @@ def inspect(
     outcome = begin(context, "inspect", json=json, verbose=verbose)
     listing = listing_of(Path(checkpoint), all_files=all_files, tensors=tensors)
     return _show(outcome, listing, quiet=quiet)
+
+
+@app.command(epilog="Example: packcast clean /local")
+def clean(
+    context: typer.Context,
+    folder: opt.Folder,
+    yes: opt.Yes = False,
+    json: opt.InspectJson = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """List partial copies that killed transfers left behind; remove them with --yes."""
+    from packcast.cli.clean import clean as cleaned
+
+    outcome = begin(context, "clean", json=json, verbose=verbose)
+    listing, failure = cleaned(Path(folder), yes=yes)
+    _show(outcome, listing, quiet=quiet)
+    if failure is not None:
+        say(f"packcast: error: {failure.message}")
+        return failure.exit_code
+    return 0
 
 
 def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
