@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packcast.errors import TransferError
+from packcast.errors import RendezvousError, TransferError
 from packcast.group.leave import CLEAN_UP_LIMIT_S, ignored_signals
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ _NOISY_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
 # A rank has cleaned up by then, or is stuck; the launcher itself would wait for thirty seconds.
 _STOP_LIMIT_S = CLEAN_UP_LIMIT_S + 5.0
 _LOOK_S = 0.02
+_PROC = Path("/proc")
+_LOOPBACK = "127.0.0.1"
+_LOOPBACK_LIMIT_S = 5.0
 _COMMAND = (sys.executable, "-m", "packcast")
 
 
@@ -59,6 +63,7 @@ def run_nproc(
     that it was killed. `verbose` lets the launcher's own log through. Once no rank is left of a run
     that failed, `look_after` is called: False if nobody wants to wait for it.
     """
+    _check_loopback()
     code, is_hurried = _launch(argv, nproc, command, say, verbose=verbose)
     if code != 0:
         look_after(not is_hurried)
@@ -93,8 +98,8 @@ def _launch(
             run_id=uuid.uuid4().hex,
             # As torchrun --standalone, but on loopback whatever the host's name resolves to.
             rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            local_addr="127.0.0.1",
+            rdzv_endpoint=f"{_LOOPBACK}:0",
+            local_addr=_LOOPBACK,
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=log_dir),
         )
@@ -111,6 +116,18 @@ def _launch(
         except KeyboardInterrupt:  # before the launcher had its handlers
             code = 128 + signal.SIGINT
     return code, ending.is_hurried
+
+
+def _check_loopback() -> None:
+    """Ranks meet there; torch would tell of its absence in sixty lines of C++."""
+    try:
+        with socket.create_server((_LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), timeout=_LOOPBACK_LIMIT_S).close()
+    except OSError as error:
+        raise RendezvousError(
+            f"--nproc needs the loopback interface: {_LOOPBACK}: {error.strerror or error}",
+            hint="bring it up, as with `ip link set lo up`",
+        ) from None
 
 
 def _exit_code(failures: Mapping[int, ProcessFailure], say: Callable[[str], None]) -> int:
@@ -222,6 +239,8 @@ def _no_child_left(say: Callable[[str], None]) -> Iterator[_Ending]:
     ignored = ignored_signals(_SIGNALS)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
     ending = _Ending(say)
+    if not _PROC.joinpath("self").exists():
+        say(f"packcast: warning: {_PROC} is not mounted here, so a stuck rank may be left behind")
     try:
         with (
             _environment(IGNORED_VARIABLE, " ".join(str(int(number)) for number in ignored)),
@@ -276,7 +295,7 @@ def _kill(pids: set[int]) -> None:
 def _children() -> set[int]:
     """This process's children, from /proc; zombies too, whom nothing hurts."""
     children = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for stat in _PROC.glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             # pid (name, which may hold anything) state ppid ...
             if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
