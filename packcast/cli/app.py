@@ -31,6 +31,7 @@ from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.profile import profiled
 from packcast.cli.progress import make_view
 from packcast.cli.start import be_a_rank, begin, start_ranks, was_given
+from packcast.cli.streams import flush_streams
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
@@ -55,6 +56,7 @@ def run(argv: list[str]) -> int:
     outcome = Outcome(argv=argv)
     try:
         code = app(argv, prog_name="packcast", standalone_mode=False, obj=outcome)
+        flush_streams()
     except typer.TyperException as error:  # the parser's own: unknown options, missing arguments
         words = ["packcast", *(word for word in argv[:1] if word in COMMANDS), "--help"]
         wrong = UsageError(error.format_message().rstrip("."), hint=f"see `{' '.join(words)}`")
