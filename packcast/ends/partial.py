@@ -16,6 +16,7 @@ import re
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from packcast.units import format_size
 _NAME = re.compile(r"\.(?:.+\.)?packcast-[A-Za-z0-9_-]{1,64}")
 _MAX_RECORD_NBYTES = 4096
 _MAX_NAME_NBYTES = 255
+_REMOVAL_LIMIT_S = 2.0
+_LOOK_S = 0.02
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = "/proc/self/ns/pid"
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -240,7 +243,7 @@ def _look(folder_fd: int) -> tuple[int, State, str | None]:
         return fd, "unknown", None
     owner = f"pid {record['pid']} on {record['host']}"
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(fd, record)
     except BlockingIOError:
         return fd, "used", owner
     except OSError:
@@ -253,6 +256,18 @@ def _look(folder_fd: int) -> tuple[int, State, str | None]:
     # by this host alone, or by this mount: but a process that this one could see can be missed.
     proven = is_local(folder_fd) or _has_ended(record)
     return fd, "unused" if proven else "unknown", owner
+
+
+def _lock(fd: int, record: dict[str, object]) -> None:
+    """Raises BlockingIOError where another process has it; one that removes it is waited for."""
+    deadline = time.monotonic() + _REMOVAL_LIMIT_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline or not _has_ended(record):
+                raise
+        time.sleep(_LOOK_S)
 
 
 def _read_record(fd: int) -> dict[str, object] | None:

@@ -143,6 +143,8 @@ def clear_leftovers(place: Place) -> list[str]:
             continue
         if partial.state == "unused" and remove_if_unused(partial):
             said.append(f"{partial}: removed")
+        elif not os.path.lexists(partial.path):
+            continue  # another rank was faster
         elif partial.owner is not None and os.path.dirname(partial.path) == place.target:
             raise DestinationError(
                 f"another copy is on its way into {place.target}: {partial}",

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,16 @@ import pytest
 from packcast.ends import partial
 from packcast.ends.owned import RECORD
 from packcast.errors import DestinationError
-from tests.ends.sinks import CONTENT, copy, names_in, put_all, sink_for, tree, write_tree
+from tests.ends.sinks import (
+    CONTENT,
+    copy,
+    in_threads,
+    names_in,
+    put_all,
+    sink_for,
+    tree,
+    write_tree,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,10 +33,11 @@ REPOSITORY = Path(__file__).parents[2]
 WORKER = """
 import sys, time
 from pathlib import Path
-from tests.ends.sinks import CONTENT, put_all, sink_for
-sink = sink_for(Path(sys.argv[1]), CONTENT, transfer_id=sys.argv[2], force=True)
+from packcast.checkpoint.outgoing import FileSpec
+from packcast.ends.write import WriteSink
+files = [FileSpec(name, 1000, 0, False, None) for name in sys.argv[3:]]
+sink = WriteSink(Path(sys.argv[1]), files, transfer_id=sys.argv[2], force=True)
 sink.prepare()
-put_all(sink)
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -41,7 +52,7 @@ def start() -> Iterator[Start]:
 
     def start(target: Path, transfer_id: str) -> subprocess.Popen[str]:
         worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(target), transfer_id],
+            [sys.executable, "-c", WORKER, str(target), transfer_id, *CONTENT],
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
             text=True,
@@ -223,3 +234,24 @@ def test_only_directories_named_as_ours_are_found(tmp_path: Path) -> None:
     long = "x" * 250
     (tmp_path / partial.name_beside(long, "7d")).mkdir()
     assert len(partial.partials_of(str(tmp_path / long))) == 1
+
+
+def test_several_ranks_that_find_one_leftover_remove_it_once_and_name_nobody(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(start, tmp_path / "out")
+    removing = partial.remove_partial
+
+    def slowly(holder_fd: int, name: str) -> None:
+        time.sleep(0.3)
+        removing(holder_fd, name)
+
+    monkeypatch.setattr(partial, "remove_partial", slowly)
+    sinks = [sink_for(tmp_path / "out", transfer_id="t1") for _ in range(4)]
+    in_threads(lambda sink: sink.prepare(), sinks)
+    notes = [note for sink in sinks for note in sink.notes]
+    assert len(notes) >= 1
+    assert all(note.endswith(": removed") for note in notes), notes
+    for sink in sinks:
+        sink.abort()
+    assert names_in(tmp_path) == []
