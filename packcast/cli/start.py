@@ -59,9 +59,9 @@ def _clear_leftovers(settings: Settings | None, nproc: int, *, remove: bool) -> 
     }
     for target in sorted(targets):
         for partial in partials_of(target):
-            if partial.state != "unused":
+            if partial.state == "unknown":
                 continue
-            if remove and remove_if_unused(partial):
+            if remove and partial.state == "unused" and remove_if_unused(partial):
                 say(f"{partial}: removed")
             else:
                 folder = os.path.dirname(partial.path)

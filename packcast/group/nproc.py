@@ -38,6 +38,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _NOISY_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
 # A rank has cleaned up by then, or is stuck; the launcher itself would wait for thirty seconds.
 _STOP_LIMIT_S = CLEAN_UP_LIMIT_S + 5.0
+_KILL_LIMIT_S = 2.0  # for the kernel to end them; one that waits for a dead disk stays
 _LOOK_S = 0.02
 _PROC = Path("/proc")
 _LOOPBACK = "127.0.0.1"
@@ -226,6 +227,9 @@ class _Ending:
             time.sleep(_LOOK_S)
         # Each rank leads a session of its own, so its process group goes with it.
         _kill(_children() - self._before)
+        killed_at = time.monotonic()
+        while self.ranks() and time.monotonic() < killed_at + _KILL_LIMIT_S:
+            time.sleep(_LOOK_S)
 
 
 @contextlib.contextmanager

@@ -320,6 +320,29 @@ def test_under_nproc_a_second_signal_leaves_nothing_behind_either(
     assert os.listdir(tmp_path) == []
 
 
+def test_under_nproc_a_third_signal_names_what_a_frozen_rank_leaves(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    victim = commands.pid_of_rank(2)
+    os.kill(victim, signal.SIGSTOP)
+    launched.send_signal(signal.SIGINT)
+    eventually(lambda: len(os.listdir(tmp_path)) == 1, "the clean-up of those that can")
+    launched.send_signal(signal.SIGINT)
+    launched.read_until("still cleaning up, at most 20 s; one more signal kills the ranks")
+    launched.send_signal(signal.SIGINT)
+    end = launched.wait(PROMPT_S)
+    assert end.returncode == 130, end.stderr
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".out-2.packcast-")
+    assert f"{tmp_path / left} (" in end.stderr
+    assert f"left behind by pid {victim} on " in end.stderr
+    assert f"`packcast clean --yes {tmp_path}` removes it" in end.stderr
+    cleaned = commands.packcast("clean", "--yes", tmp_path).wait()
+    assert cleaned.returncode == 0, cleaned.stderr
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_next_run_removes_what_a_killed_one_left(
     commands: Commands, large: Path, tmp_path: Path
 ) -> None:
