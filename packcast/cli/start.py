@@ -75,12 +75,12 @@ def be_a_rank(outcome: Outcome) -> Leaver:
     down a broken process group can hang.
     """
     leaver = Leaver(outcome.failed, say=say)
-    if outcome.launch.kind == "torchrun":  # --nproc is one too, and says who it is
-        launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
-        die_with_parent(int(launcher) if launcher.isdecimal() else None)
     ignored = os.environ.get(IGNORED_VARIABLE, "").split()
     started_by_us = LAUNCHER_PID_VARIABLE in os.environ
     watch_signals(leaver, ignored=map(int, ignored), patient=started_by_us)
+    if outcome.launch.kind == "torchrun":  # --nproc is one too, and says who it is
+        launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
+        die_with_parent(int(launcher) if launcher.isdecimal() else None)
     if not outcome.verbose:
         # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -258,16 +258,18 @@ def watch_signals(leaver: Leaver, *, ignored: Iterable[int] = (), patient: bool 
 
 
 def die_with_parent(launcher_pid: int | None = None) -> None:
-    """Have the kernel send SIGTERM when the process that started this one ends.
+    """Have the kernel end this process, by SIGTERM, when the one that started it ends.
 
     For ranks of torchrun or --nproc, which leave their ranks behind when they are killed. Call it
     in the main thread, early. With `launcher_pid` a launcher that has already gone is noticed
     too. The kernel means the parent's *thread*: launchers start ranks from their main thread.
     """
     parent = launcher_pid or os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    # Where SIGTERM is ignored it would end nobody; what a killed rank leaves can be removed later.
+    number = signal.SIGKILL if ignored_signals({signal.SIGTERM}) else signal.SIGTERM
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
 def _take_signals(leaver: Leaver, watched: set[signal.Signals], patient: bool) -> None:

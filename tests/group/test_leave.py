@@ -271,6 +271,12 @@ def test_a_rank_dies_with_its_launcher() -> None:
     )
 
 
+def test_a_rank_that_ignores_sigterm_dies_with_its_launcher_too() -> None:
+    ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    code, _, _ = ended(start(ignoring + "die_with_parent(launcher_pid=1 << 22); forever()"))
+    assert code == -signal.SIGKILL
+
+
 def test_a_rank_whose_launcher_is_already_gone_dies_at_once() -> None:
     code, _, _ = ended(start("die_with_parent(launcher_pid=1 << 22); forever()"))
     assert code == -signal.SIGTERM
