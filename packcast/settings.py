@@ -49,6 +49,7 @@ class Settings:
     sink: SinkKind = "discard"
     target: str | None = None  # --out or --verify, with {rank}, {local_rank}, {host} still in it
     force: bool = False
+    in_place: bool = False  # the target directory stays the one that it is
     sidecars: bool = True
     all_files: bool = False
     exclude_files: tuple[str, ...] = ()

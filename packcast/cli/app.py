@@ -38,13 +38,14 @@ from packcast.cli.start import (
     start_ranks,
     was_given,
 )
+from packcast.cli.streams import flush_streams
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 
-COMMANDS = ("send", "recv", "bench", "inspect")
+COMMANDS = ("send", "recv", "bench", "inspect", "clean")
 
 app = typer.Typer(
     name="packcast",
@@ -63,6 +64,7 @@ def run(argv: list[str]) -> int:
     forget_service_links(os.environ)
     try:
         code = app(argv, prog_name="packcast", standalone_mode=False, obj=outcome)
+        flush_streams()
     except typer.TyperException as error:  # the parser's own: unknown options, missing arguments
         words = ["packcast", *(word for word in argv[:1] if word in COMMANDS), "--help"]
         wrong = UsageError(error.format_message().rstrip("."), hint=f"see `{' '.join(words)}`")
@@ -102,6 +104,7 @@ def send(
     out: opt.Out = None,
     verify: opt.Verify = None,
     force: opt.Force = False,
+    in_place: opt.InPlace = False,
     no_sidecars: opt.NoSidecars = False,
     all_files: opt.AllFiles = False,
     exclude_files: opt.ExcludeFiles = None,
@@ -142,6 +145,7 @@ def send(
         sink=sink,
         target=target,
         force=force,
+        in_place=given.in_place(in_place, sink),
         sidecars=not no_sidecars,
         all_files=all_files,
         exclude_files=tuple(exclude_files or ()),
@@ -175,6 +179,7 @@ def recv(
     verify: opt.Verify = None,
     discard: opt.Discard = False,
     force: opt.Force = False,
+    in_place: opt.InPlace = False,
     rank: opt.Rank = None,
     port: opt.Port = None,
     token_file: opt.TokenFile = None,
@@ -194,6 +199,7 @@ def recv(
         sink=sink,
         target=target,
         force=force,
+        in_place=given.in_place(in_place, sink),
         device=given.device(device),
         address=given.address("HOST:PORT", address) if address else None,
         port=port,
@@ -230,6 +236,27 @@ def inspect(
         tensors=tensors,
     )
     return _show(outcome, listing, quiet=quiet)
+
+
+@app.command(epilog="Example: packcast clean /local")
+def clean(
+    context: typer.Context,
+    folder: opt.Folder,
+    yes: opt.Yes = False,
+    json: opt.InspectJson = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """List partial copies that killed transfers left behind; remove them with --yes."""
+    from packcast.cli.clean import clean as cleaned
+
+    outcome = begin(context, "clean", json=json, verbose=verbose)
+    listing, failure = cleaned(Path(folder), yes=yes)
+    _show(outcome, listing, quiet=quiet)
+    if failure is not None:
+        say(f"packcast: error: {failure.message}")
+        return failure.exit_code
+    return 0
 
 
 def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:

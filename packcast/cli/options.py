@@ -92,6 +92,32 @@ Force = Annotated[
     ),
 ]
 
+InPlace = Annotated[
+    bool,
+    option(
+        "--in-place",
+        panel=DESTINATION,
+        help="Fill DIR itself, as where a container has it mounted: file by file, the index last, "
+        "not in one step.",
+    ),
+]
+Folder = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="A directory that copies were written into, or the one that holds it.",
+        show_default=False,
+    ),
+]
+Yes = Annotated[
+    bool,
+    option(
+        "--yes",
+        panel=DESTINATION,
+        help="Remove those that nobody uses any more.",
+    ),
+]
+
 NoSidecars = Annotated[
     bool,
     option(

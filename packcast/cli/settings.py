@@ -133,6 +133,13 @@ def destination(
     return "discard", None
 
 
+def in_place(wanted: bool, sink: SinkKind) -> bool:
+    """Only what is written can be written in place."""
+    if wanted and sink != "write":
+        raise UsageError("--in-place goes with --out")
+    return wanted
+
+
 def token(file: str | None, environ: Mapping[str, str]) -> bytes | None:
     """The shared secret: of --token-file, else of PACKCAST_TOKEN, else none."""
     if file is None:

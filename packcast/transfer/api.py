@@ -54,6 +54,7 @@ def send_checkpoint(
     out: AnyPath | None = None,
     verify: AnyPath | None = None,
     force: bool = False,
+    in_place: bool = False,
     sidecars: bool = True,
     all_files: bool = False,
     exclude_files: Sequence[str] = (),
@@ -132,6 +133,7 @@ def send_checkpoint(
         sink=sink,
         target=target,
         force=force,
+        in_place=_in_place(in_place, out),
         sidecars=sidecars,
         all_files=all_files,
         exclude_files=tuple(exclude_files),
@@ -171,6 +173,7 @@ def receive_checkpoint(
     discard: bool = False,
     strict: bool = True,
     force: bool = False,
+    in_place: bool = False,
     device: str = "auto",
     rank: int | None = None,
     port: int | None = None,
@@ -187,7 +190,8 @@ def receive_checkpoint(
     checkpoint goes to exactly one of
 
     - `out`: a directory that appears complete and proven, or not at all; `force` replaces an
-      earlier copy. {rank}, {local_rank} and {host} are filled in.
+      earlier copy. {rank}, {local_rank} and {host} are filled in. `in_place` fills the directory
+      that is there, file by file, which something else may have mounted.
     - `verify`: a local checkpoint to compare with; a difference raises VerificationError.
     - `into`: tensors by name, to receive in place, as a model's `state_dict()`. Shapes, dtypes and
       devices are compared before a byte moves, and names: `strict=False` takes those that are on
@@ -235,6 +239,7 @@ def receive_checkpoint(
         sink=sink,
         target=target,
         force=force,
+        in_place=_in_place(in_place, out),
         device=check_device("device", device),
         address=_address("address", address),
         port=port,
@@ -286,6 +291,12 @@ def _file_target(out: AnyPath | None, verify: AnyPath | None) -> tuple[SinkKind,
     if verify is not None:
         return "verify", check_template("verify", os.fspath(verify))
     return "discard", None
+
+
+def _in_place(wanted: bool, out: AnyPath | None) -> bool:
+    if wanted and out is None:
+        raise UsageError("in_place goes with out")
+    return wanted
 
 
 def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | None:

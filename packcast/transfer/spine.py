@@ -175,7 +175,7 @@ def receive(
     offer = _expect_offer(line, me, world_size, patience_s)
     chunks = offer.chunks()
     sink = _make_sink(settings, seat, offer, me, make_shelf)
-    leaver.on_leave(sink.abort)
+    leaver.on_leave(sink.abort, sink.left if isinstance(sink, WriteSink) else None)
     with _undone_on_error(sink, line):
         sink.prepare()
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
@@ -261,7 +261,13 @@ def _make_sink(
     )
     if settings.sink == "verify":
         return VerifySink(local_copy(Path(where), offer.files), offer.files)
-    return WriteSink(Path(where), offer.files, transfer_id=seat.transfer_id, force=settings.force)
+    return WriteSink(
+        Path(where),
+        offer.files,
+        transfer_id=seat.transfer_id,
+        force=settings.force,
+        in_place=settings.in_place,
+    )
 
 
 def _own_reader(seat: Seat, offer: Offer) -> FileReader | None:

@@ -180,7 +180,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from tests.io.sinks import put_all, sink_for
-from packcast.io import publish as publishing
+from packcast.io.sinks import publish as publishing
 target, last = Path(sys.argv[1]), sys.argv[2]
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if last == "exchanged": publishing._remove_old = die
