@@ -22,12 +22,14 @@ from torch._C._distributed_c10d import BroadcastOptions, Work
 from packcast.packed.plan import PAGE, align_up
 from packcast.packed.unfinished import keep, release_ended
 
-# A chunk is passed on in pieces of about this size, the same on all ranks: while small ones fill
-# a long chain sooner, each costs a few wake-ups.
-PIECE_NBYTES = 8 << 20
+# A chunk is passed on in pieces of about this size, the same on all ranks. Smaller ones would fill
+# a long chain sooner, but each costs 0.2 ms of processor time at either end; these fill the chain
+# of 300 hosts in 4 % of the time that 140 GB take.
+PIECE_NBYTES = 16 << 20
 
 _LOOK_UP_EVERY_S = 0.1
-_CUT_LIMIT_S = 1.0
+_GRACE_S = 0.5
+_CUT_LIMIT_S = 0.2
 
 
 def chain_order(hosts_by_rank: Sequence[str]) -> list[int]:
@@ -198,22 +200,32 @@ class Chain:
     def close(self) -> None:
         """Give up what is under way, which is so after a failure only; idempotent, any thread.
 
-        Its connections are cut first, on which neighbours fail too: tell them why before. What does
-        not end even then is kept, with its memory, until it does.
+        Takes most of a second then. Neighbours that have not failed yet do so now: tell them why
+        before. A work that does not end is kept with its memory until it does: gloo forgets one
+        that is half sent or received when its connection ends, and leaves it to its timeout.
         """
         release_ended()
-        left = [entry for entry in list(self._under_way) if not entry[0].is_completed()]
-        if not left:
-            return
-        for hop in (self._before, self._after):
-            if hop is not None:
-                hop.cut()
-        deadline = time.monotonic() + _CUT_LIMIT_S
-        for work, hop, piece in left:
+        if not self._have_ended(0.0):
+            # The halves first, which end by themselves where the neighbours live. What is left
+            # then is what one side alone has begun, and the cut ends that.
+            if not self._have_ended(_GRACE_S):
+                for hop in (self._before, self._after):
+                    if hop is not None:
+                        hop.cut()
+                self._have_ended(_CUT_LIMIT_S)
+            for work, hop, piece in self._left():
+                keep(work, hop, piece)
+
+    def _left(self) -> list[tuple[Work, Hop, torch.Tensor]]:
+        return [entry for entry in list(self._under_way) if not entry[0].is_completed()]
+
+    def _have_ended(self, limit_s: float) -> bool:
+        """Have all works, well or not, waited for together?"""
+        deadline = time.monotonic() + limit_s
+        for work, _, _ in self._left():
             with suppress(RuntimeError):
                 work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
-            if not work.is_completed():
-                keep(work, hop, piece)
+        return not self._left()
 
     def _pieces(self, memory: torch.Tensor) -> Sequence[torch.Tensor]:
         """Of about equal size: no rest of a few bytes, which would cost as much as a piece."""

@@ -90,9 +90,10 @@ class Ring:
 
 
 def content(index: int, nbytes: int) -> torch.Tensor:
-    """The bytes of a chunk: random, the same everywhere."""
+    """The bytes of a chunk: random, the same everywhere, with a period that no piece has."""
     generator = torch.Generator().manual_seed(index)
-    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator)
+    period = torch.randint(0, 256, (65521,), dtype=torch.uint8, generator=generator)
+    return period.repeat(nbytes // len(period) + 1)[:nbytes]
 
 
 def carry_all(case: Case, rank: int, chain: Chain, outcome: Outcome) -> None:
