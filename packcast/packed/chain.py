@@ -156,6 +156,7 @@ class Chain:
         self._piece_nbytes = piece_nbytes
         self._arriving: deque[tuple[torch.Tensor, list[Work]]] = deque()
         self._under_way: deque[tuple[Work, Hop, torch.Tensor]] = deque()
+        self._is_closed = False
         self.sent_nbytes = 0
 
     def begin(self, memory: torch.Tensor, root: int) -> None:
@@ -195,7 +196,8 @@ class Chain:
     def finish(self) -> None:
         """Block until everything has been passed on; after the last chunk."""
         while self._under_way:
-            self._await(self._under_way.popleft()[0])
+            self._await(self._under_way[0][0])
+            self._under_way.popleft()
 
     def close(self) -> None:
         """Give up what is under way, which is so after a failure only; idempotent, any thread.
@@ -204,17 +206,19 @@ class Chain:
         before. A work that does not end is kept with its memory until it does: gloo forgets one
         that is half sent or received when its connection ends, and leaves it to its timeout.
         """
+        if self._is_closed:
+            return
+        self._is_closed = True
         release_ended()
-        if not self._have_ended(0.0):
-            # The halves first, which end by themselves where the neighbours live. What is left
-            # then is what one side alone has begun, and the cut ends that.
-            if not self._have_ended(_GRACE_S):
-                for hop in (self._before, self._after):
-                    if hop is not None:
-                        hop.cut()
-                self._have_ended(_CUT_LIMIT_S)
-            for work, hop, piece in self._left():
-                keep(work, hop, piece)
+        # The halves first, which end by themselves where the neighbours live. What is left then is
+        # what one side alone has begun, and the cut ends that.
+        if self._left() and not self._have_ended(_GRACE_S):
+            for hop in (self._before, self._after):
+                if hop is not None:
+                    hop.cut()
+            self._have_ended(_CUT_LIMIT_S)
+        for work, hop, piece in self._left():
+            keep(work, hop, piece)
 
     def _left(self) -> list[tuple[Work, Hop, torch.Tensor]]:
         return [entry for entry in list(self._under_way) if not entry[0].is_completed()]
@@ -237,9 +241,14 @@ class Chain:
     def _start(self, hop: Hop, piece: torch.Tensor) -> Work:
         while self._under_way and self._under_way[0][0].is_completed():
             self._under_way.popleft()
+        self._check_closed()
         work = hop.start(piece)
         self._under_way.append((work, hop, piece))
         return work
+
+    def _check_closed(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the chain has been closed")
 
     def _await(self, work: Work) -> None:
         while not self._ends_within(work, _LOOK_UP_EVERY_S):
@@ -255,6 +264,7 @@ class Chain:
                 work.wait(wait)
                 return True
             self._check()
+            self._check_closed()
             if not work.is_completed():
                 return False
         work.wait()

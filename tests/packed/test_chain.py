@@ -11,8 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from packcast.packed.chain import (
+    Chain,
     chain_order,
     chain_seconds,
     hops_of,
@@ -20,6 +22,8 @@ from packcast.packed.chain import (
     tree_seconds,
 )
 from tests.helpers.commands import Command, Commands
+from tests.helpers.hops import open_all
+from tests.helpers.waiting import Waiter
 from tests.packed.chain_rank import Case, Outcome
 
 KIB = 1 << 10
@@ -190,6 +194,36 @@ def test_a_lost_rank_ends_the_others_within_seconds_of_the_verdict(
         failed = ranks.outcome(2)
         assert failed.error == "TransferError: its own error"
         assert [outcome.threads_left for outcome in (*others, failed)] == [0] * 4
+
+
+def test_closing_a_chain_wakes_whoever_waits_in_it() -> None:
+    ends = open_all([0, 1], [0])
+    memory = torch.zeros(1000, dtype=torch.uint8)
+    last = Chain(*ends[1], rank=1, order=[0, 1], check=lambda: None)
+    last.begin(memory, 0)
+    waiter = Waiter(lambda: last.carry(memory, 0))
+    assert waiter.waits()
+    last.close()
+    with pytest.raises(RuntimeError):
+        waiter.result()
+    last.close()  # once more does nothing
+    with pytest.raises(RuntimeError, match="has been closed"):
+        last.begin(memory, 0)
+
+
+def test_a_mark_says_when_the_next_rank_has_the_chunk() -> None:
+    ends = open_all([0, 1], [0])
+    memory = torch.arange(1000)
+    chains = [Chain(*ends[rank], rank=rank, order=[0, 1], check=lambda: None) for rank in (0, 1)]
+    mark = chains[0].carry(memory, 0)
+    assert not mark.passed()
+    assert not mark.passes_within(0.05)
+    received = torch.zeros_like(memory)
+    chains[1].begin(received, 0)
+    assert chains[1].carry(received, 0).passed()
+    assert mark.passes_within(10)
+    assert mark.passed()
+    assert received.equal(memory)
 
 
 def test_many_hosts_take_as_long_as_one_and_the_fill() -> None:
