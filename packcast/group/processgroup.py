@@ -5,8 +5,6 @@ Knows nothing of launchers or of the control channel; errors of peers are that c
 
 from __future__ import annotations
 
-import atexit
-import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from packcast.errors import PackcastError, RendezvousError
+from packcast.packed.unfinished import keep, release_ended
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +48,7 @@ def open_process_group(
     """
     from torch._C._distributed_c10d import PrefixStore
 
-    _reap()
+    release_ended()
     own = PrefixStore("group", store)
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -102,28 +101,8 @@ def _await(
                 work.wait()  # it has ended meanwhile, or this is its own error
                 return
             if error is not None:
-                _left_behind.append((group, work, tensor))
+                keep(work, group, tensor)
                 raise error from None
-
-
-# gloo groups with an operation that has not ended: their destructor waits for it. So they are kept
-# until it has, by itself, by its time-out or by a peer's end.
-_left_behind: list[tuple[Group, Work, torch.Tensor]] = []
-
-
-def _reap() -> None:
-    """Let go of what was left behind and has ended."""
-    _left_behind[:] = [entry for entry in _left_behind if not entry[1].is_completed()]
-
-
-@atexit.register
-def _leave_for_good() -> None:
-    """The interpreter must not destroy, and so wait for, what is still left behind at its end.
-
-    The tensor neither: gloo's thread would meet the ended interpreter, and abort the process.
-    """
-    for entry in _left_behind:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(entry))
 
 
 def begin_close(group: Group, device: torch.device) -> threading.Event:
@@ -180,15 +159,25 @@ def _gloo_group(
     import torch.distributed as dist
 
     gloo: Any = dist.ProcessGroupGloo
-    if interface is None or _INTERFACE_VARIABLES["gloo"] in os.environ:
-        group: Group = gloo(store, rank, world_size, timeout)
-        return group
+    group: Group = gloo(store, rank, world_size, gloo_options(timeout, interface))
+    return group
+
+
+def gloo_options(timeout: timedelta, interface: str | None, connections: int = 1) -> Any:
+    """What a gloo group is made with: its collectives take turns on so many connections to a peer,
+    each of which has threads of its own. As many for each interface that the environment names."""
+    import torch.distributed as dist
+
+    gloo: Any = dist.ProcessGroupGloo
+    named = os.environ.get(_INTERFACE_VARIABLES["gloo"]) or interface or ""
     options = gloo._Options()
     options._timeout = timeout
-    options._devices = [gloo.create_device(interface=interface)]
-    options._threads = 2  # torch's own number for each device
-    made: Group = gloo(store, rank, world_size, options)
-    return made
+    options._devices = [
+        gloo.create_device(interface=name) if name else gloo.create_default_device()
+        for name in named.split(",") * connections
+    ]
+    options._threads = 2 * len(options._devices)  # torch's own number
+    return options
 
 
 def _nccl_group(
