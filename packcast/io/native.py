@@ -76,7 +76,8 @@ def open_library(path: Path) -> Library:
     }
     for name, (arguments, result) in signatures.items():
         try:
-            function = functions[f"packcast_pool_{name}"]
+            # Not by index: that makes another object each time, which would not keep the types.
+            function = getattr(functions, f"packcast_pool_{name}")
         except AttributeError as error:
             raise OSError(f"{path} has no {name}") from error
         function.argtypes, function.restype = arguments, result
