@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 import sys
 import sysconfig
 import threading
@@ -76,7 +77,8 @@ def open_library(path: Path) -> Library:
     }
     for name, (arguments, result) in signatures.items():
         try:
-            function = functions[f"packcast_pool_{name}"]
+            # Not by index: that makes another object each time, which would not keep the types.
+            function = getattr(functions, f"packcast_pool_{name}")
         except AttributeError as error:
             raise OSError(f"{path} has no {name}") from error
         function.argtypes, function.restype = arguments, result
@@ -150,10 +152,10 @@ class NativePool:
         self._handle = ctypes.c_void_p()
         code = self._functions.packcast_pool_start(ctypes.byref(config), ctypes.byref(self._handle))
         if code:
-            raise OSError(code, f"{num_threads} I/O threads cannot be started")
+            raise OSError(code, os.strerror(code))
         self._closing = threading.Lock()
         # Not freed before nobody can be in a call: whoever is in one holds this object.
-        self._finalizer = weakref.finalize(self, _free, self._functions, self._handle, work)
+        weakref.finalize(self, _free, self._functions, self._handle, work, os.getpid())
 
     def allow(self, num_units: int) -> None:
         self._functions.packcast_pool_allow(self._handle, num_units)
@@ -190,7 +192,9 @@ def _joined(functions: ctypes.CDLL, handle: ctypes.c_void_p, limit_s: float) -> 
     return not functions.packcast_pool_join(handle, int(limit_s * 1e9))
 
 
-def _free(functions: ctypes.CDLL, handle: ctypes.c_void_p, work: Work) -> None:
+def _free(functions: ctypes.CDLL, handle: ctypes.c_void_p, work: Work, pid: int) -> None:
+    if os.getpid() != pid:
+        return  # a fork has none of the threads, but maybe a mutex that one of them held
     functions.packcast_pool_stop(handle)
     if _joined(functions, handle, _END_LIMIT_S):
         functions.packcast_pool_free(handle)

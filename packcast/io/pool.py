@@ -34,4 +34,5 @@ def start_pool(work: Work, num_threads: int) -> Pool:
             return native.NativePool(work, num_threads, library)
         return ThreadPool(work, num_threads)
     except (OSError, RuntimeError) as error:
-        raise TransferError(f"cannot start {num_threads} I/O threads: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TransferError(f"cannot start {num_threads} I/O threads: {reason}") from error

@@ -6,6 +6,7 @@ Follows _pool.c step by step; a change of one is a change of both.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import threading
 import time
@@ -18,6 +19,15 @@ from packcast.io.schedule import IN_MEMORY, Span
 from packcast.io.syscalls import address_of, first_difference, start_writeback
 from packcast.io.work import Failure, FailureKind, PoolStopped, Task, Totals, Work
 from packcast.packed.plan import BLOCK, DIGEST_NBYTES
+
+
+class _Stopped(Exception):
+    """A system call failed with `code`, or 0 where the file ends, at this offset of its file."""
+
+    def __init__(self, code: int, offset: int) -> None:
+        super().__init__(code, offset)
+        self.code = code
+        self.offset = offset
 
 
 class _FailedPiece(Exception):
@@ -53,8 +63,12 @@ class ThreadPool:
             threading.Thread(target=self._run, name=f"packcast-{work.name}", daemon=True)
             for _ in range(num_threads)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def allow(self, num_units: int) -> None:
         with self._changed:
@@ -166,13 +180,11 @@ class ThreadPool:
                 part = data[low - begin : high - begin]
                 try:
                     self._do_part(index, span.file, offset, part)
-                except OSError as error:
-                    ended = error.errno is None
-                    kind = FailureKind.END_OF_FILE if ended else FailureKind.ERRNO
-                    where = offset + (error.args[-1] if ended else 0)
+                except _Stopped as stopped:
+                    kind = FailureKind.ERRNO if stopped.code else FailureKind.END_OF_FILE
                     raise _FailedPiece(
-                        Failure(kind, error.errno or 0, piece, index, where)
-                    ) from error
+                        Failure(kind, stopped.code, piece, index, stopped.offset)
+                    ) from stopped
 
     def _do_part(self, index: int, file: int, offset: int, data: memoryview) -> None:
         work = self._work
@@ -194,16 +206,22 @@ class ThreadPool:
 
 
 def _read_exactly(fd: int, offset: int, into: memoryview) -> None:
-    """OSError without an errno, but with the bytes read, where the file ends before."""
-    done = 0
-    while done < len(into):
-        num_read = os.preadv(fd, [into[done:]], offset + done)
+    while into:
+        try:
+            num_read = os.preadv(fd, [into], offset)
+        except OSError as error:
+            raise _Stopped(error.errno or 0, offset) from error
         if not num_read:
-            raise OSError(done)
-        done += num_read
+            raise _Stopped(0, offset)
+        into, offset = into[num_read:], offset + num_read
 
 
 def _write_exactly(fd: int, offset: int, data: memoryview) -> None:
     while data:
-        num_written = os.pwrite(fd, data, offset)
+        try:
+            num_written = os.pwrite(fd, data, offset)
+        except OSError as error:
+            raise _Stopped(error.errno or 0, offset) from error
+        if not num_written:
+            raise _Stopped(errno.EIO, offset)
         data, offset = data[num_written:], offset + num_written
