@@ -76,7 +76,7 @@ def send(
         kept = Kept()
         if rank < readers:
             mine = [chunk for chunk in chunks if chunk.root == rank]
-            reading = FileSource(mine, FileReader(files, checkpoint.files), buffers, num_hands=2)
+            reading = FileSource(mine, FileReader(files, checkpoint.files), buffers, num_threads=2)
             source = Summed(reading, buffers) if with_sums else reading
         else:
             tensors = TensorSink(specs, NewTensors(ring.device, kept))
@@ -89,7 +89,7 @@ def send(
             spoil(rank, tensor)
 
         run_pipeline(chunks, rank=rank, ring=ring, broadcast=spoiled, source=source, drain=drain)
-        return kept, drain.digests if drain else BlockDigests([])
+        return kept, drain.digests() if drain else BlockDigests([])
 
     outcomes = run_ranks(readers + workers, rank_body, 30)[readers:]
     return [kept for kept, _ in outcomes], [digests for _, digests in outcomes]

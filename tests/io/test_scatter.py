@@ -153,7 +153,7 @@ class Run:
         )
         sink.finish()
         want = [digests_of(content) for content in self.contents]
-        assert landing.digests.of_blocks() == want
+        assert landing.digests().of_blocks() == want
         return sink
 
 
