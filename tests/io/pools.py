@@ -116,7 +116,8 @@ class Bench:
         whole = [self.schedule.span(i) for i in range(self.schedule.num_spans)]
         return {
             next(
-                k for k, span in enumerate(self.spans)
+                k
+                for k, span in enumerate(self.spans)
                 if span.file == part.file and span.offset <= part.offset < span.offset + span.nbytes
             ): offset
             for part, offset in zip(whole, self.differences, strict=True)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
-import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from packcast.io.schedule import IN_MEMORY, Schedule, Span, make_schedule
 from packcast.packed.plan import (
     BLOCK,
-    DIGEST_NBYTES,
     MAX_PIECE,
     PAGE,
     Chunk,
@@ -40,13 +37,18 @@ class Case:
     """
 
     def __init__(
-        self, file_nbytes: list[int], buffer_mib: int, roots: int = 1, run_nbytes: int = 1 << 40
+        self,
+        file_nbytes: list[int],
+        buffer_mib: int,
+        roots: int = 1,
+        run_nbytes: int = 1 << 40,
+        root: int = 0,
     ) -> None:
         self.file_nbytes = file_nbytes
         self.run_nbytes = run_nbytes
         self.buffer_size = buffer_mib * BLOCK
         chunks = plan_chunks(file_nbytes, self.buffer_size, range(roots))
-        self.chunks = [chunk for chunk in chunks if chunk.root == 0]
+        self.chunks = [chunk for chunk in chunks if chunk.root == root]
         self.unit_nbytes = unit_nbytes(self.buffer_size)
         self.schedule = make_schedule(self.chunks, self.unit_nbytes, self.place, self.spans_of)
 
@@ -54,7 +56,7 @@ class Case:
         return unit % NUM_PLACES * staged_nbytes(self.buffer_size)
 
     def source_of(self, file: int, offset: int) -> int:
-        """Which source a byte of an outgoing file is from: 3 of them for a file, the last memory."""
+        """Which source a byte of an outgoing file is from: one of its two, or memory."""
         kind = offset // self.run_nbytes % 3
         return IN_MEMORY if kind == 2 else 2 * file + kind
 
@@ -84,9 +86,7 @@ def extents_of(case: Case) -> list[Extent]:
     blocks = [block for chunk in case.chunks for block in blocks_of(chunk.extents)]
     first_block = [first for *_, first, _ in pieces_of(case.schedule)] + [len(blocks)]
     return [
-        Extent(
-            blocks[begin].file, blocks[begin].offset, sum(b.nbytes for b in blocks[begin:end])
-        )
+        Extent(blocks[begin].file, blocks[begin].offset, sum(b.nbytes for b in blocks[begin:end]))
         for begin, end in pairwise(first_block)
     ]
 
@@ -113,11 +113,7 @@ def test_all_roots_together_have_every_byte_of_every_file_once(
     seen = [bytearray(-(-nbytes // 500)) for nbytes in file_nbytes]
     counted = [0] * len(file_nbytes)
     for root in range(2):
-        case = Case(file_nbytes, buffer_mib)
-        case.chunks = [c for c in plan_chunks(file_nbytes, buffer_mib * BLOCK, (0, 1))]
-        case.chunks = [chunk for chunk in case.chunks if chunk.root == root]
-        case.schedule = make_schedule(case.chunks, case.unit_nbytes, case.place, case.spans_of)
-        for extent in extents_of(case):
+        for extent in extents_of(Case(file_nbytes, buffer_mib, roots=2, root=root)):
             counted[extent.file] += extent.nbytes
             begin, end = -(-extent.offset // 500), -(-(extent.offset + extent.nbytes) // 500)
             assert not any(seen[extent.file][begin:end])
@@ -209,8 +205,7 @@ def test_without_chunks_there_is_nothing_to_do() -> None:
     assert schedule.units_by_chunk() == {}
 
 
-@pytest.mark.parametrize("index", range(4))
-def test_a_schedule_can_be_reckoned_by_hand(index: int) -> None:
+def test_a_schedule_can_be_reckoned_by_hand() -> None:
     """A file of six blocks and a bit behind a small one, in buffers of eight: one chunk."""
     case = Case([6 * BLOCK + 10, 100], 8)
     expected = [
@@ -219,7 +214,6 @@ def test_a_schedule_can_be_reckoned_by_hand(index: int) -> None:
         (0, 6 * BLOCK + 10, 100, 7, range(2, 3)),
     ]
     assert pieces_of(case.schedule) == expected
-    assert case.schedule.num_blocks * DIGEST_NBYTES == 8 * 16
+    assert case.schedule.num_blocks == 8
     (unit,) = case.schedule.units
     assert (unit.opens, unit.closes) == ((0, 2), (0, 2))
-    assert bisect_right([piece[1] for piece in expected], index) >= 1

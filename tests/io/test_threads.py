@@ -28,6 +28,7 @@ def test_a_bug_in_a_thread_is_raised_where_the_unit_is_waited_for() -> None:
         pool.wait(0, 20)
     assert pool.close(20)
 
+
 def test_short_reads_and_writes_go_on_where_they_stopped(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -42,6 +43,7 @@ def test_short_reads_and_writes_go_on_where_they_stopped(
     assert bench.do(Task.WRITE) is None
     assert (tmp_path / "to").read_bytes() == data
 
+
 def test_a_write_of_nothing_is_an_error_and_not_forever(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,6 +52,7 @@ def test_a_write_of_nothing_is_an_error_and_not_forever(
     stopped = promised(bench, random_bytes()).do(Task.WRITE, threads=1)
     assert stopped is not None
     assert stopped.failure == Failure(FailureKind.ERRNO, errno.EIO, 0, 0, 0)
+
 
 def test_the_disk_begins_with_what_is_written_and_proven(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
