@@ -28,6 +28,7 @@ from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import make_offers, same_files_as_offered
+from packcast.transfer.go import Go
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
 from packcast.transfer.results import (
@@ -109,7 +110,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     view.phase("start")
     host = host_to_reach(hub.address)
     store, port = (seat.store, 0) if seat.store else serve_store(host, settings.join_timeout_s)
-    hub.broadcast({"kind": "GO", "host": host, "port": port, "sums": sums})
+    hub.broadcast(Go(host, port, sums).to_json())
     view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
 
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
@@ -181,21 +182,20 @@ def receive(
         line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
         line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
 
-        go = line.expect("GO", patience_s)
+        go = Go.from_json(line.expect("GO", patience_s))
         view.phase("start")
-        host, port = str(go.get("host")), int(str(go.get("port")))
-        store = seat.store or connect_store(host, port, settings.join_timeout_s)
+        store = seat.store or connect_store(go.host, go.port, settings.join_timeout_s)
         view.started(_start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
             view.phase("data")
-            interface = interface_of(reachable_host((host, port or 9)))
+            interface = interface_of(reachable_host((go.host, go.port or 9)))
             moved = mover.move(
                 store,
                 interface,
                 line,
                 stall_timeout_s=settings.stall_timeout_s,
-                sums=go.get("sums") is True,
+                sums=go.sums,
                 survives=leaver.survives,
             )
             line.send({"kind": "MOVED"})
