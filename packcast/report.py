@@ -42,7 +42,9 @@ class Report:
 
     The sender's covers the whole group, a worker's itself. Sizes in bytes. `rank` is this
     process's own, None where it failed before it had one. `workers` holds small JSON-able facts
-    per rank, such as where it wrote; `digests` maps a file's logical name to its hex digest.
+    per rank, such as where it wrote; `digests` maps a file's logical name to its hex digest. The
+    peaks are of what packcast took itself: a model of the caller's is no part of them, nor are
+    tensors that were received whole.
     """
 
     command: Literal["send", "recv"]

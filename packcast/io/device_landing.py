@@ -96,6 +96,11 @@ class DeviceLanding:
         self._thread.start()
 
     @property
+    def device_nbytes(self) -> int:
+        """Device memory that the proofs need."""
+        return self._sums.nbytes
+
+    @property
     def stage(self) -> Stage:
         """What the loop waits for when it waits here."""
         return self._sink.stage

@@ -5,6 +5,7 @@ Knows headers' dtypes and torch's; not how the bytes come.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -61,6 +62,11 @@ def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
 class Shelf(Protocol):
     """Where whole tensors go. `complete` and `stop` may be called from any thread."""
 
+    @property
+    def peak_nbytes(self) -> int:
+        """Memory made here for tensors that were not whole, the most at a time; the caller's own,
+        and whole ones that were given away, are no part of it."""
+
     def check(self, files: Sequence[FileSpec]) -> None:
         """Before READY: raise UsageError where the offered tensors do not fit."""
 
@@ -78,6 +84,21 @@ class Shelf(Protocol):
 
     def stop(self) -> None:
         """The transfer is over; whoever blocks here is to go on. Any thread, any time."""
+
+
+class _Tally:
+    """Bytes that are held, and the most of them at a time; for any thread."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._now = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So many more; fewer where negative."""
+        with self._lock:
+            self._now += nbytes
+            self.peak = max(self.peak, self._now)
 
 
 class Taker(Protocol):
@@ -105,6 +126,11 @@ class NewTensors:
         self._device = device
         self._taker = taker
         self._stream = stream
+        self._held = _Tally()
+
+    @property
+    def peak_nbytes(self) -> int:
+        return self._held.peak
 
     def check(self, files: Sequence[FileSpec]) -> None:
         for spec in files:
@@ -119,9 +145,11 @@ class NewTensors:
             current = torch.cuda.current_stream(self._device)
             current.wait_stream(self._stream)  # who had this memory before may still be at work
             made.record_stream(current)  # and it is not given to others while we write
+        self._held.add(made.nbytes)
         return made
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
+        self._held.add(-memory.nbytes)
         self._taker.put(tensor.name, memory)
 
     def finish(self) -> None:
@@ -150,6 +178,11 @@ class GivenTensors:
         self._tensors = tensors
         self._strict = strict
         self._stream = stream
+        self._beside = _Tally()
+
+    @property
+    def peak_nbytes(self) -> int:
+        return self._beside.peak
 
     def check(self, files: Sequence[FileSpec]) -> None:
         offered = [
@@ -178,7 +211,9 @@ class GivenTensors:
             self._stream = None  # once: nothing of the caller's runs between here and the end
         mark_changed([target])
         if not target.is_contiguous():
-            return torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+            beside = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+            self._beside.add(beside.nbytes)
+            return beside
         return alias_of(target)
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
@@ -187,6 +222,7 @@ class GivenTensors:
             alias_of(target).copy_(memory)
             if self._device.type == "cuda":  # or the memory could be another's while it is read
                 torch.cuda.current_stream(self._device).synchronize()
+            self._beside.add(-memory.nbytes)
 
     def finish(self) -> None:
         """Nothing is on its way."""
