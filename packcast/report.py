@@ -64,6 +64,7 @@ class Report:
     buffer_size: int = 0
     num_buffers: int = 0
     staging: int = 0
+    pool: str | None = None  # which I/O threads: native or python
     seconds: float = 0.0
     stages: Mapping[str, StageReport] = field(default_factory=dict)
     peak_device_nbytes: int = 0

@@ -278,6 +278,7 @@ class BenchRank:
                 "wrong": wrong,
                 "waiting": lanes_of(totals, seconds) if resident else waiting_of(totals),
                 "busy": {} if resident else busy_of(totals),
+                "loop_seconds": way.counters.loop_seconds,
                 "peak_device_nbytes": peak,
                 "peak_pinned_nbytes": way.pinned_nbytes,
             }

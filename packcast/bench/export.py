@@ -42,6 +42,7 @@ _COLUMNS = (
     "waiting_on",
     "peak_device_bytes",
     "peak_pinned_bytes",
+    "loop_seconds_per_gib",
     "best",
     "failure",
 )
@@ -130,6 +131,7 @@ def _row(row: Row) -> dict[str, object]:
         "waiting_share": waiting.share if waiting else None,
         "peak_device_bytes": row.peak_device_nbytes,
         "peak_pinned_bytes": row.peak_pinned_nbytes,
+        "loop_seconds_per_gib": row.loop_seconds_per_gib,
         "best": row.is_best,
         "failure": row.failure,
         "warnings": [
@@ -150,6 +152,7 @@ def _run(run: Run) -> dict[str, object]:
                 "wrong": part.wrong,
                 "waiting_seconds": dict(part.waiting),
                 "busy_seconds": dict(part.busy),
+                "loop_seconds": part.loop_seconds,
                 "peak_device_bytes": part.peak_device_nbytes,
                 "peak_pinned_bytes": part.peak_pinned_nbytes,
             }
@@ -185,6 +188,7 @@ def to_csv(results: Results) -> str:
                 "waiting_on": row.waiting_on,
                 "peak_device_bytes": row.peak_device_nbytes if seconds else None,
                 "peak_pinned_bytes": row.peak_pinned_nbytes if seconds else None,
+                "loop_seconds_per_gib": row.loop_seconds_per_gib,
                 "best": int(row.is_best),
                 "failure": row.failure,
             }

@@ -88,8 +88,8 @@ class RankRun:
 
     `waiting` is how long its loop stood still for each stage, `busy` each stage's first beginning
     to its last end. With resident weights the loop never waits beside a GPU: there `waiting` is how
-    long the lanes were busy with each stage, and `busy` is empty. `wrong` counts blocks (files) or
-    tensors that are not the sender's.
+    long the lanes were busy with each stage, and `busy` is empty. `loop_seconds` is the CPU time of
+    the loop's thread. `wrong` counts blocks (files) or tensors that are not the sender's.
     """
 
     rank: int
@@ -97,6 +97,7 @@ class RankRun:
     wrong: int = 0
     waiting: Mapping[str, float] = field(default_factory=dict)
     busy: Mapping[str, float] = field(default_factory=dict)
+    loop_seconds: float = 0.0
     peak_device_nbytes: int = 0
     peak_pinned_nbytes: int = 0
 
@@ -141,6 +142,7 @@ class Measured:
     nbytes: int
     runs: tuple[Run, ...] = ()
     limits: tuple[Limit, ...] = ()
+    sender: int = 0
     failure: str | None = None  # as "no room for 4 buffers of 16 GiB"; the sweep goes on
 
 

@@ -71,14 +71,16 @@ def facts(environment: Environment) -> list[tuple[str, str]]:
 
 
 def _machine(ranks: Sequence[Mapping[str, object]]) -> str:
-    """`2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores`."""
+    """`2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores, native I/O threads`."""
     devices = ", ".join(dict.fromkeys(str(rank.get("device", "?")) for rank in ranks))
     gpus = Counter(str(rank["gpu"]) for rank in ranks if rank.get("gpu"))
     names = ", ".join(f"{number} x {name}" if number > 1 else name for name, number in gpus.items())
     cores = {str(rank["cores"]) for rank in ranks if rank.get("cores")}
     words = f"{len(ranks)} ranks" if len(ranks) > 1 else "1 rank"
     words += f" on {devices}" + (f" ({names})" if names else "")
-    return words + (f", {', '.join(sorted(cores))} cores" if cores else "")
+    words += f", {', '.join(sorted(cores))} cores" if cores else ""
+    pools = {str(rank["pool"]) for rank in ranks if rank.get("pool")}
+    return words + (f", {' and '.join(sorted(pools))} I/O threads" if pools else "")
 
 
 def warning_lines(results: Results) -> list[str]:

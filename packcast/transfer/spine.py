@@ -18,6 +18,7 @@ from packcast.group.member import Member
 from packcast.group.processgroup import interface_of
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
+from packcast.io.pool import pool_kind
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.shelf import Shelf
 from packcast.io.sinks.tensors import TensorSink
@@ -333,4 +334,5 @@ def _start_of(offer: Offer, *, is_sender: bool) -> Start:
         buffer_size=offer.buffer_size,
         num_buffers=offer.num_buffers,
         staging=offer.staging,
+        pool=pool_kind(),
     )

@@ -23,8 +23,22 @@ ENVIRONMENT = Environment(
     backend="nccl",
     world_size=2,
     ranks=(
-        {"rank": 0, "host": "node|1", "device": "cuda:0", "gpu": "NVIDIA H100", "cores": 64},
-        {"rank": 1, "host": "node|1", "device": "cuda:1", "gpu": "NVIDIA H100", "cores": 64},
+        {
+            "rank": 0,
+            "host": "node|1",
+            "device": "cuda:0",
+            "gpu": "NVIDIA H100",
+            "cores": 64,
+            "pool": "native",
+        },
+        {
+            "rank": 1,
+            "host": "node|1",
+            "device": "cuda:1",
+            "gpu": "NVIDIA H100",
+            "cores": 64,
+            "pool": "native",
+        },
     ),
     file_systems={"/dev/shm": "tmpfs"},
 )
@@ -73,6 +87,7 @@ def run(*seconds: float, warmup: bool = False, wrong: int = 0, **waiting: float)
             wrong=wrong if rank == 1 else 0,
             waiting=waiting if rank == 1 else {"broadcast": 0.001},
             busy={"broadcast": taken / 2},
+            loop_seconds=0.04 * (1 + rank),
             peak_device_nbytes=260 * MIB,
             peak_pinned_nbytes=512 * MIB,
         )

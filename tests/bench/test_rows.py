@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from packcast.bench.model import Limit, Measured
+from packcast.bench.model import Limit, Measured, RankRun, Run
 from packcast.bench.results import Results, facts, warning_lines
 from packcast.bench.rows import Row, binding_limit, make_rows
 from packcast.units import GIB, MIB
@@ -27,6 +27,14 @@ def test_a_rate_is_of_the_median_and_the_warm_up_is_beside_it() -> None:
     assert row.first_seconds == pytest.approx(2 * row.seconds.median)
     assert (row.slowest_rank, str(row.waiting_on)) == (1, "write, rank 1")
     assert (row.peak_device_nbytes, row.peak_pinned_nbytes) == (260 * MIB, 512 * MIB)
+
+
+def test_the_senders_loop_has_a_cost_per_gib_of_cpu_time() -> None:
+    one = measured(case(), [40.0, 50.0], nbytes=8 * GIB)
+    assert only(one).loop_seconds_per_gib == pytest.approx(0.04 / 8)
+    assert only(replace(one, sender=1)).loop_seconds_per_gib == pytest.approx(0.08 / 8)
+    uncounted = RankRun(rank=0, seconds=1.0)
+    assert only(replace(one, runs=(Run((uncounted,)),))).loop_seconds_per_gib is None
 
 
 def test_the_lowest_limit_binds() -> None:
@@ -144,6 +152,7 @@ def test_a_kind_of_warning_is_told_once_but_each_impossibility_by_itself() -> No
 def test_the_header_says_where_it_was_measured() -> None:
     lines = dict(facts(ENVIRONMENT))
     assert lines["group"] == "2 ranks, nccl"
-    assert lines["host"] == "node|1: 2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores"
+    machine = "2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores, native I/O threads"
+    assert lines["host"] == f"node|1: {machine}"
     assert "torch 2.11.0" in lines["versions"]
     assert "tmpfs" in lines["files in"]
