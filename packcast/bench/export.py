@@ -11,7 +11,14 @@ import json
 from collections.abc import Sequence
 
 from packcast.bench.model import Case, Environment, Limit, Run
-from packcast.bench.results import Results, buffer_words, facts, limit_label, warning_lines
+from packcast.bench.results import (
+    Results,
+    buffer_words,
+    facts,
+    limit_label,
+    share_of_limit,
+    warning_lines,
+)
 from packcast.bench.rows import Row, grouped
 from packcast.units import format_rate, format_size
 
@@ -82,6 +89,7 @@ def _limit(limit: Limit) -> dict[str, object]:
         "bytes_per_second": limit.bytes_per_second,
         "buffer_size": limit.buffer_size,
         "readers": limit.readers,
+        "sink": limit.sink,
         "detail": limit.detail,
         "per_rank": {str(rank): rate for rank, rate in limit.per_rank.items()},
     }
@@ -255,7 +263,7 @@ def _markdown_row(row: Row) -> list[str]:
         gigabytes(row.bytes_per_second),
         f"{gigabytes(row.nbytes / seconds.max)} - {gigabytes(row.nbytes / seconds.min)}",
         f"{seconds.cv:.1%}",
-        f"{limit.fraction:.0%} of {limit.stage}" if limit else "",
+        share_of_limit(limit) if limit else "",
         f"{ratio:.2f}" if ratio is not None else "",
         str(row.wrong),
         str(row.waiting_on or ""),

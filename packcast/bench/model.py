@@ -31,7 +31,8 @@ Method = Literal[
     "instanttensor",
     "fastsafetensors",
 ]
-LimitStage = Literal["read", "h2d", "broadcast", "d2h", "write"]
+# `together`: all stages of a row from files at the same time, which share a machine.
+LimitStage = Literal["read", "h2d", "broadcast", "d2h", "write", "together"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +129,7 @@ class Limit:
     detail: str = ""
     buffer_size: int | None = None  # of a broadcast in calls of this size; None: 1 GiB per call
     readers: int | None = None
+    sink: BenchSink | None = None  # of `together`
     per_rank: Mapping[int, float] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from packcast.bench.model import Case, Environment, Limit
-from packcast.bench.rows import Row
+from packcast.bench.rows import Reached, Row
 from packcast.bench.stats import Advice
 from packcast.units import format_exact_size
 
@@ -49,11 +49,19 @@ def buffer_words(case: Case) -> tuple[str, str]:
 def limit_label(limit: Limit) -> str:
     """`broadcast, 64MiB per call`, `read, 2 readers`; without more words, 1 GiB per call."""
     words: list[str] = [limit.stage]
+    if limit.sink is not None:
+        words.append(f"file to {limit.sink}")
     if limit.buffer_size is not None:
         words.append(f"{format_exact_size(limit.buffer_size)} per call")
     if limit.readers is not None and limit.readers > 1:
         words.append(f"{limit.readers} readers")
     return ", ".join(words)
+
+
+def share_of_limit(limit: Reached) -> str:
+    """`95% of read`, or `95% together` of what all stages reach at the same time."""
+    share = f"{limit.fraction:.0%}"
+    return f"{share} together" if limit.stage == "together" else f"{share} of {limit.stage}"
 
 
 def facts(environment: Environment) -> list[tuple[str, str]]:

@@ -102,7 +102,8 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 
 def binding_limit(case: Case, limits: Iterable[Limit]) -> Limit | None:
-    """The lowest of the limits that bear on a case.
+    """What a case's stages reach together, where that was measured; else the lowest of the limits
+    that bear on it.
 
     Of the broadcast's, the one of 1 GiB per call: small buffers are the case's own choice. The
     one of the case's buffer size stands in where the other was not measured.
@@ -113,9 +114,13 @@ def binding_limit(case: Case, limits: Iterable[Limit]) -> Limit | None:
             continue
         if limit.buffer_size not in (None, case.buffer_size):
             continue
+        if limit.sink not in (None, case.sink):
+            continue
         known = bearing.get(limit.stage)
         if known is None or (known.buffer_size is not None and limit.buffer_size is None):
             bearing[limit.stage] = limit
+    if "together" in bearing:
+        return bearing["together"]
     return min(bearing.values(), key=lambda limit: limit.bytes_per_second, default=None)
 
 

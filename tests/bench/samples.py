@@ -49,11 +49,19 @@ LIMITS = (
     Limit(stage="broadcast", bytes_per_second=322e9, buffer_size=64 * MIB),
     Limit(stage="d2h", bytes_per_second=54e9),
     Limit(stage="write", bytes_per_second=4.8e9, detail="16 threads", per_rank={1: 4.8e9}),
+    Limit(
+        stage="together",
+        bytes_per_second=4.6e9,
+        detail="read + h2d + broadcast + d2h + write at once, 64MiB x 4",
+        readers=1,
+        sink="write",
+        per_rank={0: 4.7e9, 1: 4.6e9},
+    ),
 )
 STAGES: dict[str, set[str]] = {
     "discard": {"read", "h2d", "broadcast", "d2h"},
     "land": {"read", "h2d", "broadcast"},
-    "write": {"read", "h2d", "broadcast", "d2h", "write"},
+    "write": {"read", "h2d", "broadcast", "d2h", "write", "together"},
 }
 
 

@@ -68,6 +68,18 @@ def test_a_limit_of_other_readers_does_not_bear() -> None:
     assert binding_limit(case(), []) is None
 
 
+def test_what_the_stages_reach_together_binds_and_not_the_lowest_of_them_alone() -> None:
+    row = only(measured(case(sink="write"), [4.14]))
+    assert row.limit is not None
+    assert (row.limit.stage, row.limit.fraction) == ("together", pytest.approx(0.9))
+    # Also where the lowest was measured in a bad moment: that is no limit of the row.
+    slow, others = replace(LIMITS[0], bytes_per_second=1e9), LIMITS[1:]
+    assert binding_limit(case(sink="write"), [slow, *others]) == LIMITS[-1]
+    # Those of another sink, or of other readers, are of other rows.
+    assert binding_limit(case(sink="verify"), LIMITS[-1:]) is None
+    assert binding_limit(case(sink="write", readers=2), LIMITS[-1:]) is None
+
+
 def test_ratios_are_to_the_originals_of_the_same_combination() -> None:
     rows = make_rows(
         [
