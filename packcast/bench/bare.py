@@ -166,8 +166,9 @@ class Loop:
 
     def finish(self) -> None:
         """Until all is written, and durable."""
-        if self.writing is not None and self.writing.num_units:
-            self.writing.wait(self.writing.num_units - 1, self.pass_on)
+        if self.writing is not None:
+            for unit in range(self.writing.num_units):  # they end in any order
+                self.writing.wait(unit, self.pass_on)
         with ThreadPoolExecutor(_NUM_SYNC_THREADS) as pool:
             list(pool.map(os.fsync, self._written))
 
