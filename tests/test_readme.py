@@ -50,6 +50,7 @@ OTHERS_OPTIONS = {  # torchrun's, mypy's, and those that every command has
     "--master-port",
     "--strict",
     "--help",
+    "--version",
 }
 COMPAT_FRAME = """
 import os

@@ -43,6 +43,7 @@ from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
+from packcast.io.pool import pool_kind
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 
 COMMANDS = ("send", "recv", "bench", "inspect", "clean")
@@ -83,7 +84,7 @@ def _fail(outcome: Outcome, error: PackcastError) -> int:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"packcast {packcast.__version__}")
+        print(f"packcast {packcast.__version__} ({pool_kind()} I/O threads)")
         raise typer.Exit
 
 
@@ -274,6 +275,7 @@ def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet
     """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
+    outcome.display.verbose = outcome.verbose
     leaver = be_a_rank(outcome)
     try:
         from packcast import transfer

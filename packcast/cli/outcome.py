@@ -173,4 +173,5 @@ def failure_report(
         buffer_size=start.buffer_size,
         num_buffers=start.num_buffers,
         staging=start.staging,
+        pool=start.pool,
     )

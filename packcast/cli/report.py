@@ -40,6 +40,7 @@ def report_document(report: Report) -> dict[str, object]:
             "count": report.num_buffers,
             "staging": report.staging,
         },
+        "pool": report.pool,
         "seconds": report.seconds,
         "bytes_per_second": report.bytes_per_second,
         "stages": {name: _stage(stage) for name, stage in report.stages.items()},

@@ -5,8 +5,10 @@ Knows nothing of launchers or of the control channel; errors of peers are that c
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -195,37 +197,67 @@ def _nccl_group(
     options._timeout = timeout
     options.group_name = "packcast"
     options.global_ranks_in_group = list(range(world_size))
-    with environment_with(variables_of("nccl", interface)):
-        made = nccl(store, rank, world_size, options)
+    with environment_with(interface_variable("nccl", interface)):
+        with environment_with(NCCL_GROUP_VARIABLES):  # read while it is made, and not again
+            made = nccl(store, rank, world_size, options)
         made.eager_connect_single_device(device)  # as init_process_group does, given a device
     group: Group = made
     return group
 
 
-def variables_of(backend: Literal["nccl", "gloo"], interface: str | None) -> dict[str, str]:
-    """What a group of this kind is to find in the environment while it is made."""
-    wanted: dict[str, str] = {}
-    if backend == "nccl":
-        # A lost peer is the control channel's to tell. NCCL's own watchdog would abort this
-        # process with a C++ stack, in the middle of its clean-up.
-        wanted |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-    if interface:
-        # NCCL takes a name for a prefix (eth1 for eth10 too) unless it is told otherwise.
-        exactly = "=" if backend == "nccl" else ""
-        wanted[_INTERFACE_VARIABLES[backend]] = exactly + interface
-    return wanted
+# For torch's NCCL groups. A lost peer is the control channel's to tell: NCCL's own watchdog would
+# abort this process with a C++ stack, in the middle of its clean-up.
+NCCL_GROUP_VARIABLES = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+
+
+def interface_variable(backend: Literal["nccl", "gloo"], interface: str | None) -> dict[str, str]:
+    """What names the network interface to a group of this kind while it connects."""
+    if not interface:
+        return {}
+    # NCCL takes a name for a prefix (eth1 for eth10 too) unless it is told otherwise.
+    exactly = "=" if backend == "nccl" else ""
+    return {_INTERFACE_VARIABLES[backend]: exactly + interface}
 
 
 @contextmanager
 def environment_with(wanted: Mapping[str, str]) -> Iterator[None]:
-    """These variables, where the environment does not say otherwise, and for as long only."""
-    added = [name for name in wanted if name not in os.environ]
-    os.environ.update({name: wanted[name] for name in added})
+    """These variables, where the environment does not say otherwise, and for as long only.
+
+    For C++ libraries that read them from nowhere else, as torch and NCCL do: there is no option
+    in their place. They are in the process's own environment, so that a program which is started
+    meanwhile without an environment of its own inherits them; `os.environ` stays as it is. Where
+    several threads are in here, a variable stays until the last of them has left.
+    """
+    with _environment_lock:
+        held = [name for name in wanted if name in _holders or not _has_variable(name)]
+        for name in held:
+            _holders[name] += 1
+            if _holders[name] == 1:
+                os.putenv(name, wanted[name])
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        with _environment_lock:
+            for name in held:
+                _holders[name] -= 1
+                if not _holders[name]:
+                    del _holders[name]
+                    if name not in os.environ:  # or somebody has set it meanwhile
+                        os.unsetenv(name)
+
+
+_environment_lock = threading.Lock()
+_holders: Counter[str] = Counter()  # by variable that `environment_with` has added
+_libc = ctypes.CDLL(None)
+_libc.getenv.argtypes, _libc.getenv.restype = [ctypes.c_char_p], ctypes.c_char_p
+
+
+def _has_variable(name: str) -> bool:
+    """Whether C++ sees it, which may know more of them than `os.environ`."""
+    return name in os.environ or _libc.getenv(os.fsencode(name)) is not None
 
 
 _INTERFACE_VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}

@@ -112,6 +112,12 @@ class DeviceLanding:
         self._thread = threading.Thread(target=self._work, name="packcast-prove", daemon=True)
         self._thread.start()
 
+    @property
+    def device_nbytes(self) -> int:
+        """Device memory that the copies and proofs need."""
+        tables = 0 if self._scatter is None else self._scatter.device_nbytes
+        return tables + self._sums.nbytes
+
     def _make_pages(self, trailer_nbytes: int) -> int:
         """Make the pages, in one piece; returns how many bytes of it are pinned."""
         table_rows = 0 if self._scatter is None else self._scatter.table_rows

@@ -105,9 +105,12 @@ def send_checkpoint(
     found a difference, on that worker and on the sender. The error of a transfer that reached its
     end has its `report`. KeyboardInterrupt passes through, once the others were told, and after
     the point of no return only at the end. Partial directories are gone by then. No signal handler
-    is installed and no environment variable changed. After a failure in mid-transfer the group may
-    stay behind in the background, with its buffers: gloo's until its connections end, or a minute
-    after the stall timeout; NCCL's until its abort is done. New transfers work all the same.
+    is installed, and `os.environ` is not changed; but while NCCL connects, TORCH_NCCL_* and
+    NCCL_SOCKET_IFNAME variables are in the process's environment, where a program that is started
+    just then inherits them: torch and NCCL read them from nowhere else. After a failure in
+    mid-transfer the group may stay behind in the background, with its buffers: gloo's until its
+    connections end, or a minute after the stall timeout; NCCL's until its abort is done. New
+    transfers work all the same.
     """
     call = next(_calls)
     asked = {"out": out is not None, "verify": verify is not None}

@@ -17,6 +17,7 @@ from packcast.group.line import Line
 from packcast.group.member import Member
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
+from packcast.io.pool import pool_kind
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.shelf import Shelf
 from packcast.io.sinks.tensors import TensorSink
@@ -27,6 +28,7 @@ from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import make_offers, same_files_as_offered
+from packcast.transfer.go import Go
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
 from packcast.transfer.results import (
@@ -111,7 +113,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     view.phase("start")
     host = hub.host_met()
     store, port = serve_store(host, settings.join_timeout_s)
-    hub.broadcast({"kind": "GO", "host": host, "port": port, "sums": sums})
+    hub.broadcast(Go(host, port, sums).to_json())
     view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
 
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
@@ -184,10 +186,10 @@ def receive(
         line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
         line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
 
-        go = line.expect("GO", patience_s)
+        go = Go.from_json(line.expect("GO", patience_s))
         view.phase("start")
-        host, port = line.host_told(str(go.get("host"))), int(str(go.get("port")))
-        store = connect_store(host, port, settings.join_timeout_s)
+        host = line.host_told(go.host)
+        store = connect_store(host, go.port, settings.join_timeout_s)
         view.started(_start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
@@ -197,7 +199,7 @@ def receive(
                 interface_towards(host),
                 line,
                 stall_timeout_s=settings.stall_timeout_s,
-                sums=go.get("sums") is True,
+                sums=go.sums,
                 survives=leaver.survives,
             )
             line.send({"kind": "MOVED"})
@@ -341,4 +343,5 @@ def _start_of(offer: Offer, *, is_sender: bool) -> Start:
         buffer_size=offer.buffer_size,
         num_buffers=offer.num_buffers,
         staging=offer.staging,
+        pool=pool_kind(),
     )

@@ -126,6 +126,7 @@ def start_of(*, is_sender: bool = True, loud: bool = False, rank: int = 0) -> St
         buffer_size=16 << 20,
         num_buffers=4,
         staging=512 << 20,
+        pool="native",
     )
 
 

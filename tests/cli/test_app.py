@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import packcast
 from packcast.cli.app import run
 from packcast.errors import RendezvousError, TransferError
 from packcast.report import Report
@@ -317,3 +318,44 @@ def test_the_process_ends_with_the_errors_code_through_the_real_leaver() -> None
     assert done.returncode == 7
     assert done.stderr == "packcast: error: no space\n"
     assert json.loads(done.stdout)["exit_code"] == 7
+
+
+@pytest.mark.parametrize("pool", ["python", "auto"])
+def test_the_version_names_the_io_threads_without_torch(pool: str) -> None:
+    program = """if True:
+        import sys
+        from packcast.cli.app import run
+        from packcast.io.pool import pool_kind
+        print(pool_kind())
+        run(["--version"])
+        assert "torch" not in sys.modules
+    """
+    environment = os.environ | {"PACKCAST_POOL": pool}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    kind, version = ran.stdout.splitlines()
+    assert version == f"packcast {packcast.__version__} ({kind} I/O threads)"
+    assert kind == "python" if pool == "python" else kind in ("native", "python")
+
+
+def test_a_choice_of_io_threads_that_does_not_exist_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("PACKCAST_POOL", "fast")
+    assert run(["--version"]) == 2
+    assert "PACKCAST_POOL is 'fast'" in capsys.readouterr().err
+
+
+def test_a_verbose_run_says_which_io_threads_it_has(
+    transfer: FakeTransfer, capsys: Capture
+) -> None:
+    transfer.does = started
+    for flags, said in (((), False), (("-v",), True)):
+        assert run([*SEND, "--workers", "3", *flags, "--progress", "plain"]) == 0
+        assert ("native I/O threads" in capsys.readouterr().err) is said
+
+
+def started(settings: Settings, view: View) -> Report:
+    view.started(start_of(), lambda: snapshot_of(1))
+    return Report(command="send", is_sender=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 import time
 import weakref
@@ -9,7 +11,13 @@ from collections.abc import Callable
 
 import pytest
 
-from packcast.group.processgroup import begin_abort, begin_close
+from packcast.group.processgroup import (
+    NCCL_GROUP_VARIABLES,
+    begin_abort,
+    begin_close,
+    environment_with,
+    interface_variable,
+)
 from tests.group.two_ranks import run_program
 
 TWO_RANKS = """
@@ -95,3 +103,56 @@ def test_whoever_has_waited_for_the_way_down_leaves_no_group_to_another_thread()
     del group
     assert ended.wait(10)
     assert alive() is None
+
+
+NAME, OTHER = "PACKCAST_TEST_ONE", "PACKCAST_TEST_TWO"
+
+
+def seen_by_libraries(name: str) -> str | None:
+    getenv = ctypes.CDLL(None).getenv
+    getenv.argtypes, getenv.restype = [ctypes.c_char_p], ctypes.c_char_p
+    value = getenv(name.encode())
+    return None if value is None else value.decode()
+
+
+def test_variables_for_cpp_libraries_leave_the_callers_environment_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(OTHER, "mine")
+    before = dict(os.environ)
+    with environment_with({NAME: "x", OTHER: "theirs"}):
+        assert (seen_by_libraries(NAME), seen_by_libraries(OTHER)) == ("x", "mine")
+        assert dict(os.environ) == before
+    assert (seen_by_libraries(NAME), seen_by_libraries(OTHER)) == (None, "mine")
+    assert dict(os.environ) == before
+
+
+def test_a_variable_stays_until_the_last_thread_that_needs_it_has_left() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with environment_with({NAME: "x"}):
+            inside.set()
+            leave.wait(10.0)
+
+    thread = threading.Thread(target=other)
+    with environment_with({NAME: "x"}):
+        thread.start()
+        assert inside.wait(10.0)
+    assert seen_by_libraries(NAME) == "x"
+    leave.set()
+    thread.join(10.0)
+    assert seen_by_libraries(NAME) is None
+
+
+def test_what_the_caller_sets_meanwhile_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with environment_with({NAME: "x"}):
+        monkeypatch.setenv(NAME, "mine")
+    assert (os.environ[NAME], seen_by_libraries(NAME)) == ("mine", "mine")
+
+
+def test_nccl_is_told_of_one_interface_and_not_of_all_that_begin_alike() -> None:
+    assert interface_variable("nccl", "eth1") == {"NCCL_SOCKET_IFNAME": "=eth1"}
+    assert interface_variable("gloo", "eth1") == {"GLOO_SOCKET_IFNAME": "eth1"}
+    assert interface_variable("nccl", None) == {}
+    assert set(NCCL_GROUP_VARIABLES.values()) == {"0"}

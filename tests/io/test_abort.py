@@ -20,6 +20,12 @@ from tests.io.sinks import CONTENT, copy, in_threads, names_in, put_all, sink_fo
 # -- several sinks, one directory ----------------------------------------------------------------
 
 
+def put_for_ever(sink: WriteSink, content: Mapping[str, bytes]) -> None:
+    while True:
+        put_all(sink, content, step=10_000)
+
+
+
 def test_of_many_sinks_for_one_directory_exactly_one_writes(tmp_path: Path) -> None:
     target = tmp_path / "made" / "together" / "out"
     sinks = [sink_for(target) for _ in range(8)]
@@ -127,8 +133,7 @@ def test_abort_while_four_threads_write_leaves_nothing(
 
     def work() -> None:
         with pytest.raises(TransferError, match="aborted"):
-            while True:
-                put_all(sink, content, step=10_000)
+            put_for_ever(sink, content)
 
     with no_thread_left():
         writing = Waiter(work)

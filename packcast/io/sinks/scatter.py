@@ -37,6 +37,13 @@ class Scatter:
                 (self.table_rows, TABLE_COLUMNS), dtype=torch.int64, device=device
             )
 
+    @property
+    def device_nbytes(self) -> int:
+        """Device memory of the tables."""
+        if self._move is None:
+            return 0
+        return self._late_table.nbytes + sum(table.nbytes for table in self._tables)
+
     def copy(self, chunk: int, slot: torch.Tensor, host_table: torch.Tensor) -> None:
         """Give the chunk's copies to the current stream, always the same one.
 

@@ -5,6 +5,7 @@ Knows headers' dtypes and torch's; not how the bytes come.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -62,6 +63,11 @@ def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
 class Shelf(Protocol):
     """Where whole tensors go. `complete` and `stop` may be called from any thread."""
 
+    @property
+    def peak_nbytes(self) -> int:
+        """Memory made here for tensors that were not whole, the most at a time; the caller's own,
+        and whole ones that were given away, are no part of it."""
+
     def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
         """Before READY: raise UsageError where the offered tensors do not fit.
 
@@ -92,6 +98,21 @@ class Shelf(Protocol):
         """The transfer is over; whoever blocks here is to go on. Any thread, any time."""
 
 
+class _Tally:
+    """Bytes that are held, and the most of them at a time; for any thread."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._now = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So many more; fewer where negative."""
+        with self._lock:
+            self._now += nbytes
+            self.peak = max(self.peak, self._now)
+
+
 class Taker(Protocol):
     """Who is given new tensors."""
 
@@ -117,6 +138,11 @@ class NewTensors:
         self._device = device
         self._taker = taker
         self._stream = stream
+        self._held = _Tally()
+
+    @property
+    def peak_nbytes(self) -> int:
+        return self._held.peak
 
     def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
         for spec in files:
@@ -140,9 +166,11 @@ class NewTensors:
         if self._stream is not None:
             # Who had this memory before may still be at work.
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._held.add(sum(memory.nbytes for memory in made))
         return made
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
+        self._held.add(-memory.nbytes)
         self._taker.put(tensor.name, memory)
 
     def finish(self) -> None:
@@ -174,6 +202,11 @@ class GivenTensors:
         self._tensors = tensors
         self._strict = strict
         self._stream = stream
+        self._beside = _Tally()
+
+    @property
+    def peak_nbytes(self) -> int:
+        return self._beside.peak
 
     def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
         listed = {t.name for spec in files for i, t in spec.tensors if i not in spec.unlisted}
@@ -208,10 +241,12 @@ class GivenTensors:
 
     def make(self, tensors: Sequence[Tensor]) -> list[torch.Tensor]:
         mark_changed([self._tensors[tensor.name] for tensor in tensors])
-        return [
+        made = [
             torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
             for tensor in tensors
         ]
+        self._beside.add(sum(memory.nbytes for memory in made))
+        return made
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
         target = self._tensors[tensor.name]
@@ -221,6 +256,7 @@ class GivenTensors:
             alias_of(target).view(bits).copy_(memory.view(bits))
             if self._device.type == "cuda":  # or the memory could be another's while it is read
                 torch.cuda.current_stream(self._device).synchronize()
+            self._beside.add(-memory.nbytes)
 
     def finish(self) -> None:
         """Nothing is on its way."""

@@ -47,6 +47,11 @@ class TensorSink:
         self._spans = array("q")
         self.descriptors = array("i", [-1])
 
+    @property
+    def peak_nbytes(self) -> int:
+        """Memory made for tensors that were not whole, the most at a time."""
+        return self._shelf.peak_nbytes
+
     def prepare(self) -> None:
         """Raise UsageError where a tensor cannot be received, before anything is."""
         old = [(file, i) for file, spec in enumerate(self._files) for i in spec.elsewhere]
