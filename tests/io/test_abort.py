@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,6 @@ from tests.io.sinks import CONTENT, copy, in_threads, names_in, put_all, sink_fo
 def put_for_ever(sink: WriteSink, content: Mapping[str, bytes]) -> None:
     while True:
         put_all(sink, content, step=10_000)
-
 
 
 def test_of_many_sinks_for_one_directory_exactly_one_writes(tmp_path: Path) -> None:
