@@ -22,6 +22,7 @@ import pytest
 
 from packcast.units import MIB
 from tests.helpers.forge import REPOSITORY, Forked, fork
+from tests.helpers.native import HELD_READS, built
 
 HELD_DISK = Path(__file__).parent / "held_disk"
 PACKCAST = (sys.executable, "-m", "packcast")
@@ -67,8 +68,13 @@ class HeldDisk:
         (self.gate / "open").touch()
 
     def environment(self) -> dict[str, str]:
-        after = {} if self.after is None else {"HELD_AFTER": str(self.after)}
-        return {"PYTHONPATH": str(HELD_DISK), "HELD_DISK": str(self.gate), **after}
+        found = {"PYTHONPATH": str(HELD_DISK), "HELD_DISK": str(self.gate)}
+        if self.after is not None:
+            found["HELD_AFTER"] = str(self.after)
+            pool = built("-include", str(HELD_READS))
+            # Without a compiler there is no native pool whose reads could be held.
+            found |= {"PACKCAST_POOL": "python"} if pool is None else {"HELD_POOL": str(pool)}
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import xxhash
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.io.landing import Sink
-from packcast.io.work import Job, perform
+from packcast.io.runner import UnitRunner
+from packcast.io.schedule import make_schedule
 from packcast.io.sinks.write import WriteSink
-from packcast.packed.plan import BLOCK, Extent
+from packcast.packed.counters import Counters
+from packcast.packed.plan import BLOCK, Chunk, Extent
+from packcast.packed.ring import Ring
 
 T = TypeVar("T")
 
@@ -50,18 +56,68 @@ def digests_of(data: bytes | memoryview) -> bytes:
     return b"".join(map(xxhash.xxh3_128_digest, blocks))
 
 
-def put(sink: Sink, file: int, offset: int, data: bytes | memoryview) -> None:
-    """Have the sink take a run of bytes, in this thread."""
-    extent, memory = Extent(file, offset, len(data)), memoryview(bytearray(data))
-    spans = sink.lend(extent)
-    job = Job(sink.task, extent.nbytes, spans, digests_of(memory))
-    sink.take(extent, spans, memory, perform(job, memory))
+class Memory:
+    """Stands for staging: all bytes at once, and nothing to give back."""
+
+    def __init__(self, data: bytes) -> None:
+        self.memory = array("B", data)
+        self.address, _ = self.memory.buffer_info()
+
+    def free(self, *, is_idle: bool) -> None: ...
 
 
-def put_all(sink: WriteSink, content: Mapping[str, bytes] = CONTENT, step: int = 65_536) -> None:
-    for index, (_, data) in enumerate(sorted(content.items())):
-        for offset in range(0, len(data), step):
-            put(sink, index, offset, data[offset : offset + step])
+class Putting:
+    """Runs of bytes, each a file's index, an offset and data, on their way into a sink."""
+
+    def __init__(self, sink: Sink, runs: Iterable[tuple[int, int, bytes]]) -> None:
+        runs = [run for run in runs if run[2]]
+        self._sink = sink
+        begins = list(accumulate((len(data) for *_, data in runs), initial=0))
+        chunks = [
+            Chunk(i, 0, (Extent(file, offset, len(data)),), len(data), 0)
+            for i, (file, offset, data) in enumerate(runs)
+        ]
+        schedule = make_schedule(chunks, 1 << 40, lambda chunk, _: begins[chunk.index], sink.spans)
+        self._num_units = len(chunks)
+        self._runner = UnitRunner(
+            sink.task,
+            sink.stage,
+            schedule,
+            Memory(b"".join(data for *_, data in runs)),
+            sink.open_files(schedule),
+            num_threads=4,
+            counters=Counters(),
+            error_of=lambda failure: sink.error_of(failure, schedule.span(failure.span)),
+        )
+        self._runner.digests[:] = b"".join(digests_of(data) for *_, data in runs) or bytes(16)
+
+    def run(self) -> None:
+        """Until all are there; raises why they will not be."""
+        try:
+            self._runner.allow(self._num_units)
+            self._runner.wait(self._num_units - 1)
+            for index, offset in enumerate(self._runner.differences):
+                if offset >= 0:
+                    self._sink.compared(self._runner.schedule.span(index), offset)
+        finally:
+            self._runner.close(Ring(torch.device("cpu"), 1, 1))
+
+
+def put(sink: Sink, file: int, offset: int, data: bytes) -> None:
+    """Have the sink take a run of bytes."""
+    Putting(sink, [(file, offset, data)]).run()
+
+
+def runs_of(content: Mapping[str, bytes], step: int) -> list[tuple[int, int, bytes]]:
+    return [
+        (index, offset, data[offset : offset + step])
+        for index, (_, data) in enumerate(sorted(content.items()))
+        for offset in range(0, len(data), step)
+    ]
+
+
+def put_all(sink: Sink, content: Mapping[str, bytes] = CONTENT, step: int = 65_536) -> None:
+    Putting(sink, runs_of(content, step)).run()
 
 
 def in_threads(work: Callable[[T], object], each: Sequence[T]) -> None:

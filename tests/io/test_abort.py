@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from packcast.io.sinks.write import WriteSink
 from packcast.errors import DestinationError, TransferError
-from tests.io.sinks import CONTENT, copy, in_threads, names_in, put, put_all, sink_for, tree
+from packcast.io.sinks.write import WriteSink
 from tests.helpers.processes import num_descriptors
+from tests.helpers.waiting import Waiter
+from tests.io.pools import no_thread_left
+from tests.io.sinks import CONTENT, copy, in_threads, names_in, put_all, sink_for, tree
 
 # -- several sinks, one directory ----------------------------------------------------------------
 
@@ -96,14 +98,13 @@ def test_abort_before_prepare_lets_nothing_be_made(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-def test_after_abort_puts_are_dropped_and_nothing_is_published(tmp_path: Path) -> None:
+def test_after_abort_nothing_is_put_and_nothing_is_published(tmp_path: Path) -> None:
     sink = sink_for(tmp_path / "out")
     sink.prepare()
     put_all(sink)
     sink.abort()
-    put_all(sink)
-    for step in (sink.finish, sink.publish):
-        with pytest.raises(TransferError):
+    for step in (lambda: put_all(sink), sink.finish, sink.publish):
+        with pytest.raises(TransferError, match="aborted"):
             step()
     assert names_in(tmp_path) == []
 
@@ -116,36 +117,27 @@ def test_abort_after_publish_does_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.002, 0.005, 0.01, 0.02])
-def test_abort_during_puts_from_four_threads_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
+def test_abort_while_four_threads_write_leaves_nothing(
+    tmp_path: Path, delay_s: float, pool: str, pauses: None
+) -> None:
     num_before = num_descriptors()
     content = {f"{name}.bin": bytes(400_000) for name in "abcd"}
     sink = sink_for(tmp_path / "x" / "out", content)
     sink.prepare()
-    stop = threading.Event()
-    failures: list[BaseException] = []
 
-    def work(index: int) -> None:
-        try:
-            while not stop.is_set():
-                for offset in range(0, 400_000, 10_000):
-                    put(sink, index, offset, memoryview(bytes(10_000)))
-        except BaseException as error:
-            failures.append(error)
+    def write_again_and_again() -> None:
+        while True:
+            put_all(sink, content, step=10_000)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    time.sleep(delay_s)
-    aborts = [threading.Thread(target=sink.abort) for _ in range(3)]
-    for thread in aborts:
-        thread.start()
-    for thread in aborts:
-        thread.join()
-    assert names_in(tmp_path) == []
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with no_thread_left():
+        writing = Waiter(write_again_and_again)
+        time.sleep(delay_s)
+        aborts = [Waiter(sink.abort) for _ in range(3)]
+        for each in aborts:
+            each.result()
+        assert names_in(tmp_path) == []
+        with pytest.raises(TransferError, match="aborted"):
+            writing.result()
     assert num_descriptors() == num_before
 
 
@@ -179,8 +171,10 @@ LIFE = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
+from tests.helpers.waiting import Waiter
+from tests.io.pools import no_thread_left
 from tests.io.sinks import put_all, sink_for
-from packcast.io import publish as publishing
+from packcast.io.sinks import publish as publishing
 target, last = Path(sys.argv[1]), sys.argv[2]
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if last == "exchanged": publishing._remove_old = die

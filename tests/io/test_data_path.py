@@ -16,20 +16,20 @@ import torch
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.errors import CheckpointError, DestinationError, PackcastError, TransferError
 from packcast.io import hands
 from packcast.io.landing import Landing
 from packcast.io.source import FileReader, FileSource
 from packcast.io.work import Job, Outcome, perform
-from packcast.errors import CheckpointError, DestinationError, PackcastError, TransferError
 from packcast.packed.counters import StageEvent
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Extent, plan_chunks
 from packcast.packed.ring import Broadcast
-from tests.io.alone import make_buffers, run_alone, specs_of
 from tests.helpers.checkpoints import every_dtype, sharded, write_safetensors
 from tests.helpers.processes import helpers_of
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sinks import MemorySink
+from tests.io.alone import make_buffers, run_alone, specs_of
 
 MIB = 1 << 20
 

@@ -10,24 +10,24 @@ import torch
 
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
+from packcast.errors import TransferError
 from packcast.io.device_landing import DeviceLanding
 from packcast.io.digests import BlockDigests
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.shelf import NewTensors
+from packcast.io.sinks.tensors import TensorSink
 from packcast.io.source import FileReader, FileSource
 from packcast.io.staging import Buffers
 from packcast.io.summed import Summed
-from packcast.io.sinks.tensors import TensorSink
-from packcast.errors import TransferError
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import DIGEST_NBYTES, PAGE, plan_chunks, slot_nbytes
 from packcast.packed.ring import Broadcast, Ring
 from packcast.packed.trailer import transfer_tag
-from tests.io.sinks import digests_of
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.dtypes import every_torch_dtype
 from tests.helpers.ranks import run_ranks
+from tests.io.sinks import digests_of
 
 MIB = 1 << 20
 TAG = transfer_tag("test")
@@ -76,7 +76,7 @@ def send(
         kept = Kept()
         if rank < readers:
             mine = [chunk for chunk in chunks if chunk.root == rank]
-            reading = FileSource(mine, FileReader(files, checkpoint.files), buffers, num_hands=2)
+            reading = FileSource(mine, FileReader(files, checkpoint.files), buffers, num_threads=2)
             source = Summed(reading, buffers) if with_sums else reading
         else:
             tensors = TensorSink(specs, NewTensors(ring.device, kept))
@@ -89,7 +89,7 @@ def send(
             spoil(rank, tensor)
 
         run_pipeline(chunks, rank=rank, ring=ring, broadcast=spoiled, source=source, drain=drain)
-        return kept, drain.digests if drain else BlockDigests([])
+        return kept, drain.digests() if drain else BlockDigests([])
 
     outcomes = run_ranks(readers + workers, rank_body, 30)[readers:]
     return [kept for kept, _ in outcomes], [digests for _, digests in outcomes]

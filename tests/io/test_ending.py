@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from packcast.io.hands import Order, ThreadHands
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
+from packcast.errors import PackcastError, TransferError
 from packcast.io import source
-from packcast.io.hands import Order, ThreadHands
 from packcast.io.landing import Landing
 from packcast.io.source import FileReader, FileSource
 from packcast.io.work import perform
-from packcast.errors import PackcastError, TransferError
 from packcast.packed.plan import BLOCK, plan_chunks
-from tests.io.alone import make_buffers, specs_of
 from tests.helpers.checkpoints import write_safetensors
 from tests.helpers.sinks import MemorySink
 from tests.helpers.waiting import Waiter
+from tests.io.alone import make_buffers, specs_of
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from packcast.io import owned, publish, syscalls
 from packcast.errors import DestinationError
+from packcast.io import syscalls
+from packcast.io.sinks import owned, publish
 from tests.io.sinks import (
     CONTENT,
     copy,

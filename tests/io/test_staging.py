@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from packcast.io.hands import join_all
 
+from packcast.errors import PackcastError, TransferError
 from packcast.io import hands
 from packcast.io.pinned import Arena
-from packcast.io.hands import join_all
 from packcast.io.staging import (
     Buffers,
     PinnedStaging,
@@ -24,7 +25,6 @@ from packcast.io.staging import (
     make_staging,
     use_device,
 )
-from packcast.errors import PackcastError, TransferError
 from packcast.packed.counters import Counters
 from packcast.packed.lanes import Mark
 from packcast.packed.plan import BLOCK, PAGE, Chunk, Extent, slot_nbytes, trailer_nbytes
