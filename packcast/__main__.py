@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from contextlib import suppress
+
+from packcast.errors import PackcastError
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from packcast.cli.app import run
+    from packcast.cli.streams import flush_streams, secure_streams
 
-    code = run(sys.argv[1:])
+    secure_streams()
+    try:
+        from packcast.cli.app import run
+
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before a command has begun, or after it has ended
+        code = 128 + signal.SIGINT
+    with suppress(PackcastError):  # which has been said, if it is to be said
+        flush_streams()
     if "torch" in sys.modules:
         # All that was begun has ended, and taking torch's modules down takes half a second.
-        try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            sys.exit(code)  # which says so, as every program of Python's does
         os._exit(code)
     sys.exit(code)
 

@@ -12,6 +12,7 @@ PackcastError                 1   (a bug, where nothing better is known)
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -79,10 +80,24 @@ class Interrupted(PackcastError):
         self.exit_code = 128 + signal_number
 
 
+def out_of_descriptors(error: BaseException) -> TransferError | None:
+    """What to say where the system has opened one file or socket too many; None for others."""
+    if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        return None
+    whose = "this process" if error.errno == errno.EMFILE else "this host"
+    wrapped = TransferError(
+        f"{whose} may not open more files or sockets", hint="raise its limit, as with `ulimit -n`"
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
 def as_packcast_error(error: Exception, doing: str) -> PackcastError:
     """`error` itself where it is one of ours, else a report of a bug while `doing` something."""
     if isinstance(error, PackcastError):
         return error
+    if known := out_of_descriptors(error):
+        return known
     wrapped = PackcastError(f"{doing} failed: {error!r}")
     wrapped.__cause__ = error
     return wrapped

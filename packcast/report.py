@@ -42,7 +42,9 @@ class Report:
 
     The sender's covers the whole group, a worker's itself. Sizes in bytes. `rank` is this
     process's own, None where it failed before it had one. `workers` holds small JSON-able facts
-    per rank, such as where it wrote; `digests` maps a file's logical name to its hex digest.
+    per rank, such as where it wrote; `digests` maps a file's logical name to its hex digest. The
+    peaks are of what packcast took itself: a model of the caller's is no part of them, nor are
+    tensors that were received whole.
     """
 
     command: Literal["send", "recv"]
@@ -62,6 +64,7 @@ class Report:
     buffer_size: int = 0
     num_buffers: int = 0
     staging: int = 0
+    pool: str | None = None  # which I/O threads: native or python
     seconds: float = 0.0
     stages: Mapping[str, StageReport] = field(default_factory=dict)
     peak_device_nbytes: int = 0

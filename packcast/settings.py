@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +31,8 @@ DEFAULT_HEARTBEAT_TIMEOUT_S = 3.0
 DEFAULT_STALL_TIMEOUT_S = 600.0
 
 _ENOUGH_BUFFERS = 4
+_HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.?")
+_MAX_HOST_NAME_LENGTH = 253
 _DEVICE = re.compile(r"auto|cpu|cuda|cuda:\d{1,3}")
 
 
@@ -46,8 +49,10 @@ class Settings:
     sink: SinkKind = "discard"
     target: str | None = None  # --out or --verify, with {rank}, {local_rank}, {host} still in it
     force: bool = False
+    in_place: bool = False  # the target directory stays the one that it is
     sidecars: bool = True
     all_files: bool = False
+    exclude_files: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     readers: int | None = 1  # None: all
@@ -64,6 +69,11 @@ class Settings:
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S
     stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S
+
+    @property
+    def by_address(self) -> bool:
+        """Whether it is said here who takes part, rather than by a launcher."""
+        return self.workers is not None or self.address is not None
 
 
 def fitting_buffer_size(nbytes: int) -> int:
@@ -98,6 +108,21 @@ def check_seconds(where: str, seconds: float, text: str | None = None) -> float:
         shown = text or f"{seconds:g} s"
         raise UsageError(f"{where}: a limit of {shown} is over before it begins")
     return seconds
+
+
+def is_host(text: str) -> bool:
+    """Whether it could be a host's name or address; the resolver knows whether it is one."""
+    try:
+        ip_address(text)
+    except ValueError:
+        pass
+    else:
+        return True
+    try:
+        text.encode("idna")  # which has limits of its own for each label
+    except UnicodeError:
+        return False
+    return _HOST_NAME.fullmatch(text) is not None and len(text) <= _MAX_HOST_NAME_LENGTH
 
 
 def check_device(where: str, device: str) -> str:

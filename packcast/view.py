@@ -47,6 +47,7 @@ class Start:
     buffer_size: int
     num_buffers: int
     staging: int
+    pool: str  # which I/O threads: native or python
 
 
 class View:

@@ -70,4 +70,4 @@ def test_the_version_is_told_and_is_the_packages(capsys: pytest.CaptureFixture[s
     from packcast.cli.app import run
 
     assert run(["--version"]) == 0
-    assert capsys.readouterr().out == f"packcast {packcast.__version__}\n"
+    assert capsys.readouterr().out.startswith(f"packcast {packcast.__version__} (")

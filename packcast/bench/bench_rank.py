@@ -42,6 +42,7 @@ from packcast.bench.stock import (
 )
 from packcast.bench.team import Team
 from packcast.bench.tensorcase import OneByOneCase, PackedCase, ReplayCase
+from packcast.bench.together import Together, pace_together
 from packcast.bench.ways import GivenUp, Job, RunFailed, Way, time_run
 from packcast.bench.weights import make_layout
 from packcast.errors import PackcastError
@@ -223,6 +224,8 @@ class BenchRank:
                 takes_part=takes_part,
                 num_threads=order["threads"],
             )
+        if stage == "together":
+            return self._pace_together(order, start)
         if stage in ("h2d", "d2h"):
             return pace_of_copies(
                 team,
@@ -241,6 +244,29 @@ class BenchRank:
             share=share,
             num_threads=order["threads"],
             budget_s=order["budget"],
+            cold=self._settings.cold,
+        )
+
+    def _pace_together(self, order: Order, start: Start) -> Pace:
+        offer, checkpoint = self.stock.offer, self.stock.checkpoint
+        assert offer is not None, "the sender has offered"
+        read_threads, write_threads = order["threads"]
+        return pace_together(
+            self.team,
+            start,
+            Together(
+                sink=order["sink"],
+                readers=tuple(order["readers"]),
+                files=tuple((spec.name, spec.nbytes) for spec in offer.files),
+                limit_nbytes=order["limit_nbytes"],
+                buffer_size=order["buffer_size"],
+                num_buffers=order["num_buffers"],
+                read_threads=read_threads,
+                write_threads=write_threads,
+                staging_nbytes=self._settings.staging,
+            ),
+            {file.name: file.path for file in checkpoint.files} if checkpoint else {},
+            self._write_root / "limit",
             cold=self._settings.cold,
         )
 
@@ -278,6 +304,7 @@ class BenchRank:
                 "wrong": wrong,
                 "waiting": lanes_of(totals, seconds) if resident else waiting_of(totals),
                 "busy": {} if resident else busy_of(totals),
+                "loop_seconds": way.counters.loop_seconds,
                 "peak_device_nbytes": peak,
                 "peak_pinned_nbytes": way.pinned_nbytes,
             }

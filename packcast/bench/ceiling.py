@@ -5,11 +5,12 @@ Gives orders through a function that reaches all ranks; measures nothing itself.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from packcast.bench.model import BenchSettings, Case, Limit, LimitStage
+from packcast.bench.model import BenchSettings, BenchSink, Case, Limit, LimitStage
 from packcast.errors import PackcastError
 from packcast.group.wire import Message
 from packcast.units import GIB, MIB, format_exact_size
@@ -17,7 +18,12 @@ from packcast.units import GIB, MIB, format_exact_size
 _READ_THREADS = (1, 2, 4, 8, 16, 24)
 _BUDGET_S = {"cpu": 0.2, "cuda": 0.7}
 _BROADCAST_NBYTES = {"cpu": 64 * MIB, "cuda": GIB}
-_WRITE_NBYTES = {"cpu": 256 * MIB, "cuda": 4 * GIB}
+# What is written, or goes through all stages: as much as a row moves, up to this. Less would be a
+# file system's mood: what fits its caches and a disk's is faster, or waits for them at the end.
+_MOST_NBYTES = {"cpu": 2 * GIB, "cuda": 16 * GIB}
+_TOGETHER_SIZES = {"cpu": (4 * MIB, 16 * MIB), "cuda": (16 * MIB, 64 * MIB)}
+_TOGETHER_BUFFERS = 4
+_TOGETHER_TRIES, _TOGETHER_BUDGET_S = 5, 1.5  # for each size, but at least once
 _MIN_BROADCASTS, _MAX_BROADCASTS = 3, 200
 _BROADCAST_TRIES = 3
 # Faster than any of this is a mistake of ours, not a machine.
@@ -78,12 +84,14 @@ class Ceilings:
             keys.append(("h2d", readers, case.method != "load_file"))
         if case.method != "load_file":
             keys += broadcasts
-        if case.sink != "land" and on_gpu:
+        if case.sink in ("write", "verify") and on_gpu:
             keys.append(("d2h",))
         if case.sink == "write":
             keys.append(("write",))
         if case.sink == "verify":
             keys.append(("read", everyone, False))
+        if not loads:
+            keys.append(("together", case.sink, case.readers))
         return keys
 
     def _try(self, key: tuple[object, ...], nbytes: int) -> Limit | None:
@@ -104,6 +112,8 @@ class Ceilings:
                 return self._copies("h2d", self._first(readers), shared=shared)
             case ("d2h",):
                 return self._copies("d2h", self._workers(), shared=False)
+            case ("together", "discard" | "land" | "write" | "verify" as sink, int(readers)):
+                return self._together(sink, readers)
             case _:
                 return self._write(nbytes)
 
@@ -145,13 +155,45 @@ class Ceilings:
         return self._limit_of(stage, answers, detail, readers=readers, shared=shared)
 
     def _write(self, nbytes: int) -> Limit:
-        amount = max(8 * MIB, min(nbytes, _WRITE_NBYTES[self._cluster.device_type]))
+        amount = max(8 * MIB, min(nbytes, _MOST_NBYTES[self._cluster.device_type]))
         found: list[Limit] = []
         for threads in _counts(self._cluster.write_threads)[-2:]:
             answers = self._limit("write", self._workers(), threads=threads, nbytes=amount)
             detail = f"{_so_many(threads, 'thread')}, 8 files, fsync included"
             detail += f", {_so_many(len(answers), 'rank')} at once"
             found.append(self._limit_of("write", answers, detail))
+        return _best(found)
+
+    def _together(self, sink: BenchSink, readers: int) -> Limit:
+        """All stages of a row at once: the best of a few buffer sizes, not the row's own."""
+        cluster, kind = self._cluster, self._cluster.device_type
+        threads = max(2, cluster.read_threads // readers), cluster.write_threads
+        stages = ["read", "broadcast", *({"land": ["copy"]}.get(sink, []))]
+        if kind == "cuda":
+            stages = ["read", "h2d", "broadcast"]
+        if sink in ("write", "verify"):
+            stages += ["d2h"] * (kind == "cuda") + [sink]
+        found: list[Limit] = []
+        for size in _TOGETHER_SIZES[kind]:
+            detail = (
+                f"{' + '.join(stages)} at once, {format_exact_size(size)} x {_TOGETHER_BUFFERS}"
+            )
+            order = {
+                "sink": sink,
+                "readers": self._first(readers),
+                "limit_nbytes": _MOST_NBYTES[kind],
+                "buffer_size": size,
+                "num_buffers": _TOGETHER_BUFFERS,
+                "threads": threads,
+            }
+            deadline = time.monotonic() + _TOGETHER_BUDGET_S
+            for _ in range(_TOGETHER_TRIES):
+                answers = self._limit("together", list(range(cluster.world_size)), **order)
+                found.append(
+                    self._limit_of("together", answers, detail, readers=readers, sink=sink)
+                )
+                if time.monotonic() > deadline:
+                    break
         return _best(found)
 
     def _limit(self, stage: str, ranks: list[int], **fields: Any) -> dict[int, Message]:
@@ -171,6 +213,7 @@ class Ceilings:
         shared: bool = False,
         readers: int | None = None,
         buffer_size: int | None = None,
+        sink: BenchSink | None = None,
     ) -> Limit:
         """Of the checkpoint's bytes: what ranks share adds up, else the slowest counts."""
         per_rank: dict[int, float] = {}
@@ -186,6 +229,7 @@ class Ceilings:
             detail=detail,
             buffer_size=buffer_size,
             readers=readers,
+            sink=sink,
             per_rank=per_rank,
         )
 

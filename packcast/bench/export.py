@@ -11,7 +11,14 @@ import json
 from collections.abc import Sequence
 
 from packcast.bench.model import Case, Environment, Limit, Run
-from packcast.bench.results import Results, buffer_words, facts, limit_label, warning_lines
+from packcast.bench.results import (
+    Results,
+    buffer_words,
+    facts,
+    limit_label,
+    share_of_limit,
+    warning_lines,
+)
 from packcast.bench.rows import Row, grouped
 from packcast.units import format_rate, format_size
 
@@ -42,6 +49,7 @@ _COLUMNS = (
     "waiting_on",
     "peak_device_bytes",
     "peak_pinned_bytes",
+    "loop_seconds_per_gib",
     "best",
     "failure",
 )
@@ -81,6 +89,7 @@ def _limit(limit: Limit) -> dict[str, object]:
         "bytes_per_second": limit.bytes_per_second,
         "buffer_size": limit.buffer_size,
         "readers": limit.readers,
+        "sink": limit.sink,
         "detail": limit.detail,
         "per_rank": {str(rank): rate for rank, rate in limit.per_rank.items()},
     }
@@ -130,6 +139,7 @@ def _row(row: Row) -> dict[str, object]:
         "waiting_share": waiting.share if waiting else None,
         "peak_device_bytes": row.peak_device_nbytes,
         "peak_pinned_bytes": row.peak_pinned_nbytes,
+        "loop_seconds_per_gib": row.loop_seconds_per_gib,
         "best": row.is_best,
         "failure": row.failure,
         "warnings": [
@@ -150,6 +160,7 @@ def _run(run: Run) -> dict[str, object]:
                 "wrong": part.wrong,
                 "waiting_seconds": dict(part.waiting),
                 "busy_seconds": dict(part.busy),
+                "loop_seconds": part.loop_seconds,
                 "peak_device_bytes": part.peak_device_nbytes,
                 "peak_pinned_bytes": part.peak_pinned_nbytes,
             }
@@ -185,6 +196,7 @@ def to_csv(results: Results) -> str:
                 "waiting_on": row.waiting_on,
                 "peak_device_bytes": row.peak_device_nbytes if seconds else None,
                 "peak_pinned_bytes": row.peak_pinned_nbytes if seconds else None,
+                "loop_seconds_per_gib": row.loop_seconds_per_gib,
                 "best": int(row.is_best),
                 "failure": row.failure,
             }
@@ -251,7 +263,7 @@ def _markdown_row(row: Row) -> list[str]:
         gigabytes(row.bytes_per_second),
         f"{gigabytes(row.nbytes / seconds.max)} - {gigabytes(row.nbytes / seconds.min)}",
         f"{seconds.cv:.1%}",
-        f"{limit.fraction:.0%} of {limit.stage}" if limit else "",
+        share_of_limit(limit) if limit else "",
         f"{ratio:.2f}" if ratio is not None else "",
         str(row.wrong),
         str(row.waiting_on or ""),

@@ -17,6 +17,7 @@ import packcast
 from packcast.bench.pagecache import file_system_of
 from packcast.group.devices import host_name
 from packcast.io.memory import available_nbytes
+from packcast.io.pool import pool_kind
 
 
 def versions(backend: str) -> dict[str, str]:
@@ -43,6 +44,7 @@ def facts_of_rank(rank: int, device: torch.device) -> dict[str, object]:
         "host": host_name(),
         "device": str(device),
         "cores": len(os.sched_getaffinity(0)),
+        "pool": pool_kind(),
     }
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)

@@ -302,6 +302,7 @@ class Lead:
                 nbytes=self._nbytes[row.case.shape, row.case.source],
                 runs=tuple(row.runs),
                 limits=limits,
+                sender=self._bench_rank.team.sender,
                 failure=row.failure,
             )
         )
@@ -314,6 +315,7 @@ def _rank_run(rank: int, said: Message) -> RankRun:
         wrong=int(str(said["wrong"])),
         waiting={key: float(str(value)) for key, value in _object(said["waiting"]).items()},
         busy={key: float(str(value)) for key, value in _object(said["busy"]).items()},
+        loop_seconds=float(str(said["loop_seconds"])),
         peak_device_nbytes=int(str(said["peak_device_nbytes"])),
         peak_pinned_nbytes=int(str(said["peak_pinned_nbytes"])),
     )

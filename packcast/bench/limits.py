@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -118,6 +119,8 @@ def pace_of_write(
         while left:
             written = os.pwrite(descriptors[index], left, offset)
             left, offset = left[written:], offset + written
+        with suppress(OSError):  # the disk works meanwhile, as it does for packcast
+            syscalls.start_writeback(descriptors[index], offset - size, size)
         return size
 
     def sync(_: int, descriptor: int) -> int:
@@ -129,7 +132,7 @@ def pace_of_write(
             descriptors.append(
                 os.open(folder / f"limit-{index}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             )
-            _reserve(descriptors[-1], each)
+            reserve(descriptors[-1], each)
         start()
         pace = _in_threads(team, pieces, write, num_threads, None, again=False)
         began = time.perf_counter()
@@ -251,7 +254,8 @@ def _open_to_read(path: Path, *, direct: bool) -> int:
     return os.open(path, flags)
 
 
-def _reserve(descriptor: int, nbytes: int) -> None:
+def reserve(descriptor: int, nbytes: int) -> None:
+    """Have room for the file's first `nbytes`, where its file system can promise that."""
     try:
         syscalls.fallocate(descriptor, nbytes)
     except OSError as error:

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from packcast.group.processgroup import environment_with
-
 Pairs = Iterator[tuple[str, torch.Tensor]]
 
 
@@ -55,7 +53,10 @@ def by_fastsafetensors(
     module: Any = importlib.import_module("fastsafetensors")
     names = [str(path) for path in paths]
     with ExitStack() as ending:
-        ending.enter_context(environment_with({"FASTSAFETENSORS_ODIRECT": "0"} if paged else {}))
+        if paged and "FASTSAFETENSORS_ODIRECT" not in os.environ:
+            # Read from os.environ, which is this bench's own.
+            os.environ["FASTSAFETENSORS_ODIRECT"] = "0"
+            ending.callback(os.environ.pop, "FASTSAFETENSORS_ODIRECT", None)
         loader = module.ParallelLoader(
             group, names, use_tqdm_on_load=False, device=str(device), nogds=True
         )

@@ -31,7 +31,8 @@ Method = Literal[
     "instanttensor",
     "fastsafetensors",
 ]
-LimitStage = Literal["read", "h2d", "broadcast", "d2h", "write"]
+# `together`: all stages of a row from files at the same time, which share a machine.
+LimitStage = Literal["read", "h2d", "broadcast", "d2h", "write", "together"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,8 @@ class RankRun:
 
     `waiting` is how long its loop stood still for each stage, `busy` each stage's first beginning
     to its last end. With resident weights the loop never waits beside a GPU: there `waiting` is how
-    long the lanes were busy with each stage, and `busy` is empty. `wrong` counts blocks (files) or
-    tensors that are not the sender's.
+    long the lanes were busy with each stage, and `busy` is empty. `loop_seconds` is the CPU time of
+    the loop's thread. `wrong` counts blocks (files) or tensors that are not the sender's.
     """
 
     rank: int
@@ -97,6 +98,7 @@ class RankRun:
     wrong: int = 0
     waiting: Mapping[str, float] = field(default_factory=dict)
     busy: Mapping[str, float] = field(default_factory=dict)
+    loop_seconds: float = 0.0
     peak_device_nbytes: int = 0
     peak_pinned_nbytes: int = 0
 
@@ -127,6 +129,7 @@ class Limit:
     detail: str = ""
     buffer_size: int | None = None  # of a broadcast in calls of this size; None: 1 GiB per call
     readers: int | None = None
+    sink: BenchSink | None = None  # of `together`
     per_rank: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -141,6 +144,7 @@ class Measured:
     nbytes: int
     runs: tuple[Run, ...] = ()
     limits: tuple[Limit, ...] = ()
+    sender: int = 0
     failure: str | None = None  # as "no room for 4 buffers of 16 GiB"; the sweep goes on
 
 

@@ -31,6 +31,7 @@ _libc.mmap.argtypes = [
 ]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+_MOUNTS = Path("/proc/self/mountinfo")
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -41,7 +42,11 @@ def file_system_of(path: Path) -> str:
         there = there.parent
     real = str(there.resolve())
     best, kind = -1, "unknown"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    try:
+        mounts = _MOUNTS.read_text().splitlines()
+    except OSError:  # a sandbox without /proc
+        return kind
+    for line in mounts:
         # id parent major:minor root mount-point options [optional fields] - type source options
         mounted, _, rest = line.partition(" - ")
         point = _unescaped(mounted.split()[4])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from packcast.bench.model import Case, Environment, Limit
-from packcast.bench.rows import Row
+from packcast.bench.rows import Reached, Row
 from packcast.bench.stats import Advice
 from packcast.units import format_exact_size
 
@@ -49,11 +49,19 @@ def buffer_words(case: Case) -> tuple[str, str]:
 def limit_label(limit: Limit) -> str:
     """`broadcast, 64MiB per call`, `read, 2 readers`; without more words, 1 GiB per call."""
     words: list[str] = [limit.stage]
+    if limit.sink is not None:
+        words.append(f"file to {limit.sink}")
     if limit.buffer_size is not None:
         words.append(f"{format_exact_size(limit.buffer_size)} per call")
     if limit.readers is not None and limit.readers > 1:
         words.append(f"{limit.readers} readers")
     return ", ".join(words)
+
+
+def share_of_limit(limit: Reached) -> str:
+    """`95% of read`, or `95% together` of what all stages reach at the same time."""
+    share = f"{limit.fraction:.0%}"
+    return f"{share} together" if limit.stage == "together" else f"{share} of {limit.stage}"
 
 
 def facts(environment: Environment) -> list[tuple[str, str]]:
@@ -71,14 +79,16 @@ def facts(environment: Environment) -> list[tuple[str, str]]:
 
 
 def _machine(ranks: Sequence[Mapping[str, object]]) -> str:
-    """`2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores`."""
+    """`2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores, native I/O threads`."""
     devices = ", ".join(dict.fromkeys(str(rank.get("device", "?")) for rank in ranks))
     gpus = Counter(str(rank["gpu"]) for rank in ranks if rank.get("gpu"))
     names = ", ".join(f"{number} x {name}" if number > 1 else name for name, number in gpus.items())
     cores = {str(rank["cores"]) for rank in ranks if rank.get("cores")}
     words = f"{len(ranks)} ranks" if len(ranks) > 1 else "1 rank"
     words += f" on {devices}" + (f" ({names})" if names else "")
-    return words + (f", {', '.join(sorted(cores))} cores" if cores else "")
+    words += f", {', '.join(sorted(cores))} cores" if cores else ""
+    pools = {str(rank["pool"]) for rank in ranks if rank.get("pool")}
+    return words + (f", {' and '.join(sorted(pools))} I/O threads" if pools else "")
 
 
 def warning_lines(results: Results) -> list[str]:

@@ -5,6 +5,7 @@ All rows are made anew from all measurements: a baseline may come after what is 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +21,7 @@ from packcast.bench.stats import (
     summarize,
     waiting_on,
 )
+from packcast.units import GIB
 
 OURS = ("packcast", "compat")
 ORIGINAL = "original"
@@ -39,7 +41,8 @@ class Row:
     """One case: sizes in bytes, times in seconds. Without `seconds` there is a `failure`.
 
     `ratio_to_original` is above 1 where this is faster. `limits` are all that bear on the case.
-    `wrong` is the most of any run; `first_seconds` the very first run, warm-up included.
+    `wrong` is the most of any run; `first_seconds` the very first run, warm-up included;
+    `loop_seconds_per_gib` the CPU time of the sender's loop, where it was measured.
     """
 
     case: Case
@@ -53,6 +56,7 @@ class Row:
     waiting_on: Waiting | None = None
     peak_device_nbytes: int = 0
     peak_pinned_nbytes: int = 0
+    loop_seconds_per_gib: float | None = None
     first_seconds: float | None = None
     slowest_rank: int | None = None
     failure: str | None = None
@@ -98,7 +102,8 @@ def grouped(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 
 def binding_limit(case: Case, limits: Iterable[Limit]) -> Limit | None:
-    """The lowest of the limits that bear on a case.
+    """What a case's stages reach together, where that was measured; else the lowest of the limits
+    that bear on it.
 
     Of the broadcast's, the one of 1 GiB per call: small buffers are the case's own choice. The
     one of the case's buffer size stands in where the other was not measured.
@@ -109,9 +114,13 @@ def binding_limit(case: Case, limits: Iterable[Limit]) -> Limit | None:
             continue
         if limit.buffer_size not in (None, case.buffer_size):
             continue
+        if limit.sink not in (None, case.sink):
+            continue
         known = bearing.get(limit.stage)
         if known is None or (known.buffer_size is not None and limit.buffer_size is None):
             bearing[limit.stage] = limit
+    if "together" in bearing:
+        return bearing["together"]
     return min(bearing.values(), key=lambda limit: limit.bytes_per_second, default=None)
 
 
@@ -150,11 +159,20 @@ def _row(measured: Measured, originals: Sequence[float]) -> Row:
         waiting_on=waiting_on(runs),
         peak_device_nbytes=max(part.peak_device_nbytes for part in parts),
         peak_pinned_nbytes=max(part.peak_pinned_nbytes for part in parts),
+        loop_seconds_per_gib=_loop_seconds_per_gib(measured),
         first_seconds=measured.runs[0].seconds,
         slowest_rank=slowest_rank(runs),
         warnings=advise(measured.runs, wrong=wrong, fraction=limit.fraction if limit else None),
         runs=measured.runs,
     )
+
+
+def _loop_seconds_per_gib(measured: Measured) -> float | None:
+    """The median over the runs; None where the sender ran no loop that is counted."""
+    parts = [part for run in steady(measured.runs) for part in run.ranks]
+    found = [part.loop_seconds for part in parts if part.rank == measured.sender]
+    median = statistics.median(found) if found else 0.0
+    return median / (measured.nbytes / GIB) if median and measured.nbytes else None
 
 
 def _best_of(rows: Iterable[Row]) -> Row | None:

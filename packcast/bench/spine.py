@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -24,22 +24,27 @@ from packcast.errors import (
     UsageError,
     VerificationError,
 )
+from packcast.group.addresses import interface_towards
 from packcast.group.defaultgroup import open_default_group
 from packcast.group.devices import Assignment, assign_devices
 from packcast.group.hub import Hub
-from packcast.group.launch import detect_launch, reachable_host
+from packcast.group.launch import detect_launch
 from packcast.group.leave import Leaver
 from packcast.group.line import Line
 from packcast.group.member import Member
-from packcast.group.processgroup import begin_close, interface_of, open_process_group
+from packcast.group.processgroup import begin_close, open_process_group
+from packcast.group.store import connect_store, serve_store
 from packcast.group.wire import Message
 from packcast.packed.plan import check_buffers
 from packcast.settings import Settings
 from packcast.transfer.agreement import rank_of
 from packcast.transfer.offer import Offer
-from packcast.transfer.seat import Seat, host_to_reach, take_seat
+from packcast.transfer.seat import Seat, take_seat
 from packcast.transfer.stall import StallWatch
 from packcast.view import View
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _PATIENCE_S = 30.0
 _CLOSE_LIMIT_S = 15.0
@@ -78,17 +83,21 @@ def run(settings: BenchSettings, view: BenchView, leaver: Leaver) -> int:
         )
         seat.channel.abort(cause)
         raise cause from error
+    finally:
+        seat.leave()
 
 
 def _lead(settings: BenchSettings, seat: Seat, hub: Hub, view: BenchView, leaver: Leaver) -> int:
     members = hub.join(seat.expected, settings.join_timeout_s, lambda *_: None)
+    seat.have_joined()
     assignment = assign_devices(members, settings.backend)
     if assignment.loud:
         view.warn(f"{assignment.backend}: {assignment.reason}")
-    host = host_to_reach(hub.address)
-    begin = _begin_message(settings, members, assignment, seat, host)
+    host = hub.host_met()
+    store, port = serve_store(host, settings.join_timeout_s)
+    begin = _begin_message(settings, members, assignment, seat, (host, port))
     hub.broadcast(begin)
-    bench_rank = _open_bench_rank(settings, seat, begin, seat.launch.rank)
+    bench_rank = _open_bench_rank(settings, seat, begin, seat.launch.rank, host, store)
     lead = Lead(settings, hub, bench_rank, members, _as_transfer(settings), view)
     leaver.on_leave(lead.tell_partial)
     leaver.on_leave(bench_rank.abandon)
@@ -119,12 +128,15 @@ def _lead(settings: BenchSettings, seat: Seat, hub: Hub, view: BenchView, leaver
 def _follow(settings: BenchSettings, seat: Seat, line: Line, leaver: Leaver) -> int:
     patience_s = settings.join_timeout_s + _PATIENCE_S
     me, _ = line.await_joined(patience_s)
+    seat.have_joined()
     begin = line.expect("BEGIN", patience_s)
     if begin.get("settings") != _digest(settings):
         raise RendezvousError(
             f"{me.label} was started with other options than the sender, {line.sender.label}"
         )
-    bench_rank = _open_bench_rank(settings, seat, begin, rank_of(me))
+    host, port = line.host_told(str(begin.get("host"))), int(str(begin.get("port")))
+    store = connect_store(host, port, settings.join_timeout_s)
+    bench_rank = _open_bench_rank(settings, seat, begin, rank_of(me), host, store)
     leaver.on_leave(bench_rank.abandon)
     line.set_progress(lambda: {"moved": bench_rank.moved()})
     try:
@@ -190,7 +202,7 @@ def _begin_message(
     members: tuple[Member, ...],
     assignment: Assignment,
     seat: Seat,
-    host: str,
+    address: tuple[str, int],
 ) -> Message:
     """What every rank needs to know before there is a group."""
     boots = list(dict.fromkeys(member.boot_id for member in members))
@@ -201,25 +213,25 @@ def _begin_message(
         "devices": [assignment.devices[rank] for rank in range(len(members))],
         "backend": assignment.backend,
         "sender": seat.launch.rank,
-        "host": host,
+        "host": address[0],
+        "port": address[1],
     }
 
 
-def _open_bench_rank(settings: BenchSettings, seat: Seat, begin: Message, rank: int) -> BenchRank:
+def _open_bench_rank(
+    settings: BenchSettings, seat: Seat, begin: Message, rank: int, host: str, store: Store
+) -> BenchRank:
     """Make the process group, which waits for all ranks, and this rank's part."""
     told: dict[str, Any] = begin
     device = torch.device(told["devices"][rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    assert seat.store is not None, "a launcher has one"
     place: dict[str, Any] = {
         "rank": rank,
         "world_size": len(told["hosts"]),
-        "store": seat.store,
+        "store": store,
         "device": device,
-        "interface": interface_of(
-            told["host"] if rank == told["sender"] else reachable_host((told["host"], 9))
-        ),
+        "interface": interface_towards(host),
     }
     try:
         group = open_process_group(told["backend"], timeout_s=_GROUP_TIMEOUT_S, **place)

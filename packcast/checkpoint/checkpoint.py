@@ -8,39 +8,73 @@ from __future__ import annotations
 
 import hashlib
 import os
-import posixpath
 import stat
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
+from packcast.checkpoint.cachefolder import refuse_cache_folder
 from packcast.checkpoint.header import Header, read_header
 from packcast.checkpoint.index import Index, is_index, read_index
 from packcast.checkpoint.names import clash_of, name_fault
-from packcast.checkpoint.reading import open_regular, shown, shown_name, unreadable
-from packcast.checkpoint.walk import Entry, Kind, walk
-from packcast.errors import CheckpointError
+from packcast.checkpoint.reading import (
+    FileState,
+    open_regular,
+    shown,
+    shown_name,
+    unreadable,
+)
+from packcast.checkpoint.ruling import (
+    INCOMPLETE,
+    SENT_ANYWAY,
+    chosen_of,
+    fitting,
+    role_warnings,
+    roles_of,
+    some,
+)
+from packcast.checkpoint.walk import Entry, Kind, leaves_out, walk
+from packcast.errors import CheckpointError, PackcastError, UsageError
 
-_SHOWN_NAMES = 3
-_INCOMPLETE = "the download or copy is probably incomplete"
+MAX_MTIME_NS = (1 << 63) - 1  # in 2262; an offer has no later time
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
     """One file to read. `name` is logical (posix, relative), `path` has no symlink left in it.
 
-    Size, time and inode are as when the checkpoint was opened; `header` is None for a sidecar or
-    an index.
+    `state` is as when the checkpoint was opened; `header` is None for a sidecar or an index. Of a
+    shard's tensors the index assigns those in `elsewhere` to another shard, and does not name those
+    in `unlisted`.
     """
 
     name: str
     path: Path
-    nbytes: int
-    mtime_ns: int
-    inode: int
+    state: FileState
     executable: bool
     header: Header | None
+    elsewhere: frozenset[str] = frozenset()
+    unlisted: frozenset[str] = frozenset()
+
+    @property
+    def nbytes(self) -> int:
+        return self.state.nbytes
+
+    @property
+    def mtime_ns(self) -> int:
+        """The modification time as it travels: the nearest that 64 bits of nanoseconds hold."""
+        return max(-MAX_MTIME_NS, min(self.state.mtime_ns, MAX_MTIME_NS))
+
+    def check_unchanged(self, found: os.stat_result, doing: str, hint: str) -> None:
+        """Raise CheckpointError unless `found` is the file that was opened, as it was then.
+
+        To be asked of a descriptor before it is read, and again when all has been read.
+        """
+        difference = self.state.difference(found)
+        if difference:
+            what = f"{self.name} changed while it was being {doing}: {difference}"
+            raise CheckpointError(what, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +110,19 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def open_checkpoint(path: Path, *, sidecars: bool = True, all_files: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: Path,
+    *,
+    sidecars: bool = True,
+    all_files: bool = False,
+    exclude_files: Sequence[str] = (),
+) -> Checkpoint:
     """The checkpoint at `path`: one safetensors file, or a directory of shards.
 
-    Without `sidecars` only shards and their indexes belong. With `all_files` the `.safetensors`
-    files that an index beside them does not name belong too. Raises CheckpointError.
+    Without `sidecars` only shards and their indexes belong. With `all_files` every `.safetensors`
+    file does, whatever an index beside it says, and an index need not fit. `exclude_files` are
+    globs over logical names, as `fnmatch.fnmatchcase` reads them; what lies in a folder that one
+    matches is left out too. Raises CheckpointError, and UsageError where nothing is left.
     """
     try:
         mode = os.stat(path).st_mode
@@ -90,7 +132,9 @@ def open_checkpoint(path: Path, *, sidecars: bool = True, all_files: bool = Fals
     except OSError as error:
         raise unreadable(str(path), error) from error
     if stat.S_ISDIR(mode):
-        return _open_directory(path, sidecars=sidecars, all_files=all_files)
+        return _open_directory(
+            path, sidecars=sidecars, all_files=all_files, exclude_files=exclude_files
+        )
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: neither a file nor a directory")
     if is_index(path.name):
@@ -98,97 +142,116 @@ def open_checkpoint(path: Path, *, sidecars: bool = True, all_files: bool = Fals
             f"{path}: an index, not a checkpoint", hint=f"give its directory: {path.parent}"
         )
     _check_name(path.name)
-    return Checkpoint(path, (_shard(path.name, path),), ())
+    if any(leaves_out(glob, path.name) for glob in exclude_files):
+        raise UsageError(f"--exclude-files leaves out {path.name}, and there is nothing else")
+    files = (_shard(path.name, path),)
+    return Checkpoint(path, files, tuple(_clamped_times(files)))
 
 
-def _open_directory(path: Path, *, sidecars: bool, all_files: bool) -> Checkpoint:
-    if (path / "snapshots").is_dir() and (path / "blobs").is_dir():
-        raise CheckpointError(
-            f"{path}: a Hugging Face cache folder, which may hold several revisions",
-            hint=f"give one of them: {path / 'snapshots' / '<revision>'}",
-        )
-    entries, warnings = walk(path)
+def _open_directory(
+    path: Path, *, sidecars: bool, all_files: bool, exclude_files: Sequence[str]
+) -> Checkpoint:
+    if not all_files:
+        refuse_cache_folder(path)
+    entries, warnings = walk(path, exclude_files)
     of_kind = {kind: [entry for entry in entries if entry.kind is kind] for kind in Kind}
-    indexes = [_index(entry) for entry in of_kind[Kind.INDEX]]
-    chosen, left = _choose(of_kind[Kind.SHARD], indexes)
-    if all_files:
-        chosen, left = of_kind[Kind.SHARD], []
+    indexes, more = _read_indexes(of_kind[Kind.INDEX], all_files=all_files)
+    warnings += more
+    open_shard = _opener(of_kind[Kind.SHARD])
+    indexes, more = fitting(
+        indexes,
+        {entry.name for entry in of_kind[Kind.SHARD] if entry.found},
+        lambda name: open_shard(name)[1],
+        all_files=all_files,
+        exclude_files=exclude_files,
+    )
+    warnings += more
+    chosen, left = chosen_of(of_kind[Kind.SHARD], [] if all_files else indexes)
     if not chosen:
-        raise _nothing_here(path, left, of_kind[Kind.OTHER_WEIGHTS])
+        raise _nothing_here(path, left, of_kind[Kind.OTHER_WEIGHTS], exclude_files)
     for entry in left:
         name = shown_name(entry.name)
         warnings.append(f"{name}: not in the index beside it: left out (--all-files takes it)")
-    shards = [_shard(entry.name, _checked(entry)) for entry in chosen]
-    warnings += _compare(indexes, shards)
-    ruling = [_plain(entry.name, _checked(entry)) for entry in of_kind[Kind.INDEX]]
+    shards, more = _judged([open_shard(entry.name)[0] for entry in chosen], indexes)
+    warnings += more
+    replaced = {index.name for index in indexes if index.is_stood_in_for}
+    ruling = [
+        _plain(entry.name, _checked(entry))
+        for entry in of_kind[Kind.INDEX]
+        if entry.name not in replaced
+    ]
     others: list[SourceFile] = []
     if sidecars:
         others, more = _sidecars(of_kind[Kind.SIDECAR])
         warnings += more
         if of_kind[Kind.OTHER_WEIGHTS]:
-            names = _some(shown_name(entry.name) for entry in of_kind[Kind.OTHER_WEIGHTS])
+            names = some(shown_name(entry.name) for entry in of_kind[Kind.OTHER_WEIGHTS])
             warnings.append(f"weights in other formats are left out: {names}")
     files, more = _without_clashes([*shards, *ruling], others)
-    return Checkpoint(path, files, (*warnings, *more))
+    return Checkpoint(path, files, (*warnings, *more, *_clamped_times(files)))
+
+
+def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[Index], list[str]]:
+    indexes, warnings = [], []
+    for entry in entries:
+        try:
+            index = read_index(_checked(entry), entry.name)
+        except CheckpointError as error:
+            if not all_files:
+                hint = f"{error.hint}; {SENT_ANYWAY}" if error.hint else SENT_ANYWAY
+                raise CheckpointError(error.message, hint=hint) from error
+            warnings.append(f"{error.message}: sent all the same, as --all-files says")
+        else:
+            indexes.append(index)
+            warnings += index.warnings
+    return indexes, warnings
+
+
+def _opener(entries: Sequence[Entry]) -> Callable[[str], tuple[SourceFile, frozenset[str]]]:
+    """A function from a shard's name to the shard and its tensors' names; opens each once."""
+    by_name = {entry.name: entry for entry in entries}
+
+    @cache
+    def open_shard(name: str) -> tuple[SourceFile, frozenset[str]]:
+        file = _shard(name, _checked(by_name[name]))
+        tensors = file.header.tensors if file.header else ()
+        return file, frozenset(tensor.name for tensor in tensors)
+
+    return open_shard
 
 
 def _nothing_here(
-    path: Path, left: Sequence[Entry], other_weights: Sequence[Entry]
-) -> CheckpointError:
+    path: Path,
+    left: Sequence[Entry],
+    other_weights: Sequence[Entry],
+    exclude_files: Sequence[str],
+) -> PackcastError:
     if left:
         what = "its index names none of the .safetensors files beside it"
         return CheckpointError(f"{path}: {what}", hint="--all-files takes them all the same")
     hint = "give the directory that holds the .safetensors files"
     if other_weights:
-        names = _some(shown_name(entry.name) for entry in other_weights)
+        names = some(shown_name(entry.name) for entry in other_weights)
         hint = f"convert {names} to safetensors first"
+    if exclude_files:
+        what = "no .safetensors file is left in this directory by --exclude-files"
+        return UsageError(f"{path}: {what}")
     return CheckpointError(f"{path}: no .safetensors file in this directory", hint=hint)
 
 
-def _choose(shards: Sequence[Entry], indexes: Sequence[Index]) -> tuple[list[Entry], list[Entry]]:
-    """The shards that belong, and those that lie beside an index that does not name them."""
-    there = {entry.name for entry in shards}
-    named: set[str] = set()
-    for index in indexes:
-        wanted = set(index.shard_of.values())
-        missing = sorted(wanted - there)
-        if missing:
-            raise CheckpointError(
-                f"{index.name}: {len(missing)} of {len(wanted)} shards are not there: "
-                f"{_some(missing)}",
-                hint=_INCOMPLETE,
-            )
-        named |= wanted
-    ruled = {posixpath.dirname(index.name) for index in indexes}
-    chosen: list[Entry] = []
-    left: list[Entry] = []
-    for entry in shards:
-        belongs = entry.name in named or posixpath.dirname(entry.name) not in ruled
-        (chosen if belongs else left).append(entry)
-    return chosen, left
-
-
-def _compare(indexes: Sequence[Index], shards: Sequence[SourceFile]) -> list[str]:
-    """Each index against its shards: a tensor too few is an error, one too many a warning."""
-    tensors_in = {
-        file.name: {tensor.name for tensor in file.header.tensors} for file in shards if file.header
-    }
-    promised: defaultdict[str, set[str]] = defaultdict(set)
-    for index in indexes:
-        for tensor, shard in index.shard_of.items():
-            if tensor not in tensors_in[shard]:
-                raise CheckpointError(
-                    f"{index.name}: tensor {shown(tensor)} is not in {shard}, where it should be",
-                    hint=_INCOMPLETE,
-                )
-            promised[shard].add(tensor)
-    warnings = []
-    for shard, names in sorted(promised.items()):
-        extra = sorted(tensors_in[shard] - names)
-        if extra:
-            few = _some(map(shown, extra))
-            warnings.append(f"{shard}: {len(extra)} of its tensors are not in the index: {few}")
-    return warnings
+def _judged(
+    shards: Sequence[SourceFile], indexes: Sequence[Index]
+) -> tuple[list[SourceFile], list[str]]:
+    """The shards, each with what the indexes say of its tensors, and warnings."""
+    headers = {file.name: file.header for file in shards if file.header}
+    roles = roles_of(headers, indexes)
+    judged = [
+        replace(file, elsewhere=roles[file.name].elsewhere, unlisted=roles[file.name].unlisted)
+        if file.name in roles
+        else file
+        for file in shards
+    ]
+    return judged, role_warnings(headers, indexes, roles)
 
 
 def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
@@ -224,8 +287,17 @@ def _without_clashes(
     return tuple(by_name[name] for name in sorted(by_name)), warnings
 
 
-def _index(entry: Entry) -> Index:
-    return read_index(_checked(entry), entry.name)
+def _clamped_times(files: Sequence[SourceFile]) -> list[str]:
+    clamped = [file.name for file in files if file.mtime_ns != file.state.mtime_ns]
+    if not clamped:
+        return []
+    times = (
+        "1 modification time is" if len(clamped) == 1 else f"{len(clamped)} modification times are"
+    )
+    return [
+        f"{times} outside of the years 1678 to 2262, and copied as the nearest one inside:"
+        f" {some(clamped)}"
+    ]
 
 
 def _checked(entry: Entry) -> Path:
@@ -233,7 +305,8 @@ def _checked(entry: Entry) -> Path:
     _check_name(entry.name)
     if entry.found is None:
         raise CheckpointError(
-            f"{entry.name}: a symlink that leads nowhere: {entry.path}", hint=_INCOMPLETE
+            f"{entry.name}: a symlink that leads nowhere: {entry.path}",
+            hint=f"{INCOMPLETE}; --exclude-files leaves it out",
         )
     return entry.path
 
@@ -246,13 +319,15 @@ def _check_name(name: str) -> None:
 
 def _shard(name: str, path: Path) -> SourceFile:
     resolved = _resolved(name, path)
-    return _source(name, resolved, read_header(resolved, name))
+    before = _stat(name, resolved)
+    return _source(name, resolved, before, read_header(resolved, name))
 
 
 def _plain(name: str, path: Path) -> SourceFile:
     resolved = _resolved(name, path)
+    before = _stat(name, resolved)
     with open_regular(resolved, name):  # unreadable: better said now than in mid stream
-        return _source(name, resolved, None)
+        return _source(name, resolved, before, None)
 
 
 def _resolved(name: str, path: Path) -> Path:
@@ -262,25 +337,16 @@ def _resolved(name: str, path: Path) -> Path:
         raise CheckpointError(f"{name}: its symlinks lead nowhere") from error
 
 
-def _source(name: str, resolved: Path, header: Header | None) -> SourceFile:
+def _stat(name: str, resolved: Path) -> os.stat_result:
     try:
-        found = os.stat(resolved)
+        return os.stat(resolved)
     except OSError as error:
         raise unreadable(name, error) from error
-    if header and header.file_nbytes != found.st_size:
-        raise CheckpointError(f"{name}: changed size while it was being read")
-    return SourceFile(
-        name=name,
-        path=resolved,
-        nbytes=found.st_size,
-        mtime_ns=found.st_mtime_ns,
-        inode=found.st_ino,
-        executable=bool(found.st_mode & stat.S_IXUSR),
-        header=header,
-    )
 
 
-def _some(names: Iterable[str]) -> str:
-    few = list(names)
-    more = f" and {len(few) - _SHOWN_NAMES} more" if len(few) > _SHOWN_NAMES else ""
-    return ", ".join(few[:_SHOWN_NAMES]) + more
+def _source(name: str, resolved: Path, before: os.stat_result, header: Header | None) -> SourceFile:
+    executable = bool(before.st_mode & stat.S_IXUSR)
+    file = SourceFile(name, resolved, FileState.of(before), executable, header)
+    # Again, after its header was read: a rewrite in between would be sent under the old header.
+    file.check_unchanged(_stat(name, resolved), "opened", "run it again once it is quiet")
+    return file

@@ -17,6 +17,7 @@ from packcast.errors import CheckpointError
 
 SHARD_SUFFIX = ".safetensors"
 MAX_INDEX_NBYTES = 256 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # `model.safetensors.index.json`, `model.fp16.safetensors.index.json` and, as older libraries put
 # the variant, `model.safetensors.index.fp16.json`.
@@ -25,16 +26,28 @@ _INDEX_NAME = re.compile(r".+\.safetensors\.index(\.[^./]+)?\.json")
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """`shard_of` maps a tensor's name to its shard's logical name; `content` is the whole JSON."""
+    """`shard_of` maps a tensor's name to its shard's logical name; `content` is the whole JSON.
+
+    One that `is_stood_in_for` does not travel: its shards are another's.
+    """
 
     name: str
     content: dict[str, object]
     shard_of: dict[str, str]
+    warnings: tuple[str, ...] = ()
+    is_stood_in_for: bool = False
 
 
 def is_index(name: str) -> bool:
     """Whether a file of this logical name rules which shards of its folder belong."""
     return _INDEX_NAME.fullmatch(posixpath.basename(name)) is not None
+
+
+def whole_file_of(name: str) -> str:
+    """The name that the file of all tensors has which lies beside this index, if one does."""
+    folder, base = posixpath.split(name)
+    stem, _, variant = base.removesuffix(".json").rpartition(f"{SHARD_SUFFIX}.index")
+    return posixpath.join(folder, stem + variant + SHARD_SUFFIX)
 
 
 def read_index(path: Path, name: str) -> Index:
@@ -43,6 +56,10 @@ def read_index(path: Path, name: str) -> Index:
         if nbytes > MAX_INDEX_NBYTES:
             raise CheckpointError(f"{name}: index of more than {MAX_INDEX_NBYTES} bytes")
         data = read_exactly(fd, nbytes, 0, name)
+    warnings = []
+    if data.startswith(_BYTE_ORDER_MARK):
+        data = data.removeprefix(_BYTE_ORDER_MARK)
+        warnings.append(f"{name}: begins with a byte order mark, which some loaders do not read")
     known = what_it_is(data[:64])
     if known and not data.lstrip().startswith((b"{", b"[")):
         raise CheckpointError(f"{name}: not an index: {known[0]}", hint=known[1])
@@ -52,7 +69,13 @@ def read_index(path: Path, name: str) -> Index:
         raise CheckpointError(f"{name}: not an index: it has no weight_map")
     folder = posixpath.dirname(name)
     checked = {shard: _shard_name(shard, folder, name) for shard in _distinct(weight_map, name)}
-    return Index(name, content, {tensor: checked[shard] for tensor, shard in weight_map.items()})
+    odd = sorted(shard for shard in checked if posixpath.join(folder, shard) != checked[shard])
+    if odd:
+        warnings.append(
+            f"{name}: some loaders do not find a shard that is written so: {shown(odd[0])}"
+        )
+    shard_of = {tensor: checked[shard] for tensor, shard in weight_map.items()}
+    return Index(name, content, shard_of, tuple(warnings))
 
 
 def _distinct(weight_map: dict[str, object], where: str) -> set[str]:
@@ -65,9 +88,11 @@ def _distinct(weight_map: dict[str, object], where: str) -> set[str]:
 
 
 def _shard_name(shard: str, folder: str, where: str) -> str:
+    """Where the shard lies: `./model.safetensors` is the file that everybody finds there."""
+    written, shard = shard, posixpath.normpath(shard) if shard else shard
     fault = name_fault(shard)
     if fault:
-        raise CheckpointError(f"{where}: the shard name {shown(shard)} {fault}")
+        raise CheckpointError(f"{where}: the shard name {shown(written)} {fault}")
     if not shard.endswith(SHARD_SUFFIX):
         raise CheckpointError(f"{where}: the shard {shown(shard)} is not a {SHARD_SUFFIX} file")
     return posixpath.join(folder, shard)

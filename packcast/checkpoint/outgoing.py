@@ -15,20 +15,36 @@ from fnmatch import fnmatchcase
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
 from packcast.checkpoint.header import LENGTH_NBYTES, Header, Tensor, parse_header
 from packcast.checkpoint.index import is_index, read_index, rewritten
-from packcast.errors import UsageError
+from packcast.errors import CheckpointError, UsageError
 
+# What an offer may hold of all files together, as JSON: one header of the largest size the format
+# knows, whatever is in it, or many of the usual ones.
+MAX_OFFERED_NBYTES = 240 << 20
+_MAX_NUMBERS_NBYTES = 80  # of a file's entry in the offer: size, time and what is between
 _HEADER_ALIGNMENT = 8
 
 
 @dataclass(frozen=True, slots=True)
 class FileSpec:
-    """What an outgoing file will be: all that a receiver knows of it before its bytes come."""
+    """What an outgoing file will be: all that a receiver knows of it before its bytes come.
+
+    `elsewhere` and `unlisted` are positions in `header.tensors`: of tensors that the index assigns
+    to another shard, which are never received as tensors, and of those that it does not name.
+    """
 
     name: str
     nbytes: int
     mtime_ns: int
     executable: bool
     header: Header | None
+    elsewhere: frozenset[int] = frozenset()
+    unlisted: frozenset[int] = frozenset()
+
+    @property
+    def tensors(self) -> tuple[tuple[int, Tensor], ...]:
+        """The tensors that a receiver of tensors may take, each with its position."""
+        tensors = self.header.tensors if self.header else ()
+        return tuple((i, t) for i, t in enumerate(tensors) if i not in self.elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +86,40 @@ def outgoing_files(
     `include` and `exclude` are globs over tensor names, as `fnmatch.fnmatchcase` reads them; no
     `include` means all. A shard that loses some tensors gets a new header, one that loses all is
     dropped, one that keeps all goes verbatim; indexes follow. Raises UsageError where no tensor
-    is left, CheckpointError where an index can no longer be read.
+    is left, CheckpointError where an index can no longer be read or the headers are too large.
     """
-    if not include and not exclude:
-        return tuple(_verbatim(source, file) for source, file in enumerate(checkpoint.files))
+    if include or exclude:
+        files = _selection(checkpoint, include, exclude)
+    else:
+        files = tuple(_verbatim(source, file) for source, file in enumerate(checkpoint.files))
+    _check_offered(files)
+    return files
 
+
+def _check_offered(files: Sequence[OutgoingFile]) -> None:
+    nbytes = sum(_offered_nbytes(file.spec) for file in files)
+    if nbytes > MAX_OFFERED_NBYTES:
+        raise CheckpointError(
+            f"the headers of all files are {nbytes:,} bytes as they are offered to the workers,"
+            f" more than {MAX_OFFERED_NBYTES:,}",
+            hint="send it in parts: --include, --exclude and --exclude-files choose",
+        )
+
+
+def _offered_nbytes(spec: FileSpec) -> int:
+    """The bytes of a file's entry in the offer, at most."""
+    roles = 8 * (len(spec.elsewhere) + len(spec.unlisted))
+    nbytes = _MAX_NUMBERS_NBYTES + roles + 2 * len(spec.name.encode())
+    if spec.header:
+        text = spec.header.json_bytes
+        # As JSON text within JSON text: these take two bytes each, all others as many as here.
+        nbytes += len(text) + sum(map(text.count, (b'"', b"\\", b"\n", b"\r", b"\t")))
+    return nbytes
+
+
+def _selection(
+    checkpoint: Checkpoint, include: Sequence[str], exclude: Sequence[str]
+) -> tuple[OutgoingFile, ...]:
     def selected(tensor: Tensor) -> bool:
         return (not include or any(fnmatchcase(tensor.name, glob) for glob in include)) and not any(
             fnmatchcase(tensor.name, glob) for glob in exclude
@@ -117,7 +162,12 @@ def _verbatim(source: int, file: SourceFile) -> OutgoingFile:
 
 
 def _spec(file: SourceFile, nbytes: int, header: Header | None) -> FileSpec:
-    return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header)
+    tensors = header.tensors if header else ()
+    elsewhere, unlisted = (
+        frozenset(i for i, tensor in enumerate(tensors) if tensor.name in names)
+        for names in (file.elsewhere, file.unlisted)
+    )
+    return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header, elsewhere, unlisted)
 
 
 def _header_json(header: Header, tensors: Sequence[Tensor]) -> bytes:

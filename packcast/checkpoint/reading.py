@@ -11,11 +11,43 @@ import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from packcast.errors import CheckpointError
 
 _SHOWN_CHARACTERS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What a file was when it was looked at; another state means that its bytes may be others.
+
+    Size and modification time can be set back after a write, and copiers do so. The inode's change
+    time cannot; but it also moves where only mode, owner or links change.
+    """
+
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @staticmethod
+    def of(found: os.stat_result) -> FileState:
+        return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+    def difference(self, found: os.stat_result) -> str | None:
+        """What is no longer as it was, as the end of a sentence; None if all is."""
+        now = FileState.of(found)
+        if now.inode != self.inode:
+            return "another file is in its place"
+        if now.nbytes != self.nbytes:
+            return f"it had {self.nbytes} bytes and has {now.nbytes}"
+        if now.mtime_ns != self.mtime_ns:
+            return "its modification time is another"
+        if now.ctime_ns != self.ctime_ns:
+            return "it was written and its time set back, or its mode, owner or links changed"
+        return None
 
 
 def shown(value: object) -> str:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from packcast.checkpoint.index import SHARD_SUFFIX, is_index
@@ -48,9 +50,20 @@ def kind_of(name: str) -> Kind:
     return Kind.OTHER_WEIGHTS if name.endswith(_OTHER_WEIGHTS) else Kind.SIDECAR
 
 
-def walk(root: Path) -> tuple[list[Entry], list[str]]:
+def leaves_out(glob: str, name: str) -> bool:
+    """Whether the glob matches a file's logical name, or that of a folder it is in."""
+    glob = glob.removeprefix("./").rstrip("/")
+    while name:
+        if fnmatchcase(name, glob):
+            return True
+        name = name.rpartition("/")[0]
+    return False
+
+
+def walk(root: Path, exclude_files: Sequence[str] = ()) -> tuple[list[Entry], list[str]]:
     """All files under `root` by logical name, nested folders too, and warnings.
 
+    What a glob of `exclude_files` matches is as if it were not there.
     Symlinks are followed. A directory that is met again below itself is left with a warning; what
     then remains is bounded by MAX_ENTRIES, so that no knot of links keeps us for ever. Raises
     CheckpointError there, and where a directory cannot be read.
@@ -58,6 +71,7 @@ def walk(root: Path) -> tuple[list[Entry], list[str]]:
     entries: list[Entry] = []
     warnings: list[str] = []
     num_met = 0
+    unused = dict.fromkeys(exclude_files)
     above: frozenset[tuple[int, int]] = frozenset()
     todo = [("", root, above)]
     while todo:
@@ -76,12 +90,18 @@ def walk(root: Path) -> tuple[list[Entry], list[str]]:
                     hint="give the directory that holds the .safetensors files",
                 )
             name, path = prefix + file_name, directory / file_name
+            matching = [glob for glob in exclude_files if leaves_out(glob, name)]
+            if matching:
+                for glob in matching:
+                    unused.pop(glob, None)
+                continue
             found = _stat(path, name)
             if found is not None and stat.S_ISDIR(found.st_mode):
                 todo.append((name + "/", path, above | {identity}))
             else:
                 entries.append(Entry(name, path, kind_of(name), found))
     entries.sort(key=lambda entry: entry.name)
+    warnings += [f"--exclude-files {shown_name(glob)}: matches no file" for glob in unused]
     return entries, sorted(warnings)
 
 

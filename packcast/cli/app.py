@@ -30,14 +30,23 @@ from packcast.cli.helps import (
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.profile import profiled
 from packcast.cli.progress import make_view
-from packcast.cli.start import be_a_rank, begin, start_ranks, was_given
+from packcast.cli.start import (
+    be_a_rank,
+    begin,
+    forget_service_links,
+    name_variables,
+    start_ranks,
+    was_given,
+)
+from packcast.cli.streams import flush_streams
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
+from packcast.io.pool import pool_kind
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 
-COMMANDS = ("send", "recv", "bench", "inspect")
+COMMANDS = ("send", "recv", "bench", "inspect", "clean")
 
 app = typer.Typer(
     name="packcast",
@@ -53,8 +62,10 @@ app = typer.Typer(
 def run(argv: list[str]) -> int:
     """Run one command line; the exit code. Every error that a command raises ends here."""
     outcome = Outcome(argv=argv)
+    forget_service_links(os.environ)
     try:
         code = app(argv, prog_name="packcast", standalone_mode=False, obj=outcome)
+        flush_streams()
     except typer.TyperException as error:  # the parser's own: unknown options, missing arguments
         words = ["packcast", *(word for word in argv[:1] if word in COMMANDS), "--help"]
         wrong = UsageError(error.format_message().rstrip("."), hint=f"see `{' '.join(words)}`")
@@ -65,6 +76,7 @@ def run(argv: list[str]) -> int:
 
 
 def _fail(outcome: Outcome, error: PackcastError) -> int:
+    name_variables(error, outcome.argv, os.environ)
     record_failure(error)  # for torchrun, which flattens exit codes
     outcome.failed(error)
     return error.exit_code
@@ -72,7 +84,7 @@ def _fail(outcome: Outcome, error: PackcastError) -> int:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"packcast {packcast.__version__}")
+        print(f"packcast {packcast.__version__} ({pool_kind()} I/O threads)")
         raise typer.Exit
 
 
@@ -93,8 +105,10 @@ def send(
     out: opt.Out = None,
     verify: opt.Verify = None,
     force: opt.Force = False,
+    in_place: opt.InPlace = False,
     no_sidecars: opt.NoSidecars = False,
     all_files: opt.AllFiles = False,
+    exclude_files: opt.ExcludeFiles = None,
     include: opt.Include = None,
     exclude: opt.Exclude = None,
     dry_run: opt.DryRun = False,
@@ -132,8 +146,10 @@ def send(
         sink=sink,
         target=target,
         force=force,
+        in_place=given.in_place(in_place, sink),
         sidecars=not no_sidecars,
         all_files=all_files,
+        exclude_files=tuple(exclude_files or ()),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         readers=given.readers(readers),
@@ -164,6 +180,7 @@ def recv(
     verify: opt.Verify = None,
     discard: opt.Discard = False,
     force: opt.Force = False,
+    in_place: opt.InPlace = False,
     rank: opt.Rank = None,
     port: opt.Port = None,
     token_file: opt.TokenFile = None,
@@ -183,6 +200,7 @@ def recv(
         sink=sink,
         target=target,
         force=force,
+        in_place=given.in_place(in_place, sink),
         device=given.device(device),
         address=given.address("HOST:PORT", address) if address else None,
         port=port,
@@ -203,6 +221,7 @@ def inspect(
     checkpoint: opt.Checkpoint,
     tensors: opt.Tensors = False,
     all_files: opt.AllFiles = False,
+    exclude_files: opt.ExcludeFiles = None,
     json: opt.InspectJson = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -211,8 +230,34 @@ def inspect(
     from packcast.cli.inspect import inspect as listing_of
 
     outcome = begin(context, "inspect", json=json, verbose=verbose)
-    listing = listing_of(Path(checkpoint), all_files=all_files, tensors=tensors)
+    listing = listing_of(
+        Path(checkpoint),
+        all_files=all_files,
+        exclude_files=tuple(exclude_files or ()),
+        tensors=tensors,
+    )
     return _show(outcome, listing, quiet=quiet)
+
+
+@app.command(epilog="Example: packcast clean /local")
+def clean(
+    context: typer.Context,
+    folder: opt.Folder,
+    yes: opt.Yes = False,
+    json: opt.InspectJson = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """List partial copies that killed transfers left behind; remove them with --yes."""
+    from packcast.cli.clean import clean as cleaned
+
+    outcome = begin(context, "clean", json=json, verbose=verbose)
+    listing, failure = cleaned(Path(folder), yes=yes)
+    _show(outcome, listing, quiet=quiet)
+    if failure is not None:
+        say(f"packcast: error: {failure.message}")
+        return failure.exit_code
+    return 0
 
 
 def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
@@ -230,6 +275,7 @@ def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet
     """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
+    outcome.display.verbose = outcome.verbose
     leaver = be_a_rank(outcome)
     try:
         from packcast import transfer

@@ -10,7 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packcast.bench.export import gigabytes
-from packcast.bench.results import Results, buffer_words, facts, limit_label, warning_lines
+from packcast.bench.results import (
+    Results,
+    buffer_words,
+    facts,
+    limit_label,
+    share_of_limit,
+    warning_lines,
+)
 from packcast.bench.rows import Row, grouped
 from packcast.cli.terminal import printable
 from packcast.units import format_exact_size, format_size
@@ -285,7 +292,9 @@ def best_line(row: Row) -> str:
         options += f" --readers {case.readers}"
     found = [f"{_rate(row)} GB/s"]
     if row.limit:
-        found.append(f"{row.limit.fraction:.0%} of the {row.limit.stage} limit")
+        is_together = row.limit.stage == "together"
+        what = "what its stages reach together" if is_together else f"the {row.limit.stage} limit"
+        found.append(f"{row.limit.fraction:.0%} of {what}")
     if row.ratio_to_original is not None:
         found.append(f"{row.ratio_to_original:.2f} x the original's")
     what = f"{case.shape}, {case.source} to {case.sink}"
@@ -298,7 +307,7 @@ def short_line(row: Row) -> str:
         return f"left out: {row.failure}"
     words = [f"{_rate(row)} GB/s"]
     if row.limit:
-        words.append(f"{row.limit.fraction:.0%} of {row.limit.stage}")
+        words.append(share_of_limit(row.limit))
     if row.waiting_on:
         words.append(f"waiting on {row.waiting_on}")
     if row.wrong:

@@ -15,7 +15,10 @@ def dry_run(settings: Settings) -> Listing:
     """Files, chunks and memory; raises what `send` would raise before it moves a byte."""
     assert settings.checkpoint is not None
     checkpoint = open_checkpoint(
-        settings.checkpoint, sidecars=settings.sidecars, all_files=settings.all_files
+        settings.checkpoint,
+        sidecars=settings.sidecars,
+        all_files=settings.all_files,
+        exclude_files=settings.exclude_files,
     )
     outgoing = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
     files = tuple(file.spec for file in outgoing)

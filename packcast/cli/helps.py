@@ -59,7 +59,8 @@ packcast bench CKPT --sink write --dir /local --buffer-size 4MiB..256MiB:x4 --nu
 --save-profile
 
 Example, four GPUs, weights on the device: \
-torchrun --nproc-per-node 4 -m packcast bench --shape dense,moe,tiny --source resident --sink land
+torchrun --no-python --nproc-per-node 4 packcast bench --shape dense,moe,tiny \
+--source resident --sink land
 
 Exit code 5 where --min-bandwidth was not reached, 6 where bytes were wrong.
 

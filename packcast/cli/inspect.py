@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile, open_checkpoint
@@ -11,9 +12,11 @@ from packcast.cli.tables import Listing, exact, table
 from packcast.units import format_size
 
 
-def inspect(path: Path, *, all_files: bool, tensors: bool) -> Listing:
+def inspect(
+    path: Path, *, all_files: bool, tensors: bool, exclude_files: Sequence[str] = ()
+) -> Listing:
     """List the files, with `tensors` every tensor too; raises CheckpointError."""
-    checkpoint = open_checkpoint(path, all_files=all_files)
+    checkpoint = open_checkpoint(path, all_files=all_files, exclude_files=exclude_files)
     blocks = [_files_table(checkpoint), _totals(checkpoint)]
     if tensors:
         blocks.insert(0, _tensors_table(checkpoint))

@@ -23,6 +23,11 @@ OUTPUT = "Output"
 # A repeatable option's variable is split at spaces: PACKCAST_INCLUDE="a* b*".
 
 
+def variable_of(name: str) -> str:
+    """The variable that an option is read from where it is not typed: PACKCAST_BUFFER_SIZE."""
+    return "PACKCAST_" + name.removeprefix("--").replace("-", "_").upper()
+
+
 def option(
     *names: str,
     panel: str,
@@ -32,10 +37,9 @@ def option(
     max: int | None = None,
 ) -> Any:
     """An option with its variable, which the epilog explains once for all of them."""
-    variable = "PACKCAST_" + names[0].removeprefix("--").replace("-", "_").upper()
     return typer.Option(
         *names,
-        envvar=variable,
+        envvar=variable_of(names[0]),
         show_envvar=False,
         rich_help_panel=panel,
         help=help,
@@ -88,6 +92,32 @@ Force = Annotated[
     ),
 ]
 
+InPlace = Annotated[
+    bool,
+    option(
+        "--in-place",
+        panel=DESTINATION,
+        help="Fill DIR itself, as where a container has it mounted: file by file, the index last, "
+        "not in one step.",
+    ),
+]
+Folder = Annotated[
+    str,
+    typer.Argument(
+        metavar="DIR",
+        help="A directory that copies were written into, or the one that holds it.",
+        show_default=False,
+    ),
+]
+Yes = Annotated[
+    bool,
+    option(
+        "--yes",
+        panel=DESTINATION,
+        help="Remove those that nobody uses any more.",
+    ),
+]
+
 NoSidecars = Annotated[
     bool,
     option(
@@ -101,7 +131,16 @@ AllFiles = Annotated[
     option(
         "--all-files",
         panel=SELECTION,
-        help="Also .safetensors files that the index does not name.",
+        help="Every .safetensors file, whatever the index says.",
+    ),
+]
+ExcludeFiles = Annotated[
+    list[str] | None,
+    option(
+        "--exclude-files",
+        metavar="GLOB",
+        panel=SELECTION,
+        help="Not the files or folders whose names match, as in 'original/*'. May be repeated.",
     ),
 ]
 Include = Annotated[

@@ -16,15 +16,20 @@ from pathlib import Path
 from packcast.cli.progress import Display
 from packcast.cli.report import end_line, report_document, to_json
 from packcast.cli.terminal import say, say_once
-from packcast.errors import DestinationError, Interrupted, PackcastError, error_from_code
-from packcast.group.launch import Launch
+from packcast.errors import (
+    DestinationError,
+    Interrupted,
+    PackcastError,
+    error_from_code,
+    out_of_descriptors,
+)
+from packcast.group.launch import ALONE, Launch
 from packcast.group.leave import record_failure
 from packcast.group.nproc import SAID_VARIABLE
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 
 _TRY_VERBOSE = "run again with -v for the traceback"
-NOT_LAUNCHED = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
 def command_failure(error: BaseException) -> PackcastError:
@@ -36,6 +41,8 @@ def command_failure(error: BaseException) -> PackcastError:
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted", signal_number=signal.SIGINT)
+    if known := out_of_descriptors(error):
+        return known
     wrapped = PackcastError(
         f"this is a bug: {type(error).__name__}: {error}",
         hint=_TRY_VERBOSE,
@@ -53,7 +60,7 @@ class Outcome:
     verbose: bool = False
     json: str | None = None
     settings: Settings | None = None
-    launch: Launch = NOT_LAUNCHED
+    launch: Launch = ALONE
     display: Display | None = None
     before_error: Callable[[PackcastError], None] | None = None  # a bench's rows so far
 
@@ -166,4 +173,5 @@ def failure_report(
         buffer_size=start.buffer_size,
         num_buffers=start.num_buffers,
         staging=start.staging,
+        pool=start.pool,
     )

@@ -31,6 +31,7 @@ class Display(View):
 
     def __init__(self, settings: Settings, launch: Launch, *, quiet: bool = False) -> None:
         self.start: Start | None = None
+        self.verbose = False
         self._spoke = False
         # A guess until the transfer says so: where a lower rank ran `recv`, another rank sends.
         self.is_sender = settings.command == "send" and launch.rank == 0
@@ -82,7 +83,7 @@ class Display(View):
             return
         if start.loud:
             self.warn(f"no GPU is used: {start.reason}")
-        for line in start_lines(start):
+        for line in start_lines(start, verbose=self.verbose):
             self._print(line)
         self._begin(start, progress)
 

@@ -30,8 +30,8 @@ class RateWindow:
         return max(0.0, (nbytes - nbytes_then) / (now - then)) if now > then else 0.0
 
 
-def start_lines(start: Start) -> list[str]:
-    """What goes, to whom, over what and why; then the buffers."""
+def start_lines(start: Start, *, verbose: bool = False) -> list[str]:
+    """What goes, to whom, over what and why; then the buffers, and which I/O threads."""
     files = count(start.num_files, "file")
     what = f"{files}, {count(start.num_tensors, 'tensor')}, {format_size(start.nbytes)}"
     others = start.world_size - 1
@@ -43,9 +43,10 @@ def start_lines(start: Start) -> list[str]:
         whom = f"receiving {what} as rank {start.rank} of {start.world_size}"
     buffers = f"{start.num_buffers} buffers of {format_exact_size(start.buffer_size)}"
     staging = f"staging {format_exact_size(start.staging)}"
+    pool = f", {start.pool} I/O threads" if verbose else ""
     return [
         whom,
-        f"  {start.backend} on {start.device} ({start.reason}); {buffers}, {staging}",
+        f"  {start.backend} on {start.device} ({start.reason}); {buffers}, {staging}{pool}",
     ]
 
 

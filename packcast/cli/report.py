@@ -40,6 +40,7 @@ def report_document(report: Report) -> dict[str, object]:
             "count": report.num_buffers,
             "staging": report.staging,
         },
+        "pool": report.pool,
         "seconds": report.seconds,
         "bytes_per_second": report.bytes_per_second,
         "stages": {name: _stage(stage) for name, stage in report.stages.items()},
@@ -71,9 +72,9 @@ def _stage(stage: StageReport) -> dict[str, object]:
     }
 
 
-def count(number: int, noun: str) -> str:
-    """`1 file`, `3 files`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def count(number: int, noun: str, nouns: str | None = None) -> str:
+    """`1 file`, `3 files`; `nouns` where it is more than an s."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {nouns or noun + 's'}"
 
 
 def end_line(report: Report) -> str:

@@ -24,6 +24,7 @@ from packcast.settings import (
     check_seconds,
     check_size,
     check_template,
+    is_host,
 )
 from packcast.units import parse_duration, parse_size
 
@@ -108,8 +109,10 @@ def address(option: str, text: str) -> tuple[str, int]:
     bracketed = host.startswith("[") and host.endswith("]")
     if bracketed:
         host = host[1:-1]
-    if not host or not colon or (":" in host and not bracketed):
+    if not host or not colon or (":" in host) != bracketed:
         raise UsageError(f"{option}: {text!r} is not HOST:PORT", hint="as in node1:29400")
+    if not is_host(host):
+        raise UsageError(f"{option}: {host!r} is not a host name or address")
     if not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{option}: {port!r} is not a port")
     return host, int(port)
@@ -130,10 +133,17 @@ def destination(
     return "discard", None
 
 
+def in_place(wanted: bool, sink: SinkKind) -> bool:
+    """Only what is written can be written in place."""
+    if wanted and sink != "write":
+        raise UsageError("--in-place goes with --out")
+    return wanted
+
+
 def token(file: str | None, environ: Mapping[str, str]) -> bytes | None:
     """The shared secret: of --token-file, else of PACKCAST_TOKEN, else none."""
     if file is None:
-        return environ.get("PACKCAST_TOKEN", "").encode() or None
+        return os.fsencode(environ.get("PACKCAST_TOKEN", "")) or None
     try:
         with open(file, "rb") as stream:
             secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
@@ -167,7 +177,7 @@ def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None
 
 
 def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
-    """Without a launcher `recv` must be told where the sender is; with one it must not."""
+    """Without a launcher `recv` must be told where the sender is."""
     if launch.kind != "none" and json is not None and "{rank}" not in json:
         raise UsageError(
             "--json: the ranks would all write one file", hint="put {rank} in its name"

@@ -6,15 +6,28 @@ What all commands that move data begin with. Nothing here imports torch.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from itertools import takewhile
 
 import typer
 
 from packcast.cli import settings as given
+from packcast.cli.options import variable_of
 from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say
-from packcast.group.launch import detect_launch
+from packcast.errors import PackcastError
+from packcast.group.asking import launch_of
+from packcast.group.devices import host_name
 from packcast.group.leave import Leaver, die_with_parent, watch_signals
-from packcast.group.nproc import LAUNCHER_PID_VARIABLE, run_nproc
+from packcast.group.nproc import IGNORED_VARIABLE, LAUNCHER_PID_VARIABLE, run_nproc
+from packcast.io.sinks.partial import partials_of, remove_if_unused
+from packcast.settings import Settings, fill_in
+
+_BY_ADDRESS = ("workers", "listen", "address")  # options that say who takes part
+_OPTION = re.compile(r"'?(--[a-z][a-z-]*)'?")
+# What Kubernetes sets in every pod beside a service called packcast: PACKCAST_PORT=tcp://10.0.0.1:80
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")
 
 
 def begin(context: typer.Context, command: str, *, json: str | None, verbose: bool) -> Outcome:
@@ -22,10 +35,31 @@ def begin(context: typer.Context, command: str, *, json: str | None, verbose: bo
     outcome = context.obj
     assert isinstance(outcome, Outcome)
     outcome.command, outcome.verbose = command, verbose
-    if command != "inspect":
-        outcome.launch = detect_launch(os.environ)
+    if command not in ("inspect", "clean"):
+        by_address = any(context.params.get(name) for name in _BY_ADDRESS)
+        outcome.launch = launch_of(os.environ, by_address=by_address)
     outcome.json = given.json_target(json)
     return outcome
+
+
+def forget_service_links(environ: MutableMapping[str, str]) -> None:
+    """Drop what has the name of an option of ours, but is Kubernetes' word of a service."""
+    name = variable_of("--port")
+    if _SERVICE_LINK.fullmatch(environ.get(name, "")):
+        del environ[name]
+
+
+def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Behind each option that the error's message names, the variable that it was read from."""
+    typed = {word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv)}
+
+    def with_variable(found: re.Match[str]) -> str:
+        variable = variable_of(found[1])
+        if found[1] in typed or not environ.get(variable):
+            return found[0]
+        return f"{found[0]} (from {variable})"
+
+    error.message = _OPTION.sub(with_variable, error.message)
 
 
 def was_given(context: typer.Context, *names: str) -> bool:
@@ -38,7 +72,31 @@ def start_ranks(outcome: Outcome, nproc: int) -> int:
     """Be the parent of `nproc` ranks that run the same command; the exit code of the whole."""
     os.environ.pop("PACKCAST_NPROC", None)  # or every rank would start ranks of its own
     argv = given.without_nproc(outcome.argv)
-    return run_nproc(argv, nproc, verbose=outcome.verbose, say=say)
+
+    def look_after(patient: bool) -> None:
+        _clear_leftovers(outcome.settings, nproc, remove=patient)
+
+    return run_nproc(argv, nproc, verbose=outcome.verbose, say=say, look_after=look_after)
+
+
+def _clear_leftovers(settings: Settings | None, nproc: int, *, remove: bool) -> None:
+    """Remove, or only name, the partial directories of ranks that were killed."""
+    if settings is None or settings.sink != "write" or settings.target is None:
+        return
+    host = host_name()
+    targets = {
+        os.path.realpath(fill_in(settings.target, rank=rank, local_rank=rank, host=host))
+        for rank in range(nproc)
+    }
+    for target in sorted(targets):
+        for partial in partials_of(target):
+            if partial.state == "unknown":
+                continue
+            if remove and partial.state == "unused" and remove_if_unused(partial):
+                say(f"{partial}: removed")
+            else:
+                folder = os.path.dirname(partial.path)
+                say(f"{partial}: `packcast clean --yes {folder}` removes it")
 
 
 def be_a_rank(outcome: Outcome) -> Leaver:
@@ -47,11 +105,13 @@ def be_a_rank(outcome: Outcome) -> Leaver:
     What goes wrong from here on leaves through the leaver, which ends the process at once: tearing
     down a broken process group can hang.
     """
-    leaver = Leaver(outcome.failed)
+    leaver = Leaver(outcome.failed, say=say)
+    ignored = os.environ.get(IGNORED_VARIABLE, "").split()
+    started_by_us = LAUNCHER_PID_VARIABLE in os.environ
+    watch_signals(leaver, ignored=map(int, ignored), patient=started_by_us)
     if outcome.launch.kind == "torchrun":  # --nproc is one too, and says who it is
         launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
         die_with_parent(int(launcher) if launcher.isdecimal() else None)
-    watch_signals(leaver)
     if not outcome.verbose:
         # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

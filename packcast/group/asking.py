@@ -5,10 +5,11 @@ Pure. `said` turns a setting's name into what the user calls it: `--listen`, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-from packcast.errors import UsageError
-from packcast.group.launch import Launch
+from packcast.errors import RendezvousError, UsageError
+from packcast.group.launch import ALONE, Launch, detect_launch
 from packcast.settings import Settings
 
 Said = Callable[[str], str]
@@ -16,8 +17,23 @@ Said = Callable[[str], str]
 WAYS_TO_LAUNCH = """ways to start the workers:
     here, three ranks   packcast send CKPT --out 'DIR-{rank}' --nproc 3
     on other hosts      packcast send CKPT --workers 3 --listen HOST:29400
-    under torchrun      torchrun --nproc-per-node 4 -m packcast send CKPT --out 'DIR-{rank}'
+    under torchrun      torchrun --no-python --nproc-per-node 4 packcast send CKPT --out D-{rank}
     under Slurm         srun packcast send CKPT --out DIR"""
+
+
+def launch_of(environ: Mapping[str, str], *, by_address: bool) -> Launch:
+    """Who started this process, unless the user says by address who takes part: that goes first.
+
+    Many a process has a rank in a launch that is another's: a worker's in its own tensor parallel
+    group, a trainer's beside rollout workers. Its place on its host stays what it is.
+    """
+    if not by_address:
+        return detect_launch(environ)
+    try:
+        launch = detect_launch(environ)
+    except RendezvousError:
+        return ALONE
+    return replace(launch, kind="none", rank=0, world_size=1)
 
 
 def check_send(
@@ -25,13 +41,11 @@ def check_send(
 ) -> None:
     """Who takes part must be said once, by a launcher or by an option; `ways` is the hint."""
     launched = launch.kind != "none"
-    if launched:
-        for name, value in (("workers", settings.workers), ("nproc", nproc)):
-            if value is not None:
-                raise UsageError(
-                    f"{said(name)} is for use without a launcher; this process was started by "
-                    f"{launch.kind}, which says how many ranks there are"
-                )
+    if launched and nproc is not None:
+        raise UsageError(
+            f"{said('nproc')} is for use without a launcher; this process was started by "
+            f"{launch.kind}, which says how many ranks there are"
+        )
     if nproc is not None and settings.workers is not None:
         raise UsageError(
             f"{said('nproc')} starts the workers itself; {said('workers')} waits for others"
@@ -49,13 +63,8 @@ def check_send(
 
 
 def check_recv(settings: Settings, launch: Launch, said: Said, *, ways: str) -> None:
-    """Without a launcher it must be said where the sender is; with one it must not."""
+    """Without a launcher it must be said where the sender is."""
     launched = launch.kind != "none"
-    if launched and settings.address is not None:
-        raise UsageError(
-            f"{said('address')} is for use without a launcher; this process was started by"
-            f" {launch.kind}"
-        )
     if launched and settings.rank is not None:
         raise UsageError(
             f"{said('rank')} is for use without a launcher; {launch.kind} gives out ranks"

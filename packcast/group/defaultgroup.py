@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from packcast.errors import RendezvousError
 from packcast.group.bounded import within
-from packcast.group.processgroup import begin_abort, environment_with, variables_of
+from packcast.group.processgroup import (
+    NCCL_GROUP_VARIABLES,
+    begin_abort,
+    environment_with,
+    interface_variable,
+)
 from packcast.units import format_duration
 
 if TYPE_CHECKING:
@@ -80,7 +85,8 @@ class DefaultGroup:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # each thread has its own
         self._is_ours = True
-        with environment_with(variables_of(backend, interface)):
+        variables = NCCL_GROUP_VARIABLES if backend == "nccl" else {}
+        with environment_with(variables | interface_variable(backend, interface)):
             # Not bound to a device: then NCCL's calls would not block, which not all others expect.
             dist.init_process_group(
                 backend,

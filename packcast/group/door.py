@@ -11,6 +11,7 @@ from functools import partial
 
 from packcast.errors import PackcastError, RendezvousError
 from packcast.group import auth
+from packcast.group.addresses import host_and_port, listening_socket, text_of
 from packcast.group.loop import READ, ControlLoop
 from packcast.group.member import Member
 from packcast.group.peer import Peer, tune
@@ -27,38 +28,22 @@ HANDSHAKE_TIMEOUT_S = 10.0
 REFUSED_LINGER_S = 2.0
 PAUSE_S = 0.5
 MAX_PENDING = 128
-BACKLOG = 1024
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket on the first address of `host` that can be had; "" is every address.
+    """A listening socket that never blocks; "" is every address.
 
-    Raises RendezvousError where there is none.
+    Raises RendezvousError where it cannot be had.
     """
-    where = f"{host or '*'}:{port}"
     try:
-        found = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
+        listener = listening_socket(host, port)
     except OSError as error:
-        raise RendezvousError(f"cannot listen on {where}: {error.strerror}") from error
-    reason: OSError | None = None
-    for family, kind, protocol, _, address in found:
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(BACKLOG)
-        except OSError as error:
-            listener.close()
-            reason = error
-        else:
-            listener.setblocking(False)
-            return listener
-    why = reason.strerror if reason is not None else "no such address"
-    raise RendezvousError(
-        f"cannot listen on {where}: {why}", hint="choose another port or address of this host"
-    )
+        raise RendezvousError(
+            f"cannot listen on {host_and_port(host or '*', port)}: {error.strerror or error}",
+            hint="choose another port or address of this host",
+        ) from error
+    listener.setblocking(False)
+    return listener
 
 
 def welcome_message(me: Member, proof: str | None) -> Message:
@@ -142,10 +127,12 @@ class Door:
             return
         try:
             tune(sock)
+            met_at = text_of(sock.getsockname())
         except OSError:
             sock.close()
             return
         peer = Peer(sock, FrameReader(BEFORE_PROOF), self._now())
+        peer.met_at = met_at
         peer.nonce = auth.new_nonce()
         self._leave_at[peer] = self._now() + HANDSHAKE_TIMEOUT_S
         self._loop.watch(sock, READ, partial(self._on_ready, peer))

@@ -6,13 +6,13 @@ Blocking calls with one deadline over all of them; what the sender says is check
 from __future__ import annotations
 
 import socket
-import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from packcast.errors import PackcastError, RendezvousError
 from packcast.group import auth
+from packcast.group.addresses import connect, host_and_port, says_loopback
 from packcast.group.member import Member
 from packcast.group.peer import tune
 from packcast.group.wire import (
@@ -26,6 +26,7 @@ from packcast.group.wire import (
 from packcast.units import format_duration
 
 RETRY_S = 0.2
+RESOLVE_AGAIN_S = 1.0
 CONNECT_TIMEOUT_S = 5.0
 CHALLENGE_TIMEOUT_S = 10.0
 APART_TIMEOUT_S = 2.0
@@ -42,7 +43,7 @@ class Welcome:
 
 
 def knock(
-    host: str,
+    hosts: Sequence[str],
     port: int,
     *,
     me: Member,
@@ -51,61 +52,87 @@ def knock(
     log: Callable[[str], None],
     still_wanted: Callable[[], bool],
 ) -> Welcome:
-    """Connect and be let in; tries again until the join timeout, since the worker may be first.
+    """Connect and be let in, at one of the `hosts`: what may be the sender's address, or its name.
 
-    Or until it is not `still_wanted`. Raises RendezvousError: nobody there, not let in, or another
-    program at that address.
+    Tries again until the join timeout, since the worker may be first, and the name not be known
+    yet; or until it is not `still_wanted`. Raises RendezvousError: nobody there, not let in, or
+    another program at that address.
     """
-    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    where = " or ".join(host_and_port(host, port) for host in hosts)
     deadline = time.monotonic() + join_timeout_s
-    why = "nobody listens"
     waiting = False
     while True:
-        sock, reason = _connect(host, port, deadline)
-        if sock is not None:
+        whys = []
+        for host in hosts:
             try:
-                welcome = _enter(sock, where, me, token, deadline)
-            except BaseException:
-                sock.close()
-                raise
-            if welcome is not None:
-                return welcome
-            sock.close()
-            reason = "it closed the connection or said nothing"
-        why = reason or why
+                return _try(host, port, me, token, deadline)
+            except _NotYet as error:
+                whys.append(error)
+            except _Stranger:
+                if len(hosts) == 1:
+                    raise
+                whys.append(_NotYet("another program is there"))
+        why = ", ".join(dict.fromkeys(map(str, whys)))
+        pause_s = max(error.pause_s for error in whys)
         if not still_wanted():
             raise RendezvousError(f"the sender at {where} is waited for no longer")
-        if time.monotonic() + RETRY_S > deadline:
+        if time.monotonic() + pause_s > deadline:
             raise RendezvousError(
                 f"no sender at {where} within {format_duration(join_timeout_s)}: {why}",
-                hint="start `packcast send` there, or check the address and the firewall",
+                hint=_only_here(hosts)
+                or "start `packcast send` there, or check the address and the firewall",
             )
         if not waiting:
             log(f"waiting for the sender at {where} ({why})")
         waiting = True
-        time.sleep(RETRY_S)
+        time.sleep(pause_s)
 
 
-def _connect(host: str, port: int, deadline: float) -> tuple[socket.socket | None, str]:
+class _NotYet(Exception):
+    """Nobody to talk to there, for now."""
+
+    def __init__(self, why: str, pause_s: float = RETRY_S) -> None:
+        super().__init__(why)
+        self.pause_s = pause_s
+
+
+class _Stranger(RendezvousError):
+    """Another program is there."""
+
+
+def _only_here(hosts: Sequence[str]) -> str | None:
+    if all(map(says_loopback, hosts)):
+        return f"{hosts[0]} is this host itself: a sender on another host has another address"
+    return None
+
+
+def _try(host: str, port: int, me: Member, token: bytes | None, deadline: float) -> Welcome:
+    sock = _connect(host, port, deadline)
+    try:
+        welcome = _enter(sock, host_and_port(host, port), me, token, deadline)
+    except BaseException:
+        sock.close()
+        raise
+    if welcome is None:
+        sock.close()
+        raise _NotYet("it closed the connection or said nothing")
+    return welcome
+
+
+def _connect(host: str, port: int, deadline: float) -> socket.socket:
     left_s = max(0.1, deadline - time.monotonic())
     try:
-        sock = socket.create_connection((host, port), timeout=min(left_s, CONNECT_TIMEOUT_S))
+        sock = connect(host, port, min(left_s, CONNECT_TIMEOUT_S))
+        tune(sock)
     except socket.gaierror as error:
-        if error.errno == socket.EAI_AGAIN:
-            return None, "its name cannot be resolved yet"
-        raise RendezvousError(f"no host is called {host}: {error.strerror}") from error
+        # A service's name comes after its pods. Resolvers are shared, so they are asked less often.
+        why = f"its name cannot be resolved: {(error.strerror or str(error)).lower()}"
+        raise _NotYet(why, min(RESOLVE_AGAIN_S, max(left_s / 4, RETRY_S))) from None
     except TimeoutError:
-        return None, "no answer"
+        raise _NotYet("no answer") from None
     except OSError as error:
-        return None, (error.strerror or "no connection").lower()
-    # Asked often enough for a local port that nobody serves, the kernel connects a socket to
-    # itself, and the sender could not bind that port: also not for a minute after an orderly close.
-    if sock.getsockname() == sock.getpeername():
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        sock.close()
-        return None, "connection refused"
-    tune(sock)
-    return sock, ""
+        raise _NotYet((error.strerror or "no connection").lower()) from None
+    return sock
 
 
 def _enter(
@@ -120,7 +147,7 @@ def _enter(
             return None
         return _answer(sock, reader, challenge, where, me, token, deadline)
     except ValueError as error:
-        raise RendezvousError(
+        raise _Stranger(
             f"what listens at {where} is not a packcast sender: {error}",
             hint="check the address and the port",
         ) from error

@@ -5,11 +5,13 @@ One thread serves every connection. Knows no torch, and nothing of what the mess
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from packcast.errors import PackcastError, RendezvousError, TransferError
+from packcast.group.addresses import is_loopback, text_of
 from packcast.group.clock import Deadline
 from packcast.group.door import Door, listen, welcome_message
 from packcast.group.endpoint import Endpoint, Log, OnFatal
@@ -56,7 +58,7 @@ class Hub(Endpoint):
         encode_frame(welcome_message(self._me, None), BEFORE_PROOF)  # too large: said here
         listener = listen(host, port)
         address = listener.getsockname()
-        self.address: tuple[str, int] = (address[0], address[1])
+        self.address: tuple[str, int] = (text_of(address), address[1])
         super().__init__(
             "packcast-hub",
             outgoing=FROM_SENDER,
@@ -111,6 +113,14 @@ class Hub(Endpoint):
             told += len(arrivals)
             if members is not None:
                 return members
+
+    def host_met(self) -> str:
+        """The address of this host at which the workers have come, once they have joined.
+
+        Those of this very host may have come by loopback, where the others cannot follow.
+        """
+        met = Counter(peer.met_at for peer in self._by_rank.values())
+        return max(met, key=lambda host: (not is_loopback(host), met[host]))
 
     def send(self, rank: int, message: Message) -> None:
         """Send a message to one worker; raises the verdict. A worker already gone gets nothing."""
@@ -243,6 +253,11 @@ class Hub(Endpoint):
         if self._complete or self._expected is None:
             return
         error = missing(self._expected, self._me, self._joined(), deadline_s)
+        if is_loopback(self.address[0]):
+            error.hint = (
+                f"this listens on {self.address[0]}, where only ranks of this host reach it: "
+                "the others need another address (--listen, MASTER_ADDR)"
+            )
         # No on_fatal: the thread that waits in `join` raises this very error.
         if self._inbox.judge(error) == "fatal":
             self._tell(error)

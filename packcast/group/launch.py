@@ -1,28 +1,23 @@
 """Who started this process, and which rank it is: torchrun, Slurm or nobody.
 
-Reads environments that are handed in, and asks the kernel for an address; knows no torch.
+Reads environments that are handed in; knows no torch.
 """
 
 from __future__ import annotations
 
 import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Literal
 
 from packcast.errors import RendezvousError
+from packcast.settings import is_host
 
 # From here on Slurm's step ids are no steps of `srun` but the pending, extern, batch and
 # interactive ones (slurm.h): one process runs there, whatever the job's number of tasks says.
 _FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 
 _SLURM_PORTS = range(20_000, 30_000)  # below every usual range of ephemeral ports
-
-# TEST-NET-1 and the documentation prefix: never a host, but routed like one, so the kernel picks
-# the source address that it would use towards the world. No packet is sent.
-_SOMEWHERE_ELSE = (("192.0.2.1", 9), ("2001:db8::1", 9))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +31,9 @@ class Launch:
     local_world_size: int
 
 
+ALONE = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
 def detect_launch(environ: Mapping[str, str]) -> Launch:
     """The launcher, from its variables; raises RendezvousError where they make no sense."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -45,7 +43,7 @@ def detect_launch(environ: Mapping[str, str]) -> Launch:
         # `srun --pty bash` is a step of one task: a place to type in, not a launch.
         if launch.world_size > 1:
             return launch
-    return Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
+    return ALONE
 
 
 def first_host(nodelist: str) -> str:
@@ -73,18 +71,24 @@ def slurm_port(environ: Mapping[str, str]) -> int:
     return _SLURM_PORTS[(31 * job + step) % len(_SLURM_PORTS)]
 
 
-def reachable_host(toward: tuple[str, int] | None) -> str:
-    """The address of this host that a peer reaches, which is the one used towards that peer.
+def meeting_address(
+    launch: Launch, environ: Mapping[str, str], port: int | None
+) -> tuple[str, int]:
+    """Host and port of the launcher's store; `port` goes before the one derived from Slurm's step.
 
-    `toward` is an address that all ranks share (the launcher's master), or None. A master that
-    is this very host under a name may resolve to loopback (`127.0.1.1 myhost` in /etc/hosts),
-    which nobody else could use: then the address towards the rest of the world is taken.
+    Raises RendezvousError where the launcher's variables name none.
     """
-    if toward is not None:
-        local = _local_address(toward)
-        if local and (not ip_address(local).is_loopback or _says_loopback(toward[0])):
-            return local
-    return next(filter(None, map(_local_address, _SOMEWHERE_ELSE)), "127.0.0.1")
+    if launch.kind == "slurm":
+        where, host = "Slurm's node list", first_host(slurm_nodelist(environ))
+        port = port or slurm_port(environ)
+    else:
+        where, host = "MASTER_ADDR", environ["MASTER_ADDR"].strip("[]")
+        port = _number(environ, "MASTER_PORT")
+    if not is_host(host):
+        raise RendezvousError(f"{where} names {host!r}, which is not a host name or address")
+    if not 0 < port < 65536:
+        raise RendezvousError(f"the launcher's variable MASTER_PORT is {port}, not a port")
+    return host, port
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch:
@@ -155,26 +159,3 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     except ValueError:
         what = "is not set" if text is None else f"is {text!r}, not a number"
         raise RendezvousError(f"the launcher's variable {name} {what}") from None
-
-
-def _says_loopback(host: str) -> bool:
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
-
-
-def _local_address(toward: tuple[str, int]) -> str | None:
-    """The source address of a route; connecting a datagram socket sends nothing."""
-    try:
-        routes = socket.getaddrinfo(*toward, type=socket.SOCK_DGRAM)
-    except OSError:
-        return None
-    for family, kind, protocol, _, address in routes:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.connect(address)
-                return str(probe.getsockname()[0])
-        except OSError:
-            continue
-    return None

@@ -8,7 +8,6 @@ seconds that torch takes.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
@@ -16,13 +15,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NoReturn, Protocol
 
 from packcast.errors import Interrupted, PackcastError
 
-CLEAN_UP_LIMIT_S = 5.0
+# To remove a checkpoint's files may take seconds; who stops processes by a signal (torchrun, Slurm,
+# Kubernetes) kills them after thirty.
+CLEAN_UP_LIMIT_S = 15.0
 _PRINT_LIMIT_S = 1.0
+_LOOK_LIMIT_S = 0.5
 # The sender tells the others before it leaves, and waits up to 0.7 s for that to arrive.
 _VERDICT_WAIT_S = 1.2
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
@@ -38,8 +41,13 @@ class WayOut(Protocol):
     error: PackcastError | None
     survives: bool
 
-    def on_leave(self, clean_up: Callable[[], object]) -> None:
-        """Call this when it ends so; at once, if it has."""
+    def on_leave(
+        self, clean_up: Callable[[], object], left: Callable[[], str | None] | None = None
+    ) -> None:
+        """Call `clean_up` when it ends so; at once, if it has.
+
+        `left` tells the path of what it has not removed yet.
+        """
 
     def on_abandon(self, let_go: Callable[[], object]) -> None:
         """Call this where the transfer has failed, or hangs, and the process goes on without it."""
@@ -60,22 +68,33 @@ class Leaver:
     survives = False
 
     def __init__(
-        self, printer: Callable[[PackcastError], None], *, limit_s: float = CLEAN_UP_LIMIT_S
+        self,
+        printer: Callable[[PackcastError], None],
+        *,
+        say: Callable[[str], None] = lambda _text: None,
+        limit_s: float = CLEAN_UP_LIMIT_S,
     ) -> None:
         self.error: PackcastError | None = None
         self._printer = printer
+        self._say = say
         self._limit_s = limit_s
         self._first = threading.Lock()
         self._printing = threading.Lock()
         self._leaving = threading.Event()
         self._shielded = threading.Event()
         self._clean_ups: list[Callable[[], object]] = []
+        self._lefts: list[Callable[[], str | None]] = []
 
-    def on_leave(self, clean_up: Callable[[], object]) -> None:
+    def on_leave(
+        self, clean_up: Callable[[], object], left: Callable[[], str | None] | None = None
+    ) -> None:
         """Call this on the way out, in the order given here; it may raise, but should be quick.
 
-        At once, if this process is leaving already.
+        At once, if this process is leaving already. `left` tells the path of what it has not
+        removed yet: where it is cut off, that is named.
         """
+        if left is not None:
+            self._lefts.append(left)
         self._clean_ups.append(clean_up)
         if self._leaving.is_set():
             clean_up()
@@ -97,17 +116,17 @@ class Leaver:
         if error is not None:
             record_failure(error)
         # If no thread can be started any more, clean-ups are trusted to end.
-        with contextlib.suppress(RuntimeError):
+        with suppress(RuntimeError):
             threading.Thread(target=self._overrun, args=(error,), daemon=True).start()
         for clean_up in list(self._clean_ups):
-            with contextlib.suppress(BaseException):
+            with suppress(BaseException):
                 clean_up()
         self._print_and_exit(error)
 
     def shield(self) -> None:
         """From now on signals end the process no more: what is left is short, and worth ending.
 
-        For the time after the point of no return. A second SIGINT still leaves at once.
+        For the time after the point of no return. A third signal still leaves at once.
         """
         self._shielded.set()
 
@@ -116,12 +135,44 @@ class Leaver:
         """Whether a signal comes too late to stop anything."""
         return self._shielded.is_set()
 
+    def ask_for_patience(self) -> None:
+        """Somebody does not want to wait: say what for, and how not to."""
+        doing = "publishing the copy" if self.is_shielded else "cleaning up"
+        left = self._left()
+        what = f", removing {', '.join(left)}" if left and not self.is_shielded else ""
+        limit = "" if self.is_shielded else f", at most {self._limit_s:g} s"
+        self._say(f"still {doing}{what}{limit}; one more signal ends this at once")
+
+    def give_up(self, error: PackcastError) -> NoReturn:
+        """End now, whatever is left undone; it is named. The error of `leave` comes first."""
+        self._leaving.set()
+        self._exit_soon(self.error or error)
+
+    def _left(self) -> list[str]:
+        found: list[str] = []
+
+        def look() -> None:
+            for left in list(self._lefts):
+                with suppress(Exception):
+                    path = left()
+                    if path is not None:
+                        found.append(path)
+
+        with suppress(RuntimeError):  # no thread can be started any more
+            looking = threading.Thread(target=look, daemon=True)
+            looking.start()
+            looking.join(_LOOK_LIMIT_S)  # the disk may be what hangs
+        return list(found)
+
     def wait_leaving(self, timeout_s: float) -> bool:
         """Whether some thread has called `leave`, waiting for that as long as `timeout_s`."""
         return self._leaving.wait(timeout_s)
 
     def _overrun(self, error: PackcastError | None) -> NoReturn:
         time.sleep(self._limit_s)
+        self._exit_soon(error)
+
+    def _exit_soon(self, error: PackcastError | None) -> NoReturn:
         # Standard error may be what hangs: a pipe that is full, its reader frozen.
         threading.Thread(target=self._print_and_exit, args=(error,), daemon=True).start()
         time.sleep(_PRINT_LIMIT_S)
@@ -129,7 +180,10 @@ class Leaver:
 
     def _print_and_exit(self, error: PackcastError | None) -> NoReturn:
         if self._printing.acquire(blocking=False):
-            with contextlib.suppress(BaseException):
+            with suppress(BaseException):
+                for path in self._left() if error is not None else ():
+                    folder = os.path.dirname(path)
+                    self._say(f"{path} is left behind: `packcast clean --yes {folder}` removes it")
                 if error is not None:
                     self._printer(error)
             self.exit(_exit_code(error))
@@ -139,7 +193,7 @@ class Leaver:
     def exit(self, code: int) -> NoReturn:
         """End the process without its usual teardown, in which stuck threads could hang it."""
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(BaseException):
+            with suppress(BaseException):
                 stream.flush()
         os._exit(code)
 
@@ -167,12 +221,21 @@ def record_failure(error: PackcastError) -> None:
             },
         }
     }
-    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+    with suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump(record, file)
 
 
-def watch_signals(leaver: Leaver) -> None:
+def ignored_signals(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
+    """Those of them that this process was started with ignored, as by nohup."""
+    return {number for number in numbers if signal.getsignal(number) is signal.SIG_IGN}
+
+
+def watch_signals(leaver: Leaver, *, ignored: Iterable[int] = (), patient: bool = False) -> None:
     """Take SIGINT, SIGTERM and SIGHUP on a thread of its own, from now on.
+
+    What was ignored when the process started stays so, and so do the `ignored` numbers. The first
+    signal ends the process by `leave`, the second one waits for that and says so, the third one
+    ends it at once; but where `patient` all wait, as in ranks whose launcher sends them on.
 
     Python's handlers run in the main thread only, which may be waiting inside a collective. Call
     this from the main thread before any other thread is started: threads inherit the mask, and
@@ -180,34 +243,52 @@ def watch_signals(leaver: Leaver) -> None:
     SIGTERM: one that is started later must unblock these signals itself.
     """
     assert threading.current_thread() is threading.main_thread()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    # A signal that is blocked is kept for sigwait although it is ignored.
+    watched = _SIGNALS - ignored_signals(_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS - watched)
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     threading.Thread(
-        target=_take_signals, args=(leaver,), name="packcast-signals", daemon=True
+        target=_take_signals,
+        args=(leaver, watched, patient),
+        name="packcast-signals",
+        daemon=True,
     ).start()
 
 
 def die_with_parent(launcher_pid: int | None = None) -> None:
-    """Have the kernel send SIGTERM when the process that started this one ends.
+    """Have the kernel end this process, by SIGTERM, when the one that started it ends.
 
     For ranks of torchrun or --nproc, which leave their ranks behind when they are killed. Call it
     in the main thread, early. With `launcher_pid` a launcher that has already gone is noticed
     too. The kernel means the parent's *thread*: launchers start ranks from their main thread.
     """
     parent = launcher_pid or os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    # Where SIGTERM is ignored it would end nobody; what a killed rank leaves can be removed later.
+    number = signal.SIGKILL if ignored_signals({signal.SIGTERM}) else signal.SIGTERM
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
 
-def _take_signals(leaver: Leaver) -> NoReturn:
-    interrupts = 0
-    while True:
-        number = signal.sigwait(_SIGNALS)
-        if number == signal.SIGINT:
-            interrupts += 1
-            if interrupts == 2:  # a person who does not want to wait for the clean-up
-                os._exit(128 + number)
-        threading.Thread(target=_leave_on, args=(leaver, number), daemon=True).start()
+def _take_signals(leaver: Leaver, watched: set[signal.Signals], patient: bool) -> None:
+    count = 0
+    while watched:
+        number = signal.sigwait(watched)
+        count += 1
+        # On a thread of its own: each of these may hang, as a terminal can.
+        if patient or count == 1:
+            threading.Thread(target=_leave_on, args=(leaver, number), daemon=True).start()
+        elif count == 2:
+            threading.Thread(target=leaver.ask_for_patience, daemon=True).start()
+        else:
+            threading.Thread(target=leaver.give_up, args=(_interrupted(number),)).start()
+
+
+def _interrupted(number: int) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(f"interrupted by {name}", signal_number=number)
 
 
 def _leave_on(leaver: Leaver, number: int) -> None:
@@ -217,8 +298,7 @@ def _leave_on(leaver: Leaver, number: int) -> None:
         return
     if leaver.is_shielded:
         return
-    name = signal.Signals(number).name
-    leaver.leave(Interrupted(f"interrupted by {name}", signal_number=number))
+    leaver.leave(_interrupted(number))
 
 
 def _exit_code(error: PackcastError | None) -> int:

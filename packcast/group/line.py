@@ -6,11 +6,12 @@ Knows no torch, and nothing of what the messages are about, but for COMMIT.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 from packcast.errors import PackcastError, RendezvousError, TransferError
+from packcast.group.addresses import interface_of, text_of, with_interface
 from packcast.group.clock import Deadline
 from packcast.group.endpoint import Endpoint, Finding, Log, OnFatal
 from packcast.group.handshake import Welcome, knock
@@ -54,6 +55,7 @@ class Line(Endpoint):
         self.transfer_id = welcome.transfer_id
         self.sender = welcome.sender
         self.lost: str | None = None
+        self._interface = interface_of(text_of(welcome.sock.getsockname()))
         self._me = me
         self._world_size: int | None = None
         self._gone = False
@@ -68,7 +70,7 @@ class Line(Endpoint):
     @classmethod
     def connect(
         cls,
-        host: str,
+        hosts: Sequence[str],
         port: int,
         *,
         me: Member,
@@ -79,14 +81,14 @@ class Line(Endpoint):
         log: Log,
         still_wanted: Callable[[], bool] = lambda: True,
     ) -> Line:
-        """Join the sender at `host:port`, waiting for it until the join timeout.
+        """Join the sender at `port` of one of the `hosts`, waiting for it until the join timeout.
 
         Or until it is not `still_wanted`. Returns as soon as the sender has let this worker in.
         Raises RendezvousError with the sender's reason where it refuses.
         """
         me = Member.from_json(me.to_json())
         welcome = knock(
-            host,
+            hosts,
             port,
             me=me,
             token=token,
@@ -99,6 +101,10 @@ class Line(Endpoint):
         )
 
     # For any thread.
+
+    def host_told(self, host: str) -> str:
+        """The sender's address, as the sender calls it, as it is called on this host."""
+        return with_interface(host, self._interface)
 
     def await_joined(self, timeout_s: float | None) -> tuple[Member, int]:
         """This worker with the rank it got, and the world size, once everybody has joined.

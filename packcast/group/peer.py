@@ -43,6 +43,7 @@ class Peer:
         self.since = now
         self.heard = now
         self.member: Member | None = None
+        self.met_at = ""  # this end's address, as the peer has reached it
         self.nonce = ""
         self.proof: str | None = None
         self.armed = False

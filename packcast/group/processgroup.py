@@ -5,43 +5,23 @@ Knows nothing of launchers or of the control channel; errors of peers are that c
 
 from __future__ import annotations
 
-import array
-import atexit
 import ctypes
-import fcntl
 import os
-import socket
-import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from ipaddress import IPv6Address, ip_address
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from packcast.errors import PackcastError, RendezvousError
+from packcast.packed.unfinished import keep, release_ended
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import BroadcastOptions, Store, Work
 
-_SIOCGIFCONF = 0x8912
-_IFREQ = struct.Struct("16s H 2x 4s 16x")  # name, address family, port, IPv4 address
-_MAX_INTERFACES = 1024
 _LOOK_UP_EVERY = timedelta(seconds=0.1)
-
-
-def interface_of(address: str) -> str | None:
-    """The name of the network interface that has this local address, as gloo and NCCL want it."""
-    ip = ip_address(address.partition("%")[0])
-    if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
-        ip = ip.ipv4_mapped
-    if isinstance(ip, IPv6Address):
-        return _ipv6_interfaces().get(ip.packed)
-    # All of 127.0.0.0/8 is this host, though only one address of it is on an interface.
-    packed = socket.inet_aton("127.0.0.1") if ip.is_loopback else ip.packed
-    return _ipv4_interfaces().get(packed)
 
 
 class Group(Protocol):
@@ -70,7 +50,7 @@ def open_process_group(
     """
     from torch._C._distributed_c10d import PrefixStore
 
-    _reap()
+    release_ended()
     own = PrefixStore("group", store)
     timeout = timedelta(seconds=timeout_s)
     try:
@@ -123,28 +103,8 @@ def _await(
                 work.wait()  # it has ended meanwhile, or this is its own error
                 return
             if error is not None:
-                _left_behind.append((group, work, tensor))
+                keep(work, group, tensor)
                 raise error from None
-
-
-# gloo groups with an operation that has not ended: their destructor waits for it. So they are kept
-# until it has, by itself, by its time-out or by a peer's end.
-_left_behind: list[tuple[Group, Work, torch.Tensor]] = []
-
-
-def _reap() -> None:
-    """Let go of what was left behind and has ended."""
-    _left_behind[:] = [entry for entry in _left_behind if not entry[1].is_completed()]
-
-
-@atexit.register
-def _leave_for_good() -> None:
-    """The interpreter must not destroy, and so wait for, what is still left behind at its end.
-
-    The tensor neither: gloo's thread would meet the ended interpreter, and abort the process.
-    """
-    for entry in _left_behind:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(entry))
 
 
 def begin_close(group: Group, device: torch.device) -> threading.Event:
@@ -201,15 +161,25 @@ def _gloo_group(
     import torch.distributed as dist
 
     gloo: Any = dist.ProcessGroupGloo
-    if interface is None or _INTERFACE_VARIABLES["gloo"] in os.environ:
-        group: Group = gloo(store, rank, world_size, timeout)
-        return group
+    group: Group = gloo(store, rank, world_size, gloo_options(timeout, interface))
+    return group
+
+
+def gloo_options(timeout: timedelta, interface: str | None, connections: int = 1) -> Any:
+    """What a gloo group is made with: its collectives take turns on so many connections to a peer,
+    each of which has threads of its own. As many for each interface that the environment names."""
+    import torch.distributed as dist
+
+    gloo: Any = dist.ProcessGroupGloo
+    named = os.environ.get(_INTERFACE_VARIABLES["gloo"]) or interface or ""
     options = gloo._Options()
     options._timeout = timeout
-    options._devices = [gloo.create_device(interface=interface)]
-    options._threads = 2  # torch's own number for each device
-    made: Group = gloo(store, rank, world_size, options)
-    return made
+    options._devices = [
+        gloo.create_device(interface=name) if name else gloo.create_default_device()
+        for name in named.split(",") * connections
+    ]
+    options._threads = 2 * len(options._devices)  # torch's own number
+    return options
 
 
 def _nccl_group(
@@ -227,55 +197,67 @@ def _nccl_group(
     options._timeout = timeout
     options.group_name = "packcast"
     options.global_ranks_in_group = list(range(world_size))
-    with environment_with(variables_of("nccl", interface)):
-        made = nccl(store, rank, world_size, options)
+    with environment_with(interface_variable("nccl", interface)):
+        with environment_with(NCCL_GROUP_VARIABLES):  # read while it is made, and not again
+            made = nccl(store, rank, world_size, options)
         made.eager_connect_single_device(device)  # as init_process_group does, given a device
     group: Group = made
     return group
 
 
-def variables_of(backend: Literal["nccl", "gloo"], interface: str | None) -> dict[str, str]:
-    """What a group of this kind is to find in the environment while it is made."""
-    wanted: dict[str, str] = {}
-    if backend == "nccl":
-        # A lost peer is the control channel's to tell. NCCL's own watchdog would abort this
-        # process with a C++ stack, in the middle of its clean-up.
-        wanted |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
-    if interface:
-        # NCCL takes a name for a prefix (eth1 for eth10 too) unless it is told otherwise.
-        exactly = "=" if backend == "nccl" else ""
-        wanted[_INTERFACE_VARIABLES[backend]] = exactly + interface
-    return wanted
+# For torch's NCCL groups. A lost peer is the control channel's to tell: NCCL's own watchdog would
+# abort this process with a C++ stack, in the middle of its clean-up.
+NCCL_GROUP_VARIABLES = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
+
+
+def interface_variable(backend: Literal["nccl", "gloo"], interface: str | None) -> dict[str, str]:
+    """What names the network interface to a group of this kind while it connects."""
+    if not interface:
+        return {}
+    # NCCL takes a name for a prefix (eth1 for eth10 too) unless it is told otherwise.
+    exactly = "=" if backend == "nccl" else ""
+    return {_INTERFACE_VARIABLES[backend]: exactly + interface}
 
 
 @contextmanager
 def environment_with(wanted: Mapping[str, str]) -> Iterator[None]:
-    """These variables, where the environment does not say otherwise, and for as long only."""
-    added = [name for name in wanted if name not in os.environ]
-    os.environ.update({name: wanted[name] for name in added})
+    """These variables, where the environment does not say otherwise, and for as long only.
+
+    For C++ libraries that read them from nowhere else, as torch and NCCL do: there is no option
+    in their place. They are in the process's own environment, so that a program which is started
+    meanwhile without an environment of its own inherits them; `os.environ` stays as it is. Where
+    several threads are in here, a variable stays until the last of them has left.
+    """
+    with _environment_lock:
+        held = [name for name in wanted if name in _holders or not _has_variable(name)]
+        for name in held:
+            _holders[name] += 1
+            if _holders[name] == 1:
+                os.putenv(name, wanted[name])
     try:
         yield
     finally:
-        for name in added:
-            os.environ.pop(name, None)
+        with _environment_lock:
+            for name in held:
+                _holders[name] -= 1
+                if not _holders[name]:
+                    del _holders[name]
+                    if name not in os.environ:  # or somebody has set it meanwhile
+                        os.unsetenv(name)
+
+
+_environment_lock = threading.Lock()
+_holders: Counter[str] = Counter()  # by variable that `environment_with` has added
+_libc = ctypes.CDLL(None)
+_libc.getenv.argtypes, _libc.getenv.restype = [ctypes.c_char_p], ctypes.c_char_p
+
+
+def _has_variable(name: str) -> bool:
+    """Whether C++ sees it, which may know more of them than `os.environ`."""
+    return name in os.environ or _libc.getenv(os.fsencode(name)) is not None
 
 
 _INTERFACE_VARIABLES = {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}
-
-
-def _ipv4_interfaces() -> dict[bytes, str]:
-    """Every IPv4 address of this host, secondary ones too, and its interface's name."""
-    names = array.array("B", bytes(_MAX_INTERFACES * _IFREQ.size))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        request = struct.pack("iL", len(names), names.buffer_info()[0])
-        nbytes, _ = struct.unpack("iL", fcntl.ioctl(probe, _SIOCGIFCONF, request))
-    entries = _IFREQ.iter_unpack(names[: nbytes // _IFREQ.size * _IFREQ.size])
-    return {packed: name.rstrip(b"\0").decode() for name, _, packed in entries}
-
-
-def _ipv6_interfaces() -> dict[bytes, str]:
-    try:
-        lines = Path("/proc/net/if_inet6").read_text().splitlines()
-    except OSError:
-        return {}  # a kernel without IPv6
-    return {bytes.fromhex(line.split()[0]): line.split()[5] for line in lines}

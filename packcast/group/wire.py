@@ -9,11 +9,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from packcast.checkpoint.outgoing import MAX_OFFERED_NBYTES
 from packcast.errors import PackcastError, error_from_code
 from packcast.group.member import printable
 from packcast.units import KIB, MIB
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 LENGTH_NBYTES = 4
 MAX_KIND_LENGTH = 32
@@ -45,7 +46,8 @@ class Limits:
 
 BEFORE_PROOF = Limits(16 * KIB)
 FROM_WORKER = Limits(64 * KIB, {"PROVED": 16 * MIB})
-FROM_SENDER = Limits(16 * MIB, {"OFFER": 256 * MIB})
+# An OFFER's files are bounded before anybody joins (checkpoint/outgoing.py); the rest is small.
+FROM_SENDER = Limits(16 * MIB, {"OFFER": MAX_OFFERED_NBYTES + 16 * MIB})
 
 
 def encode_frame(message: Mapping[str, object], limits: Limits) -> bytes:
@@ -55,7 +57,10 @@ def encode_frame(message: Mapping[str, object], limits: Limits) -> bytes:
         raise ValueError(f"{kind!r} is not a kind of message")
     # The reader looks for the kind at the very beginning, before it takes a large message in.
     ordered = {"kind": kind, **message}
-    body = json.dumps(ordered, separators=(",", ":"), allow_nan=False).encode("ascii")
+    # Not in ASCII, as which six bytes stand for what two or three are: a header full of emoji, well
+    # within the format's bound, would be over ours. A path's undecodable bytes are surrogates.
+    text = json.dumps(ordered, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    body = text.encode("utf-8", "surrogatepass")
     if len(body) > limits.of(kind):
         raise PackcastError(f"a {kind} of {len(body)} bytes is over its limit, {limits.of(kind)}")
     return len(body).to_bytes(LENGTH_NBYTES, "big") + body
@@ -100,7 +105,7 @@ class FrameReader:
 
 def _decode(body: bytes, limits: Limits) -> Message:
     try:
-        message = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        message = json.loads(body.decode("utf-8", "surrogatepass"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise WireError("a message is not JSON") from error
     kind = message.get("kind") if isinstance(message, dict) else None

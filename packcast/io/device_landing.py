@@ -18,25 +18,47 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError, as_packcast_error
 from packcast.io.digests import BlockDigests
 from packcast.io.pool import CLOSE_LIMIT_S
-from packcast.io.sinks.tensors import Part
+from packcast.io.sinks.placed import PlacedTensors
+from packcast.io.sinks.scatter import TABLE_COLUMNS, Scatter
 from packcast.io.staging import Buffers
 from packcast.packed.counters import Stage
 from packcast.packed.lanes import Mark
 from packcast.packed.plan import Chunk, num_blocks, trailer_nbytes
 from packcast.packed.ring import Slot, host_view
 from packcast.packed.sums import SlotSums
-from packcast.packed.trailer import SUM_NBYTES, read_trailer, sum_in
+from packcast.packed.trailer import read_trailer, sum_in
 
-_NUM_PAGES = 16  # chunks whose proof may be under way: each is a trailer of host memory
+_MAX_PAGES = 16  # chunks whose proof may be under way
+_MIN_PAGES = 2
+_PAGES_NBYTES = 16 << 20  # of all pages, where so many tiny tensors make them large
+_NUMBER_NBYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    """Host memory of a chunk that is under way: its trailer and its sum as they come from the
+    device, and the table of its copies as that goes there."""
+
+    trailer: torch.Tensor
+    found: torch.Tensor
+    table: torch.Tensor
+
+    @staticmethod
+    def nbytes(trailer_nbytes: int, table_rows: int) -> int:
+        return trailer_nbytes + _NUMBER_NBYTES * (1 + TABLE_COLUMNS * table_rows)
+
+    @staticmethod
+    def of(memory: torch.Tensor, trailer_nbytes: int) -> _Page:
+        numbers = memory[trailer_nbytes:].view(torch.int64)
+        return _Page(memory[:trailer_nbytes], numbers[:1], numbers[1:].view(-1, TABLE_COLUMNS))
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A chunk that has left its slot, once `mark` has passed; `page` is its trailer and sum."""
+    """A chunk that has left its slot, with its trailer and sum, once `mark` has passed."""
 
     chunk: Chunk
-    parts: Sequence[Part]
-    page: torch.Tensor
+    page: _Page
     mark: Mark
 
 
@@ -47,58 +69,64 @@ class DeviceSink(Protocol):
     def stage(self) -> Stage:
         """The name under which its work is counted."""
 
-    def parts_of(self, file: int, offset: int, nbytes: int) -> Sequence[Part]:
-        """Which tensors' bytes a run holds; the loop's thread."""
-
-    def landed(self, parts: Sequence[Part]) -> None:
-        """These are proven, and in the tensors' memory; another thread."""
+    def placed(self, chunks: Sequence[Chunk]) -> PlacedTensors | None:
+        """Where the chunks' bytes go, on the current stream; None: nowhere."""
 
 
 class DeviceLanding:
     """Takes chunks out of slots into the tensors of `sink`, copying from device to device.
 
-    The root has to send sums (packed/sums.py): they prove the way from its GPU's slot, and the
-    file digests are what the root took of the bytes that it read. At most 16 chunks are ahead of
-    their proof. A damaged chunk ends it; a `tolerant` one goes on, and has no digests of it.
-    Works on a CPU's ring too.
+    Where in each chunk the tensors are is worked out here, before any byte moves. The root has to
+    send sums (packed/sums.py): they prove the way from its GPU's slot, and the file digests are
+    what the root took of the bytes that it read. At most 16 chunks are ahead of their proof. A
+    damaged chunk ends it; a `tolerant` one goes on, and has no digests of it. Works on a CPU's ring
+    too.
     """
 
     def __init__(
         self,
         sink: DeviceSink,
         files: Sequence[FileSpec],
+        chunks: Sequence[Chunk],
         buffers: Buffers,
         *,
         tolerant: bool = False,
     ) -> None:
         self._tolerant = tolerant
         self._digests = BlockDigests([spec.nbytes for spec in files])
-        self._sink = sink
+        self.stage: Stage = sink.stage  # what the loop waits for when it waits here
         self._files = files
-        self._ring = buffers.ring
-        self._counters = buffers.ring.counters
+        self._ring = ring = buffers.ring
+        self._counters = ring.counters
         self._tag = buffers.tag
-        device = buffers.ring.device
-        self._sums = SlotSums(device, buffers.tag, buffers.buffer_size)
-        self._ring.drain.wait_for_caller(device)  # the multipliers were made there
-        page_nbytes = trailer_nbytes(buffers.buffer_size) + SUM_NBYTES
-        pages = [
-            torch.empty(page_nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            for _ in range(_NUM_PAGES)
-        ]
-        self.pinned_nbytes = 0 if self._ring.is_host else len(pages) * page_nbytes
-        self._free: SimpleQueue[torch.Tensor | None] = SimpleQueue()
-        for page in pages:
-            self._free.put(page)
+        with ring.drain:
+            placed = sink.placed(chunks)
+        self._scatter = None if placed is None else Scatter(placed, ring.device)
+        self._sums = SlotSums(ring.device, buffers.tag, buffers.buffer_size)
+        ring.drain.wait_for_caller(ring.device)  # tables and multipliers were made there
+        self._free: SimpleQueue[_Page | None] = SimpleQueue()
+        self.pinned_nbytes = self._make_pages(trailer_nbytes(buffers.buffer_size))
         self._queue: SimpleQueue[_Arrival | None] = SimpleQueue()
         self._failure: PackcastError | None = None
+        self._is_finished = False
         self._thread = threading.Thread(target=self._work, name="packcast-prove", daemon=True)
         self._thread.start()
 
     @property
-    def stage(self) -> Stage:
-        """What the loop waits for when it waits here."""
-        return self._sink.stage
+    def device_nbytes(self) -> int:
+        """Device memory that the copies and proofs need."""
+        tables = 0 if self._scatter is None else self._scatter.device_nbytes
+        return tables + self._sums.nbytes
+
+    def _make_pages(self, trailer_nbytes: int) -> int:
+        """Make the pages, in one piece; returns how many bytes of it are pinned."""
+        table_rows = 0 if self._scatter is None else self._scatter.table_rows
+        nbytes = _Page.nbytes(trailer_nbytes, table_rows)
+        count = min(_MAX_PAGES, max(_MIN_PAGES, _PAGES_NBYTES // nbytes))
+        memory = torch.empty(count * nbytes, dtype=torch.uint8, pin_memory=not self._ring.is_host)
+        for page in memory.split(nbytes):
+            self._free.put(_Page.of(page, trailer_nbytes))
+        return 0 if self._ring.is_host else memory.nbytes
 
     def drain(self, chunk: Chunk, slot: Slot) -> None:
         """Give the copies into the tensors to the drain lane, and their proof to the thread."""
@@ -110,14 +138,15 @@ class DeviceLanding:
         with ring.drain:
             ring.drain.wait(slot.arrived)
             begin = ring.drain.mark()
-            parts = self._copy_parts(chunk, slot)
+            if self._scatter is not None:
+                self._scatter.copy(chunk.index, slot.memory, page.table)
             at, nbytes = chunk.trailer_offset, chunk.trailer_nbytes
-            page[:nbytes].copy_(slot.memory[at : at + nbytes], non_blocking=True)
-            found = self._sums.of(slot.memory, chunk.nbytes).view(1).view(torch.uint8)
-            page[nbytes : nbytes + SUM_NBYTES].copy_(found, non_blocking=True)
+            page.trailer.copy_(slot.memory[at : at + nbytes], non_blocking=True)
+            found = self._sums.of(slot.memory, chunk.nbytes)
+            page.found.copy_(found.view(1), non_blocking=True)
             slot.drained = mark = ring.drain.mark()
         ring.clock.span(self.stage, chunk.index, chunk.nbytes, begin, mark)
-        self._queue.put(_Arrival(chunk, parts, page, mark))
+        self._queue.put(_Arrival(chunk, page, mark))
         self._counters.newest = chunk.extents[-1]
 
     def finish(self) -> None:
@@ -127,6 +156,7 @@ class DeviceLanding:
             self._thread.join()
         if self._failure is not None:
             raise self._failure
+        self._is_finished = True
 
     def digests(self) -> BlockDigests:
         """Of every block that came, once all are through; after `finish`."""
@@ -137,25 +167,11 @@ class DeviceLanding:
         self._failure = self._failure or TransferError("the transfer is over")
         self._free.put(None)
         self._queue.put(None)
+        if self._scatter is not None and not self._is_finished:
+            with self._ring.drain:
+                self._scatter.give_up()
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_LIMIT_S)
-
-    def _copy_parts(self, chunk: Chunk, slot: Slot) -> list[Part]:
-        parts: list[Part] = []
-        targets: list[torch.Tensor] = []
-        sources: list[torch.Tensor] = []
-        at = 0
-        for extent in chunk.extents:
-            for part in self._sink.parts_of(extent.file, extent.offset, extent.nbytes):
-                parts.append(part)
-                if part.nbytes:
-                    begin = at + part.begin
-                    targets.append(part.growing.data[part.offset : part.offset + part.nbytes])
-                    sources.append(slot.memory[begin : begin + part.nbytes])
-            at += extent.nbytes
-        if targets:
-            torch._foreach_copy_(targets, sources)
-        return parts
 
     def _work(self) -> None:
         if self._ring.device.type == "cuda":  # or its first call would make a context on GPU 0
@@ -165,7 +181,8 @@ class DeviceLanding:
                 if self._failure is None:
                     arrival.mark.synchronize()
                     self._prove(arrival)
-                    self._sink.landed(arrival.parts)
+                    if self._scatter is not None:
+                        self._scatter.landed(arrival.chunk.index)
             except Exception as error:
                 self._failure = self._failure or as_packcast_error(error, self.stage)
             finally:
@@ -173,18 +190,18 @@ class DeviceLanding:
 
     def _prove(self, arrival: _Arrival) -> None:
         try:
-            digests = self._proven_digests(arrival.chunk, host_view(arrival.page))
+            digests = self._proven_digests(arrival.chunk, arrival.page)
         except TransferError:
             if not self._tolerant:
                 raise
             return
         self._digests.record([arrival.chunk], digests)
 
-    def _proven_digests(self, chunk: Chunk, page: memoryview) -> bytes:
+    def _proven_digests(self, chunk: Chunk, page: _Page) -> bytes:
         blocks = sum(num_blocks(extent.nbytes) for extent in chunk.extents)
-        digests = read_trailer(page, self._tag, chunk, blocks)
-        found = bytes(page[chunk.trailer_nbytes : chunk.trailer_nbytes + SUM_NBYTES])
-        if found != sum_in(page):
+        trailer = host_view(page.trailer)
+        digests = read_trailer(trailer, self._tag, chunk, blocks)
+        if bytes(host_view(page.found.view(torch.uint8))) != sum_in(trailer):
             first = chunk.extents[0]
             raise TransferError(
                 f"{self._files[first.file].name}: bytes from {first.offset} were damaged on the"

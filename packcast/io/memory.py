@@ -9,9 +9,10 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_nbytes() -> int | None:
-    """What programs could still be given without swapping; None where the kernel does not say.
-
-    Raises OSError where there is no such file.
-    """
-    match = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+    """What programs could still be given without swapping; None where the kernel does not say."""
+    try:
+        facts = _MEMINFO.read_text()
+    except OSError:  # a sandbox without /proc
+        return None
+    match = re.search(r"^MemAvailable:\s+(\d+) kB$", facts, re.MULTILINE)
     return int(match[1]) * 1024 if match else None

@@ -23,8 +23,8 @@ import xxhash
 
 from packcast.io.work import Failure, FailureKind, PoolStopped, Task, Totals, Work
 
-_ABI = 1
-_TOLERANT, _WRITEBACK = 1, 2
+_ABI = 2
+_TOLERANT, _WRITEBACK, _UNHASHED = 1, 2, 4
 _END_LIMIT_S = 1.0
 
 _stuck: list[object] = []  # work of threads that never ended: nothing of it may be freed
@@ -136,7 +136,8 @@ class NativePool:
         config = _Config(
             task=work.task,
             flags=(_TOLERANT if work.tolerant else 0)
-            | (_WRITEBACK if work.task is Task.WRITE else 0),
+            | (_WRITEBACK if work.task is Task.WRITE else 0)
+            | (0 if work.hashed else _UNHASHED),
             num_threads=num_threads,
             num_units=len(schedule.units),
             num_pieces=schedule.num_pieces,

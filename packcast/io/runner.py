@@ -67,7 +67,7 @@ class UnitRunner:
             task,
             schedule,
             staging.address,
-            staging.memory,
+            (staging.memory, resources),
             resources.descriptors,
             self.digests,
             self.differences,

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile, Run
-from packcast.errors import CheckpointError, PackcastError
+from packcast.errors import CheckpointError, PackcastError, out_of_descriptors
 from packcast.io.digests import BlockDigests
 from packcast.io.files import FileTable
 from packcast.io.runner import UnitRunner
@@ -27,6 +27,8 @@ from packcast.packed.lanes import Passage
 from packcast.packed.plan import DIGEST_NBYTES, Chunk, Extent
 from packcast.packed.ring import Slot
 from packcast.packed.trailer import write_trailer
+
+_CHANGED_HINT = "nothing was published; run again once it is quiet"
 
 
 class FileReader:
@@ -102,6 +104,8 @@ class FileReader:
         try:
             fd = os.open(known.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
+            if ran_out := out_of_descriptors(error):
+                raise ran_out from error
             raise CheckpointError(f"{known.name}: cannot be opened: {error.strerror}") from error
         try:
             self._check_unchanged(source, fd)
@@ -128,16 +132,7 @@ class FileReader:
             into, offset = into[num_read:], offset + num_read
 
     def _check_unchanged(self, source: int, fd: int) -> None:
-        known, now = self._sources[source], os.fstat(fd)
-        if (now.st_size, now.st_mtime_ns, now.st_ino) != (
-            known.nbytes,
-            known.mtime_ns,
-            known.inode,
-        ):
-            raise CheckpointError(
-                f"{known.name} changed while it was being sent",
-                hint="nothing was published; run again once it is quiet",
-            )
+        self._sources[source].check_unchanged(os.fstat(fd), "sent", _CHANGED_HINT)
 
 
 class FileSource:

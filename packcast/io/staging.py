@@ -58,6 +58,7 @@ class Staging:
             self.unit_nbytes, self._place_nbytes = unit_nbytes(size), staged_nbytes(size)
         self.pinned_nbytes = self._pinned.nbytes if self._pinned else 0
         self.address = self.memory.data_ptr()
+        self._views: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def place(self, chunk: Chunk, unit: int) -> int:
         """The offset at which a unit of a chunk lies; `unit` counts this end's units."""
@@ -70,12 +71,12 @@ class Staging:
     def copy_to(self, slot: Slot, unit: ScheduledUnit) -> None:
         """Give the copy of the unit into its slot to the current stream."""
         if not self.is_slots:
-            _in(slot, unit).copy_(self._here(unit), non_blocking=True)
+            self._in(slot, unit).copy_(self._here(unit), non_blocking=True)
 
     def copy_from(self, slot: Slot, unit: ScheduledUnit) -> None:
         """Give the copy of the unit out of its slot to the current stream."""
         if not self.is_slots:
-            self._here(unit).copy_(_in(slot, unit), non_blocking=True)
+            self._here(unit).copy_(self._in(slot, unit), non_blocking=True)
 
     def trailer_offset(self, unit: ScheduledUnit) -> int:
         """Where a chunk's trailer comes to lie with its first unit: behind it, as with the last."""
@@ -98,11 +99,19 @@ class Staging:
             self._pinned.close(is_idle=is_idle)
 
     def _here(self, unit: ScheduledUnit) -> torch.Tensor:
-        return self.memory[unit.memory_offset : unit.memory_offset + unit.nbytes]
+        return self._view(self.memory, unit.memory_offset, unit.nbytes)
 
+    def _in(self, slot: Slot, unit: ScheduledUnit) -> torch.Tensor:
+        return self._view(slot.memory, unit.slot_offset, unit.nbytes)
 
-def _in(slot: Slot, unit: ScheduledUnit) -> torch.Tensor:
-    return slot.memory[unit.slot_offset : unit.slot_offset + unit.nbytes]
+    def _view(self, memory: torch.Tensor, begin: int, nbytes: int) -> torch.Tensor:
+        """The same few views come again and again, and making one takes as long as its copy's
+        launch."""
+        key = (memory.data_ptr(), begin, nbytes)
+        found = self._views.get(key)
+        if found is None:
+            found = self._views[key] = memory[begin : begin + nbytes]
+        return found
 
 
 def becomes_idle(ring: Ring) -> bool:

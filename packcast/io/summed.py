@@ -25,6 +25,11 @@ class Summed:
         self._lane.wait_for_caller(device)  # the multipliers were made there
         self._newest: Mark | None = None
 
+    @property
+    def device_nbytes(self) -> int:
+        """Device memory that the sums need."""
+        return self._sums.nbytes
+
     def fill(self, chunk: Chunk, slot: Slot) -> None:
         """Give chunk and trailer to the fill lane, and the sum to one behind it."""
         self._source.fill(chunk, slot)

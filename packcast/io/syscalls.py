@@ -15,6 +15,22 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
+_libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
+
+# linux/magic.h, and for ZFS and bcachefs their own: file systems of one kernel, on its own disks
+# or in its memory. All others may be written by other hosts too.
+_LOCAL = {
+    "ext": 0xEF53,
+    "xfs": 0x58465342,
+    "btrfs": 0x9123683E,
+    "tmpfs": 0x01021994,
+    "ramfs": 0x858458F6,
+    "overlay": 0x794C7630,
+    "f2fs": 0xF2F52010,
+    "zfs": 0x2FC12FC1,
+    "bcachefs": 0xCA451A4E,
+}
+_STATFS_NBYTES = 256  # more than any architecture's
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _RENAMEAT2_NUMBER = {"x86_64": 316, "aarch64": 276, "riscv64": 276, "ppc64le": 357, "s390x": 347}
@@ -57,6 +73,16 @@ def exchange(dir_fd: int, one: str, other: str) -> None:
         )
     if failed:
         _raise_errno()
+
+
+def is_local(fd: int) -> bool:
+    """Whether the descriptor's file system is known to belong to this kernel alone."""
+    room = ctypes.create_string_buffer(_STATFS_NBYTES)
+    if _libc.fstatfs(fd, room) != 0:
+        return False
+    # The first member: a word, whose sign is nobody's business.
+    word = ctypes.c_uint32 if platform.machine() == "s390x" else ctypes.c_ulong
+    return word.from_buffer(room).value & 0xFFFFFFFF in _LOCAL.values()
 
 
 def mount_id(fd: int) -> int | None:

@@ -151,6 +151,10 @@ class ThreadPool:
             data = self._memory[memory + begin : memory + end]
             if work.task is Task.READ:
                 self._do_parts(index, spans, begin, data)
+            if not work.hashed:
+                if work.task is not Task.READ:
+                    self._do_parts(index, spans, begin, data)
+                continue
             at = (block + begin // BLOCK) * DIGEST_NBYTES
             found = xxhash.xxh3_128_digest(data)
             if work.task is Task.READ:

@@ -67,7 +67,8 @@ class Work:
     before a unit that needs them is allowed. `digests` has a digest for every block: found by READ,
     promised to the other tasks. `differences`, by span, are the offsets of the first bytes that
     differ, or -1 (COMPARE). `tolerant`: a block that does not have its digest is no failure, zeros
-    take its place. `name` is for threads.
+    take its place. Where it is not `hashed`, digests are neither found nor compared: for measuring
+    what the threads alone reach. `name` is for threads.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Work:
     digests: bytearray
     differences: array[int]
     tolerant: bool = False
+    hashed: bool = True
 
     @property
     def grain_nbytes(self) -> int:

@@ -15,11 +15,12 @@ from torch.autograd.graph import increment_version
 
 from packcast.errors import UsageError
 from packcast.packed.counters import Stage
-from packcast.packed.gather import Move, on_device, pieces_of
+from packcast.packed.gather import Move, tables_of
 from packcast.packed.lanes import hold_caller, mark_caller
 from packcast.packed.layout import Part, ReplayChunk, TensorSpec
 from packcast.packed.overlap import check_apart
 from packcast.packed.ring import Ring, Slot
+from packcast.packed.tensor_map import Rows
 from packcast.packed.tensors import alias_of, as_bytes, check_plain
 
 Tensors = Mapping[str, torch.Tensor]
@@ -41,6 +42,7 @@ class BoundChunk:
     own: torch.Tensor | None = None
     table: torch.Tensor | None = None
     parts: Sequence[torch.Tensor] = ()
+    is_last: bool = False  # no broadcast runs beside its copies out of the slot
 
     @property
     def index(self) -> int:
@@ -71,8 +73,8 @@ class Bound:
     """The plan's tensors as bytes on the ring's device, cut into each chunk's parts.
 
     A tensor that is not contiguous, or elsewhere, has a stand-in there that is copied before a
-    send and after a receive; so has one that a slot is too small for and that lies askew. With
-    `move`, chunks have tables for it. Holds on to the tensors' memory.
+    send and after a receive; so has one that a slot is too small for and that lies askew. With the
+    plan's `rows`, chunks have tables for the kernel. Holds on to the tensors' memory.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Bound:
         chunks: Sequence[ReplayChunk],
         tensors: Tensors,
         device: torch.device,
-        move: Move | None,
+        rows: Rows | None,
     ) -> None:
         self._specs = specs
         self._names = [spec.name for spec in specs]
@@ -94,7 +96,7 @@ class Bound:
         self._whole = [
             self._bytes_of(i, spec, device, alone=i in alone) for i, spec in enumerate(specs)
         ]
-        self.chunks = self._bound(chunks, move, device)
+        self.chunks = self._bound(chunks, rows, device)
         position = {spec.name: i for i, spec in enumerate(specs)}
         self._ties = [(i, position[spec.same_as]) for i, spec in enumerate(specs) if spec.same_as]
         self._by_chunk = [self._look(part.tensor for part in chunk.parts) for chunk in chunks]
@@ -143,12 +145,15 @@ class Bound:
         self._check(self._look([*self._stand_ins, *(i for i, _ in self._ties)]))
 
     def chunks_again(self, *, write: bool) -> Iterator[BoundChunk]:
-        """The chunks for another run, each as the loop comes to it: what is done here for every
-        tensor takes no time of its own while a GPU is at work on the chunks before.
+        """The chunks for another run, each as the loop comes to it.
 
-        Raises UsageError for a tensor whose memory is no longer where it was bound. With `write`,
-        the tensors count as changed, which autograd looks at.
+        On a CPU this raises UsageError for a tensor whose memory is no longer where it was bound,
+        and with `write` the tensors count as changed, which autograd looks at. On a GPU that would
+        take longer than the run: who binds tensors there answers for both.
         """
+        if self._device.type == "cuda":
+            yield from self.chunks
+            return
         for chunk, looked in zip(self.chunks, self._by_chunk, strict=True):
             self._check(looked)
             if write:
@@ -175,14 +180,17 @@ class Bound:
         self._newest = mark_caller(self._device)
 
     def _bound(
-        self, chunks: Sequence[ReplayChunk], move: Move | None, device: torch.device
+        self, chunks: Sequence[ReplayChunk], rows: Rows | None, device: torch.device
     ) -> list[BoundChunk]:
         bound = [BoundChunk(chunk, own=self._own(chunk)) for chunk in chunks]
         copied = [chunk for chunk in bound if chunk.own is None]
-        if move is not None:
-            tables = self._tables([chunk.plan for chunk in copied], device)
-            for chunk, table in zip(copied, tables, strict=True):
-                bound[chunk.index] = BoundChunk(chunk.plan, table=table)
+        if rows is not None:
+            starts = torch.tensor([data.data_ptr() for data in self._whole], dtype=torch.int64)
+            tables = tables_of(rows, starts, device, [chunk.own is None for chunk in bound])
+            for chunk in copied:
+                index = chunk.index
+                is_last = index == len(bound) - 1
+                bound[index] = BoundChunk(chunk.plan, table=tables[index], is_last=is_last)
         else:
             for chunk in copied:
                 parts = [self._run(part) for part in chunk.plan.parts]
@@ -201,25 +209,6 @@ class Bound:
 
     def _run(self, part: Part) -> torch.Tensor:
         return self._whole[part.tensor][part.offset : part.offset + part.nbytes]
-
-    def _tables(
-        self, chunks: Sequence[ReplayChunk], device: torch.device
-    ) -> Sequence[torch.Tensor]:
-        """The table of each chunk, all of them copied to the device at once."""
-        parts = [part for chunk in chunks for part in chunk.parts]
-        starts = torch.tensor([data.data_ptr() for data in self._whole], dtype=torch.int64)
-        runs = torch.tensor(
-            [(part.tensor, part.offset, part.slot_offset, part.nbytes) for part in parts],
-            dtype=torch.int64,
-        ).view(-1, 4)
-        tensor, offset, slot_offset, nbytes = runs.unbind(1)
-        table, counts = pieces_of(starts[tensor] + offset, slot_offset, nbytes)
-        of_parts = torch.tensor([len(chunk.parts) for chunk in chunks], dtype=torch.int64)
-        ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])[
-            torch.cat([of_parts.new_zeros(1), of_parts.cumsum(0)])
-        ]
-        of_chunks: Sequence[torch.Tensor] = on_device(table, device).split(ends.diff().tolist())
-        return of_chunks
 
     def _bytes_of(
         self, index: int, spec: TensorSpec, device: torch.device, *, alone: bool
@@ -279,8 +268,9 @@ class Copier:
         # The tensors are the caller's: what it has given its stream comes first. Once is enough,
         # since nothing of the caller's runs between here and the end. The communication lane, for
         # the chunks that are broadcast as they lie.
+        given = mark_caller(ring.device)
         for lane in (ring.fill, ring.comm, ring.drain):
-            lane.wait_for_caller(ring.device)
+            lane.wait(given)
 
     def fill(self, chunk: BoundChunk, slot: Slot) -> None:
         """Give the copies into the slot to the fill lane."""
@@ -288,7 +278,7 @@ class Copier:
         if chunk.own is not None:
             return
         with ring.fill:
-            begin = ring.fill.mark()
+            begin = ring.fill.begin()
             if chunk.table is not None and self._move is not None:
                 self._move(chunk.table, slot.memory, into_slot=True, alone=chunk.index == 0)
             else:
@@ -303,9 +293,9 @@ class Copier:
             return
         ring.drain.wait(slot.arrived)
         with ring.drain:
-            begin = ring.drain.mark()
+            begin = ring.drain.begin()
             if chunk.table is not None and self._move is not None:
-                self._move(chunk.table, slot.memory, into_slot=False)
+                self._move(chunk.table, slot.memory, into_slot=False, alone=chunk.is_last)
             else:
                 torch._foreach_copy_(list(chunk.parts), self._places(chunk, slot))
             slot.drained = ring.drain.mark()

@@ -66,6 +66,7 @@ class Counters:
         self._followed: dict[Stage, Callable[[], StageWork]] = {}
         self._trace: list[StageEvent] | None = [] if trace else None
         self.newest: Extent | None = None  # the newest bytes that the loop has seen
+        self.loop_seconds = 0.0  # of CPU time that the loop's thread took, once it is over
 
     def add(self, stage: Stage, chunk: int, nbytes: int, begin: float, end: float) -> None:
         """Count one finished piece of work."""

@@ -1,16 +1,18 @@
 """Many copies between a slot and the places of its parts, as one kernel where that can be had.
 
-It knows tables of addresses; nothing of names, lanes or the wire.
+It knows tables of addresses, and how rows become tables; nothing of names, lanes or the wire.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
 from packcast.packed.proven import proven_on
+from packcast.packed.tensor_map import Rows, ends_of, enumerated
 
 # Each program of the kernel takes one piece at a time: so small that they all end together.
 PIECE_NBYTES = 64 << 10
@@ -41,19 +43,48 @@ def pieces_of(
     counts = (nbytes + piece_nbytes - 1) // piece_nbytes
     if bool((counts == 1).all()):  # many small ones, which are made often
         return _beside(addresses, slot_offsets, nbytes), counts
-    ends = counts.cumsum(0)
-    total = int(counts.sum())
-    # By these operations, since others (repeat_interleave, indexing, stack) wake all threads of the
-    # CPU, which takes many times longer than the work itself.
-    part = torch.zeros(total, dtype=torch.int64)
-    steps = ends[:-1][ends[:-1] < total]
-    part = part.index_add_(0, steps, torch.ones_like(steps)).cumsum(0)
-    addresses, slot_offsets, nbytes, begins = (
-        column.index_select(0, part) for column in (addresses, slot_offsets, nbytes, ends - counts)
+    part, ordinal = enumerated(counts)
+    addresses, slot_offsets, nbytes = (
+        column.index_select(0, part) for column in (addresses, slot_offsets, nbytes)
     )
-    shift = (torch.arange(total) - begins) * piece_nbytes
+    shift = ordinal * piece_nbytes
     left = (nbytes - shift).clamp(max=piece_nbytes)
     return _beside(addresses + shift, slot_offsets + shift, left), counts
+
+
+def tables_of(
+    rows: Rows,
+    addresses: torch.Tensor,
+    device: torch.device,
+    is_wanted: Sequence[bool] | None = None,
+) -> Sequence[torch.Tensor]:
+    """Each chunk's table, all of them copied to the device at once; empty where none is wanted.
+
+    `addresses` are the tensors', one for each, on the host.
+    """
+    nbytes = rows.nbytes
+    if is_wanted is not None:
+        nbytes = nbytes * torch.tensor(is_wanted, dtype=torch.int64).index_select(0, rows.chunks())
+    table, counts = pieces_of(_places_of(rows, addresses), rows.slot_offset, nbytes)
+    ends = ends_of(counts)[rows.ends]
+    tables: Sequence[torch.Tensor] = on_device(table, device).split(ends.diff().tolist())
+    return tables
+
+
+def table_of(rows: Rows, addresses: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The table of one chunk, on the host."""
+    mine = rows.of(chunk)
+    return pieces_of(_places_of(mine, addresses), mine.slot_offset, mine.nbytes)[0]
+
+
+def pieces_each(rows: Rows) -> torch.Tensor:
+    """How many rows each chunk's table has."""
+    counts = (rows.nbytes + PIECE_NBYTES - 1) // PIECE_NBYTES
+    return ends_of(counts)[rows.ends].diff()
+
+
+def _places_of(rows: Rows, addresses: torch.Tensor) -> torch.Tensor:
+    return addresses.index_select(0, rows.tensor) + rows.offset
 
 
 def _beside(*columns: torch.Tensor) -> torch.Tensor:
@@ -66,8 +97,8 @@ def _beside(*columns: torch.Tensor) -> torch.Tensor:
 
 def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The table where the kernel reads it, from the current stream on; the host does not wait."""
-    if device.type != "cuda":
-        return table
+    if device.type != "cuda" or not len(table):
+        return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
 
 

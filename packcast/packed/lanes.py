@@ -38,17 +38,29 @@ class Passage(Protocol):
 class Mark:
     """A point in a lane. On a CPU it has been passed when it exists."""
 
-    __slots__ = ("_event", "_passed_at")
+    __slots__ = ("_event", "_passed_at", "_spare")
 
-    def __init__(self, stream: torch.cuda.Stream | None, *, timed: bool = True) -> None:
+    def __init__(
+        self,
+        stream: torch.cuda.Stream | None,
+        *,
+        timed: bool = True,
+        spare: list[torch.cuda.Event] | None = None,
+    ) -> None:
         self._event: torch.cuda.Event | None = None
         self._passed_at = 0.0
+        self._spare = spare
         if stream is None:
             self._passed_at = time.perf_counter()
-        else:
-            # blocking: a host thread that waits sleeps; spinning would take cores from the readers.
-            self._event = torch.cuda.Event(enable_timing=timed, blocking=True)
-            self._event.record(stream)
+            return
+        self._event = _taken_from(spare) or _new_event(timed=timed)
+        self._event.record(stream)
+
+    def __del__(self) -> None:
+        # Nobody holds it, so nobody can begin to wait for it any more. Streams that wait already
+        # wait for the point that it was, whatever is recorded next.
+        if self._spare is not None and self._event is not None:
+            self._spare.append(self._event)
 
     @property
     def event(self) -> torch.cuda.Event | None:
@@ -78,6 +90,18 @@ class Mark:
             self._event.synchronize()
 
 
+def _taken_from(spare: list[torch.cuda.Event] | None) -> torch.cuda.Event | None:
+    try:
+        return spare.pop() if spare else None
+    except IndexError:  # another thread was faster
+        return None
+
+
+def _new_event(*, timed: bool) -> torch.cuda.Event:
+    # blocking: a host thread that waits sleeps; spinning would take cores from the readers.
+    return torch.cuda.Event(enable_timing=timed, blocking=True)
+
+
 class Lane:
     """A CUDA stream; used as a context manager it is the current stream of the calling thread.
 
@@ -90,6 +114,8 @@ class Lane:
         self.timed = True
         self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
         self._entered: list[torch.cuda.StreamContext] = []
+        # Events of marks that are gone, to be used again: those that tell times, and others.
+        self._spare: dict[bool, list[torch.cuda.Event]] = {True: [], False: []}
 
     def __enter__(self) -> Lane:
         if self._stream is not None:
@@ -109,7 +135,11 @@ class Lane:
 
     def mark(self) -> Mark:
         """Mark the end of what has been given to the lane so far."""
-        return Mark(self._stream, timed=self.timed)
+        return Mark(self._stream, timed=self.timed, spare=self._spare[self.timed])
+
+    def begin(self) -> Mark | None:
+        """Mark where a span begins that is to be timed; None where nothing is."""
+        return self.mark() if self.timed else None
 
     def wait(self, mark: Passage | None) -> None:
         """What is given to this lane from now on begins after `mark`; the host does not wait."""
@@ -157,9 +187,11 @@ class LaneClock:
             self._base.synchronize()
         self._base_at = time.perf_counter()
 
-    def span(self, stage: Stage, chunk: int, nbytes: int, begin: Passage, end: Passage) -> None:
+    def span(
+        self, stage: Stage, chunk: int, nbytes: int, begin: Passage | None, end: Passage
+    ) -> None:
         """Count `stage` from `begin` to `end` once the lane has passed them."""
-        if self._counters is not None:
+        if self._counters is not None and begin is not None:
             self._open.append((stage, chunk, nbytes, begin, end))
             self.collect()
 

@@ -69,6 +69,7 @@ def run_pipeline(
                 ending.callback(end.close)
         if on_failure is not None:
             ending.enter_context(_told(on_failure))
+        cpu_begin = time.thread_time()
         for chunk, slot in _with_slots(chunks, ring, drain.stage if drain else "read", begin):
             if chunk.root == rank and source is not None:
                 source.fill(chunk, slot)
@@ -80,6 +81,7 @@ def run_pipeline(
             ring.synchronize()
         if drain is not None:
             drain.finish()
+        ring.counters.loop_seconds = time.thread_time() - cpu_begin
         return time.perf_counter()
 
 

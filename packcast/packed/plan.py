@@ -28,6 +28,8 @@ MAX_BUFFER_SIZE = 16 << 30
 NUM_INTERLEAVED = 8  # files that take turns
 TURN = 4 * MIB
 MIN_TURNS = 4  # of a file that takes turns
+# Of how many files a chunk has a part: so many are open at once, also where few may be.
+MAX_FILES_PER_CHUNK = 32
 # Beside the whole blocks that fill a buffer a chunk may carry this many short ones (ends of files);
 # 63 keep the trailer within one page for every buffer up to 188 MiB.
 _SPARE_BLOCKS = 63
@@ -175,7 +177,8 @@ def plan_chunks(
     Small files come first, one after the other. Up to NUM_INTERLEAVED of the larger ones take turns
     of TURN bytes, within a chunk too: a file takes only so many bytes per second, however many
     threads write to it. Chunks are cut between blocks. Chunk i has root `roots[i % len(roots)]`.
-    Empty files have no extent: they are made from the offer alone.
+    A chunk has parts of at most MAX_FILES_PER_CHUNK. Empty files have no extent: they are made from
+    the offer alone.
     """
     trailer = trailer_nbytes(buffer_size)
     return tuple(
@@ -213,9 +216,13 @@ def _in_turns(file_nbytes: Sequence[int]) -> Iterator[Extent]:
 def _packed(runs: Iterable[Extent], buffer_size: int) -> Iterator[tuple[Extent, ...]]:
     """The runs, one after the other, in as few chunks as whole blocks allow."""
     extents: list[Extent] = []
+    in_chunk: set[int] = set()
     used = blocks = 0
     for run in runs:
         file, offset, end = run.file, run.offset, run.offset + run.nbytes
+        if file not in in_chunk and len(in_chunk) == MAX_FILES_PER_CHUNK:
+            yield tuple(extents)
+            extents, in_chunk, used, blocks = [], set(), 0, 0
         while offset < end:
             room = min(buffer_size - used, (max_blocks(buffer_size) - blocks) * BLOCK)
             take = min(end - offset, room)
@@ -223,10 +230,11 @@ def _packed(runs: Iterable[Extent], buffer_size: int) -> Iterator[tuple[Extent, 
                 take -= take % BLOCK
             if take > 0:
                 _append(extents, Extent(file, offset, take))
+                in_chunk.add(file)
                 used, blocks, offset = used + take, blocks + num_blocks(take), offset + take
             if take <= 0 or used == buffer_size:
                 yield tuple(extents)
-                extents, used, blocks = [], 0, 0
+                extents, in_chunk, used, blocks = [], set(), 0, 0
     if extents:
         yield tuple(extents)
 

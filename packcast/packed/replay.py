@@ -23,6 +23,7 @@ from packcast.packed.layout import (
     describe,
     digest_of,
     lay_out,
+    rows_of,
     slot_nbytes_of,
     specs_of,
     understand,
@@ -35,7 +36,7 @@ DEFAULT_REPLAY_BUFFER_SIZE = 64 << 20
 DEFAULT_REPLAY_NUM_BUFFERS = 4
 _MAX_DESCRIPTION = 1 << 30
 _HELLO = struct.Struct("<8sQ")
-_MAGIC = b"packrep2"  # the digit counts up with what a plan means: here its layout
+_MAGIC = b"packrep3"  # the digit counts up with what a plan means: here its layout
 _OTHER_PLAN = bytes(16)  # in a digest's place
 
 Look = tuple[str, tuple[int, ...], torch.dtype]
@@ -92,8 +93,8 @@ class ReplaySender:
         """Look at the tensors once, for every `send` without an argument; local to this rank.
 
         Each such `send` sends what this memory holds then. Values may change in between, the
-        tensors' memory and shape must not: memory that was freed is a UsageError, a `.data` that
-        was swapped is not noticed.
+        tensors' memory and shape must not: on a CPU memory that was freed is a UsageError, on a
+        GPU, and where a `.data` was swapped, it is not noticed.
         """
         self._replay.bind(tensors, fill=True)
 
@@ -141,8 +142,9 @@ class ReplayReceiver:
         """Look at the tensors once, for every `receive` without `into`; local to this rank.
 
         From now on those land in this memory, and return one and the same dict. The tensors'
-        memory and shape must stay as they are: memory that was freed is a UsageError, a `.data`
-        that was swapped is not noticed. Raises UsageError for tensors that overlap.
+        memory and shape must stay as they are: on a CPU memory that was freed is a UsageError, on
+        a GPU, and where a `.data` was swapped, it is not noticed. Nor is autograd told there of
+        what a run has written. Raises UsageError for tensors that overlap.
         """
         self._replay.bind(into, fill=False)
 
@@ -195,6 +197,7 @@ class _Replay:
             num_slots = max(1, min(num_buffers, len(self._chunks)))
             self._ring = Ring(communicator.device, slot_nbytes, num_slots)
             self._move = move_on(communicator.device)
+            self._rows = rows_of(self._chunks) if self._move is not None else None
         self._views: dict[int, list[torch.Tensor]] = {}
         self._seen: Bound | None = None  # of the tensors that were last given
         self.bound: Bound | None = None
@@ -216,7 +219,7 @@ class _Replay:
         """The tensors bound; raises UsageError for those that are not the plan's."""
         device = self._communicator.device
         with _any_mode():
-            return Bound(self._specs, self._chunks, tensors, device, self._move)
+            return Bound(self._specs, self._chunks, tensors, device, self._rows)
 
     def _checked(self, tensors: Tensors, *, fill: bool) -> Bound:
         bound = self.bound_to(tensors)

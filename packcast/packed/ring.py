@@ -148,7 +148,7 @@ class Ring:
         """Payload and trailer from the chunk's root to every rank, on the communication lane."""
         self.comm.wait(slot.filled)
         with self.comm, self.counters.waiting_on("broadcast"):
-            begin = self.comm.mark()
+            begin = self.comm.begin()
             memory = slot.memory[: chunk.wire_nbytes] if chunk.own is None else chunk.own
             broadcast(memory, chunk.root)
             self.num_broadcast += 1

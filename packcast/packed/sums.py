@@ -53,6 +53,14 @@ class SlotSums:
             count = num_groups * _MAX_SPANS_EACH
             self._sums = torch.empty(count, dtype=torch.int64, device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that it holds."""
+        held = [self._of_words, self._of_groups, self._sums]
+        if self._add_up is None:
+            held.append(self._products)
+        return sum(tensor.nbytes for tensor in held)
+
     def of(self, memory: torch.Tensor, nbytes: int) -> torch.Tensor:
         """The sum of the first `nbytes` of a slot: an int64 of no dimension, on the current stream.
 

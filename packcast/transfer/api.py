@@ -16,7 +16,6 @@ import torch
 
 from packcast.errors import UsageError, error_from_code
 from packcast.group import asking
-from packcast.group.launch import detect_launch
 from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
 from packcast.packed.plan import check_ring
 from packcast.report import Report
@@ -35,6 +34,7 @@ from packcast.settings import (
     check_seconds,
     check_size,
     check_template,
+    is_host,
 )
 from packcast.transfer.caller import Caller, HandOut
 from packcast.transfer.spine import MakeShelf, run
@@ -54,8 +54,10 @@ def send_checkpoint(
     out: AnyPath | None = None,
     verify: AnyPath | None = None,
     force: bool = False,
+    in_place: bool = False,
     sidecars: bool = True,
     all_files: bool = False,
+    exclude_files: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     readers: int | Literal["all"] = 1,
@@ -88,7 +90,8 @@ def send_checkpoint(
         print(report.num_tensors, "tensors at", report.bytes_per_second / 1e9, "GB/s")
 
     The arguments are the options of `packcast send`: sizes in bytes (`buffer_size` goes by the
-    checkpoint's if it is None), times in seconds, `include` and `exclude` globs over tensor names,
+    checkpoint's if it is None), times in seconds, `exclude_files` globs over the
+    names of files and folders, `include` and `exclude` globs over tensor names,
     `readers` how many of the ranks that call this read the checkpoint and share the sending.
     `view` is told what happens, on a thread of the transfer.
 
@@ -102,9 +105,12 @@ def send_checkpoint(
     found a difference, on that worker and on the sender. The error of a transfer that reached its
     end has its `report`. KeyboardInterrupt passes through, once the others were told, and after
     the point of no return only at the end. Partial directories are gone by then. No signal handler
-    is installed and no environment variable changed. After a failure in mid-transfer the group may
-    stay behind in the background, with its buffers: gloo's until its connections end, or a minute
-    after the stall timeout; NCCL's until its abort is done. New transfers work all the same.
+    is installed, and `os.environ` is not changed; but while NCCL connects, TORCH_NCCL_* and
+    NCCL_SOCKET_IFNAME variables are in the process's environment, where a program that is started
+    just then inherits them: torch and NCCL read them from nowhere else. After a failure in
+    mid-transfer the group may stay behind in the background, with its buffers: gloo's until its
+    connections end, or a minute after the stall timeout; NCCL's until its abort is done. New
+    transfers work all the same.
     """
     call = next(_calls)
     asked = {"out": out is not None, "verify": verify is not None}
@@ -120,7 +126,8 @@ def send_checkpoint(
         raise UsageError(f"workers: {workers} is nobody")
     if backend not in ("auto", "nccl", "gloo"):
         raise UsageError(f"backend: {backend!r} is none of auto, nccl, gloo")
-    for name, globs in (("include", include), ("exclude", exclude)):
+    all_globs = {"exclude_files": exclude_files, "include": include, "exclude": exclude}
+    for name, globs in all_globs.items():
         if isinstance(globs, str):
             raise UsageError(f"{name}: give a list of globs, not one text")
     settings = Settings(
@@ -129,8 +136,10 @@ def send_checkpoint(
         sink=sink,
         target=target,
         force=force,
+        in_place=_in_place(in_place, out),
         sidecars=sidecars,
         all_files=all_files,
+        exclude_files=tuple(exclude_files),
         include=tuple(include),
         exclude=tuple(exclude),
         readers=None if readers == "all" else readers,
@@ -147,7 +156,7 @@ def send_checkpoint(
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    launch = detect_launch(os.environ)
+    launch = asking.launch_of(os.environ, by_address=settings.by_address)
     asking.check_send(settings, launch, "{}=".format, nproc=None, ways=_WAYS)
     if workers is not None and settings.token is None and view is None:
         raise UsageError(
@@ -167,6 +176,7 @@ def receive_checkpoint(
     discard: bool = False,
     strict: bool = True,
     force: bool = False,
+    in_place: bool = False,
     device: str = "auto",
     rank: int | None = None,
     port: int | None = None,
@@ -183,7 +193,8 @@ def receive_checkpoint(
     checkpoint goes to exactly one of
 
     - `out`: a directory that appears complete and proven, or not at all; `force` replaces an
-      earlier copy. {rank}, {local_rank} and {host} are filled in.
+      earlier copy. {rank}, {local_rank} and {host} are filled in. `in_place` fills the directory
+      that is there, file by file, which something else may have mounted.
     - `verify`: a local checkpoint to compare with; a difference raises VerificationError.
     - `into`: tensors by name, to receive in place, as a model's `state_dict()`. Shapes, dtypes and
       devices are compared before a byte moves, and names: `strict=False` takes those that are on
@@ -206,7 +217,8 @@ def receive_checkpoint(
     tensors of `staging` bytes wait (the sender's, 192 MiB unless told otherwise), so one that
     takes longer than the stall timeout ends the transfer. What it raises ends it too, and is
     raised here. Beside the tensors this needs the ring (`num_buffers` x `buffer_size`, of the
-    sender), on a GPU 16 MiB more, and for `on_tensor` the tensors that wait or are unfinished.
+    sender), on a GPU 16 MiB more and 24 bytes for every tensor or every 64 KiB of one, and for
+    `on_tensor` the tensors that wait or are unfinished.
 
     Returns when the checkpoint is where it belongs and every other rank has said so, or has been
     waited for. Raises as `send_checkpoint` does, and leaves behind what is said there; UsageError,
@@ -230,6 +242,7 @@ def receive_checkpoint(
         sink=sink,
         target=target,
         force=force,
+        in_place=_in_place(in_place, out),
         device=check_device("device", device),
         address=_address("address", address),
         port=port,
@@ -239,7 +252,8 @@ def receive_checkpoint(
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    asking.check_recv(settings, detect_launch(os.environ), "{}=".format, ways=_WHERE)
+    launch = asking.launch_of(os.environ, by_address=settings.by_address)
+    asking.check_recv(settings, launch, "{}=".format, ways=_WHERE)
     caller = Caller()
 
     def make_shelf(device: str, waiting_nbytes: int) -> Shelf:
@@ -282,20 +296,26 @@ def _file_target(out: AnyPath | None, verify: AnyPath | None) -> tuple[SinkKind,
     return "discard", None
 
 
+def _in_place(wanted: bool, out: AnyPath | None) -> bool:
+    if wanted and out is None:
+        raise UsageError("in_place goes with out")
+    return wanted
+
+
 def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | None:
     if address is None:
         return None
     if not isinstance(address, tuple) or [type(part) for part in address] != [str, int]:
         raise UsageError(f"{where}: {address!r} is not (host, port)", hint="as ('node1', 29400)")
     host, port = address
-    if not host or not 0 <= port <= 65535:
+    if not is_host(host) or not 0 <= port <= 65535:
         raise UsageError(f"{where}: {address!r} names no host, or no port")
     return host, port
 
 
 def _token(token: str | bytes | None) -> bytes | None:
     if token is None:
-        return os.environ.get("PACKCAST_TOKEN", "").encode() or None
+        return os.fsencode(os.environ.get("PACKCAST_TOKEN", "")) or None
     secret = token.encode() if isinstance(token, str) else token
     if not 0 < len(secret) <= MAX_TOKEN_NBYTES:
         raise UsageError(f"token: from 1 to {MAX_TOKEN_NBYTES} bytes, not {len(secret)}")

@@ -50,7 +50,9 @@ class Caller:
 
     # For any thread.
 
-    def on_leave(self, clean_up: Callable[[], object]) -> None:
+    def on_leave(
+        self, clean_up: Callable[[], object], left: Callable[[], str | None] | None = None
+    ) -> None:
         """Call this when the transfer ends by `leave`; if it has, at once, and raise its error."""
         self._clean_ups.append(clean_up)
         if self._leaving.is_set() and self.error is not None:

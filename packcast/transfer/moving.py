@@ -59,7 +59,8 @@ _left_behind: list[Mover] = []  # that failed, with a collective that would not 
 class Moved:
     """What the data phase left: when it began (`time.perf_counter()`), and proof of each file.
 
-    `ended` is when the last byte was through on this rank, before its buffers were let go.
+    `ended` is when the last byte was through on this rank, before its buffers were let go. The
+    memory is what packcast took, not the whole process.
     """
 
     began: float
@@ -89,6 +90,7 @@ class Mover:
         self._outside.set()
         self._group: Group | None = None
         self._offer = offer
+        self._sink = sink
         self._chunks = chunks
         self._device = torch.device(offer.device)
         self._ring = self._make_ring()
@@ -112,7 +114,9 @@ class Mover:
         offer, buffers = self._offer, self._buffers
         if self._stays_on_device(sink):
             with self._room_told():
-                self._landing = DeviceLanding(sink, offer.files, buffers, tolerant=tolerant)
+                self._landing = DeviceLanding(
+                    sink, offer.files, self._chunks, buffers, tolerant=tolerant
+                )
         elif sink is not None:
             self._landing = Landing(
                 self._chunks,
@@ -184,13 +188,11 @@ class Mover:
                 on_failure=partial(self._run_dry, group, channel) if self._survives else None,
             )
         self._is_moved = True
-        on_gpu = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_reserved(self._device) if on_gpu else 0
         return Moved(
             began=began,
             ended=ended,
             digests=self._digests(),
-            peak_device_nbytes=peak,
+            peak_device_nbytes=self._peak_device_nbytes(),
             pinned_nbytes=sum(end.pinned_nbytes for end in (self._source, self._landing) if end),
         )
 
@@ -348,6 +350,20 @@ class Mover:
         if self._source is not None and len(self._offer.readers) == 1:
             return self._source.digests().of_files()
         return None
+
+    def _peak_device_nbytes(self) -> int:
+        """Of what was made here, since the process may have a model beside it: the ring, the
+        tables of sums, and tensors that were not whole. 0 on a CPU."""
+        if self._device.type == "cpu":
+            return 0
+        nbytes = self._ring.memory.nbytes
+        if self._summed is not None:
+            nbytes += self._summed.device_nbytes
+        if isinstance(self._landing, DeviceLanding):
+            nbytes += self._landing.device_nbytes
+        if isinstance(self._sink, TensorSink):
+            nbytes += self._sink.peak_nbytes
+        return nbytes
 
     def _make_ring(self) -> Ring:
         offer = self._offer

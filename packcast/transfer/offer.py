@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from packcast.checkpoint.checkpoint import MAX_MTIME_NS
 from packcast.checkpoint.header import Header, parse_header
 from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.outgoing import FileSpec
@@ -21,7 +22,6 @@ MAX_FILES = 100_000
 MAX_NBYTES = 1 << 46
 MAX_CHUNKS = 1 << 20
 MAX_TURNS = 4 * MAX_CHUNKS  # of files, within chunks: 16 TiB
-MAX_MTIME_NS = (1 << 63) - 1
 MAX_RANKS = 1 << 20
 MAX_SAMPLES = 64
 
@@ -143,7 +143,8 @@ class Offer:
 
 def _file_to_json(spec: FileSpec) -> list[object]:
     header = spec.header.json_bytes.decode() if spec.header else None
-    return [spec.name, spec.nbytes, spec.mtime_ns, spec.executable, header]
+    roles = [sorted(spec.elsewhere), sorted(spec.unlisted)]
+    return [spec.name, spec.nbytes, spec.mtime_ns, spec.executable, header, *roles]
 
 
 def _checked(message: Mapping[str, object], place: Mapping[str, object]) -> Offer:
@@ -194,7 +195,7 @@ def _place(message: Mapping[str, object], world_size: int, backend: str) -> Plac
 
 
 def _file(entry: object) -> FileSpec:
-    name, nbytes, mtime_ns, executable, header_text = _list(entry, 5)
+    name, nbytes, mtime_ns, executable, header_text, elsewhere, unlisted = _list(entry, 7)
     if not isinstance(name, str):
         raise ValueError("a file's name is not a text")
     fault = name_fault(name)
@@ -206,7 +207,20 @@ def _file(entry: object) -> FileSpec:
         if not isinstance(header_text, str):
             raise ValueError(f"{name}: its header is not a text")
         header = parse_header(header_text.encode(), size, name)
-    return FileSpec(name, size, _time(mtime_ns), _flag(executable), header)
+    num_tensors = len(header.tensors) if header else 0
+    return FileSpec(
+        name,
+        size,
+        _time(mtime_ns),
+        _flag(executable),
+        header,
+        _positions(elsewhere, num_tensors),
+        _positions(unlisted, num_tensors),
+    )
+
+
+def _positions(value: object, num_tensors: int) -> frozenset[int]:
+    return frozenset(_count(at, num_tensors - 1) for at in _list(value, num_tensors))
 
 
 def _selection(value: object) -> Selection:

@@ -9,6 +9,7 @@ from packcast.errors import PackcastError, TransferError, VerificationError
 from packcast.group.member import Member
 from packcast.group.wire import error_of
 from packcast.io.landing import Sink
+from packcast.io.pool import pool_kind
 from packcast.packed.counters import Counters
 from packcast.report import RankReport, Report, StageReport
 from packcast.settings import Settings
@@ -66,6 +67,7 @@ def proof_of(
         "peak_device_bytes": moved.peak_device_nbytes,
         "pinned_bytes": moved.pinned_nbytes,
         "device": offer.device,
+        "pool": pool_kind(),
         "difference": str(sink.result().get("sentence") or "")[:_MAX_SENTENCE] or None,
     }
 
@@ -105,7 +107,7 @@ def facts_of(
     proof: Mapping[str, object], published: Mapping[str, object] | None
 ) -> dict[str, object]:
     """What a worker told of itself, for the sender's report."""
-    names = ("device", "seconds", "stages", "peak_device_bytes", "pinned_bytes")
+    names = ("device", "pool", "seconds", "stages", "peak_device_bytes", "pinned_bytes")
     facts = {name: proof.get(name) for name in names}
     result = (published or {}).get("result")
     return facts | (result if isinstance(result, dict) else {})
@@ -154,6 +156,7 @@ def make_report(
         buffer_size=offer.buffer_size,
         num_buffers=offer.num_buffers,
         staging=offer.staging,
+        pool=pool_kind(),
         seconds=seconds,
         stages=stage_reports(counters),
         peak_device_nbytes=moved.peak_device_nbytes,

@@ -7,36 +7,46 @@ import secrets
 import shlex
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
-from packcast.errors import PackcastError, RendezvousError, UsageError
+from packcast.errors import PackcastError, RendezvousError
+from packcast.group.addresses import (
+    addresses_here,
+    host_and_port,
+    is_everywhere,
+    is_literal,
+    is_loopback,
+    resolve,
+    says_loopback,
+    source_towards,
+    text_of,
+)
+from packcast.group.asking import launch_of
 from packcast.group.devices import boot_id, host_name, visible_gpus
 from packcast.group.hub import Hub
-from packcast.group.launch import Launch, detect_launch, reachable_host
+from packcast.group.launch import Launch
 from packcast.group.leave import WayOut
 from packcast.group.line import Line
-from packcast.group.member import Member
-from packcast.group.roster import Expected
-from packcast.group.store import (
+from packcast.group.meeting import (
+    Meeting,
+    Whereabouts,
     await_address,
     leave_last,
-    open_store,
+    open_meeting,
     publish_address,
     publish_failure,
     settle_sender,
 )
+from packcast.group.member import Member
+from packcast.group.roster import Expected
 from packcast.settings import Settings
 from packcast.view import View
 
-if TYPE_CHECKING:
-    from torch._C._distributed_c10d import Store
-
-
+_RESOLVE_AGAIN_S = 1.0
 _GRACE_S = 5.0  # for the others to read why a join has failed
 
 # What to send, or why there is nothing.
@@ -48,16 +58,26 @@ class Seat:
     """This process's place in the group. The sender has a Hub and a checkpoint, others a Line.
 
     `checkpoint` is there too on other ranks that ran `send` and can see it: they may be readers.
-    `store` is the launcher's; without one the sender hosts its own later.
+    A launcher's ranks have met in the `meeting`.
     """
 
     launch: Launch
     channel: Hub | Line
     expected: Expected
     transfer_id: str
-    store: Store | None
+    meeting: Meeting | None
     checkpoint: Checkpoint | None
     files: tuple[OutgoingFile, ...]
+
+    def have_joined(self) -> None:
+        """All have: nobody needs the meeting any more, and its port is free before bytes move."""
+        if self.meeting is not None:
+            self.meeting.close()
+
+    def leave(self) -> None:
+        """The end. Where that comes before all have joined it waits for the port a moment."""
+        if self.meeting is not None:
+            self.meeting.close(_GRACE_S)
 
 
 def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> Seat:
@@ -66,18 +86,13 @@ def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> S
     `call` tells the transfers of one launch apart. Raises CheckpointError on the sender whose
     checkpoint is none (the others are told), and RendezvousError where the group cannot come about.
     """
-    launch = detect_launch(os.environ)
+    launch = launch_of(os.environ, by_address=settings.by_address)
     checkpoint, files, fault = _open(settings)
     if launch.kind == "none":
         if fault:
             raise fault
         me = _introduce(settings, launch, checkpoint)
         return _sit_without_launcher(settings, launch, me, checkpoint, files, view, leaver)
-    if settings.workers is not None or settings.address is not None:
-        raise UsageError(
-            f"{launch.kind} has started this rank: --workers, --listen and HOST:PORT are for"
-            " runs without a launcher"
-        )
     if launch.world_size < 2:
         raise RendezvousError(
             "the group has one rank, so there is nobody to send to",
@@ -85,13 +100,16 @@ def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> S
         )
     me = _introduce(settings, launch, checkpoint)
     deadline = time.monotonic() + settings.join_timeout_s + _GRACE_S
-    store = open_store(launch, os.environ, settings.join_timeout_s, settings.port, call=call)
+    meeting = open_meeting(launch, os.environ, settings.join_timeout_s, settings.port, call=call)
     try:
         return _sit_with_launcher(
-            settings, launch, me, store, (checkpoint, files, fault), view, leaver
+            settings, launch, me, meeting, (checkpoint, files, fault), view, leaver
         )
     except PackcastError:
-        leave_last(store, launch, os.environ, max(0.0, deadline - time.monotonic()))
+        leave_last(meeting, launch, max(0.0, deadline - time.monotonic()))
+        raise
+    except BaseException:
+        meeting.close()
         raise
 
 
@@ -99,29 +117,45 @@ def _sit_with_launcher(
     settings: Settings,
     launch: Launch,
     me: Member,
-    store: Store,
+    meeting: Meeting,
     opened: Opened,
     view: View,
     leaver: WayOut,
 ) -> Seat:
     checkpoint, files, fault = opened
-    sender = settle_sender(store, launch, settings.command, settings.join_timeout_s)
+    sender = settle_sender(meeting, launch, settings.command, settings.join_timeout_s)
     view.placed(launch.rank, is_sender=sender == launch.rank)
     if sender != launch.rank:
-        address = await_address(store, settings.join_timeout_s)
-        line = _connect(settings, address, me, view, leaver)
-        return _seat(launch, line, line.transfer_id, store, checkpoint, files)
+        told = await_address(meeting, settings.join_timeout_s)
+        line = _connect(settings, meeting.hosts_of(told), told.port, me, view, leaver)
+        return _seat(launch, line, line.transfer_id, meeting, checkpoint, files)
     transfer_id = uuid.uuid4().hex
     try:
         if fault:
             raise fault
-        host = reachable_host(_master(launch, os.environ))
+        host = _host_to_listen_on(meeting)
         hub = _listen((host, 0), settings, me, transfer_id, settings.token, view, leaver)
     except PackcastError as error:
-        publish_failure(store, error)
+        publish_failure(meeting, error)
         raise
-    publish_address(store, hub.address)
-    return _seat(launch, hub, transfer_id, store, checkpoint, files)
+    hosts = (host,) if host else tuple(addresses_here())
+    publish_address(meeting, Whereabouts(hosts, hub.address[1], beside_store=not host))
+    return _seat(launch, hub, transfer_id, meeting, checkpoint, files)
+
+
+def _host_to_listen_on(meeting: Meeting) -> str:
+    """One address of this host, if it is certain that the others reach it; "" is every one.
+
+    They have reached the launcher's store. If that is on another host, this one's address on the
+    way there will do. If it is here, then what they call it counts: an address is the same
+    everywhere, but a name can be another address, even loopback, on its own host.
+    """
+    host = meeting.host
+    if says_loopback(host):
+        return meeting.there or "127.0.0.1"
+    if not meeting.is_here and meeting.here is not None:
+        return meeting.here
+    return host if is_literal(host) and source_towards(host) == host else ""
 
 
 def _sit_without_launcher(
@@ -135,13 +169,19 @@ def _sit_without_launcher(
 ) -> Seat:
     assert settings.address is not None, "the command line asks for it"
     if settings.command == "recv":
-        line = _connect(settings, settings.address, me, view, leaver)
+        host, port = settings.address
+        line = _connect(settings, [host], port, me, view, leaver)
         return _seat(launch, line, line.transfer_id, None, None, ())
     assert settings.workers is not None, "the command line asks for it"
     token = settings.token or secrets.token_urlsafe(18).encode()
     transfer_id = uuid.uuid4().hex
-    hub = _listen(settings.address, settings, me, transfer_id, token, view, leaver)
-    view.listening(_recv_line(hub.address, None if settings.token else token.decode()))
+    host, port = settings.address
+    host = _others_address(host, settings.join_timeout_s, view)
+    hub = _listen((host, port), settings, me, transfer_id, token, view, leaver)
+    where, *more = _hosts_to_reach(hub.address[0])
+    view.listening(_recv_line(where, hub.address[1], None if settings.token else token.decode()))
+    if more:
+        view.note(f"or by another address of this host: {', '.join(more)}")
     return _seat(launch, hub, transfer_id, None, checkpoint, files, expected=settings.workers)
 
 
@@ -149,7 +189,7 @@ def _seat(
     launch: Launch,
     channel: Hub | Line,
     transfer_id: str,
-    store: Store | None,
+    meeting: Meeting | None,
     checkpoint: Checkpoint | None,
     files: tuple[OutgoingFile, ...],
     *,
@@ -160,7 +200,7 @@ def _seat(
         channel=channel,
         expected=frozenset(range(launch.world_size)) if expected is None else expected,
         transfer_id=transfer_id,
-        store=store,
+        meeting=meeting,
         checkpoint=checkpoint,
         files=files,
     )
@@ -172,7 +212,10 @@ def _open(settings: Settings) -> Opened:
         return None, (), None
     try:
         checkpoint = open_checkpoint(
-            settings.checkpoint, sidecars=settings.sidecars, all_files=settings.all_files
+            settings.checkpoint,
+            sidecars=settings.sidecars,
+            all_files=settings.all_files,
+            exclude_files=settings.exclude_files,
         )
         files = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
     except PackcastError as fault:
@@ -219,10 +262,11 @@ def _listen(
 
 
 def _connect(
-    settings: Settings, address: tuple[str, int], me: Member, view: View, leaver: WayOut
+    settings: Settings, hosts: Sequence[str], port: int, me: Member, view: View, leaver: WayOut
 ) -> Line:
     return Line.connect(
-        *address,
+        hosts,
+        port,
         me=me,
         token=settings.token,
         join_timeout_s=settings.join_timeout_s,
@@ -233,20 +277,45 @@ def _connect(
     )
 
 
-def _master(launch: Launch, environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """An address that all ranks reach, to choose the interface that faces it."""
-    if launch.kind == "torchrun":
-        return environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    return None
+def _others_address(host: str, limit_s: float, view: View) -> str:
+    """What to listen on where `host` is what the workers call this one.
+
+    Its name may not be known yet. And many systems give a host's own name a loopback address
+    (127.0.1.1 in /etc/hosts), which is none to the others: then it is every address.
+    """
+    if is_everywhere(host) or is_literal(host) or says_loopback(host):
+        return host
+    deadline = time.monotonic() + limit_s
+    waiting = False
+    while True:
+        try:
+            found = [text_of(address) for *_, address in resolve(host, 0)]
+            break
+        except OSError as error:
+            if time.monotonic() + _RESOLVE_AGAIN_S > deadline:
+                raise RendezvousError(
+                    f"cannot listen on {host}: {error.strerror}",
+                    hint="--listen takes a name or an address of this host",
+                ) from error
+            if not waiting:
+                view.note(f"waiting until {host} is the name of an address ({error.strerror})")
+        waiting = True
+        time.sleep(_RESOLVE_AGAIN_S)
+    if not all(map(is_loopback, found)) or not addresses_here():
+        return host
+    view.note(f"{host} is {found[0]} here, which no other host reaches: listening everywhere")
+    return ""
 
 
-def host_to_reach(listening: tuple[str, int]) -> str:
-    """Where the other ranks reach who listens there: the address itself, if it is a single one."""
-    return reachable_host(None) if listening[0] in ("0.0.0.0", "::") else listening[0]
+def _hosts_to_reach(listening: str) -> list[str]:
+    """Where the other ranks reach who listens there, the likeliest first."""
+    if not is_everywhere(listening):
+        return [listening]
+    families = (4, 6) if listening == "::" else (4,)
+    here = [host for host in addresses_here() if (6 if ":" in host else 4) in families]
+    return here or ["127.0.0.1"]
 
 
-def _recv_line(address: tuple[str, int], token: str | None) -> str:
-    host = host_to_reach(address)
-    where = f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
-    line = f"packcast recv {where} --out DIR"
+def _recv_line(host: str, port: int, token: str | None) -> str:
+    line = f"packcast recv {shlex.quote(host_and_port(host, port))} --out DIR"
     return f"PACKCAST_TOKEN={shlex.quote(token)} {line}" if token else line

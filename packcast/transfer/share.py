@@ -10,6 +10,7 @@ import os
 from packcast.io.memory import available_nbytes
 from packcast.transfer.offer import Offer
 
+_KEPT_PROCESSORS = 2  # of a rank's share: for its loop, and for what proves on a GPU
 _MAX_IO_THREADS = 24  # more do not pay, with a GPU's link as the limit
 
 
@@ -26,5 +27,6 @@ def staging_bound(offer: Offer) -> int:
 
 def num_io_threads(sharing: int) -> int:
     """How many threads read or write for this rank, of `sharing` on the host that do: its share of
-    the processors, at least two."""
-    return max(2, min(_MAX_IO_THREADS, len(os.sched_getaffinity(0)) // sharing))
+    the processors, less those that its own threads keep busy, at least two."""
+    share = len(os.sched_getaffinity(0)) // sharing
+    return max(2, min(_MAX_IO_THREADS, share - _KEPT_PROCESSORS))

@@ -10,14 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from packcast.errors import PackcastError, TransferError
+from packcast.group.addresses import interface_of, interface_towards
 from packcast.group.hub import Hub
-from packcast.group.launch import reachable_host
 from packcast.group.leave import WayOut
 from packcast.group.line import Line
 from packcast.group.member import Member
-from packcast.group.processgroup import interface_of
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
+from packcast.io.pool import pool_kind
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.shelf import Shelf
 from packcast.io.sinks.tensors import TensorSink
@@ -28,6 +28,7 @@ from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import make_offers, same_files_as_offered
+from packcast.transfer.go import Go
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
 from packcast.transfer.results import (
@@ -40,7 +41,7 @@ from packcast.transfer.results import (
     rank_reports,
     since,
 )
-from packcast.transfer.seat import Seat, host_to_reach, take_seat
+from packcast.transfer.seat import Seat, take_seat
 from packcast.transfer.stall import StallWatch
 from packcast.view import Start, View
 
@@ -78,6 +79,8 @@ def run(
     except PackcastError as error:
         seat.channel.abort(error)
         raise
+    finally:
+        seat.leave()
 
 
 def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -> Report:
@@ -92,6 +95,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
         settings.join_timeout_s,
         lambda member, joined, wanted: view.joined(member.label, joined, wanted),
     )
+    seat.have_joined()
     offers = make_offers(settings, checkpoint, files, members, members[seat.launch.rank])
     offer = offers[seat.launch.rank]
 
@@ -107,9 +111,9 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     sums = _await_ready(hub, offer, settings.join_timeout_s)
 
     view.phase("start")
-    host = host_to_reach(hub.address)
-    store, port = (seat.store, 0) if seat.store else serve_store(host, settings.join_timeout_s)
-    hub.broadcast({"kind": "GO", "host": host, "port": port, "sums": sums})
+    host = hub.host_met()
+    store, port = serve_store(host, settings.join_timeout_s)
+    hub.broadcast(Go(host, port, sums).to_json())
     view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
 
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
@@ -167,12 +171,13 @@ def receive(
     """A worker's side, which may read too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
     me, world_size = line.await_joined(patience_s)
+    seat.have_joined()
 
     view.phase("offer")
     offer = _expect_offer(line, me, world_size, patience_s)
     chunks = offer.chunks()
     sink = _make_sink(settings, seat, offer, me, make_shelf)
-    leaver.on_leave(sink.abort)
+    leaver.on_leave(sink.abort, sink.left if isinstance(sink, WriteSink) else None)
     with _undone_on_error(sink, line):
         sink.prepare()
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
@@ -181,21 +186,20 @@ def receive(
         line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
         line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
 
-        go = line.expect("GO", patience_s)
+        go = Go.from_json(line.expect("GO", patience_s))
         view.phase("start")
-        host, port = str(go.get("host")), int(str(go.get("port")))
-        store = seat.store or connect_store(host, port, settings.join_timeout_s)
+        host = line.host_told(go.host)
+        store = connect_store(host, go.port, settings.join_timeout_s)
         view.started(_start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
             view.phase("data")
-            interface = interface_of(reachable_host((host, port or 9)))
             moved = mover.move(
                 store,
-                interface,
+                interface_towards(host),
                 line,
                 stall_timeout_s=settings.stall_timeout_s,
-                sums=go.get("sums") is True,
+                sums=go.sums,
                 survives=leaver.survives,
             )
             line.send({"kind": "MOVED"})
@@ -259,7 +263,13 @@ def _make_sink(
     )
     if settings.sink == "verify":
         return VerifySink(local_copy(Path(where), offer.files), offer.files)
-    return WriteSink(Path(where), offer.files, transfer_id=seat.transfer_id, force=settings.force)
+    return WriteSink(
+        Path(where),
+        offer.files,
+        transfer_id=seat.transfer_id,
+        force=settings.force,
+        in_place=settings.in_place,
+    )
 
 
 def _own_reader(seat: Seat, offer: Offer) -> FileReader | None:
@@ -333,4 +343,5 @@ def _start_of(offer: Offer, *, is_sender: bool) -> Start:
         buffer_size=offer.buffer_size,
         num_buffers=offer.num_buffers,
         staging=offer.staging,
+        pool=pool_kind(),
     )

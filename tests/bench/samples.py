@@ -23,8 +23,22 @@ ENVIRONMENT = Environment(
     backend="nccl",
     world_size=2,
     ranks=(
-        {"rank": 0, "host": "node|1", "device": "cuda:0", "gpu": "NVIDIA H100", "cores": 64},
-        {"rank": 1, "host": "node|1", "device": "cuda:1", "gpu": "NVIDIA H100", "cores": 64},
+        {
+            "rank": 0,
+            "host": "node|1",
+            "device": "cuda:0",
+            "gpu": "NVIDIA H100",
+            "cores": 64,
+            "pool": "native",
+        },
+        {
+            "rank": 1,
+            "host": "node|1",
+            "device": "cuda:1",
+            "gpu": "NVIDIA H100",
+            "cores": 64,
+            "pool": "native",
+        },
     ),
     file_systems={"/dev/shm": "tmpfs"},
 )
@@ -35,11 +49,19 @@ LIMITS = (
     Limit(stage="broadcast", bytes_per_second=322e9, buffer_size=64 * MIB),
     Limit(stage="d2h", bytes_per_second=54e9),
     Limit(stage="write", bytes_per_second=4.8e9, detail="16 threads", per_rank={1: 4.8e9}),
+    Limit(
+        stage="together",
+        bytes_per_second=4.6e9,
+        detail="read + h2d + broadcast + d2h + write at once, 64MiB x 4",
+        readers=1,
+        sink="write",
+        per_rank={0: 4.7e9, 1: 4.6e9},
+    ),
 )
 STAGES: dict[str, set[str]] = {
     "discard": {"read", "h2d", "broadcast", "d2h"},
     "land": {"read", "h2d", "broadcast"},
-    "write": {"read", "h2d", "broadcast", "d2h", "write"},
+    "write": {"read", "h2d", "broadcast", "d2h", "write", "together"},
 }
 
 
@@ -73,6 +95,7 @@ def run(*seconds: float, warmup: bool = False, wrong: int = 0, **waiting: float)
             wrong=wrong if rank == 1 else 0,
             waiting=waiting if rank == 1 else {"broadcast": 0.001},
             busy={"broadcast": taken / 2},
+            loop_seconds=0.04 * (1 + rank),
             peak_device_nbytes=260 * MIB,
             peak_pinned_nbytes=512 * MIB,
         )

@@ -46,7 +46,8 @@ class Ranks:
     def ask(self, step: str, **order: Any) -> dict[int, dict[str, object]]:
         assert step == "limit"
         self.orders.append(order)
-        rate = 1e9 * min(8, order.get("threads", 8))
+        threads = order.get("threads", 8)
+        rate = 1e9 * min(8, threads if isinstance(threads, int) else 8)
         return {
             rank: {"error": None, "nbytes": int(rate * (1 + rank)), "seconds": 1.0} | self.told
             for rank in range(4)
@@ -77,11 +78,11 @@ def stages(limits: list[Limit]) -> list[str]:
 
 def test_beside_gpus_the_copies_to_and_from_them_bear_too() -> None:
     ranks = Ranks("cuda")
-    passed = ["read", "h2d", "broadcast", "broadcast", "d2h"]
-    assert stages(ranks.limits("file", "discard")) == passed
-    assert stages(ranks.limits("file", "write")) == [*passed, "write"]
-    assert stages(ranks.limits("file", "verify")) == [*passed, "read"]
-    assert stages(ranks.limits("file", "land", "original")) == passed[:-1]
+    passed = ["read", "h2d", "broadcast", "broadcast"]
+    assert stages(ranks.limits("file", "discard")) == [*passed, "together"]
+    assert stages(ranks.limits("file", "write")) == [*passed, "d2h", "write", "together"]
+    assert stages(ranks.limits("file", "verify")) == [*passed, "d2h", "read", "together"]
+    assert stages(ranks.limits("file", "land", "original")) == [*passed, "together"]
     assert stages(ranks.limits("file", "land", "load_file")) == ["read", "h2d"]
     assert stages(ranks.limits("resident", "land")) == ["broadcast", "broadcast"]
 
@@ -116,9 +117,30 @@ def test_what_readers_share_adds_up_and_what_each_does_alone_counts_by_the_slowe
     shared, *_ = ranks.limits("file", "discard", readers=4)
     assert shared.bytes_per_second == pytest.approx(6e9 * (1 + 2 + 3 + 4))  # 24 // 4 threads each
     assert shared.readers == 4
-    write = ranks.limits("file", "write")[-1]
+    *_, write, _ = ranks.limits("file", "write")
     assert write.per_rank.keys() == {1, 2, 3}
     assert write.bytes_per_second == min(write.per_rank.values())
+
+
+def test_what_all_stages_reach_is_measured_for_each_sink_and_number_of_readers() -> None:
+    ranks = Ranks("cuda")
+    ranks.limits("file", "write")
+    found = ranks.limits("file", "write", readers=3)[-1]
+    assert (found.stage, found.sink, found.readers) == ("together", "write", 3)
+    assert found.detail == "read + h2d + broadcast + d2h + write at once, 16MiB x 4"
+    assert found.per_rank.keys() == {0, 1, 2, 3}
+    assert found.bytes_per_second == min(found.per_rank.values())
+    asked = [order for order in ranks.orders if order["stage"] == "together"]
+    assert {tuple(order["readers"]) for order in asked} == {(0,), (0, 1, 2)}
+    assert {order["threads"] for order in asked} == {(24, 4), (8, 4)}
+    assert {order["buffer_size"] for order in asked} == {16 * MIB, 64 * MIB}
+    assert {order["sink"] for order in asked} == {"write"}
+
+
+def test_as_many_bytes_are_written_as_a_row_writes() -> None:
+    ranks = Ranks("cpu")
+    ranks.limits("file", "write")
+    assert {order["nbytes"] for order in ranks.orders if order["stage"] == "write"} == {GIB}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_picture_names_its_lines_its_limit_and_its_baselines(
         "4 buffers",
         "best: 43.6 GB/s",
         "limit: read 44.0",
-        "limit: write 4.80",
+        "limit: together 4.60",
         "original 4.20",
     ):
         assert words in text, words

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from packcast.io.pool import pool_kind
 from packcast.units import GIB, MIB
 from tests.bench.launch import EVERY_WAY, Bench, label, longest_waiting, rank_runs
 from tests.helpers.checkpoints import write_safetensors
@@ -55,14 +56,20 @@ def test_every_way_is_measured_turn_about_and_found_right(bench: Bench) -> None:
 
     # And each names the limits of the stages that its bytes pass.
     passed = ["read", "broadcast", "broadcast"]
-    assert limits_bearing_on(rows, "packcast", "file", "discard") == passed
-    assert limits_bearing_on(rows, "packcast", "file", "write") == [*passed, "write"]
-    assert limits_bearing_on(rows, "packcast", "file", "verify") == [*passed, "read"]
+    last = "together"
+    assert limits_bearing_on(rows, "packcast", "file", "discard") == [*passed, last]
+    assert limits_bearing_on(rows, "packcast", "file", "land") == [*passed, last]
+    assert limits_bearing_on(rows, "packcast", "file", "write") == [*passed, "write", last]
+    assert limits_bearing_on(rows, "packcast", "file", "verify") == [*passed, "read", last]
     assert limits_bearing_on(rows, "packcast", "resident", "land") == passed[1:]
     assert limits_bearing_on(rows, "load_file", "file", "land") == ["read"]
     assert len(found["limits"]) == len({json.dumps(limit) for limit in found["limits"]})
     assert found["environment"]["backend"] == "gloo"
     assert found["environment"]["versions"]["torch"]
+    assert {rank["pool"] for rank in found["environment"]["ranks"]} == {pool_kind()}
+    # The sender's loop is counted, from files.
+    loops = {label(row): [part["loop_seconds"] for part in rank_runs(row)] for row in rows}
+    assert all(seconds > 0 for seconds in loops["packcast", "file", "discard"])
 
 
 LOADERS = ["packcast", "original", "load_file", "instanttensor", "fastsafetensors"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from packcast.bench.model import Limit, Measured
+from packcast.bench.model import Limit, Measured, RankRun, Run
 from packcast.bench.results import Results, facts, warning_lines
 from packcast.bench.rows import Row, binding_limit, make_rows
 from packcast.units import GIB, MIB
@@ -27,6 +27,14 @@ def test_a_rate_is_of_the_median_and_the_warm_up_is_beside_it() -> None:
     assert row.first_seconds == pytest.approx(2 * row.seconds.median)
     assert (row.slowest_rank, str(row.waiting_on)) == (1, "write, rank 1")
     assert (row.peak_device_nbytes, row.peak_pinned_nbytes) == (260 * MIB, 512 * MIB)
+
+
+def test_the_senders_loop_has_a_cost_per_gib_of_cpu_time() -> None:
+    one = measured(case(), [40.0, 50.0], nbytes=8 * GIB)
+    assert only(one).loop_seconds_per_gib == pytest.approx(0.04 / 8)
+    assert only(replace(one, sender=1)).loop_seconds_per_gib == pytest.approx(0.08 / 8)
+    uncounted = RankRun(rank=0, seconds=1.0)
+    assert only(replace(one, runs=(Run((uncounted,)),))).loop_seconds_per_gib is None
 
 
 def test_the_lowest_limit_binds() -> None:
@@ -58,6 +66,18 @@ def test_a_limit_of_other_readers_does_not_bear() -> None:
     assert binding_limit(case(readers=2), [one, two]) == two
     assert binding_limit(case(), [one, two]) == one
     assert binding_limit(case(), []) is None
+
+
+def test_what_the_stages_reach_together_binds_and_not_the_lowest_of_them_alone() -> None:
+    row = only(measured(case(sink="write"), [4.14]))
+    assert row.limit is not None
+    assert (row.limit.stage, row.limit.fraction) == ("together", pytest.approx(0.9))
+    # Also where the lowest was measured in a bad moment: that is no limit of the row.
+    slow, others = replace(LIMITS[0], bytes_per_second=1e9), LIMITS[1:]
+    assert binding_limit(case(sink="write"), [slow, *others]) == LIMITS[-1]
+    # Those of another sink, or of other readers, are of other rows.
+    assert binding_limit(case(sink="verify"), LIMITS[-1:]) is None
+    assert binding_limit(case(sink="write", readers=2), LIMITS[-1:]) is None
 
 
 def test_ratios_are_to_the_originals_of_the_same_combination() -> None:
@@ -144,6 +164,7 @@ def test_a_kind_of_warning_is_told_once_but_each_impossibility_by_itself() -> No
 def test_the_header_says_where_it_was_measured() -> None:
     lines = dict(facts(ENVIRONMENT))
     assert lines["group"] == "2 ranks, nccl"
-    assert lines["host"] == "node|1: 2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores"
+    machine = "2 ranks on cuda:0, cuda:1 (2 x NVIDIA H100), 64 cores, native I/O threads"
+    assert lines["host"] == f"node|1: {machine}"
     assert "torch 2.11.0" in lines["versions"]
     assert "tmpfs" in lines["files in"]

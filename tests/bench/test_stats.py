@@ -128,6 +128,6 @@ def test_a_wide_spread_is_told_where_there_are_runs_enough_to_tell() -> None:
 
 def test_wrong_bytes_and_a_limit_that_is_none_are_told() -> None:
     assert kinds(run(1.0), wrong=2) == ["wrong-bytes"]
-    assert kinds(run(1.0), fraction=1.2) == ["above-limit"]
+    assert kinds(run(1.0), fraction=1.06) == ["above-limit"]
     assert kinds(run(1.0), fraction=1.05) == []
     assert kinds(run(1.0), fraction=None) == []

@@ -4,15 +4,19 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+from packcast.checkpoint import checkpoint as checkpoint_module
 from packcast.checkpoint import walk as walk_module
-from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from packcast.errors import CheckpointError
+from packcast.checkpoint.checkpoint import MAX_MTIME_NS, Checkpoint, open_checkpoint
+from packcast.checkpoint.header import Header
+from packcast.checkpoint.reading import FileState
+from packcast.errors import CheckpointError, PackcastError, UsageError
 from tests.checkpoint.handmade import index, shard, sharded, write
 
 
@@ -20,9 +24,11 @@ def names(checkpoint: Checkpoint) -> list[str]:
     return [file.name for file in checkpoint.files]
 
 
-def refused(path: Path, **options: bool) -> CheckpointError:
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(path, **options)
+def refused(
+    path: Path, *, all_files: bool = False, exclude_files: Sequence[str] = ()
+) -> PackcastError:
+    with pytest.raises((CheckpointError, UsageError)) as caught:
+        open_checkpoint(path, all_files=all_files, exclude_files=exclude_files)
     return caught.value
 
 
@@ -35,11 +41,8 @@ def test_a_single_file_is_itself_alone(tmp_path: Path) -> None:
     found = path.stat()
     assert (checkpoint.path, checkpoint.warnings) == (path, ())
     assert (file.name, file.path) == ("model.safetensors", path.resolve())
-    assert (file.nbytes, file.mtime_ns, file.inode) == (
-        found.st_size,
-        found.st_mtime_ns,
-        found.st_ino,
-    )
+    assert file.state == FileState.of(found)
+    assert (file.nbytes, file.mtime_ns) == (found.st_size, found.st_mtime_ns)
     assert file.executable
     assert file.header
     assert (checkpoint.num_tensors, checkpoint.nbytes) == (2, found.st_size)
@@ -93,7 +96,7 @@ def test_each_index_rules_the_shards_of_its_own_folder(tmp_path: Path) -> None:
         shard(tmp_path / folder / f"{stem}.safetensors", "a")
         index(tmp_path / folder / f"{stem}.safetensors.index.json", {"a": f"{stem}-1.safetensors"})
     shard(tmp_path / "vae" / "model.safetensors", "a")
-    shard(tmp_path / "flux.safetensors", "a")
+    shard(tmp_path / "flux.safetensors", "b", num_elements=400)
     checkpoint = open_checkpoint(tmp_path)
     assert [file.name for file in checkpoint.shards] == [
         "flux.safetensors",
@@ -223,7 +226,7 @@ def test_links_to_the_same_bytes_are_files_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "c.safetensors").symlink_to(path)
     checkpoint = open_checkpoint(tmp_path)
     assert names(checkpoint) == ["a.safetensors", "b.safetensors", "c.safetensors"]
-    assert len({file.inode for file in checkpoint.files}) == 1
+    assert len({file.state.inode for file in checkpoint.files}) == 1
 
 
 def test_loops_of_directories_end(tmp_path: Path) -> None:
@@ -391,6 +394,46 @@ def test_the_fingerprint_tells_checkpoints_apart_by_names_sizes_and_headers(tmp_
         change()
         seen.add(open_checkpoint(other).fingerprint())
     assert len(seen) == 1 + len(changes)
+
+
+def test_a_file_that_is_rewritten_while_its_header_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shard(tmp_path / "model.safetensors", "x")
+    before, data = path.stat(), path.read_bytes()
+    real_read_header = checkpoint_module.read_header
+
+    def rewritten_meanwhile(resolved: Path, where: str) -> Header:
+        header = real_read_header(resolved, where)
+        path.write_bytes(data[:-1] + b"x")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return header
+
+    time.sleep(0.02)  # for the change time, which moves in ticks of the kernel
+    monkeypatch.setattr(checkpoint_module, "read_header", rewritten_meanwhile)
+    assert refused(tmp_path).message.startswith(
+        "model.safetensors changed while it was being opened: it was written and its time set back"
+    )
+
+
+@pytest.mark.parametrize("seconds", [10_000_000_000, -10_000_000_000])
+def test_a_time_that_nanoseconds_do_not_hold_travels_as_the_nearest(
+    tmp_path: Path, seconds: int
+) -> None:
+    path = shard(tmp_path / "model.safetensors", "x")
+    time_ns = seconds * 10**9
+    os.utime(path, ns=(time_ns, time_ns))
+    if path.stat().st_mtime_ns != time_ns:
+        pytest.skip("this file system has no such time")
+    checkpoint = open_checkpoint(tmp_path)
+    [file] = checkpoint.files
+    assert file.mtime_ns == (MAX_MTIME_NS if seconds > 0 else -MAX_MTIME_NS)
+    assert file.state.mtime_ns == time_ns  # as it is compared with later
+    assert checkpoint.warnings == (
+        "1 modification time is outside of the years 1678 to 2262, and copied as the nearest one"
+        " inside: model.safetensors",
+    )
+    assert open_checkpoint(path).warnings == checkpoint.warnings
 
 
 def test_neither_torch_nor_numpy_is_imported() -> None:

@@ -44,7 +44,12 @@ class FakeTransfer:
 class FakeLeaver:
     """Leaves by SystemExit, where the real one ends the process."""
 
-    def __init__(self, printer: Callable[[PackcastError], None]) -> None:
+    def __init__(
+        self,
+        printer: Callable[[PackcastError], None],
+        *,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
         self._printer = printer
 
     def leave(self, error: PackcastError) -> NoReturn:
@@ -83,7 +88,7 @@ def transfer(monkeypatch: pytest.MonkeyPatch) -> FakeTransfer:
     monkeypatch.setitem(sys.modules, "packcast.transfer", module)
     monkeypatch.setattr(packcast, "transfer", module, raising=False)
     monkeypatch.setattr(start, "Leaver", FakeLeaver)
-    monkeypatch.setattr(start, "watch_signals", lambda leaver: None)
+    monkeypatch.setattr(start, "watch_signals", lambda leaver, **_: None)
     monkeypatch.setattr(start, "die_with_parent", fake.parents.append)
     return fake
 
@@ -121,6 +126,7 @@ def start_of(*, is_sender: bool = True, loud: bool = False, rank: int = 0) -> St
         buffer_size=16 << 20,
         num_buffers=4,
         staging=512 << 20,
+        pool="native",
     )
 
 

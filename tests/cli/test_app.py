@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import packcast
 from packcast.cli.app import run
 from packcast.errors import RendezvousError, TransferError
 from packcast.report import Report
@@ -27,8 +29,9 @@ Capture = pytest.CaptureFixture[str]
 def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: Capture) -> None:
     options = "--workers 3 --listen h:1 --out d-{rank} --force --buffer-size 2MiB --num-buffers 3"
     more = "--staging 8MiB --readers all --no-sidecars --all-files --include a* --include b*"
-    last = "--exclude c --backend gloo --device cpu --join-timeout 1min --heartbeat-timeout 500ms"
-    argv = ["send", "ckpt", *options.split(), *more.split(), *last.split(), "--stall-timeout", "9"]
+    last = "--exclude c --exclude-files x/* --backend gloo --device cpu --join-timeout 1min"
+    limits = "--heartbeat-timeout 500ms --stall-timeout 9"
+    argv = ["send", "ckpt", *f"{options} {more} {last} {limits}".split()]
     assert run(argv) == 0
     assert transfer.settings == [
         Settings(
@@ -39,6 +42,7 @@ def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: 
             force=True,
             sidecars=False,
             all_files=True,
+            exclude_files=("x/*",),
             include=("a*", "b*"),
             exclude=("c",),
             readers=None,
@@ -75,6 +79,16 @@ def test_recv_hands_its_options_to_the_transfer(
     ]
 
 
+def test_a_file_too_many_is_no_bug(transfer: FakeTransfer, capsys: Capture) -> None:
+    def run_out(_settings: Settings, _view: View) -> Report:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    transfer.does = run_out
+    with pytest.raises(SystemExit, match="5"):
+        run([*SEND, "--workers", "1"])
+    assert "may not open more files or sockets" in capsys.readouterr().err
+
+
 def test_the_defaults_are_those_of_settings(transfer: FakeTransfer) -> None:
     assert run([*SEND, "--workers", "1"]) == 0
     expected = Settings(command="send", checkpoint=Path("c"), workers=1, address=("h", 1))
@@ -84,12 +98,14 @@ def test_the_defaults_are_those_of_settings(transfer: FakeTransfer) -> None:
 def test_options_are_read_from_the_environment(
     transfer: FakeTransfer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"WORKERS": "2", "FORCE": "1", "INCLUDE": "a* b*", "OUT": "d"}.items():
+    given = {"WORKERS": "2", "FORCE": "1", "INCLUDE": "a* b*", "OUT": "d", "EXCLUDE_FILES": "x/* y"}
+    for name, value in given.items():
         monkeypatch.setenv(f"PACKCAST_{name}", value)
     assert run([*SEND]) == 0
     (settings,) = transfer.settings
     assert (settings.workers, settings.force, settings.target) == (2, True, "d")
     assert settings.include == ("a*", "b*")
+    assert settings.exclude_files == ("x/*", "y")
 
 
 @pytest.mark.parametrize(
@@ -246,8 +262,8 @@ def test_a_failure_leaves_its_record_for_torchrun(
     torchrun(1)
     record = tmp_path / "error.json"
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(record))
-    assert run([*SEND, "--workers", "2"]) == 2
-    assert "--workers" in record.read_text()
+    assert run(["send", "c", "--nproc", "2"]) == 2
+    assert "--nproc" in record.read_text()
 
 
 def test_nproc_starts_the_same_command_once_per_rank(
@@ -302,3 +318,44 @@ def test_the_process_ends_with_the_errors_code_through_the_real_leaver() -> None
     assert done.returncode == 7
     assert done.stderr == "packcast: error: no space\n"
     assert json.loads(done.stdout)["exit_code"] == 7
+
+
+@pytest.mark.parametrize("pool", ["python", "auto"])
+def test_the_version_names_the_io_threads_without_torch(pool: str) -> None:
+    program = """if True:
+        import sys
+        from packcast.cli.app import run
+        from packcast.io.pool import pool_kind
+        print(pool_kind())
+        run(["--version"])
+        assert "torch" not in sys.modules
+    """
+    environment = os.environ | {"PACKCAST_POOL": pool}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
+    kind, version = ran.stdout.splitlines()
+    assert version == f"packcast {packcast.__version__} ({kind} I/O threads)"
+    assert kind == "python" if pool == "python" else kind in ("native", "python")
+
+
+def test_a_choice_of_io_threads_that_does_not_exist_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("PACKCAST_POOL", "fast")
+    assert run(["--version"]) == 2
+    assert "PACKCAST_POOL is 'fast'" in capsys.readouterr().err
+
+
+def test_a_verbose_run_says_which_io_threads_it_has(
+    transfer: FakeTransfer, capsys: Capture
+) -> None:
+    transfer.does = started
+    for flags, said in (((), False), (("-v",), True)):
+        assert run([*SEND, "--workers", "3", *flags, "--progress", "plain"]) == 0
+        assert ("native I/O threads" in capsys.readouterr().err) is said
+
+
+def started(settings: Settings, view: View) -> Report:
+    view.started(start_of(), lambda: snapshot_of(1))
+    return Report(command="send", is_sender=True)

@@ -51,7 +51,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, torchrun: Callable[[int], None]) -> F
     fake = FakeBench()
     monkeypatch.setattr(packcast.bench, "run", fake.run, raising=False)
     monkeypatch.setattr(start, "Leaver", FakeLeaver)
-    monkeypatch.setattr(start, "watch_signals", lambda leaver: None)
+    monkeypatch.setattr(start, "watch_signals", lambda leaver, **_: None)
     monkeypatch.setattr(start, "die_with_parent", lambda pid: None)
     torchrun(0)
     return fake

@@ -46,6 +46,12 @@ def test_inspect_as_json_is_all_that_is_on_standard_output(
     assert second["offset"] + second["bytes"] == shard["bytes"]
 
 
+def test_files_left_out_by_glob_are_in_neither_listing(checkpoint: Path, capsys: Capture) -> None:
+    for command in (["inspect"], ["send", "--dry-run"]):
+        assert run([*command, str(checkpoint), "--exclude-files", "*.json", "--json", "-"]) == 0
+        assert [file["kind"] for file in json.loads(capsys.readouterr().out)["files"]] == ["shard"]
+
+
 def test_a_file_for_the_json_leaves_the_table(
     checkpoint: Path, capsys: Capture, tmp_path: Path
 ) -> None:

@@ -98,6 +98,10 @@ def test_the_start_line_says_what_to_whom_over_what_and_why() -> None:
     ]
 
 
+def test_a_verbose_start_line_says_which_io_threads_read_and_write() -> None:
+    assert start_lines(start_of(), verbose=True)[1].endswith(", staging 512MiB, native I/O threads")
+
+
 def test_control_characters_reach_no_terminal() -> None:
     assert printable("a\x1b[2Jb\rc\ud800d\ne") == "a\\x1b[2Jb\\rc\\ud800d\ne"
 

@@ -24,6 +24,7 @@ FULL = Report(
     buffer_size=1 << 20,
     num_buffers=4,
     staging=1 << 21,
+    pool="native",
     seconds=4.0,
     stages={"read": StageReport(2_000_000_000, 2.0, 0.5)},
     peak_device_nbytes=5,
@@ -68,6 +69,7 @@ def test_the_json_result_is_schema_one() -> None:
             ],
         },
         "buffers": {"size": 1 << 20, "count": 4, "staging": 1 << 21},
+        "pool": "native",
         "seconds": 4.0,
         "bytes_per_second": 5e8,
         "stages": {

@@ -50,7 +50,7 @@ def test_addresses_are_host_and_port(text: str, address: tuple[str, int]) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["node1", ":29400", "node1:", "node1:http", "h:70000", "::1:29400"]
+    "text", ["node1", ":29400", "node1:", "node1:http", "h:70000", "::1:29400", "[h]:29400"]
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--listen"):
@@ -142,7 +142,6 @@ def test_recv_needs_an_address_exactly_without_a_launcher() -> None:
     given.check_recv(RECV, TORCHRUN, json="r-{rank}.json")
     for settings, launch in (
         (RECV, NOBODY),
-        (here, TORCHRUN),
         (replace(RECV, rank=2), TORCHRUN),
         (replace(RECV, address=("h", 0)), NOBODY),
     ):

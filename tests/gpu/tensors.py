@@ -22,6 +22,7 @@ from tests.gpu.api import Rank, Tensors, spoil, values
 
 MIB = 1 << 20
 NOT_IN_SAFETENSORS = (torch.complex128,)
+MODEL_NBYTES = 512 * MIB
 
 
 def make_checkpoint(folder: Path) -> None:
@@ -40,6 +41,11 @@ def check_report(me: Rank, report: Report) -> None:
     want = "nccl" if torch.cuda.is_available() else "gloo"
     if report.backend != want or not report.ok:
         me.say_wrong(f"over {report.backend} instead of {want}")
+    # The ring, tables of sums and tensors on their way; not the model beside them.
+    if report.peak_device_nbytes > MODEL_NBYTES // 2:
+        me.say_wrong(f"took {report.peak_device_nbytes} bytes of its device")
+    if report.peak_device_nbytes < (report.buffer_size if want == "nccl" else 0):
+        me.say_wrong(f"took {report.peak_device_nbytes} bytes, which is no ring")
 
 
 def handed_out(me: Rank, want: Tensors) -> None:
@@ -107,6 +113,9 @@ def main(where: str, rounds: str) -> int:
     if rank == 0:
         make_checkpoint(folder)
     dist.barrier()
+    model = torch.empty(
+        MODEL_NBYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device
+    )
     want: Tensors = {}
     for shard in sorted(folder.glob("*.safetensors")):
         want |= load_file(shard)
@@ -124,6 +133,7 @@ def main(where: str, rounds: str) -> int:
     wrong = torch.tensor([me.wrong])
     dist.all_reduce(wrong)
     dist.destroy_process_group()
+    del model  # which has been there all the time
     return int(wrong.item() > 0)
 
 

@@ -68,7 +68,11 @@ def test_every_way_is_right_over_nccl(
         if label(row)[0] in ("packcast", "compat") and label(row)[1] == "resident":
             assert all(max(part["waiting"].values(), default=0) > 0 for part in rank_runs(row)), row
     stages = {limit["stage"] for limit in found["limits"]}
-    assert stages == {"read", "h2d", "broadcast", "d2h", "write"}
+    assert stages == {"read", "h2d", "broadcast", "d2h", "write", "together"}
+    together = [limit for limit in found["limits"] if limit["stage"] == "together"]
+    asked = {(limit["sink"], limit["readers"]) for limit in together}
+    sinks = ("discard", "land", "write", "verify")
+    assert asked == {(sink, readers) for sink in sinks for readers in (1, gpus.num_ranks)}
     with capsys.disabled():
         print("\n" + "\n".join(table(found)))
 

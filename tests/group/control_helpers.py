@@ -88,7 +88,7 @@ class Group:
         seen = Witness()
         host, port = hub.address if isinstance(hub, Hub) else hub
         line = Line.connect(
-            host,
+            [host],
             port,
             me=me,
             token=token,
@@ -215,7 +215,7 @@ def me(rank, role="recv"):
     return Member(role=role, rank=rank, host=f"child-{rank}", boot_id="b", pid=os.getpid())
 
 def line(port, rank, heartbeat_timeout_s):
-    return Line.connect("127.0.0.1", port, me=me(rank), token=None, join_timeout_s=20,
+    return Line.connect(["127.0.0.1"], port, me=me(rank), token=None, join_timeout_s=20,
         heartbeat_timeout_s=heartbeat_timeout_s, on_fatal=on_fatal, log=lambda text: None)
 """
 

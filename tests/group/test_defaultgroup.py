@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from packcast.errors import RendezvousError
 from packcast.group import defaultgroup
-from packcast.group.processgroup import interface_of
+from packcast.group.addresses import interface_of
 from tests.group.two_ranks import become_two
 
 two = become_two(20.0)

@@ -7,30 +7,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 from packcast.errors import CheckpointError, PackcastError, RendezvousError
+from packcast.group import meeting
 from packcast.group import store as stores
 from packcast.group.launch import (
     Launch,
     detect_launch,
     first_host,
-    reachable_host,
+    meeting_address,
     slurm_nodelist,
     slurm_port,
 )
-from packcast.group.store import (
+from packcast.group.meeting import (
+    Meeting,
+    Whereabouts,
     await_address,
-    connect_store,
-    open_store,
+    leave_last,
+    open_meeting,
     publish_address,
     publish_failure,
-    serve_store,
     settle_sender,
 )
+from packcast.group.store import connect_store, serve_store
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -54,6 +58,8 @@ SLURM = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
     "SLURM_STEP_NODELIST": "gpu[07-09,12]",
 }
+
+AT_1, AT_2 = Whereabouts(("127.0.0.1",), 1), Whereabouts(("127.0.0.1",), 2)
 
 
 def test_torchrun_is_recognised_by_its_variables() -> None:
@@ -127,22 +133,6 @@ def test_steps_of_one_job_have_ports_of_their_own() -> None:
     assert all(20_000 <= port < 30_000 for port in ports)
 
 
-def test_towards_loopback_this_host_is_loopback() -> None:
-    assert reachable_host(("127.0.0.1", 29500)) == "127.0.0.1"
-    assert reachable_host(("localhost", 29500)) in ("127.0.0.1", "::1")
-
-
-def test_a_name_that_resolves_to_loopback_is_not_taken_for_an_address_others_reach(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    routes = {("myhost", 29500): "127.0.1.1", ("192.0.2.1", 9): "10.0.0.7"}
-    monkeypatch.setattr("packcast.group.launch._local_address", routes.get)
-    assert reachable_host(("myhost", 29500)) == "10.0.0.7"
-    assert reachable_host(None) == "10.0.0.7"
-    routes.clear()
-    assert reachable_host(("myhost", 29500)) == "127.0.0.1"
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
@@ -187,8 +177,9 @@ def test_silent_ranks_are_named_at_the_deadline(store: Store) -> None:
 
 
 def test_the_senders_address_reaches_the_others(store: Store) -> None:
-    threading.Timer(0.1, publish_address, (store, ("10.0.0.1", 4711))).start()
-    assert await_address(store, 5.0) == ("10.0.0.1", 4711)
+    there = Whereabouts(("10.0.0.1", "10.1.0.1"), 4711, beside_store=True)
+    threading.Timer(0.1, publish_address, (store, there)).start()
+    assert await_address(store, 5.0) == there
 
 
 def test_a_sender_that_failed_first_gives_all_its_own_error(store: Store) -> None:
@@ -207,36 +198,135 @@ def test_a_sender_that_never_listens_ends_the_wait(store: Store) -> None:
         await_address(store, 0.2)
 
 
-def test_ranks_meet_in_a_store_on_the_launchers_port_and_rank_0_need_not_be_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def two_ranks_by_hand() -> tuple[dict[str, str], Launch, Launch]:
     environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return environ, Launch("torchrun", 0, 2, 0, 2), Launch("torchrun", 1, 2, 1, 2)
+
+
+def test_ranks_meet_in_a_store_on_the_launchers_port_and_rank_0_need_not_be_first() -> None:
+    environ, host, client = two_ranks_by_hand()
     with ThreadPoolExecutor(2) as pool:
-        late = pool.submit(open_store, Launch("torchrun", 1, 2, 1, 2), environ, 10.0)
+        late = pool.submit(open_meeting, client, environ, 10.0)
         time.sleep(0.1)
-        first = open_store(Launch("torchrun", 0, 2, 0, 2), environ, 10.0)
-        publish_address(first, ("127.0.0.1", 1))
-        assert await_address(late.result(), 5.0) == ("127.0.0.1", 1)
+        first = open_meeting(host, environ, 10.0)
+        publish_address(first, AT_1)
+        assert await_address(late.result(), 5.0) == AT_1
+    late.result().close()
+    first.close()
 
 
-def test_the_next_transfer_of_a_process_meets_in_the_same_store_under_keys_of_its_own() -> None:
-    environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    host, client = Launch("torchrun", 0, 2, 0, 2), Launch("torchrun", 1, 2, 1, 2)
-    publish_address(open_store(host, environ, 10.0, call=0), ("127.0.0.1", 1))
-    early = open_store(client, environ, 10.0, call=1)  # before rank 0 is there again
+def is_free(environ: dict[str, str]) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(environ["MASTER_PORT"])))
+            probe.listen()
+        except OSError:
+            return False
+        return True
+
+
+def test_the_launchers_port_is_free_once_the_meeting_is_closed_though_others_still_hold_it() -> (
+    None
+):
+    environ, host, client = two_ranks_by_hand()
+    with open_both(environ, host, client) as (first, second):
+        assert not is_free(environ)
+        first.close()
+        assert is_free(environ)
+        second.close()
+
+
+def test_an_exception_that_is_kept_does_not_keep_the_port() -> None:
+    environ, host, client = two_ranks_by_hand()
+    with open_both(environ, host, client) as (first, second):
+        with pytest.raises(RendezvousError) as kept:
+            settle_sender(first, host, "recv", 0.05)
+        leave = threading.Thread(target=leave_last, args=(second, client, 5.0))
+        leave.start()
+        leave_last(first, host, 5.0)
+        assert is_free(environ)
+        leave.join(5)
+        assert kept.value.__traceback__
+
+
+def test_after_a_join_that_failed_nobody_leaves_before_the_port_is_free() -> None:
+    environ, host, client = two_ranks_by_hand()
+    with open_both(environ, host, client) as (first, second):
+        left = threading.Event()
+
+        def leave() -> None:
+            leave_last(second, client, 5.0)
+            left.set()
+
+        threading.Thread(target=leave).start()
+        assert not left.wait(0.3)
+        first.close()
+        assert left.wait(4.0)
+
+
+def test_the_next_transfer_of_a_process_meets_under_keys_of_its_own() -> None:
+    environ, host, client = two_ranks_by_hand()
+    first = open_meeting(host, environ, 10.0, call=0)
+    publish_address(first, AT_1)
+    early = open_meeting(client, environ, 10.0, call=1)
     with pytest.raises(RendezvousError, match="not said where it listens"):
         await_address(early, 0.1)
-    publish_address(open_store(host, environ, 10.0, call=1), ("127.0.0.1", 2))
-    assert await_address(early, 5.0) == ("127.0.0.1", 2)
+    early.close()
+    first.close()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(open_meeting, client, environ, 10.0, call=1)  # rank 0 is not there
+        time.sleep(0.1)
+        second = open_meeting(host, environ, 10.0, call=1)
+        publish_address(second, AT_2)
+        assert await_address(waiting.result(), 5.0) == AT_2
+    waiting.result().close()
+    second.close()
+
+
+@contextmanager
+def open_both(
+    environ: dict[str, str], host: Launch, client: Launch
+) -> Iterator[tuple[Meeting, Meeting]]:
+    first, second = (open_meeting(launch, environ, 10.0) for launch in (host, client))
+    yield first, second
+    second.close()
+    first.close()
 
 
 def test_under_slurm_rank_0_serves_the_store_on_the_first_host() -> None:
     environ = SLURM | {"SLURM_STEP_NODELIST": "localhost"}
     port = free_port()
-    host = open_store(Launch("slurm", 0, 2, 0, 2), environ, 10.0, port)
-    client = open_store(Launch("slurm", 1, 2, 1, 2), environ, 10.0, port)
-    publish_address(host, ("127.0.0.1", 2))
-    assert await_address(client, 5.0) == ("127.0.0.1", 2)
+    host = open_meeting(Launch("slurm", 0, 2, 0, 2), environ, 10.0, port)
+    client = open_meeting(Launch("slurm", 1, 2, 1, 2), environ, 10.0, port)
+    publish_address(host, AT_2)
+    assert await_address(client, 5.0) == AT_2
+    client.close()
+    host.close()
+
+
+def test_the_address_where_ranks_meet_is_the_launchers() -> None:
+    by_torchrun, by_slurm = detect_launch(TORCHRUN), detect_launch(SLURM)
+    assert meeting_address(by_torchrun, TORCHRUN, None) == ("10.0.0.1", 29500)
+    assert meeting_address(by_torchrun, TORCHRUN | {"MASTER_ADDR": "[::1]"}, None)[0] == "::1"
+    assert meeting_address(by_slurm, SLURM, 4000) == ("gpu07", 4000)
+    assert meeting_address(by_slurm, SLURM, None) == ("gpu07", slurm_port(SLURM))
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"MASTER_ADDR": "node..1"}, "MASTER_ADDR names 'node..1', which is not a host name"),
+        ({"MASTER_ADDR": "tcp://node1"}, "MASTER_ADDR names 'tcp://node1'"),
+        ({"MASTER_PORT": "29500/tcp"}, "MASTER_PORT is '29500/tcp', not a number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, not a port"),
+    ],
+)
+def test_an_address_that_is_none_is_said_of_the_variable_that_has_it(
+    variables: dict[str, str], sentence: str
+) -> None:
+    with pytest.raises(RendezvousError, match=sentence):
+        meeting_address(detect_launch(TORCHRUN), TORCHRUN | variables, None)
 
 
 def test_an_agents_store_is_joined_and_a_restart_sees_no_old_keys(
@@ -251,12 +341,24 @@ def test_an_agents_store_is_joined_and_a_restart_sees_no_old_keys(
     }
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
-    publish_address(open_store(launch, environ, 10.0), ("127.0.0.1", 3))
-    assert await_address(open_store(launch, environ, 10.0), 5.0) == ("127.0.0.1", 3)
-    restarted = open_store(launch, environ | {"TORCHELASTIC_RESTART_COUNT": "1"}, 10.0)
+    meetings = [open_meeting(launch, environ, 10.0) for _ in range(2)]
+    publish_address(meetings[0], AT_2)
+    assert await_address(meetings[1], 5.0) == AT_2
+    meetings += [open_meeting(launch, environ | {"TORCHELASTIC_RESTART_COUNT": "1"}, 10.0)]
     with pytest.raises(RendezvousError):
-        await_address(restarted, 0.1)
-    del agent
+        await_address(meetings[2], 0.1)
+    for each in meetings:
+        each.close(5.0)
+    assert agent.check(["nothing"]) is False  # it is not ours to end
+
+
+def test_the_sender_beside_the_store_is_looked_for_where_the_store_was_found() -> None:
+    environ, host, client = two_ranks_by_hand()
+    with open_both(environ, host, client) as (first, second):
+        assert (first.is_here, second.is_here) == (True, True)
+        beside = Whereabouts(("10.0.0.1", "10.1.0.1"), 1, beside_store=True)
+        assert second.hosts_of(beside) == ["127.0.0.1", "10.0.0.1", "10.1.0.1"]
+        assert second.hosts_of(Whereabouts(("10.0.0.1",), 1)) == ["10.0.0.1"]
 
 
 def test_a_served_store_is_on_one_interface_only() -> None:
@@ -271,8 +373,8 @@ def test_a_taken_port_is_one_line() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         environ = SLURM | {"SLURM_STEP_NODELIST": "localhost"}
-        with pytest.raises(RendezvousError, match=f"localhost:{port}: the port is taken") as caught:
-            open_store(Launch("slurm", 0, 2, 0, 2), environ, 1.0, port)
+        with pytest.raises(RendezvousError, match=f":{port}: the port is taken") as caught:
+            open_meeting(Launch("slurm", 0, 2, 0, 2), environ, 1.0, port)
         assert caught.value.hint == "choose another port with --port"
 
 
@@ -293,7 +395,7 @@ def frozen() -> Iterator[int]:
 def test_a_frozen_store_does_not_hold_us_beyond_the_deadline(
     frozen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stores, "_GRACE_S", 0.3)
+    monkeypatch.setattr(stores, "GRACE_S", 0.3)
     started = time.monotonic()
     with pytest.raises(RendezvousError, match=f"store at 127.0.0.1:{frozen} does not answer"):
         connect_store("127.0.0.1", frozen, 0.3)
@@ -308,15 +410,16 @@ def test_a_store_that_hangs_is_reported_and_never_by_publish_failure(
         def set(self, key: str, value: str) -> None:
             threading.Event().wait(3)
 
-    monkeypatch.setattr(stores, "_GRACE_S", 0.1)
+    monkeypatch.setattr(stores, "GRACE_S", 0.1)
+    monkeypatch.setattr(meeting, "GRACE_S", 0.1)
     if call is publish_failure:
         call(Hanging(), PackcastError("x"))
     else:
         with pytest.raises(RendezvousError, match="does not answer"):
-            call(Hanging(), ("127.0.0.1", 1))
+            call(Hanging(), AT_1)
 
 
 def test_a_timeout_of_torchs_own_is_one_line(store: Store) -> None:
     store.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(RendezvousError, match=r"^it failed: [^\n]*$"):
-        stores._answer_in(1.0, "it failed", lambda: store.get("nothing"))
+        stores.answer_in(1.0, "it failed", lambda: store.get("nothing"))

@@ -182,21 +182,72 @@ def test_after_sigterm_the_cause_may_still_come_by_another_way() -> None:
     assert (code, err) == (5, "lost rank 2\n")
 
 
-def test_a_second_ctrl_c_waits_for_no_clean_up() -> None:
-    started = time.monotonic()
-    code, _, _ = signalled(
-        """
-        leaver = Leaver(show)
-        leaver.on_leave(forever)
-        watch_signals(leaver)
-        print("ready")
-        forever()
-        """,
-        signal.SIGINT,
-        signal.SIGINT,
+ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+CLEANING = """
+leaver = Leaver(show, say=lambda text: print(text, file=sys.stderr))
+left = ["/local/.copy.packcast-1"]
+leaver.on_leave(lambda: ({clean_up}, left.clear()), lambda: left[0] if left else None)
+watch_signals(leaver)
+print("ready")
+forever()
+"""
+
+
+@pytest.mark.parametrize("second", ENDINGS)
+@pytest.mark.parametrize("first", ENDINGS)
+def test_a_second_signal_waits_for_the_clean_up_and_says_so(
+    first: signal.Signals, second: signal.Signals
+) -> None:
+    code, _, err = signalled(CLEANING.format(clean_up="time.sleep(0.7)"), first, second)
+    assert (code, err) == (
+        128 + first,
+        "still cleaning up, removing /local/.copy.packcast-1, at most 15 s;"
+        f" one more signal ends this at once\ninterrupted by {first.name}\n",
     )
+
+
+def test_a_third_signal_names_what_is_left_and_waits_for_no_clean_up() -> None:
+    started = time.monotonic()
+    numbers = [signal.SIGINT, signal.SIGHUP, signal.SIGINT]
+    code, _, err = signalled(CLEANING.format(clean_up="forever()"), *numbers)
     assert code == 130
-    assert time.monotonic() - started < 4
+    assert err.splitlines()[1:] == [
+        "/local/.copy.packcast-1 is left behind: `packcast clean --yes /local` removes it",
+        "interrupted by SIGINT",
+    ]
+    assert time.monotonic() - started < 6
+
+
+def test_a_clean_up_that_is_cut_off_names_what_is_left() -> None:
+    script = CLEANING.replace("Leaver(show,", "Leaver(show, limit_s=0.3,")
+    code, _, err = signalled(script.format(clean_up="forever()"), signal.SIGINT)
+    assert (code, err.splitlines()) == (
+        130,
+        [
+            "/local/.copy.packcast-1 is left behind: `packcast clean --yes /local` removes it",
+            "interrupted by SIGINT",
+        ],
+    )
+
+
+@pytest.mark.parametrize("number", ENDINGS)
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(number: signal.Signals) -> None:
+    script = """
+    signal.signal(signal.{name}, signal.SIG_IGN)
+    leaver = Leaver(show)
+    watch_signals(leaver)
+    print("ready")
+    time.sleep(1)
+    leaver.leave(TransferError("by itself"))
+    """
+    code, _, err = signalled(script.format(name=number.name), number)
+    assert (code, err) == (5, "by itself\n")
+
+
+def test_ranks_leave_it_to_their_launcher_when_to_wait_no_longer() -> None:
+    script = CLEANING.replace("watch_signals(leaver)", "watch_signals(leaver, patient=True)")
+    code, _, err = signalled(script.format(clean_up="time.sleep(1)"), *[signal.SIGINT] * 4)
+    assert (code, err) == (130, "interrupted by SIGINT\n")
 
 
 @pytest.mark.chaos
@@ -218,6 +269,12 @@ def test_a_rank_dies_with_its_launcher() -> None:
     assert (
         not Path(f"/proc/{pid}/cmdline").exists() or not Path(f"/proc/{pid}/cmdline").read_bytes()
     )
+
+
+def test_a_rank_that_ignores_sigterm_dies_with_its_launcher_too() -> None:
+    ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    code, _, _ = ended(start(ignoring + "die_with_parent(launcher_pid=1 << 22); forever()"))
+    assert code == -signal.SIGKILL
 
 
 def test_a_rank_whose_launcher_is_already_gone_dies_at_once() -> None:

@@ -94,6 +94,50 @@ def free_port() -> int:
 # Finding the sender.
 
 
+def test_a_worker_tries_every_address_that_may_be_the_senders(group: Group) -> None:
+    hub = group.hub()
+    port = hub.address[1]
+    with socket.create_server(("127.0.0.2", port)) as other, Joining(hub, 1) as joining:
+
+        def answer() -> None:
+            with other.accept()[0] as sock:
+                sock.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n" + bytes(4096))
+
+        threading.Thread(target=answer, daemon=True).start()
+        seen = Witness()
+        line = Line.connect(
+            ["no-such-host.invalid", "127.0.0.3", "127.0.0.2", "127.0.0.1"],
+            port,
+            me=member(1),
+            token=None,
+            join_timeout_s=PATIENCE_S,
+            heartbeat_timeout_s=3.0,
+            on_fatal=seen.on_fatal,
+            log=seen.log.append,
+        )
+        joining.wait()
+        assert len(joining.members) == 2
+        assert hub.host_met() == "127.0.0.1"
+        line.close()
+
+
+def test_where_nobody_is_every_address_is_named_and_why(group: Group) -> None:
+    with pytest.raises(RendezvousError) as caught:
+        Line.connect(
+            ["no-such-host.invalid", "127.0.0.3"],
+            free_port(),
+            me=member(1),
+            token=None,
+            join_timeout_s=0.1,
+            heartbeat_timeout_s=3.0,
+            on_fatal=group.seen.on_fatal,
+            log=group.seen.log.append,
+        )
+    assert "no sender at no-such-host.invalid:" in caught.value.message
+    assert "its name cannot be resolved: " in caught.value.message
+    assert "connection refused" in caught.value.message
+
+
 def test_a_worker_may_start_before_its_sender(group: Group) -> None:
     port = free_port()
     me, seen = member(1), Witness()
@@ -102,7 +146,7 @@ def test_a_worker_may_start_before_its_sender(group: Group) -> None:
     def connect() -> None:
         lines.append(
             Line.connect(
-                "127.0.0.1",
+                ["127.0.0.1"],
                 port,
                 me=me,
                 token=None,

@@ -10,12 +10,16 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+import packcast
+from packcast.group.nproc import COMMAND
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -56,13 +60,24 @@ elif action == "stubborn":
     (here / f"stubborn-{me}").touch()
 elif action == "polite":  # as packcast's own ranks
     watch_signals(Leaver(lambda error: None))
-if action in ("sleep", "stubborn", "polite", "kill"):
+elif action == "cleaning":  # the same, with something to remove
+    leaver = Leaver(lambda error: None)
+    leaver.on_leave(lambda: (time.sleep(1), (here / f"cleaned-{me}").touch()))
+    watch_signals(leaver, patient=True)
+    (here / f"cleaning-{me}").touch()
+elif action == "deaf":
+    ignored = map(int, os.environ["PACKCAST_IGNORED_SIGNALS"].split())
+    watch_signals(Leaver(lambda error: None), ignored=ignored)
+    (here / f"deaf-{me}").touch()
+    while not (here / "enough").exists():
+        time.sleep(0.01)
+if action in ("sleep", "stubborn", "polite", "cleaning", "kill"):
     time.sleep(60)
 """
 
 # Reads launches and waits as lines of JSON, and stays without threads so that it may fork.
 FORGE = """
-import json, os, sys
+import json, os, signal, sys
 from packcast.group.nproc import run_nproc
 import torch.distributed.launcher.api
 rank_script = sys.argv[1]
@@ -79,8 +94,15 @@ for line in sys.stdin:
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        if request["ignored"]:
+            signal.signal(request["ignored"], signal.SIG_IGN)
         code = run_nproc(
-            request["argv"], request["nproc"], command=(sys.executable, rank_script)
+            request["argv"],
+            request["nproc"],
+            command=(sys.executable, rank_script),
+            look_after=lambda patient: (
+                print("looked after, patient:", patient) if "tell" in request else None
+            ),
         )
         sys.stdout.flush()
         sys.stderr.flush()
@@ -93,7 +115,13 @@ for line in sys.stdin:
 class Launch:
     """One `run_nproc` in a process of its own."""
 
-    def __init__(self, ask: Callable[[dict[str, object]], Any], here: Path, *actions: str) -> None:
+    def __init__(
+        self,
+        ask: Callable[[dict[str, object]], Any],
+        here: Path,
+        *actions: str,
+        ignored: int | None = None,
+    ) -> None:
         self._ask = ask
         self.here = here
         self.nproc = len(actions)
@@ -103,6 +131,8 @@ class Launch:
                 "argv": [str(here), *actions],
                 "nproc": self.nproc,
                 "output": str(here / "output"),
+                "ignored": ignored,
+                **({"tell": True} if {"cleaning", "stubborn"} & {*actions} else {}),
             }
         )
 
@@ -173,8 +203,8 @@ def launch(
 ) -> Iterator[Callable[..., Launch]]:
     runs: list[Launch] = []
 
-    def start(*actions: str) -> Launch:
-        runs.append(Launch(forge, tmp_path, *actions))
+    def start(*actions: str, ignored: int | None = None) -> Launch:
+        runs.append(Launch(forge, tmp_path, *actions, ignored=ignored))
         return runs[-1]
 
     yield start
@@ -243,15 +273,47 @@ def test_ctrl_c_on_a_terminal_ends_all(launch: Callable[..., Launch]) -> None:
     assert run.exit_code() == 130
 
 
-def test_a_second_ctrl_c_ends_ranks_that_ignore_the_first(launch: Callable[..., Launch]) -> None:
+@pytest.mark.parametrize("numbers", [(2, 2), (15, 15), (1, 1), (2, 15), (1, 2)])
+@pytest.mark.parametrize("gap_s", [0.02, 0.3])
+def test_a_second_signal_waits_until_the_ranks_have_cleaned_up(
+    launch: Callable[..., Launch], numbers: tuple[int, int], gap_s: float
+) -> None:
+    run = launch("cleaning", "cleaning")
+    run.wait_for_ranks("cleaning-*")
+    for number in numbers:
+        os.kill(run.pid, number)
+        time.sleep(gap_s)
+    assert run.exit_code() == 128 + numbers[0]
+    assert {path.name for path in run.here.glob("cleaned-*")} == {"cleaned-0", "cleaned-1"}
+    assert "still cleaning up, at most 20 s; one more signal kills the ranks" in run.output()
+    assert run.output().endswith("looked after, patient: True\n")
+
+
+def test_a_third_signal_ends_ranks_that_do_not_clean_up(launch: Callable[..., Launch]) -> None:
     run = launch("stubborn", "stubborn")
     run.wait_for_ranks("stubborn-*")
     started = time.monotonic()
-    os.kill(run.pid, signal.SIGINT)
-    time.sleep(0.5)
-    os.kill(run.pid, signal.SIGINT)
+    for _ in range(3):
+        os.kill(run.pid, signal.SIGINT)
+        time.sleep(0.3)
     assert run.exit_code() == 130
     assert time.monotonic() - started < 5
+    assert run.output().endswith("looked after, patient: False\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_from_the_start_ends_nothing(
+    launch: Callable[..., Launch], number: signal.Signals
+) -> None:
+    run = launch("deaf", "deaf", ignored=number)
+    ranks = run.wait_for_ranks("deaf-*")
+    for pid in (run.pid, *ranks):
+        os.kill(pid, number)
+    time.sleep(0.5)
+    assert all(map(alive, (run.pid, *ranks)))
+    (run.here / "enough").touch()
+    assert run.exit_code() == 0
+    assert run.output() == ""
 
 
 def test_a_signal_while_ranks_are_being_started_leaves_none(
@@ -270,3 +332,22 @@ def test_killing_the_parent_leaves_no_orphan(launch: Callable[..., Launch]) -> N
     assert all(map(alive, ranks))
     os.kill(run.pid, signal.SIGKILL)
     assert run.exit_code() == -signal.SIGKILL
+
+
+def test_ranks_search_no_current_directory_and_find_packcast_where_it_is_not_installed(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "resource.py").write_text("raise SystemExit('code beside the checkpoint runs')")
+    # Site packages without their .pth files, so without an editable install's.
+    environment = {"PYTHONPATH": sysconfig.get_path("purelib")}
+    python, *options = COMMAND
+    ran = subprocess.run(
+        [python, "-S", *options, "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert ran.stderr == ""
+    assert ran.stdout == f"packcast {packcast.__version__}\n"

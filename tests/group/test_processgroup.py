@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import socket
+import ctypes
+import os
 import threading
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from packcast.group.launch import reachable_host
-from packcast.group.processgroup import begin_abort, begin_close, interface_of
+from packcast.group.processgroup import (
+    NCCL_GROUP_VARIABLES,
+    begin_abort,
+    begin_close,
+    environment_with,
+    interface_variable,
+)
 from tests.group.two_ranks import run_program
 
 TWO_RANKS = """
 import os, sys, time
 import torch
 from packcast.errors import RendezvousError
-from packcast.group.processgroup import (
-    begin_close, broadcast_over, interface_of, open_process_group
-)
+from packcast.group.addresses import interface_of
+from packcast.group.processgroup import begin_close, broadcast_over, open_process_group
 from packcast.group.store import serve_store
 from tests.group.two_ranks import become_two
 
@@ -89,29 +93,6 @@ def test_a_way_down_that_hangs_can_be_given_up(
     assert ended.wait(10)
 
 
-def test_loopback_addresses_belong_to_the_loopback_interface() -> None:
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("127.0.1.1") == "lo"
-    assert interface_of("::ffff:127.0.0.1") == "lo"
-
-
-@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="a kernel without IPv6")
-def test_the_ipv6_loopback_too() -> None:
-    if not Path("/proc/net/if_inet6").read_text():
-        pytest.skip("no IPv6 address on this host")
-    assert interface_of("::1") == "lo"
-
-
-def test_an_address_of_somebody_else_is_on_no_interface() -> None:
-    assert interface_of("203.0.113.7") is None
-    assert interface_of("2001:db8::7") is None
-
-
-def test_this_hosts_address_towards_the_world_has_an_interface() -> None:
-    name = interface_of(reachable_host(None))
-    assert name in {name for _, name in socket.if_nameindex()}
-
-
 def test_whoever_has_waited_for_the_way_down_leaves_no_group_to_another_thread() -> None:
     import torch
 
@@ -122,3 +103,56 @@ def test_whoever_has_waited_for_the_way_down_leaves_no_group_to_another_thread()
     del group
     assert ended.wait(10)
     assert alive() is None
+
+
+NAME, OTHER = "PACKCAST_TEST_ONE", "PACKCAST_TEST_TWO"
+
+
+def seen_by_libraries(name: str) -> str | None:
+    getenv = ctypes.CDLL(None).getenv
+    getenv.argtypes, getenv.restype = [ctypes.c_char_p], ctypes.c_char_p
+    value = getenv(name.encode())
+    return None if value is None else value.decode()
+
+
+def test_variables_for_cpp_libraries_leave_the_callers_environment_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(OTHER, "mine")
+    before = dict(os.environ)
+    with environment_with({NAME: "x", OTHER: "theirs"}):
+        assert (seen_by_libraries(NAME), seen_by_libraries(OTHER)) == ("x", "mine")
+        assert dict(os.environ) == before
+    assert (seen_by_libraries(NAME), seen_by_libraries(OTHER)) == (None, "mine")
+    assert dict(os.environ) == before
+
+
+def test_a_variable_stays_until_the_last_thread_that_needs_it_has_left() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with environment_with({NAME: "x"}):
+            inside.set()
+            leave.wait(10.0)
+
+    thread = threading.Thread(target=other)
+    with environment_with({NAME: "x"}):
+        thread.start()
+        assert inside.wait(10.0)
+    assert seen_by_libraries(NAME) == "x"
+    leave.set()
+    thread.join(10.0)
+    assert seen_by_libraries(NAME) is None
+
+
+def test_what_the_caller_sets_meanwhile_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    with environment_with({NAME: "x"}):
+        monkeypatch.setenv(NAME, "mine")
+    assert (os.environ[NAME], seen_by_libraries(NAME)) == ("mine", "mine")
+
+
+def test_nccl_is_told_of_one_interface_and_not_of_all_that_begin_alike() -> None:
+    assert interface_variable("nccl", "eth1") == {"NCCL_SOCKET_IFNAME": "=eth1"}
+    assert interface_variable("gloo", "eth1") == {"GLOO_SOCKET_IFNAME": "eth1"}
+    assert interface_variable("nccl", None) == {}
+    assert set(NCCL_GROUP_VARIABLES.values()) == {"0"}

@@ -16,6 +16,7 @@ from packcast.group.member import Member
 from packcast.group.roster import assign_ranks, missing, refusal
 from packcast.group.wire import (
     BEFORE_PROOF,
+    FROM_SENDER,
     FROM_WORKER,
     FrameReader,
     Limits,
@@ -99,6 +100,24 @@ def test_a_kind_that_is_written_twice_does_not_lift_the_limit() -> None:
     reader.feed(frame(b'{"kind":"PROVED","x":"' + b"x" * 200 + b'","kind":"READY"}'))
     with pytest.raises(WireError):
         reader.next_message()
+
+
+def test_a_text_takes_no_more_bytes_on_the_wire_than_in_its_file() -> None:
+    text = json.dumps({"workflow": "\U0001f600é\u2028" * 1000}, ensure_ascii=False)
+    body = encode_frame({"kind": "OFFER", "header": text}, FROM_SENDER)
+    assert len(body) < len(text.encode()) + 100
+
+
+def test_bytes_of_a_path_that_are_no_text_survive_the_wire() -> None:
+    message = error_message("ABORT", DestinationError("/data/\udce9\U0001f600: no space"))
+    reader = FrameReader(FROM_WORKER)
+    reader.feed(encode_frame(message, FROM_WORKER))
+    assert reader.next_message() == message
+
+
+def test_the_longest_sentence_fits_before_the_proof() -> None:
+    error = DestinationError("\U0001f600" * 9999, hint="\U0001f600" * 9999)
+    assert len(encode_frame(error_message("REFUSED", error), BEFORE_PROOF)) < BEFORE_PROOF.most
 
 
 def test_what_came_before_a_fault_still_counts() -> None:

@@ -47,8 +47,11 @@ def sink_for(
     *,
     transfer_id: str = "t1",
     force: bool = False,
+    in_place: bool = False,
 ) -> WriteSink:
-    return WriteSink(target, specs(content), transfer_id=transfer_id, force=force)
+    return WriteSink(
+        target, specs(content), transfer_id=transfer_id, force=force, in_place=in_place
+    )
 
 
 def digests_of(data: bytes | memoryview) -> bytes:
@@ -134,6 +137,22 @@ def copy(target: Path, content: Mapping[str, bytes] = CONTENT, **options: object
     put_all(sink, content)
     sink.finish()
     sink.publish()
+    return sink
+
+
+def finished(
+    target: Path,
+    *,
+    force: bool = False,
+    in_place: bool = False,
+    content: Mapping[str, bytes] = CONTENT,
+    transfer_id: str = "t2",
+) -> WriteSink:
+    """A sink that has only to publish."""
+    sink = sink_for(target, content, force=force, in_place=in_place, transfer_id=transfer_id)
+    sink.prepare()
+    put_all(sink, content)
+    sink.finish()
     return sink
 
 

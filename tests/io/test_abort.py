@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ from tests.io.pools import no_thread_left
 from tests.io.sinks import CONTENT, copy, in_threads, names_in, put_all, sink_for, tree
 
 # -- several sinks, one directory ----------------------------------------------------------------
+
+
+def put_for_ever(sink: WriteSink, content: Mapping[str, bytes]) -> None:
+    while True:
+        put_all(sink, content, step=10_000)
 
 
 def test_of_many_sinks_for_one_directory_exactly_one_writes(tmp_path: Path) -> None:
@@ -125,19 +131,18 @@ def test_abort_while_four_threads_write_leaves_nothing(
     sink = sink_for(tmp_path / "x" / "out", content)
     sink.prepare()
 
-    def write_again_and_again() -> None:
-        while True:
-            put_all(sink, content, step=10_000)
+    def work() -> None:
+        with pytest.raises(TransferError, match="aborted"):
+            put_for_ever(sink, content)
 
     with no_thread_left():
-        writing = Waiter(write_again_and_again)
+        writing = Waiter(work)
         time.sleep(delay_s)
         aborts = [Waiter(sink.abort) for _ in range(3)]
         for each in aborts:
             each.result()
         assert names_in(tmp_path) == []
-        with pytest.raises(TransferError, match="aborted"):
-            writing.result()
+        writing.result()
     assert num_descriptors() == num_before
 
 

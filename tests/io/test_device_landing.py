@@ -82,7 +82,7 @@ def send(
             tensors = TensorSink(specs, NewTensors(ring.device, kept))
             sink = DiscardSink() if dropped else tensors
             sink.prepare()
-            drain = DeviceLanding(sink, specs, buffers, tolerant=tolerant)
+            drain = DeviceLanding(sink, specs, chunks, buffers, tolerant=tolerant)
 
         def spoiled(tensor: torch.Tensor, root: int) -> None:
             broadcast(tensor, root)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from functools import partial
 
 import pytest
 import xxhash
@@ -12,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packcast.io.digests import BlockDigests
-from packcast.packed.plan import BLOCK, Extent, plan_chunks
+from packcast.packed.plan import BLOCK, Chunk, Extent, plan_chunks
 from tests.helpers.blocks import blocks_of
-from tests.helpers.waiting import Waiter
 
 SIZES = st.lists(st.integers(0, 9).map(lambda n: n * BLOCK // 2 + n % 2), max_size=6)
 
@@ -23,13 +21,16 @@ def digest_of(block: Extent) -> bytes:
     return xxhash.xxh3_128_digest(f"{block.file} {block.offset} {block.nbytes}".encode())
 
 
+def digests_of(chunk: Chunk) -> bytes:
+    return b"".join(map(digest_of, blocks_of(chunk.extents)))
+
+
 def recorded(sizes: Sequence[int], buffer_size: int, seed: int) -> list[str]:
-    chunks = plan_chunks(sizes, buffer_size, [0])
-    blocks = [block for chunk in chunks for block in blocks_of(chunk.extents)]
-    random.Random(seed).shuffle(blocks)
+    chunks = list(plan_chunks(sizes, buffer_size, [0]))
+    random.Random(seed).shuffle(chunks)
     digests = BlockDigests(sizes)
-    for block in blocks:
-        digests.record(block, digest_of(block))
+    for chunk in chunks:
+        digests.record([chunk], digests_of(chunk))
     return digests.of_files()
 
 
@@ -55,23 +56,19 @@ def test_it_is_the_digest_of_the_blocks_digests_in_file_order() -> None:
 def test_another_block_anywhere_is_another_digest(at: int) -> None:
     sizes = [2 * BLOCK + 5]
     digests = BlockDigests(sizes)
-    for chunk in plan_chunks(sizes, BLOCK, [0]):
-        for block in blocks_of(chunk.extents):
-            digest = digest_of(block)
-            digests.record(block, digest[::-1] if block.offset == at else digest)
+    chunks = plan_chunks(sizes, BLOCK, [0])
+    found = b"".join(
+        digest_of(block)[:: -1 if block.offset == at else 1]
+        for chunk in chunks
+        for block in blocks_of(chunk.extents)
+    )
+    digests.record(chunks, found)
     assert digests.of_files() != recorded(sizes, BLOCK, 0)
 
 
-def test_blocks_are_recorded_from_many_threads() -> None:
-    sizes = [400 * BLOCK, 399 * BLOCK + 1]
+def test_many_chunks_are_recorded_at_once_as_one_after_the_other() -> None:
+    sizes = [40 * BLOCK, 39 * BLOCK + 1]
     chunks = plan_chunks(sizes, 16 * BLOCK, [0])
     digests = BlockDigests(sizes)
-
-    def record(first: int) -> None:
-        for chunk in chunks[first::4]:
-            for block in blocks_of(chunk.extents):
-                digests.record(block, digest_of(block))
-
-    for waiter in [Waiter(partial(record, first)) for first in range(4)]:
-        waiter.result()
+    digests.record(chunks, b"".join(map(digests_of, chunks)))
     assert digests.of_files() == recorded(sizes, BLOCK, 0)

@@ -18,6 +18,7 @@ from packcast.io.sinks import owned, publish
 from tests.io.sinks import (
     CONTENT,
     copy,
+    finished,
     names_in,
     put_all,
     sink_for,
@@ -37,14 +38,6 @@ def mount_point(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("cannot mount a tmpfs here")
     yield mount
     subprocess.run(["umount", "-l", str(mount)], check=True)
-
-
-def finished(target: Path, *, force: bool = False, content: dict[str, bytes] = CONTENT):
-    sink = sink_for(target, content, force=force, transfer_id="t2")
-    sink.prepare()
-    put_all(sink, content)
-    sink.finish()
-    return sink
 
 
 def refused(target: Path) -> str:

@@ -261,7 +261,8 @@ def test_a_full_disk_says_so_before_any_byte_and_leaves_nothing(small_disk: Path
 def test_a_full_disk_names_what_a_killed_transfer_left_behind(small_disk: Path) -> None:
     write_tree(small_disk / ".out.packcast-old", {"a.bin": bytes(3 << 20)})
     said = refusal(small_disk / "out", {"a.bin": bytes(3 << 20)})
-    assert f"{small_disk}/.out.packcast-old is of another transfer" in said
+    assert f"{small_disk}/.out.packcast-old (3.0 MiB)" in said
+    assert f"packcast clean {small_disk}" in said
 
 
 def test_without_fallocate_free_space_is_compared(small_disk: Path, monkeypatch) -> None:

@@ -13,7 +13,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from packcast.packed.gather import PIECE_NBYTES, is_right, move_on, pieces_of
+from packcast.packed.gather import (
+    PIECE_NBYTES,
+    is_right,
+    move_on,
+    pieces_each,
+    pieces_of,
+    table_of,
+    tables_of,
+)
+from packcast.packed.tensor_map import Rows, ends_of
 from tests.packed.tables import POISON, move_by_rows, random_table
 
 has_triton = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="no Triton")
@@ -50,6 +59,52 @@ def test_a_table_has_each_part_once_in_pieces_that_are_as_large_as_may_be(
     assert table.is_contiguous()
     assert [tuple(row) for row in table.tolist()] == expected
     assert rows.tolist() == counts
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(
+                st.tuples(
+                    st.integers(0, 3),
+                    st.integers(0, 1000),
+                    st.integers(0, 1000),
+                    st.integers(0, 300) | st.integers(0, 3 * PIECE_NBYTES),
+                ),
+                max_size=5,
+            ),
+            st.booleans(),
+        ),
+        max_size=6,
+    )
+)
+def test_each_wanted_chunk_has_the_table_of_its_rows(
+    chunks: list[tuple[list[tuple[int, int, int, int]], bool]],
+) -> None:
+    numbers = torch.tensor([row for rows, _ in chunks for row in rows], dtype=torch.int64)
+    tensor, offset, slot_offset, nbytes = numbers.view(-1, 4).t().contiguous().unbind()
+    counts = torch.tensor([len(rows) for rows, _ in chunks], dtype=torch.int64)
+    rows = Rows(tensor, offset, slot_offset, nbytes, ends_of(counts))
+    addresses = torch.tensor([1 << 40, 1 << 41, 1 << 42, 1 << 43])
+    expected = []
+    for each, _ in chunks:
+        table = []
+        for index, start, place, length in each:
+            for begin in range(0, length, PIECE_NBYTES):
+                address = int(addresses[index]) + start + begin
+                table.append([address, place + begin, min(PIECE_NBYTES, length - begin)])
+        expected.append(table)
+    cpu = torch.device("cpu")
+    assert [table.tolist() for table in tables_of(rows, addresses, cpu)] == expected
+    wanted = [is_wanted for _, is_wanted in chunks]
+    some = tables_of(rows, addresses, cpu, wanted)
+    assert [table.tolist() for table in some] == [
+        table if is_wanted else [] for table, is_wanted in zip(expected, wanted, strict=True)
+    ]
+    late = [table_of(rows, addresses, chunk).tolist() for chunk in range(len(chunks))]
+    assert late == expected
+    assert pieces_each(rows).tolist() == list(map(len, expected))
 
 
 def test_there_is_no_kernel_without_a_gpu() -> None:

@@ -86,3 +86,58 @@ def test_at_the_end_every_span_is_waited_for_and_counted_once() -> None:
     assert [event.chunk for event in counters.trace()] == [0, 1]
     assert [mark.waited_for for mark in late] == [1, 1]
     assert counters.nbytes("d2h") == 10
+
+
+def test_a_lane_that_is_not_timed_marks_no_beginnings_and_counts_nothing() -> None:
+    lane, counters = Lane(CPU), Counters(trace=True)
+    assert lane.begin() is not None
+    lane.timed = False
+    assert lane.begin() is None
+    LaneClock(CPU, counters).span("h2d", 0, 1, lane.begin(), lane.mark())
+    assert counters.trace() == []
+
+
+class FakeEvent:
+    """As torch's, without a GPU."""
+
+    made = 0
+
+    def __init__(self, **options: bool) -> None:
+        FakeEvent.made += 1
+        self.recorded: list[object] = []
+        self.options = options
+
+    def record(self, stream: object) -> None:
+        self.recorded.append(stream)
+
+
+def test_events_are_used_again_once_nobody_holds_their_mark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(FakeEvent, "made", 0)
+    lane = Lane(CPU)
+    monkeypatch.setattr(lane, "_stream", "a stream")
+    first, second = lane.mark(), lane.mark()
+    event = first.event
+    assert event is not second.event
+    assert FakeEvent.made == 2
+    del first
+    assert lane.mark().event is event  # and given back at once
+    third = lane.mark()
+    assert third.event is event
+    assert lane.mark().event not in (event, second.event)
+    assert FakeEvent.made == 3
+
+
+def test_an_event_that_tells_no_time_is_not_used_for_one_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    lane = Lane(CPU)
+    monkeypatch.setattr(lane, "_stream", "a stream")
+    for timed in (False, True, False, True):
+        lane.timed = timed
+        event = lane.mark().event
+        assert isinstance(event, FakeEvent)
+        assert event.options["enable_timing"] is timed

@@ -135,6 +135,67 @@ def test_what_rides_alone_is_cut_where_larger_collectives_gain_nothing(
     assert [chunk.needs_slot for chunk in chunks] == [False, False, True]
 
 
+def sizes_with_ends_of(
+    monkeypatch: pytest.MonkeyPatch, end_nbytes: int, specs: Sequence[TensorSpec], buffer_size: int
+) -> list[int]:
+    monkeypatch.setattr(layout, "END_NBYTES", end_nbytes)
+    return [chunk.nbytes for chunk in lay_out(specs, buffer_size, 0)]
+
+
+def test_large_chunks_at_either_end_are_cut_into_pieces_that_grow_and_shrink(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sizes(nbytes: int, buffer_size: int) -> list[int]:
+        specs = [flat(str(i), 1024) for i in range(nbytes // 1024)]
+        return sizes_with_ends_of(monkeypatch, 256, specs, buffer_size)
+
+    assert sizes(3 * 4096, 4096) == [256, 768, 3072, 4096, 3072, 768, 256]
+    assert sizes(2 * 8192, 8192) == [256, 768, 2304, 4864, 4864, 2304, 768, 256]
+    assert sizes(8192, 8192) == [256, 768, 3072, 3072, 768, 256]
+    # What is not large is left as it is, as are tensors that need no slot.
+    assert sizes(1024, 8192) == [1024]
+    specs = [flat("a", 8192), flat("b", 100), flat("c", 512)]
+    assert sizes_with_ends_of(monkeypatch, 512, specs, 1024) == [8192, 768]
+
+
+def test_the_ends_of_a_default_plan_are_not_cut() -> None:
+    chunks = lay_out([flat(str(i), 1 << 20) for i in range(200)], 64 << 20, 0)
+    assert [chunk.nbytes >> 20 for chunk in chunks] == [64, 64, 64, 8]
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans(), st.integers(1, 4))
+def test_small_ends_carry_the_same_bytes_in_the_same_order(
+    plan: tuple[tuple[TensorSpec, ...], int], units: int
+) -> None:
+    specs, buffer_size = plan
+    whole = lay_out(specs, buffer_size, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "END_NBYTES", units * ALIGNMENT)
+        cut = lay_out(specs, buffer_size, 0)
+    assert [chunk.index for chunk in cut] == list(range(len(cut)))
+    assert joined(cut) == joined(whole)
+    assert slot_nbytes_of(cut) <= slot_nbytes_of(whole)
+    for chunk in cut:
+        assert chunk.nbytes == chunk.parts[-1].slot_offset + chunk.parts[-1].nbytes
+        used = 0
+        for part in chunk.parts:
+            assert part.slot_offset % ALIGNMENT == part.offset % ALIGNMENT == 0
+            assert 0 <= part.slot_offset - used < ALIGNMENT
+            used = part.slot_offset + part.nbytes
+
+
+def joined(chunks: Sequence[ReplayChunk]) -> list[tuple[int, int, int]]:
+    """The runs of tensors in the order in which they travel; those that go on as one."""
+    runs: list[tuple[int, int, int]] = []
+    for part in (part for chunk in chunks for part in chunk.parts):
+        if runs and runs[-1][0] == part.tensor and runs[-1][2] == part.offset:
+            runs[-1] = (part.tensor, runs[-1][1], part.offset + part.nbytes)
+        else:
+            runs.append((part.tensor, part.offset, part.offset + part.nbytes))
+    return runs
+
+
 @settings(max_examples=200, deadline=None)
 @given(plans(), st.integers(1, 1024))
 def test_a_plan_is_understood_as_it_was_described(

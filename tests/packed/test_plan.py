@@ -12,6 +12,7 @@ from packcast.errors import UsageError
 from packcast.packed.plan import (
     BLOCK,
     DIGEST_NBYTES,
+    MAX_FILES_PER_CHUNK,
     MAX_PIECE,
     MIN_TURNS,
     NUM_INTERLEAVED,
@@ -176,7 +177,7 @@ def test_small_files_share_a_chunk() -> None:
 def test_thousands_of_tiny_files_never_outgrow_the_trailer() -> None:
     chunks = plan_chunks([7] * 5000, MIB, [0])
     assert sum(chunk.nbytes for chunk in chunks) == 35000
-    assert max(len(chunk.extents) for chunk in chunks) == max_blocks(MIB)
+    assert max(len(chunk.extents) for chunk in chunks) <= max_blocks(MIB)
 
 
 def test_nothing_to_send_is_no_chunk() -> None:
@@ -243,3 +244,13 @@ def test_twice_the_buffer_is_too_little_staging_and_the_sentence_shows_it() -> N
 def test_buffers_that_cannot_be_are_refused(buffer_size: int, num_buffers: int) -> None:
     with pytest.raises(UsageError):
         check_buffers(buffer_size, num_buffers)
+
+
+def test_a_chunk_has_parts_of_a_bounded_number_of_files() -> None:
+    sizes = [100] * 1500 + [40 * MIB] * 40
+    chunks = plan_chunks(sizes, 1 << 30, (0,))
+    files = [{extent.file for extent in chunk.extents} for chunk in chunks]
+    assert max(map(len, files)) == MAX_FILES_PER_CHUNK
+    assert set().union(*files) == set(range(1540))
+    assert sum(chunk.nbytes for chunk in chunks) == sum(sizes)
+    assert all(len(some) == MAX_FILES_PER_CHUNK for some in files[:46])  # and no smaller for it

@@ -126,7 +126,7 @@ def test_a_plan_that_one_receiver_cannot_understand_ends_all(
 
 
 @pytest.mark.parametrize(
-    "wire", [b"packrep1" + bytes(7) + b"9", b"packrep2" + b"\xff" * 8, bytes(16)]
+    "wire", [b"packrep2" + bytes(7) + b"9", b"packrep3" + b"\xff" * 8, bytes(16)]
 )
 def test_who_is_no_replay_sender_is_told_from_one(wire: bytes) -> None:
     with pytest.raises(TransferError, match="rank 0 is no replay sender"):
@@ -135,7 +135,7 @@ def test_who_is_no_replay_sender_is_told_from_one(wire: bytes) -> None:
 
 def test_a_sender_of_no_plan_at_all_is_no_replay_sender() -> None:
     with pytest.raises(TransferError, match="rank 0 is no replay sender"):
-        ReplayReceiver(Player([b"packrep2" + bytes(8)]), 0)
+        ReplayReceiver(Player([b"packrep3" + bytes(8)]), 0)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from packcast.errors import UsageError
+from packcast.packed import layout, replay
 from packcast.packed.replay import ReplayReceiver, ReplaySender
 from packcast.packed.ring import Broadcast
 from tests.helpers.ranks import run_ranks
@@ -18,11 +19,13 @@ from tests.packed.replays import (
     blank,
     bytes_of,
     change,
+    copying,
     flipped,
     kept,
     mixed,
     record,
 )
+from tests.packed.tables import move_by_rows
 from tests.packed.wire_model import Player, Recorder
 
 LARGE = 2 * BUFFER  # bytes; it rides alone
@@ -104,6 +107,51 @@ def test_each_end_has_a_copy_only_where_its_own_large_tensor_lies_badly(
     is_there = {place == into.data_ptr() for place in player.places[AGREEMENT:]}
     assert is_there == {receive_lay is plain}
     assert {place % 16 for place in (*player.places, *group.places)[AGREEMENT:]} == {0}
+
+
+# The share of a GPU that copies take
+
+
+def test_only_copies_that_no_broadcast_runs_beside_may_fill_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first ones in, and the last ones out."""
+    moves: list[tuple[bool, bool]] = []
+
+    def watched(
+        table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, alone: bool = False
+    ) -> None:
+        moves.append((into_slot, alone))
+        move_by_rows(table, slot, into_slot=into_slot)
+
+    monkeypatch.setattr(replay, "move_on", lambda device: watched)
+    values = {f"small.{i}": random_bytes(BUFFER // 2) for i in range(6)}
+    values["large"] = random_bytes(BUFFER)  # which needs no copy, before the third buffer is full
+    sender, recorder = record(values)
+    sender.send(values)
+    assert moves == [(True, True), (True, False), (True, False)]
+    moves.clear()
+    into = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    ReplayReceiver(Player(recorder.wire), 0).receive(into)
+    assert moves == [(False, False), (False, False), (False, True)]
+    assert all(torch.equal(into[name], tensor) for name, tensor in values.items())
+
+
+@pytest.mark.parametrize("way", ["table", "plain"])
+def test_large_chunks_cut_at_both_ends_arrive_as_others_do(
+    monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(layout, "END_NBYTES", 256)
+    values = {f"t.{i}": random_bytes(nbytes) for i, nbytes in enumerate([700, 0, 1, 3000, 2500])}
+    into = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
+    with copying(way):
+        recorder = Recorder()
+        ReplaySender(values, recorder, 0, buffer_size=4096, num_buffers=2).send(values)
+        ReplayReceiver(Player(recorder.wire), 0).receive(into)
+    sizes = [len(part) for part in recorder.wire][AGREEMENT:]
+    assert len(sizes) > 2  # of 6,660 bytes
+    assert sizes[0] == 256
+    assert all(torch.equal(into[name], tensor) for name, tensor in values.items())
 
 
 # Bound

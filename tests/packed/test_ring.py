@@ -1,14 +1,13 @@
-"""Slots on a CPU: whose turn it is, who still holds them, and who is woken when all is over."""
+"""Slots on a CPU: which chunk has which, and when it is free."""
 
 from __future__ import annotations
 
 import threading
-from functools import partial
 
 import pytest
 import torch
 
-from packcast.errors import PackcastError, TransferError
+from packcast.errors import TransferError
 from packcast.packed.counters import Counters
 from packcast.packed.plan import (
     BLOCK,
@@ -38,8 +37,6 @@ def test_chunk_i_has_slot_i_modulo_their_number() -> None:
     ring = make_ring(3)
     first = [ring.take(chunk(i)) for i in range(3)]
     assert len({slot.memory.data_ptr() for slot in first}) == 3
-    for slot in first:
-        ring.release(slot)
     assert [ring.take(chunk(i)) for i in range(3, 6)] == first
 
 
@@ -53,113 +50,45 @@ def test_slots_are_of_one_size_hold_payload_and_trailer_and_do_not_overlap() -> 
     assert all(bool((slot.memory == i).all()) for i, slot in enumerate(slots))
 
 
-def test_a_chunk_waits_until_the_loop_has_released_its_slot() -> None:
-    ring = make_ring(2)
+class HostMark:
+    """Passed when the test says so."""
+
+    event = None
+    passed_at = 0.0
+
+    def __init__(self) -> None:
+        self.is_passed = threading.Event()
+
+    def passed(self) -> bool:
+        return self.is_passed.is_set()
+
+    def synchronize(self) -> None:
+        assert self.is_passed.wait(20)
+
+
+@pytest.mark.parametrize("name", ["filled", "arrived", "drained"])
+def test_a_chunk_waits_until_everyone_has_done_with_its_slot(name: str) -> None:
+    ring, mark = make_ring(2), HostMark()
     slot = ring.take(chunk(0))
+    setattr(slot, name, mark)
+    assert not ring.is_free(chunk(2))
+    assert ring.is_free(chunk(1))
     later = Waiter(lambda: ring.take(chunk(2)))
     assert later.waits()
-    ring.release(slot)
+    mark.is_passed.set()
     assert later.result() is slot
+    assert ring.is_free(chunk(2))
 
 
-def test_releasing_one_slot_does_not_give_away_another() -> None:
-    ring = make_ring(2)
-    ring.take(chunk(0))
-    ring.release(ring.take(chunk(1)))
-    later = Waiter(lambda: ring.take(chunk(2)))
-    assert later.waits()
-    ring.stop(OVER)
+def test_what_kept_a_slot_from_being_free_is_raised_to_who_takes_it() -> None:
+    class Broken(HostMark):
+        def synchronize(self) -> None:
+            raise OVER
 
-
-def test_a_chunk_far_ahead_waits_for_every_turn_before_it() -> None:
-    ring = make_ring(2)
-    far = Waiter(lambda: ring.await_turn(chunk(6)))
-    for i in (0, 2):
-        ring.release(ring.take(chunk(i)))
-    assert far.waits()
-    ring.release(ring.take(chunk(4)))
-    assert far.result() is ring.take(chunk(6))
-
-
-def test_a_slot_that_a_thread_holds_is_passed_on_when_the_last_lets_go() -> None:
-    ring = make_ring(2)
-    slot = ring.take(chunk(0))
-    ring.hold(slot)
-    ring.hold(slot)
-    ring.release(slot)
-    later = Waiter(lambda: ring.take(chunk(2)))
-    ring.let_go(slot)
-    assert later.waits()
-    ring.let_go(slot)
-    assert later.result() is slot
-
-
-def test_letting_go_before_the_loop_has_released_passes_nothing_on() -> None:
-    ring = make_ring(2)
-    slot = ring.take(chunk(0))
-    ring.hold(slot)
-    ring.let_go(slot)
-    later = Waiter(lambda: ring.take(chunk(2)))
-    assert later.waits()
-    ring.release(slot)
-    assert later.result() is slot
-
-
-def test_a_release_counts_for_one_turn_only() -> None:
     ring = make_ring(1)
-    ring.release(ring.take(chunk(0)))
-    ring.take(chunk(1))
-    later = Waiter(lambda: ring.take(chunk(2)))
-    assert later.waits()
-    ring.stop(OVER)
-
-
-def test_stop_wakes_everyone_who_waits_with_its_error() -> None:
-    ring = make_ring(2)
-    waiters = [Waiter(partial(ring.await_turn, chunk(i))) for i in (2, 3, 4, 9)]
-    assert all(waiter.waits() for waiter in waiters)
-    ring.stop(OVER)
-    for waiter in waiters:
-        with pytest.raises(TransferError, match="it is over"):
-            waiter.result()
-
-
-def test_the_first_reason_to_stop_counts_also_for_whoever_comes_later() -> None:
-    ring = make_ring(2)
-    ring.stop(OVER)
-    ring.stop(PackcastError("something else"))
+    ring.take(chunk(0)).drained = Broken()
     with pytest.raises(TransferError, match="it is over"):
-        ring.take(chunk(0))
-    with pytest.raises(TransferError, match="it is over"):
-        ring.await_turn(chunk(5))
-
-
-def test_what_is_held_can_be_let_go_after_the_stop() -> None:
-    ring = make_ring(1)
-    slot = ring.take(chunk(0))
-    ring.hold(slot)
-    ring.stop(OVER)
-    ring.release(slot)
-    ring.let_go(slot)
-    ring.synchronize()
-
-
-def test_many_threads_use_each_slot_strictly_in_chunk_order() -> None:
-    ring, order, lock = make_ring(3), list[int](), threading.Lock()
-
-    def use(first: int) -> None:
-        for i in range(first, 120, 4):
-            slot = ring.take(chunk(i))
-            with lock:
-                order.append(i)
-            ring.release(slot)
-
-    for waiter in [Waiter(partial(use, first)) for first in range(4)]:
-        waiter.result()
-    assert sorted(order) == list(range(120))
-    for residue in range(3):
-        turns = [i for i in order if i % 3 == residue]
-        assert turns == sorted(turns)
+        ring.take(chunk(1))
 
 
 @pytest.mark.parametrize("nbytes", [1, PAGE - 1, PAGE, PAGE + 1, BLOCK])
@@ -180,25 +109,21 @@ def test_a_slot_grows_to_a_chunk_that_turns_out_larger_and_stays_so() -> None:
     ring = make_ring(2)
     other = ring.take(chunk(1)).memory
     slot = ring.take(chunk(0))
-    ring.release(slot)
     assert ring.take(chunk(2, 3 * BLOCK)) is slot
     assert slot.memory.numel() == chunk(2, 3 * BLOCK).wire_nbytes
     grown = slot.memory.data_ptr()
-    ring.release(slot)
     assert ring.take(chunk(4)).memory.data_ptr() == grown
     assert ring.take(chunk(1)).memory is other
 
 
-def test_a_slot_does_not_grow_while_a_thread_holds_it() -> None:
-    ring = make_ring(1)
+def test_a_slot_does_not_grow_while_somebody_uses_it() -> None:
+    ring, mark = make_ring(1), HostMark()
     slot = ring.take(chunk(0))
-    before = slot.memory
-    ring.hold(slot)
-    ring.release(slot)
+    before, slot.drained = slot.memory, mark
     larger = Waiter(lambda: ring.take(chunk(1, 2 * BLOCK)))
     assert larger.waits()
     assert slot.memory is before
-    ring.let_go(slot)
+    mark.is_passed.set()
     larger.result()
     assert slot.memory.numel() > 2 * BLOCK
 
@@ -244,7 +169,6 @@ def test_ranks_that_failed_at_different_chunks_end_all_broadcasts_together() -> 
         for each in chunks[: (2, 5, 7)[rank]]:
             slot = ring.take(each)
             ring.broadcast(each, slot, broadcast)
-            ring.release(slot)
         return ring.run_dry(chunks, 3, broadcast, 10.0), ring.num_broadcast
 
     assert run_ranks(3, fail_at) == [(True, 2), (True, 5), (True, 7)]

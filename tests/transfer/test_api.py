@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from packcast import (
+    CheckpointError,
     DestinationError,
     PackcastError,
     TransferError,
@@ -135,6 +137,27 @@ def test_every_tensor_is_handed_out_once_whole_and_in_the_calling_thread(
     assert kinds["all.U16"] == torch.uint16
     assert kinds["all.F8_E4M3"] == torch.float8_e4m3fn
     assert kinds["all.BOOL"] == torch.bool
+
+
+def test_a_source_that_is_rewritten_with_its_times_set_back_is_not_sent(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_safetensors(path, {f"t{i:02}": ("U8", (MIB,)) for i in range(24)})
+    before, rewritten = path.stat(), threading.Event()
+
+    def rewrite(name: str, tensor: torch.Tensor) -> None:
+        if not rewritten.is_set():
+            rewritten.set()
+            with path.open("r+b") as file:  # the end, which is not read yet
+                file.seek(-10, os.SEEK_END)
+                file.write(b"new weight")
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    errors = failed(transfer(path, to(on_tensor=rewrite)))
+    assert rewritten.is_set()
+    for error in errors:
+        assert isinstance(error, CheckpointError)
+        assert "m.safetensors changed while it was being sent" in error.message
+        assert "its time set back" in error.message
 
 
 def test_what_is_handed_out_is_the_callers_own(tmp_path: Path) -> None:
@@ -279,14 +302,69 @@ def test_a_dtype_that_torch_has_not_is_named_before_any_byte_moves(
     assert got == []
 
 
+@pytest.fixture
+def reused(tmp_path: Path) -> Path:
+    """A checkpoint with an old copy of b, a tensor x beside the index, and an original/ of it."""
+    folder = tmp_path / "reused"
+    (folder / "original").mkdir(parents=True)
+    one = torch.ones(2)
+    save_file({"a": one, "b": one * 2}, folder / "model-1.safetensors")
+    save_file({"b": one * 99, "c": one * 3, "x": one * 4}, folder / "model-2.safetensors")
+    save_file({"a": one * 98, "block.b": one * 2}, folder / "original" / "model.safetensors")
+    weight_map = {
+        "a": "model-1.safetensors",
+        "b": "model-1.safetensors",
+        "c": "model-2.safetensors",
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def values(tensors: Tensors) -> dict[str, float]:
+    return {name: float(tensor[0]) for name, tensor in tensors.items()}
+
+
+def test_an_old_copy_of_a_tensor_is_not_handed_out_but_its_file_travels_whole(
+    reused: Path, tmp_path: Path
+) -> None:
+    got: list[tuple[str, float]] = []
+    reports = succeeded(
+        transfer(
+            reused,
+            to(on_tensor=lambda name, tensor: got.append((name, float(tensor[0])))),
+            to(out=tmp_path / "copy"),
+        )
+    )
+    assert sorted(got) == [("a", 1.0), ("b", 2.0), ("block.b", 2.0), ("c", 3.0), ("x", 4.0)]
+    same_tree(reused, tmp_path / "copy")
+    (counted,) = (w for w in reports[0].warnings if "in another shard too" in w)
+    assert counted.startswith("2 tensors are in another shard too, which the index names instead")
+    assert any(
+        w.startswith("2 tensors left out") for w in [*reports[1].warnings, *reports[2].warnings]
+    )
+
+
+def test_strict_takes_the_tensors_of_the_index_and_no_others(reused: Path) -> None:
+    state = {name: torch.zeros(2) for name in "abc"}
+    succeeded(transfer(reused, to(into=state)))
+    assert values(state) == {"a": 1.0, "b": 2.0, "c": 3.0}
+    state["x"] = torch.zeros(2)
+    errors = failed(transfer(reused, to(into=state)))
+    assert "tensor x of into is in the checkpoint, but not in its index" in str(errors[1])
+    succeeded(transfer(reused, to(into=state, strict=False)))
+    assert values(state) == {"a": 1.0, "b": 2.0, "c": 3.0, "x": 4.0}
+
+
 def test_one_name_in_two_shards_is_handed_out_twice_but_cannot_be_received_into(
     tmp_path: Path,
 ) -> None:
     for folder in ("unet", "vae"):
         write_safetensors(tmp_path / folder / "m.safetensors", {"w": ("F32", (4,))})
     got: list[str] = []
-    succeeded(transfer(tmp_path, to(on_tensor=lambda name, _: got.append(name))))
+    reports = succeeded(transfer(tmp_path, to(on_tensor=lambda name, _: got.append(name))))
     assert got == ["w", "w"]
+    [warning] = reports[1].warnings
+    assert warning.startswith("1 tensor is in several shards, as 'w', and no index says")
     errors = failed(transfer(tmp_path, to(into={"w": torch.zeros(4)})))
     assert "tensor w is in two shards" in str(errors[1])
 
@@ -349,6 +427,7 @@ def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
         ({}, "there is nobody to send to"),
         ({"out": "a", "verify": "b"}, "only one of out or verify"),
         ({"out": "a-{ranks}"}, r"out: \{ranks\} is not filled in"),
+        ({"in_place": True, "verify": "b"}, "in_place goes with out"),
         ({"workers": 2}, "workers= needs listen="),
         ({"listen": ("h", 1)}, "listen= needs workers="),
         ({"workers": 0, "listen": ("h", 1)}, "workers: 0"),
@@ -384,6 +463,7 @@ def test_arguments_that_cannot_be_meant_are_refused_at_once(
         ({}, "one of out, verify, into, on_tensor or discard"),
         ({"discard": True}, "where is the sender"),
         ({"discard": True, "into": {}}, "only one of"),
+        ({"discard": True, "in_place": True}, "in_place goes with out"),
         ({"address": ("h", 0), "discard": True}, "port 0"),
         ({"address": ("h", 1), "verify": ""}, "verify: the path is empty"),
         ({"address": ("h", 1), "out": "x", "heartbeat_timeout_s": -1}, "heartbeat_timeout_s"),
@@ -397,3 +477,27 @@ def test_the_receivers_arguments_too(arguments: dict[str, object], says: str) ->
 def test_a_bad_checkpoint_is_raised_before_anybody_is_waited_for(tmp_path: Path) -> None:
     with pytest.raises(PackcastError, match="nowhere"):
         send_checkpoint(tmp_path / "nowhere", workers=1, listen=("127.0.0.1", 0), token=TOKEN)
+
+
+@pytest.mark.parametrize("master", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}])
+def test_an_explicit_address_goes_before_a_launchers_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, master: dict[str, str]
+) -> None:
+    # As in a worker that has a rank in its engine's group, or a trainer under torchrun.
+    for name, value in ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"} | master).items():
+        monkeypatch.setenv(name, value)
+    checkpoint = sharded(tmp_path / "model", 1, 10_000)
+    out = tmp_path / "copy-{local_rank}"
+    reports = succeeded(
+        transfer(checkpoint, lambda address: receive_checkpoint(address, token=TOKEN, out=out))
+    )
+    assert [report.rank for report in reports] == [0, 1]
+    same_tree(checkpoint, tmp_path / ("copy-1" if master else "copy-0"))
+
+
+@pytest.mark.parametrize("host", ["node..1", "a" * 70, "tcp://node1", ""])
+def test_a_name_that_no_host_can_have_is_refused_at_once(tmp_path: Path, host: str) -> None:
+    with pytest.raises(UsageError, match=r"address: .* names no host"):
+        receive_checkpoint((host, 1), token=TOKEN, discard=True)
+    with pytest.raises(UsageError, match=r"listen: .* names no host"):
+        send_checkpoint(tmp_path, workers=1, listen=(host, 1), token=TOKEN)

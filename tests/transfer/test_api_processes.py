@@ -96,6 +96,31 @@ dist.destroy_process_group()
 print(f"rank {rank} done", file=sys.stderr)
 """
 
+# Weights first, a group of its own at the same address afterwards; `kept` holds what failed.
+LATE_TRAINER = """
+import datetime, os, sys
+import torch
+import torch.distributed as dist
+import packcast
+checkpoint, fails = sys.argv[1], sys.argv[2] == "fails"
+rank, kept = int(os.environ["RANK"]), None
+try:
+    if rank == 0:
+        packcast.send_checkpoint(checkpoint)
+    else:
+        packcast.receive_checkpoint(discard=True)
+except packcast.CheckpointError as error:
+    kept = error
+assert (kept is not None) == fails
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=20))
+tensor = torch.tensor([rank + 1.0])
+dist.all_reduce(tensor)
+assert tensor.item() == 3
+dist.destroy_process_group()
+print(f"rank {rank} done", file=sys.stderr)
+"""
+
 
 def python_file(folder: Path, program: str) -> Path:
     """The program as a file of its own."""
@@ -180,6 +205,18 @@ def test_a_default_process_group_is_not_disturbed_and_calls_repeat(
         assert end.returncode == 0, end.stderr
         assert f"rank {rank} done" in end.stderr
     same_tree(checkpoint, tmp_path / "out")
+
+
+@pytest.mark.parametrize("outcome", ["succeeds", "fails"])
+def test_the_launchers_port_is_left_to_the_trainers_own_group(
+    commands: Commands, checkpoint: Path, tmp_path: Path, outcome: str
+) -> None:
+    program = python_file(tmp_path, LATE_TRAINER)
+    sent = checkpoint if outcome == "succeeds" else tmp_path / "nothing"
+    ranks = commands.start_program(2, program, sent, outcome)
+    for rank, end in enumerate(wait_all(ranks)):
+        assert end.returncode == 0, end.stderr
+        assert f"rank {rank} done" in end.stderr
 
 
 def example_of(function: object) -> str:

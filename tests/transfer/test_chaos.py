@@ -7,6 +7,7 @@ Started from the middle, every end has to come within seconds.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -300,8 +301,67 @@ def test_under_nproc_a_killed_worker_is_named_and_nobody_is_left(
     assert errors
     assert all(f"pid {victim})" in error for error in errors), end.stderr
     assert commands.alive() == []
+    # The victim could not clean up: its launcher does.
+    removed = rf"out-2\.packcast-\w+ \(.*\) was left behind by pid {victim} on \S+: removed"
+    assert re.search(removed, end.stderr), end.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_under_nproc_a_second_signal_leaves_nothing_behind_either(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    launched.send_signal(signal.SIGINT)
+    launched.send_signal(signal.SIGTERM)
+    end = launched.wait(PROMPT_S)
+    assert end.returncode in (130, 143), end.stderr
+    assert "Traceback" not in end.stderr
+    assert commands.alive() == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_under_nproc_a_third_signal_names_what_a_frozen_rank_leaves(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    victim = commands.pid_of_rank(2)
+    os.kill(victim, signal.SIGSTOP)
+    launched.send_signal(signal.SIGINT)
+    eventually(lambda: len(os.listdir(tmp_path)) == 1, "the clean-up of those that can")
+    launched.send_signal(signal.SIGINT)
+    launched.read_until("still cleaning up, at most 20 s; one more signal kills the ranks")
+    launched.send_signal(signal.SIGINT)
+    end = launched.wait(PROMPT_S)
+    assert end.returncode == 130, end.stderr
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".out-2.packcast-")
+    assert f"{tmp_path / left} (" in end.stderr
+    assert f"left behind by pid {victim} on " in end.stderr
+    assert f"`packcast clean --yes {tmp_path}` removes it" in end.stderr
+    cleaned = commands.packcast("clean", "--yes", tmp_path).wait()
+    assert cleaned.returncode == 0, cleaned.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_next_run_removes_what_a_killed_one_left(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    pids = [commands.pid_of_rank(rank) for rank in (1, 2)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)  # or they would clean up when their launcher is gone
+    launched.kill()
+    launched.process.wait()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: commands.alive() == [], "the ranks' end", PROMPT_S)
+    assert len(list(tmp_path.glob(".out-*.packcast-*"))) == 2
+    again = commands.packcast("send", large, "--out", tmp_path / "out-{rank}", "--nproc", "3")
+    end = again.wait()
+    assert end.returncode == 0, end.stderr
+    assert all(f"was left behind by pid {pid} on " in end.stderr for pid in pids), end.stderr
+    assert sorted(os.listdir(tmp_path)) == ["out-1", "out-2"]
+    same_tree(large, tmp_path / "out-1")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 
 from packcast.group.devices import visible_gpus
 from packcast.units import MIB
-from tests.helpers.checkpoints import same_tree, sharded
+from tests.helpers.checkpoints import same_tree, sharded, write_safetensors
 from tests.helpers.commands import (
     TIMEOUT_S,
     TORCHRUN,
@@ -30,6 +31,7 @@ from tests.helpers.commands import (
     wait_all,
 )
 
+PACKCAST = (sys.executable, "-m", "packcast")
 SHARD = "model-00002-of-00003.safetensors"
 SMALL_RING = ("--buffer-size", "1MiB", "--num-buffers", "2")
 
@@ -125,6 +127,20 @@ def test_a_target_that_is_there_ends_all_and_is_not_touched(
     result = json.loads(report.read_text())
     assert (result["ok"], result["exit_code"]) == (False, 7)
     assert str(old) in result["error"]
+
+
+@pytest.mark.parametrize("kind", ["low soft limit", "low hard limit"])
+def test_many_small_shards_travel_under_a_low_limit_of_open_files(
+    commands: Commands, tmp_path: Path, kind: str
+) -> None:
+    for i in range(1500):
+        write_safetensors(tmp_path / "c" / f"m{i}.safetensors", {f"w{i}": ("U8", (12,))}, seed=i)
+    argv = [*PACKCAST, "send", tmp_path / "c", "--nproc", "2", "--out", tmp_path / "out-{rank}"]
+    argv += ["--buffer-size", "1GiB", "--staging", "2GiB", "--num-buffers", "2"]
+    which = "-Sn" if kind == "low soft limit" else "-n"
+    end = commands.run(["bash", "-c", f'ulimit {which} 256 && exec "$@"', "-", *map(str, argv)])
+    assert end.returncode == 0, end.stderr
+    same_tree(tmp_path / "c", tmp_path / "out-1")
 
 
 def test_force_replaces_an_older_copy(commands: Commands, checkpoint: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,6 +93,32 @@ def test_launch_standalone(commands: Commands, real_checkpoint: Path, tmp_path: 
         result = process.wait()
         assert result.returncode == 0, result.stderr
     assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
+
+
+SCRIPTS = Path(sys.executable).parent
+LAUNCHES = {
+    "nproc": ("packcast", "send", ".", "--nproc", "2"),
+    "torchrun": (
+        *("torchrun", "--standalone", "--nproc-per-node", "2", "--no-python"),
+        *("packcast", "send", "."),
+    ),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_code_that_lies_beside_a_checkpoint_does_not_run(
+    commands: Commands, checkpoint: Path, tmp_path: Path, launch: str
+) -> None:
+    downloaded = tmp_path / "downloaded"
+    shutil.copytree(checkpoint, downloaded)
+    for module in ("resource", "random", "torch", "xxhash", "packcast"):
+        (downloaded / f"{module}.py").write_text("import os\nos.write(2, b'CODE RUNS')\n")
+    result = commands.run(
+        ["env", "-C", downloaded, SCRIPTS / LAUNCHES[launch][0], *LAUNCHES[launch][1:]],
+        {"PATH": f"{SCRIPTS}:{os.environ['PATH']}"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert "CODE RUNS" not in result.stderr
 
 
 def test_launch_nproc(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import struct
 import time
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from packcast.errors import TransferError
+from packcast.checkpoint import outgoing as outgoing_module
+from packcast.checkpoint.checkpoint import MAX_MTIME_NS, open_checkpoint
+from packcast.checkpoint.header import MAX_HEADER_NBYTES, MAX_TENSORS
+from packcast.checkpoint.outgoing import outgoing_files
+from packcast.errors import CheckpointError, TransferError
+from packcast.group.wire import FROM_SENDER, encode_frame
 from packcast.packed.plan import BLOCK, TURN
 from packcast.transfer.offer import (
     MAX_CHUNKS,
     MAX_FILES,
-    MAX_MTIME_NS,
     MAX_NBYTES,
     MAX_RANKS,
     MAX_SAMPLES,
@@ -25,10 +31,21 @@ from packcast.transfer.offer import (
     Sample,
     Selection,
 )
-from tests.transfer.offers import JUNK, Message, header_text, messages, shard, sidecar, valid_offer
+from tests.transfer.offers import (
+    FILES,
+    JUNK,
+    Message,
+    header_text,
+    messages,
+    shard,
+    sidecar,
+    valid_offer,
+)
 
 OTHERS: dict[str, Any] = {  # for each field of an offer another value than `valid_offer` has
-    "files": (shard("only.safetensors", 5),),
+    "files": (
+        replace(shard("only.safetensors", 5, 6), elsewhere=frozenset({1}), unlisted=frozenset({0})),
+    ),
     "buffer_size": BLOCK,
     "num_buffers": 1,
     "staging": 0,
@@ -208,15 +225,27 @@ def test_a_name_that_leaves_the_target_or_the_rules_is_refused(name: str) -> Non
     ],
 )
 def test_two_names_for_one_place_are_refused(one: str, other: str) -> None:
-    entries = [[one, 1, 1, False, None], ["between", 1, 1, False, None], [other, 1, 1, False, None]]
+    entries = [[name, 1, 1, False, None, [], []] for name in (one, "between", other)]
     assert "cannot both be there" in refused_with(files=entries, samples=[])
+
+
+@pytest.mark.parametrize("positions", [None, "01", [2], [-1], [True], ["0"], [0, 1, 0]])
+@pytest.mark.parametrize("field", [5, 6])
+def test_positions_are_those_of_tensors(field: int, positions: object) -> None:
+    entry: list[object] = ["a.safetensors", len(header_text(1, 1)) + 10, 1, False]
+    entry += [header_text(1, 1), [0], [1]]
+    message, place = messages(valid_offer())
+    message |= {"files": [entry], "samples": []}
+    assert Offer.from_json(message, place).files[0].elsewhere == {0}
+    entry[field] = positions
+    refused(message, place)
 
 
 @pytest.mark.parametrize("parts", ["x", "/", "x/", "\x1b"])
 def test_an_absurdly_long_name_costs_no_more_than_itself(parts: str) -> None:
     name = parts * ((8 << 20) // len(parts))
     message, place = messages(valid_offer())
-    message |= {"files": [[name, 1, 1, False, None]], "samples": []}
+    message |= {"files": [[name, 1, 1, False, None, [], []]], "samples": []}
     tracemalloc.start()
     try:
         refused(message, place)
@@ -327,14 +356,20 @@ def test_a_device_that_is_none_for_the_backend_is_refused(backend: str, device: 
 
 def too_large() -> Iterator[Message]:
     """Offers that are only too much."""
-    yield {"files": [["a", MAX_NBYTES, 1, False, None]], "buffer_size": BLOCK}
-    yield {"files": [["a", (MAX_CHUNKS + 1) * BLOCK, 1, False, None]], "buffer_size": BLOCK}
+    yield {"files": [["a", MAX_NBYTES, 1, False, None, [], []]], "buffer_size": BLOCK}
+    yield {"files": [["a", (MAX_CHUNKS + 1) * BLOCK, 1, False, None, [], []]], "buffer_size": BLOCK}
     half = MAX_NBYTES // 2 + 1
-    yield {"files": [[name, half, 1, False, None] for name in "ab"], "buffer_size": 16 << 30}
-    yield {"files": [["a", MAX_NBYTES + 1, 1, False, None]], "buffer_size": 16 << 30}
-    yield {"files": [["a", (MAX_TURNS + 1) * TURN, 1, False, None]], "buffer_size": 16 << 30}
-    yield {"files": [["a", 1, MAX_MTIME_NS + 1, False, None]]}
-    yield {"files": [["a", 1, 1, False, None]] * (MAX_FILES + 1)}
+    yield {
+        "files": [[name, half, 1, False, None, [], []] for name in "ab"],
+        "buffer_size": 16 << 30,
+    }
+    yield {"files": [["a", MAX_NBYTES + 1, 1, False, None, [], []]], "buffer_size": 16 << 30}
+    yield {
+        "files": [["a", (MAX_TURNS + 1) * TURN, 1, False, None, [], []]],
+        "buffer_size": 16 << 30,
+    }
+    yield {"files": [["a", 1, MAX_MTIME_NS + 1, False, None, [], []]]}
+    yield {"files": [["a", 1, 1, False, None, [], []]] * (MAX_FILES + 1)}
     yield {"samples": [[0, 0, 1, "ab"]] * (MAX_SAMPLES + 1)}
     yield {"staging": MAX_NBYTES + 1}
 
@@ -369,3 +404,34 @@ def test_every_number_of_the_plan_is_under_its_digest(changes: dict[str, Any]) -
     offer = replace(valid_offer(), samples=(), **changes)
     with pytest.raises(TransferError, match="plan is not the one"):
         received(offer).chunks()
+
+
+def test_the_files_of_an_offer_take_no_more_than_was_checked(tmp_path: Path) -> None:
+    text = header_text(3, 4).replace("pt", "\U0001f600\\\\ \\n\\u00e9") + " \n\t\r" * 50
+    path = tmp_path / 'we"ird.safetensors'
+    path.write_bytes(struct.pack("<Q", len(text.encode())) + text.encode() + bytes(7))
+    files = [file.spec for file in outgoing_files(open_checkpoint(tmp_path))]
+    files = [replace(files[0], unlisted=frozenset({0, 1})), *FILES]
+    message = replace(valid_offer(), files=tuple(files)).to_json()
+    alone = replace(valid_offer(), files=()).to_json()
+    taken = len(encode_frame(message, FROM_SENDER)) - len(encode_frame(alone, FROM_SENDER))
+    bound = sum(map(outgoing_module._offered_nbytes, files))
+    assert taken <= bound < 2 * taken
+
+
+def test_headers_that_no_offer_can_hold_are_an_error_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.safetensors").write_bytes(
+        struct.pack("<Q", len(header_text(3))) + header_text(3).encode() + bytes(3)
+    )
+    assert outgoing_files(open_checkpoint(tmp_path))
+    monkeypatch.setattr(outgoing_module, "MAX_OFFERED_NBYTES", 200)
+    with pytest.raises(CheckpointError, match="as they are offered to the workers, more than 200"):
+        outgoing_files(open_checkpoint(tmp_path))
+
+
+def test_one_header_of_any_content_fits_into_an_offer() -> None:
+    most_roles = 2 * 8 * MAX_TENSORS
+    assert 2 * MAX_HEADER_NBYTES + most_roles + 10_000 < outgoing_module.MAX_OFFERED_NBYTES
+    assert FROM_SENDER.of("OFFER") > outgoing_module.MAX_OFFERED_NBYTES

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 import pytest
 
-from packcast.io.sinks.discard import DiscardSink
 from packcast.errors import (
     DestinationError,
     Interrupted,
@@ -16,6 +15,8 @@ from packcast.errors import (
     TransferError,
     VerificationError,
 )
+from packcast.io.pool import pool_kind
+from packcast.io.sinks.discard import DiscardSink
 from packcast.packed.counters import Counters
 from packcast.report import Report, StageReport
 from packcast.settings import Settings
@@ -206,6 +207,7 @@ def test_the_report_says_what_was_moved_and_how() -> None:
     report = report_of({})
     assert (report.rank, report.is_sender, report.world_size) == (1, False, 2)
     assert (report.num_files, report.nbytes, report.bytes_per_second) == (2, 8, 4.0)
+    assert report.pool == pool_kind()
     assert (report.peak_device_nbytes, report.peak_pinned_nbytes) == (11, 12)
     assert (report.digests, report.warnings, report.ends_cleanly) == ({"a": "d1"}, ("w",), True)
     assert (report.buffer_size, report.num_buffers, report.staging) == (
@@ -236,6 +238,7 @@ def test_a_proof_travels_and_carries_what_was_counted() -> None:
     stage = {"nbytes": 8, "seconds": 2.0, "waiting_seconds": 0.0}
     assert facts_of(proof, GOOD | {"result": {"path": "/p"}}) == {
         "device": "cpu",
+        "pool": pool_kind(),
         "seconds": 2.5,
         "stages": {"discard": stage},
         "peak_device_bytes": 11,
@@ -248,6 +251,7 @@ def test_a_proof_travels_and_carries_what_was_counted() -> None:
 def test_facts_need_no_result(published: dict[str, object] | None) -> None:
     assert set(facts_of(PROVED, published)) == {
         "device",
+        "pool",
         "seconds",
         "stages",
         "peak_device_bytes",

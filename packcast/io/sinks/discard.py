@@ -11,9 +11,8 @@ from typing import Final
 from packcast.errors import PackcastError, TransferError
 from packcast.io.files import NoResources
 from packcast.io.schedule import Schedule, Span
-from packcast.io.sinks.tensors import Part
 from packcast.io.work import Failure, Task
-from packcast.packed.plan import Extent
+from packcast.packed.plan import Chunk, Extent
 
 
 class DiscardSink:
@@ -42,12 +41,8 @@ class DiscardSink:
     def compared(self, span: Span, offset: int) -> None:
         """Nothing is."""
 
-    def parts_of(self, file: int, offset: int, nbytes: int) -> Sequence[Part]:
+    def placed(self, chunks: Sequence[Chunk]) -> None:
         """Its bytes go nowhere on the device either."""
-        return ()
-
-    def landed(self, parts: Sequence[Part]) -> None:
-        """There is none to take."""
 
     def finish(self) -> None:
         """Nothing to make durable."""

@@ -15,6 +15,7 @@ from packcast.checkpoint.names import MAX_DEPTH
 
 MARK = "user.packcast"
 STAGE_PREFIX = ".packcast-"  # a partial directory inside its target; see place.py
+RECORD = ".packcast-owner"  # in a partial directory: who made it; see partial.py
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -89,7 +90,9 @@ def entries(
             judged = _without_stage(name)
             if not is_folder:
                 is_own = entry.is_file(follow_symlinks=False) and (
-                    judged in offered or _is_unchanged_copy(dir_fd, entry.name)
+                    judged in offered
+                    or (judged == RECORD and judged != name)
+                    or _is_unchanged_copy(dir_fd, entry.name)
                 )
                 yield Entry(name, False, not is_own)
                 continue

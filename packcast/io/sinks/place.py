@@ -6,7 +6,6 @@ Knows paths and why one cannot be written; creates nothing but parents, and move
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Collection
@@ -16,7 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 from packcast.errors import DestinationError
+from packcast.io.sinks.attributes import can_give_owner
 from packcast.io.sinks.owned import STAGE_PREFIX, entries
+from packcast.io.sinks.partial import name_beside, partials_of, remove_if_unused
 from packcast.io.syscalls import mount_id
 
 _NUM_FOREIGN_NAMED = 3
@@ -40,7 +41,7 @@ class Place:
     target: str  # absolute, symlinks resolved
     holder: str
     partial: str
-    mode: int | None  # of the directory that is there already
+    mode: int | None  # of a directory that is there already, and that a new one will replace
     inside_because: str | None  # the reason why `holder` is the target itself
 
     @property
@@ -65,11 +66,12 @@ def destination_error(error: OSError, doing: str) -> DestinationError:
     return DestinationError(f"cannot {doing}: {reason}", hint=hint)
 
 
-def locate(target: Path, transfer_id: str) -> Place:
+def locate(target: Path, transfer_id: str, *, in_place: bool = False) -> Place:
     """Resolve `target` and decide where its partial directory goes; raises DestinationError.
 
     A target that is a symlink stands for what it points at. The partial directory lies beside the
-    target, so that one rename publishes all; inside it where no such rename is possible.
+    target, so that one rename publishes all; inside it where no such rename is possible, or where
+    the directory that is there is to stay (`in_place`).
     """
     try:
         real = os.path.realpath(target)
@@ -85,19 +87,14 @@ def locate(target: Path, transfer_id: str) -> Place:
     if found is not None and not stat.S_ISDIR(found.st_mode):
         raise DestinationError(f"{target} is not a directory", hint="--out names a directory")
     holder, name = os.path.split(real)
-    reason = None if found is None else _reason_to_stage_inside(real, holder, found)
+    reason = None
+    if found is not None:
+        wished = "the directory stays, as --in-place asks" if in_place else None
+        reason = wished or _reason_to_stage_inside(real, holder, found)
     if reason is not None:
         return Place(real, real, f"{STAGE_PREFIX}{transfer_id}", None, reason)
     mode = None if found is None else stat.S_IMODE(found.st_mode)
-    return Place(real, holder, _name_beside(name, transfer_id), mode, None)
-
-
-def _name_beside(name: str, transfer_id: str) -> str:
-    beside = f".{name}.packcast-{transfer_id}"
-    if len(os.fsencode(beside)) > 255:
-        digest = hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
-        beside = f"{STAGE_PREFIX}{transfer_id}-{digest}"
-    return beside
+    return Place(real, holder, name_beside(name, transfer_id), mode, None)
 
 
 def _reason_to_stage_inside(real: str, holder: str, found: os.stat_result) -> str | None:
@@ -112,6 +109,8 @@ def _reason_to_stage_inside(real: str, holder: str, found: os.stat_result) -> st
         raise destination_error(error, f"write {real}") from error
     if not os.access(holder, os.W_OK | os.X_OK) and os.access(real, os.W_OK | os.X_OK):
         return f"{holder} is not writable"
+    if not can_give_owner(found):
+        return "a new directory could not have its owner and group"
     return None
 
 
@@ -130,6 +129,32 @@ def _blocked_by_a_file(path: str) -> DestinationError:
     return DestinationError(
         f"cannot make {path}: {above} is not a directory", hint="choose another --out"
     )
+
+
+def clear_leftovers(place: Place) -> list[str]:
+    """Remove the partial directories of this target that nobody uses any more; what was done.
+
+    One that may be in use is named, and inside the target, where its files would get between
+    ours, a DestinationError.
+    """
+    said = []
+    for partial in partials_of(place.target):
+        if os.path.basename(partial.path) == place.partial:
+            continue
+        if partial.state == "unused" and remove_if_unused(partial):
+            said.append(f"{partial}: removed")
+        elif not os.path.lexists(partial.path):
+            continue  # another rank was faster
+        elif partial.owner is not None and os.path.dirname(partial.path) == place.target:
+            raise DestinationError(
+                f"another copy is on its way into {place.target}: {partial}",
+                hint=f"if that transfer is over, remove {partial.path}",
+            )
+        elif partial.state == "used":
+            said.append(str(partial))
+        else:
+            said.append(f"{partial}: if that transfer is over, remove it")
+    return said
 
 
 def check_replaceable(place: Place, offered: Collection[str], *, force: bool) -> bool:

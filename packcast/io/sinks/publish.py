@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 
 from packcast.errors import DestinationError
 from packcast.io.sinks.owned import entries, open_folder, remove_entry
+from packcast.io.sinks.partial import give_up_claim
 from packcast.io.sinks.place import Place, check_replaceable, destination_error
 from packcast.io.syscalls import exchange
 
@@ -25,17 +26,40 @@ _NO_SINGLE_STEP = frozenset(
 _NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 
 
+class NotDurable(DestinationError):
+    """The copy is complete and has its final name, but the disk did not confirm that."""
+
+    def __init__(self, place: Place, error: OSError, more: str = "") -> None:
+        reason = (error.strerror or str(error)).lower()
+        super().__init__(
+            f"{place.target} is complete, but may not survive a power cut: {reason}{more}",
+            hint="the disk failed to confirm the copy: look at its errors, then send again --force",
+        )
+
+
+def seal(place: Place, partial_fd: int, claim_fd: int) -> None:
+    """From now on the partial directory is a complete copy, and nothing but that."""
+    try:
+        give_up_claim(partial_fd, claim_fd)
+        if place.mode is not None:
+            os.fchmod(partial_fd, place.mode)
+    except OSError as error:
+        raise destination_error(error, f"publish {place.target}") from error
+
+
 def publish(place: Place, holder_fd: int, offered: Collection[str], *, force: bool) -> list[str]:
     """Give the complete partial directory its final name, durably; returns the promises not kept.
 
-    Whatever raises (DestinationError) leaves the partial directory where it is, and says so: by
-    now it is a proven copy.
+    Raises NotDurable once the new name is out. Whatever else raises (DestinationError) leaves the
+    partial directory where it is, and says so: by now it is a proven copy.
     """
     try:
         if place.inside:
             check_replaceable(place, offered, force=force)
             return _file_by_file(place, holder_fd, offered, place.inside_because or "")
         return _in_one_step(place, holder_fd, offered, force)
+    except NotDurable:
+        raise
     except OSError as error:
         failure = destination_error(error, f"publish {place.target}")
     except DestinationError as error:
@@ -56,7 +80,8 @@ def _in_one_step(place: Place, holder_fd: int, offered: Collection[str], force: 
         is_empty = error.errno not in _NOT_EMPTY
         reason = (error.strerror or "").lower()
     else:
-        return _make_durable(place, holder_fd)
+        _make_durable(place, holder_fd)
+        return []
     check_replaceable(place, offered, force=force)
     if not is_empty:
         try:
@@ -66,7 +91,10 @@ def _in_one_step(place: Place, holder_fd: int, offered: Collection[str], force: 
                 raise
             reason = (error.strerror or "").lower()
         else:
-            return _make_durable(place, holder_fd) + _remove_old(place, holder_fd, offered)
+            # Until the exchange is durable a power cut may bring the old directory back.
+            old = f"; the old copy is kept in {place.partial_path}"
+            _make_durable(place, holder_fd, more=old)
+            return _remove_old(place, holder_fd, offered)
     target_fd = os.open(place.target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         because = f"it cannot be replaced in one step ({reason})"
@@ -75,13 +103,12 @@ def _in_one_step(place: Place, holder_fd: int, offered: Collection[str], force: 
         os.close(target_fd)
 
 
-def _make_durable(place: Place, holder_fd: int) -> list[str]:
+def _make_durable(place: Place, holder_fd: int, *, more: str = "") -> None:
     # The new name is out by now, so a failure here is no reason to call it unpublished.
     try:
         sync_folder(holder_fd, "")
     except OSError as error:
-        return [f"{place.target} may not outlast a power cut: {error.strerror}"]
-    return []
+        raise NotDurable(place, error, more) from error
 
 
 def _remove_old(place: Place, holder_fd: int, offered: Collection[str]) -> list[str]:
@@ -119,6 +146,7 @@ def _file_by_file(
         is_stale = entry.is_folder or entry.name not in offered or _is_index(entry.name)
         if is_stale and not entry.is_foreign:
             remove_entry(into_fd, entry.name, is_folder=entry.is_folder)
+    fault: OSError | None = None
     partial_fd = open_folder(holder_fd, place.partial)
     try:
         for names in (
@@ -128,11 +156,16 @@ def _file_by_file(
             for name in names:
                 _move(partial_fd, into_fd, name)
             for folder in sorted({name.rpartition("/")[0] for name in names} | {""}):
-                sync_folder(into_fd, folder)
+                try:
+                    sync_folder(into_fd, folder)
+                except OSError as error:
+                    fault = fault or error
     finally:
         os.close(partial_fd)
     # Only empty folders are left in it.
     shutil.rmtree(place.partial, ignore_errors=True, dir_fd=holder_fd)
+    if fault is not None:
+        raise NotDurable(place, fault)
     return [f"{place.target} was published file by file, index files last: {because}"]
 
 
@@ -173,11 +206,16 @@ def sync_folder(root_fd: int, folder: str) -> None:
         os.close(fd)
 
 
-def sync_parent_of(folder: str) -> None:
-    """Make the name of a folder that was made on the way durable, where that can be had."""
-    with suppress(OSError):
-        fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+def sync_parents_of(folders: Sequence[str], place: Place) -> None:
+    """Make the names of folders that were made on the way durable; raises NotDurable."""
+    try:
+        for folder in folders:
+            fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sync_folder(fd, "")
+            finally:
+                os.close(fd)
+    except PermissionError:
+        return  # a parent that may be written but not read: it cannot be told to
+    except OSError as error:
+        raise NotDurable(place, error) from error

@@ -5,6 +5,7 @@ Knows headers' dtypes and torch's; not how the bytes come.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -44,6 +45,7 @@ _DTYPE_NAMES = {
 _DTYPES = {
     name: getattr(torch, known) for name, known in _DTYPE_NAMES.items() if hasattr(torch, known)
 }
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
@@ -61,13 +63,29 @@ def torch_dtype(tensor: Tensor, where: str) -> torch.dtype:
 class Shelf(Protocol):
     """Where whole tensors go. `complete` and `stop` may be called from any thread."""
 
-    def check(self, files: Sequence[FileSpec]) -> None:
-        """Before READY: raise UsageError where the offered tensors do not fit."""
+    @property
+    def peak_nbytes(self) -> int:
+        """Memory made here for tensors that were not whole, the most at a time; the caller's own,
+        and whole ones that were given away, are no part of it."""
 
-    def memory_for(self, tensor: Tensor) -> torch.Tensor | None:
-        """Where to receive it: contiguous, on the ring's device, in any state. None: drop it.
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
+        """Before READY: raise UsageError where the offered tensors do not fit.
 
-        What the current stream is given from now on may write there.
+        The tensors that it leaves out because of the index, by file and position in its header.
+        """
+
+    def wants(self, tensor: Tensor) -> bool:
+        """Whether it is received at all; it is dropped where not."""
+
+    def own_memory_of(self, tensor: Tensor) -> torch.Tensor | None:
+        """Where to receive a wanted one, if it has memory already: contiguous, on the ring's
+        device. What the current stream is given from now on may write there.
+        """
+
+    def make(self, tensors: Sequence[Tensor]) -> list[torch.Tensor]:
+        """New memory for wanted ones that have none: as `own_memory_of`, in any state.
+
+        The caller keeps it until the current stream has done with it.
         """
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
@@ -78,6 +96,21 @@ class Shelf(Protocol):
 
     def stop(self) -> None:
         """The transfer is over; whoever blocks here is to go on. Any thread, any time."""
+
+
+class _Tally:
+    """Bytes that are held, and the most of them at a time; for any thread."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._now = 0
+        self._lock = threading.Lock()
+
+    def add(self, nbytes: int) -> None:
+        """So many more; fewer where negative."""
+        with self._lock:
+            self._now += nbytes
+            self.peak = max(self.peak, self._now)
 
 
 class Taker(Protocol):
@@ -105,23 +138,39 @@ class NewTensors:
         self._device = device
         self._taker = taker
         self._stream = stream
+        self._held = _Tally()
 
-    def check(self, files: Sequence[FileSpec]) -> None:
+    @property
+    def peak_nbytes(self) -> int:
+        return self._held.peak
+
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
         for spec in files:
-            for tensor in spec.header.tensors if spec.header else ():
+            for _, tensor in spec.tensors:
                 torch_dtype(tensor, spec.name)
+        return []
 
-    def memory_for(self, tensor: Tensor) -> torch.Tensor:
+    def wants(self, tensor: Tensor) -> bool:
+        return True
+
+    def own_memory_of(self, tensor: Tensor) -> None:
+        return None
+
+    def make(self, tensors: Sequence[Tensor]) -> list[torch.Tensor]:
         on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
         with on_stream:
-            made = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+            made = [
+                torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+                for tensor in tensors
+            ]
         if self._stream is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._stream)  # who had this memory before may still be at work
-            made.record_stream(current)  # and it is not given to others while we write
+            # Who had this memory before may still be at work.
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._held.add(sum(memory.nbytes for memory in made))
         return made
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
+        self._held.add(-memory.nbytes)
         self._taker.put(tensor.name, memory)
 
     def finish(self) -> None:
@@ -133,6 +182,9 @@ class NewTensors:
 
 class GivenTensors:
     """Receives into the caller's own tensors, by name; `strict`: all of both sides' names.
+
+    Where there is an index the sender's names are those in it. Without `strict` a tensor that it
+    does not name is received too, if it names no other of that name.
 
     One that is not contiguous is received beside it and copied. On a GPU the tensors may be in use
     on `stream`, the caller's, until this is made.
@@ -150,15 +202,21 @@ class GivenTensors:
         self._tensors = tensors
         self._strict = strict
         self._stream = stream
+        self._beside = _Tally()
 
-    def check(self, files: Sequence[FileSpec]) -> None:
-        offered = [
-            (spec.name, tensor)
-            for spec in files
-            if spec.header
-            for tensor in spec.header.tensors
-            if self._strict or tensor.name in self._tensors
-        ]
+    @property
+    def peak_nbytes(self) -> int:
+        return self._beside.peak
+
+    def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
+        listed = {t.name for spec in files for i, t in spec.tensors if i not in spec.unlisted}
+        offered, left_out = [], {}
+        for file, spec in enumerate(files):
+            for i, tensor in spec.tensors:
+                if i in spec.unlisted and (self._strict or tensor.name in listed):
+                    left_out[file, i] = tensor.name
+                elif self._strict or tensor.name in self._tensors:
+                    offered.append((spec.name, tensor))
         for where, tensor in offered:
             self._check_tensor(where, tensor)
         names = Counter(tensor.name for _, tensor in offered)
@@ -167,26 +225,38 @@ class GivenTensors:
             raise UsageError(f"tensor {twice} is in two shards, and into has one of that name")
         check_apart({name: self._tensors[name] for name in names})
         if self._strict:
-            self._check_none_is_left(names)
+            self._check_none_is_left(names, set(left_out.values()))
+        return list(left_out)
 
-    def memory_for(self, tensor: Tensor) -> torch.Tensor | None:
-        target = self._tensors.get(tensor.name)
-        if target is None:
-            return None
+    def wants(self, tensor: Tensor) -> bool:
+        return tensor.name in self._tensors
+
+    def own_memory_of(self, tensor: Tensor) -> torch.Tensor | None:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
             self._stream = None  # once: nothing of the caller's runs between here and the end
+        target = self._tensors[tensor.name]
         mark_changed([target])
-        if not target.is_contiguous():
-            return torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
-        return alias_of(target)
+        return alias_of(target) if target.is_contiguous() else None
+
+    def make(self, tensors: Sequence[Tensor]) -> list[torch.Tensor]:
+        mark_changed([self._tensors[tensor.name] for tensor in tensors])
+        made = [
+            torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device=self._device)
+            for tensor in tensors
+        ]
+        self._beside.add(sum(memory.nbytes for memory in made))
+        return made
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
         target = self._tensors[tensor.name]
         if not target.is_contiguous():
-            alias_of(target).copy_(memory)
+            # As whole numbers: copies of floats on a GPU may quiet a NaN.
+            bits = _BITS[target.itemsize]
+            alias_of(target).view(bits).copy_(memory.view(bits))
             if self._device.type == "cuda":  # or the memory could be another's while it is read
                 torch.cuda.current_stream(self._device).synchronize()
+            self._beside.add(-memory.nbytes)
 
     def finish(self) -> None:
         """Nothing is on its way."""
@@ -215,13 +285,18 @@ class GivenTensors:
                 hint="say device= for the tensors' own, or move them",
             )
 
-    def _check_none_is_left(self, names: Mapping[str, int]) -> None:
+    def _check_none_is_left(self, names: Mapping[str, int], unlisted: set[str]) -> None:
         received = [self._tensors[name] for name in names]
         memories = {(one.data_ptr(), one.nbytes) for one in received if one.numel()}
         for name, tensor in self._tensors.items():
             check_plain(name, tensor)
             # A tied tensor is filled under its other name.
             if name not in names and (tensor.data_ptr(), tensor.nbytes) not in memories:
+                if name in unlisted:
+                    raise UsageError(
+                        f"tensor {name} of into is in the checkpoint, but not in its index",
+                        hint="strict=False takes it all the same",
+                    )
                 raise UsageError(
                     f"tensor {name} of into is not in the checkpoint",
                     hint="strict=False leaves it as it is",

@@ -13,6 +13,7 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError
 from packcast.io import syscalls
 from packcast.io.files import FileTable
+from packcast.io.sinks.partial import partials_in
 from packcast.io.sinks.place import Place, destination_error
 from packcast.units import format_size
 
@@ -62,11 +63,8 @@ def _no_room(
     sizes += "" if free is None else f", {format_size(free)} free"
     failure = destination_error(error, f"write {place.target} ({sizes})")
     # A process that was killed could not clean up; its partial directory is hidden, and large.
-    left = [
-        os.path.join(place.holder, name)
-        for name in os.listdir(place.holder)
-        if name.startswith(".") and ".packcast-" in name and name != place.partial
-    ]
-    if left:
-        failure.hint = f"{left[0]} is of another transfer: if that one is over, remove it"
+    left = [partial for partial in partials_in(place.holder) if partial.path != place.partial_path]
+    largest = max(left, key=lambda partial: partial.nbytes, default=None)
+    if largest:
+        failure.hint = f"{largest}; `packcast clean {place.holder}` lists what was left behind"
     return failure

@@ -8,48 +8,28 @@ from __future__ import annotations
 import threading
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
 
-import torch
-
-from packcast.checkpoint.header import Header, Tensor
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.reading import shown
 from packcast.errors import PackcastError, TransferError
 from packcast.io.schedule import IN_MEMORY, SPAN_FIELDS, Schedule, ScheduledUnit, Span
-from packcast.io.sinks.shelf import Shelf, bytes_of
+from packcast.io.sinks.placed import PlacedTensors
+from packcast.io.sinks.shelf import Shelf
 from packcast.io.work import Failure, Task
-from packcast.packed.plan import Extent
+from packcast.packed.plan import Chunk, Extent
 
-
-@dataclass(slots=True)
-class Growing:
-    """A tensor on its way: `data` is its memory as bytes, `left` how many of them are to come."""
-
-    key: tuple[int, int]
-    tensor: Tensor
-    memory: torch.Tensor
-    data: torch.Tensor
-    left: int
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """The bytes of one tensor in a run: from `begin` in the run, to `offset` in the tensor."""
-
-    growing: Growing
-    begin: int
-    offset: int
-    nbytes: int
+_OFFSET, _NBYTES = 1, 3  # of a span's fields
 
 
 class TensorSink:
     """Puts proven runs of the offered shards into tensors on `shelf`; sidecars are dropped.
 
     Calls as a sink's: prepare, spans and open_files, finish, publish; abort at any time. On the
-    host I/O threads copy into the tensors. Where bytes stay on the device, `parts_of` and `landed`
-    stand for that (see DeviceLanding). Holds no memory but that of tensors that are not complete.
+    host I/O threads copy into the tensors, chunk by chunk. Where bytes stay on the device, `placed`
+    stands for that (see DeviceLanding). Holds no memory but that of tensors that are not complete.
     """
 
     stage: Final = "unpack"
@@ -60,92 +40,86 @@ class TensorSink:
         self._shelf = shelf
         self.notes: list[str] = []
         self._lock = threading.Lock()
-        self._growing: dict[tuple[int, int], Growing | None] = {}
-        self._num_complete = 0
+        self._placed: PlacedTensors | None = None
         self._aborted = False
-        self._keys: list[tuple[int, int]] = []  # by span: file and tensor
+        self._left_out: set[tuple[int, int]] = set()
+        self._keys: list[tuple[int, int]] = []  # by span: file, and the tensor's place in it
         self._spans = array("q")
         self.descriptors = array("i", [-1])
 
+    @property
+    def peak_nbytes(self) -> int:
+        """Memory made for tensors that were not whole, the most at a time."""
+        return self._shelf.peak_nbytes
+
     def prepare(self) -> None:
         """Raise UsageError where a tensor cannot be received, before anything is."""
-        self._shelf.check(self._files)
+        old = [(file, i) for file, spec in enumerate(self._files) for i in spec.elsewhere]
+        self._left_out = {*old, *self._shelf.check(self._files)}
+        self.notes += _notes(self._files, old, self._left_out)
+
+    def placed(self, chunks: Sequence[Chunk]) -> PlacedTensors:
+        """Before READY, after `prepare`: for an end whose chunks land whole and in order. On the
+        stream that is to write into the tensors."""
+        placed = PlacedTensors(self._files, self._shelf, chunks, self._left_out)
+        with self._lock:
+            self._placed = placed
+            if self._aborted:
+                placed.stop()
+        return placed
 
     def spans(self, extent: Extent) -> Iterator[Span]:
-        """On the host: the tensors' memory, which `admit` makes; until then offsets in tensors."""
+        """On the host: runs of tensors; where those lie in memory is for `admit` to say.
+
+        An empty tensor is in the run that has the byte before it.
+        """
         header = self._files[extent.file].header
-        for index, low, high in _overlaps(header, extent.offset, extent.offset + extent.nbytes):
+        tensors = header.tensors if header else ()
+        begin, end = extent.offset, extent.offset + extent.nbytes
+        index = bisect_right(tensors, begin, key=lambda tensor: tensor.end)
+        while index < len(tensors) and (tensors[index].begin < end or tensors[index].end <= end):
+            tensor = tensors[index]
+            low, high = max(tensor.begin, begin), min(tensor.end, end)
             self._keys.append((extent.file, index))
-            assert header is not None, "only a header has tensors"
-            yield Span(
-                IN_MEMORY, low - header.tensors[index].begin, low - extent.offset, high - low
-            )
+            yield Span(IN_MEMORY, low - tensor.begin, low - begin, high - low)
+            index += 1
 
     def open_files(self, schedule: Schedule) -> TensorSink:
         """It opens none, but has the memory that spans lead to."""
         self._spans = schedule.spans
+        self.placed([unit.chunk for unit in schedule.units])
         return self
 
     def admit(self, unit: ScheduledUnit, *, is_next: bool) -> bool:
-        """Have the memory of every tensor that the unit has bytes of."""
+        """Have the memory of every tensor that the chunk has bytes of."""
+        assert self._placed is not None, "open_files comes first"
+        self._placed.begin(unit.index)
         for span in unit.spans:
-            file, index = key = self._keys[span]
-            header = self._files[file].header
-            assert header is not None, "only a header has tensors"
-            with self._lock:
-                self._raise_if_aborted()
-                growing = self._grow(key, header.tensors[index])
-            if growing is None:
-                self._spans[SPAN_FIELDS * span + 3] = 0
+            at = SPAN_FIELDS * span
+            tensor = self._placed.index_of.get(self._keys[span])
+            memory = None if tensor is None else self._placed.memory[tensor]
+            if memory is None:
+                self._spans[at + _NBYTES] = 0  # nobody wants it
             else:
-                self._spans[SPAN_FIELDS * span + 1] += growing.data.data_ptr()
+                self._spans[at + _OFFSET] += memory.data_ptr()
         return True
 
     def retire(self, unit: ScheduledUnit) -> None:
-        """The unit's bytes are in its tensors; whole tensors go to the shelf."""
-        for span in unit.spans:
-            growing = self._growing.get(self._keys[span])
-            if growing is not None:
-                nbytes = self._spans[SPAN_FIELDS * span + 3]
-                self.landed([Part(growing, 0, 0, nbytes)])
+        """The chunk is in its tensors; whole tensors go to the shelf."""
+        assert self._placed is not None, "open_files comes first"
+        self._placed.landed(unit.index)
 
     def hold(self) -> None:
-        """Its memory is kept by whoever waits for it."""
+        """Whoever has the sink keeps the memory."""
 
     def let_go(self) -> None:
-        """Tensors that will not be complete may go."""
-        with self._lock:
-            if self._aborted:
-                self._growing.clear()
+        """Whoever has the sink keeps the memory."""
 
     def error_of(self, failure: Failure, span: Span) -> PackcastError:
         return TransferError(f"copying into tensors failed: {failure.reason}")
 
     def compared(self, span: Span, offset: int) -> None:
         """Nothing is."""
-
-    def parts_of(self, file: int, offset: int, nbytes: int) -> list[Part]:
-        """Which tensors' bytes a run holds; each byte once, in order. Makes their memory.
-
-        An empty tensor's part is in the run that has the byte before it, so every tensor has one.
-        """
-        with self._lock:
-            self._raise_if_aborted()
-            return list(self._parts_of(file, offset, offset + nbytes))
-
-    def landed(self, parts: Sequence[Part]) -> None:
-        """These are proven, and in the tensors' memory; whole tensors go to the shelf."""
-        for part in parts:
-            growing = part.growing
-            with self._lock:
-                growing.left -= part.nbytes
-                is_whole = growing.left == 0
-                if is_whole:
-                    self._growing.pop(growing.key, None)
-                    self._num_complete += 1
-            if is_whole:
-                # Not under the lock: the taker may keep us waiting.
-                self._shelf.complete(growing.tensor, growing.memory)
 
     def finish(self) -> None:
         """After the last run: block until the taker has taken all."""
@@ -158,42 +132,35 @@ class TensorSink:
         """Wake whoever waits for the taker; tensors that are handed out stay."""
         with self._lock:
             self._aborted = True
+        if self._placed is not None:
+            self._placed.stop()
         self._shelf.stop()
 
     def result(self) -> dict[str, object]:
-        return {"sink": "tensors", "tensors": self._num_complete}
-
-    def _raise_if_aborted(self) -> None:
-        if self._aborted:
-            raise TransferError("the transfer is over")
-
-    def _parts_of(self, file: int, begin: int, end: int) -> Iterator[Part]:
-        header = self._files[file].header
-        for index, low, high in _overlaps(header, begin, end):
-            assert header is not None, "only a header has tensors"
-            tensor = header.tensors[index]
-            growing = self._grow((file, index), tensor)
-            if growing is not None:
-                yield Part(growing, low - begin, low - tensor.begin, high - low)
-
-    def _grow(self, key: tuple[int, int], tensor: Tensor) -> Growing | None:
-        if key not in self._growing:
-            memory = self._shelf.memory_for(tensor)
-            self._growing[key] = (
-                None
-                if memory is None
-                else Growing(key, tensor, memory, bytes_of(memory), tensor.nbytes)
-            )
-        return self._growing[key]
+        num_complete = 0 if self._placed is None else self._placed.num_complete
+        return {"sink": "tensors", "tensors": num_complete}
 
 
-def _overlaps(header: Header | None, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The tensors of which a run of a file has bytes: index, begin and end of those in the file.
-
-    An empty tensor is in the run that has the byte before it, so every tensor is in one.
-    """
-    tensors = header.tensors if header else ()
-    index = bisect_right(tensors, begin, key=lambda tensor: tensor.end)
-    while index < len(tensors) and (tensors[index].begin < end or tensors[index].end <= end):
-        yield index, max(tensors[index].begin, begin), min(tensors[index].end, end)
-        index += 1
+def _notes(
+    files: Sequence[FileSpec], old: Sequence[tuple[int, int]], left_out: set[tuple[int, int]]
+) -> list[str]:
+    """What is to be said of tensors that are in several shards."""
+    notes = []
+    if old:
+        copies = "1 tensor" if len(old) == 1 else f"{len(old)} tensors"
+        file = files[old[0][0]].name
+        notes.append(f"{copies} left out, as in {file}: the index names another shard for them")
+    names = Counter(
+        tensor.name
+        for file, spec in enumerate(files)
+        for i, tensor in spec.tensors
+        if (file, i) not in left_out
+    )
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        number = "1 tensor is" if len(twice) == 1 else f"{len(twice)} tensors are"
+        notes.append(
+            f"{number} in several shards, as {shown(twice[0])}, and no index says which one counts:"
+            " each is handed out, in no certain order"
+        )
+    return notes

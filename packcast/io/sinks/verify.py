@@ -16,6 +16,7 @@ from typing import Final
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.reading import FileState
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly
 from packcast.io.schedule import Schedule, Span
@@ -253,9 +254,7 @@ def _local_file(name: str, path: Path) -> SourceFile:
     return SourceFile(
         name=name,
         path=real,
-        nbytes=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        inode=status.st_ino,
+        state=FileState.of(status),
         executable=False,
         header=None,
     )
@@ -270,10 +269,10 @@ def _counterparts(local: Checkpoint, files: Sequence[FileSpec]) -> tuple[SourceF
 
 
 def _check_unchanged(local: SourceFile, found: os.stat_result) -> None:
-    is_same = (found.st_size, found.st_mtime_ns) == (local.nbytes, local.mtime_ns)
-    if not is_same or found.st_ino != local.inode:
+    difference = local.state.difference(found)
+    if difference:
         raise CheckpointError(
-            f"{local.path} was changed while it was compared", hint="run it again"
+            f"{local.path} was changed while it was compared: {difference}", hint="run it again"
         )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import enum
 import os
-import shutil
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,16 +18,19 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError, PackcastError, TransferError
 from packcast.io.files import FileTable
 from packcast.io.schedule import Schedule, Span
+from packcast.io.sinks.attributes import take_over_attributes
 from packcast.io.sinks.offered import check_names, folders_of
 from packcast.io.sinks.owned import mark_as_own, open_folder
+from packcast.io.sinks.partial import claim, is_there, remove_partial
 from packcast.io.sinks.place import (
     Place,
     check_replaceable,
+    clear_leftovers,
     destination_error,
     locate,
     make_parents,
 )
-from packcast.io.sinks.publish import publish, sync_folder, sync_parent_of
+from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
 from packcast.io.sinks.space import free_nbytes, reserve
 from packcast.io.work import Failure, Task
 from packcast.packed.plan import Extent
@@ -57,19 +59,26 @@ class WriteSink:
     task: Final = Task.WRITE
 
     def __init__(
-        self, target: Path, files: Sequence[FileSpec], *, transfer_id: str, force: bool
+        self,
+        target: Path,
+        files: Sequence[FileSpec],
+        *,
+        transfer_id: str,
+        force: bool,
+        in_place: bool = False,
     ) -> None:
         self._given = target
         self._files = tuple(files)
         self._names = frozenset(spec.name for spec in self._files)
         self._transfer_id = transfer_id
         self._force = force
+        self._in_place = in_place
         self.wrote = False
         self.published = False
         self.notes: list[str] = []
         self._place: Place | None = None
         self._made_parents: list[str] = []
-        self._holder_fd = self._partial_fd = -1
+        self._holder_fd = self._partial_fd = self._claim_fd = -1
         self._table = FileTable(len(self._files), self._reopen, self._close, keeps_open=True)
         self._state = _State.WRITING
         # Three locks, taken in this order: a step of the main thread; the removal; the state.
@@ -85,7 +94,9 @@ class WriteSink:
         """Check the target, make the partial directory and reserve every file's space in it."""
         with self._step("write"):
             check_names([spec.name for spec in self._files], self._transfer_id)
-            place = self._place = locate(self._given, self._transfer_id)
+            place = locate(self._given, self._transfer_id, in_place=self._in_place)
+            self._place = place
+            self.notes += clear_leftovers(place)
             check_replaceable(place, self._names, force=self._force)
             make_parents(place.holder, self._made_parents, self._while_wanted)
             if not self._make_partial(place):
@@ -140,12 +151,21 @@ class WriteSink:
             self._table.close()
             place = self._placed()
             try:
+                claim_fd, self._claim_fd = self._claim_fd, -1
+                seal(place, self._partial_fd, claim_fd)
                 self.notes += publish(place, self._holder_fd, self._names, force=self._force)
                 self.published = True
-                for folder in self._made_parents:
-                    sync_parent_of(folder)
+                sync_parents_of(self._made_parents, place)
+            except NotDurable:
+                self.published = True
+                raise
             finally:
                 self._close_folders()
+
+    def left(self) -> str | None:
+        """The partial directory, if it is still there."""
+        path = self._place.partial_path if self._place and self.wrote else ""
+        return path if os.path.lexists(path) else None
 
     def abort(self) -> None:
         """Stop, and remove what was made; any thread, any number of times, never raises.
@@ -192,8 +212,12 @@ class WriteSink:
                 raise destination_error(error, f"write into {place.holder}") from error
             self.wrote = True
             self._partial_fd = open_folder(self._holder_fd, place.partial)
+            try:
+                self._claim_fd = claim(self._partial_fd)
+            except OSError as error:
+                raise destination_error(error, f"write into {place.holder}") from error
             if place.mode is not None:
-                os.fchmod(self._partial_fd, place.mode | 0o700)
+                self.notes += take_over_attributes(place.target, self._partial_fd)
         return True
 
     def _make_folders(self) -> None:
@@ -238,23 +262,23 @@ class WriteSink:
     def _remove(self) -> None:
         if self.wrote and self._holder_fd >= 0:
             partial = self._placed().partial
-            shutil.rmtree(partial, ignore_errors=True, dir_fd=self._holder_fd)
+            remove_partial(self._holder_fd, partial)
             # NFS keeps a removed file's name for as long as we have it open: wait for the writers.
-            if self._partial_is_there(partial):
+            if is_there(self._holder_fd, partial):
                 self._table.wait_closed(_WAIT_FOR_WRITERS_S)
-                shutil.rmtree(partial, ignore_errors=True, dir_fd=self._holder_fd)
+                self._release_claim()
+                remove_partial(self._holder_fd, partial)
         for folder in reversed(self._made_parents):
             with suppress(OSError):
                 os.rmdir(folder)
 
-    def _partial_is_there(self, partial: str) -> bool:
-        try:
-            os.stat(partial, dir_fd=self._holder_fd, follow_symlinks=False)
-        except FileNotFoundError:
-            return False
-        return True
+    def _release_claim(self) -> None:
+        if self._claim_fd >= 0:
+            os.close(self._claim_fd)
+        self._claim_fd = -1
 
     def _close_folders(self) -> None:
+        self._release_claim()
         for fd in (self._holder_fd, self._partial_fd):
             if fd >= 0:
                 os.close(fd)

@@ -1,0 +1,231 @@
+"""What the indexes of a directory say of its shards: which belong, and which tensors count.
+
+Knows names and headers; opens no file itself.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+
+from packcast.checkpoint.header import Header
+from packcast.checkpoint.index import Index, whole_file_of
+from packcast.checkpoint.reading import shown
+from packcast.checkpoint.walk import Entry, leaves_out
+from packcast.errors import CheckpointError, UsageError
+
+SHOWN_NAMES = 3
+INCOMPLETE = "the download or copy is probably incomplete"
+SENT_ANYWAY = "--all-files sends what is there"
+
+_SIMILAR = 0.8  # sizes of the same weights in two formats
+
+TensorsIn = Callable[[str], AbstractSet[str]]  # of a shard that is there, by its name
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """A shard's tensors that do not count: old copies, and those that no index knows."""
+
+    elsewhere: frozenset[str]
+    unlisted: frozenset[str]
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    few = list(names)
+    more = f" and {len(few) - SHOWN_NAMES} more" if len(few) > SHOWN_NAMES else ""
+    return ", ".join(few[:SHOWN_NAMES]) + more
+
+
+def fitting(
+    indexes: Sequence[Index],
+    there: AbstractSet[str],
+    tensors_in: TensorsIn,
+    *,
+    all_files: bool,
+    exclude_files: Sequence[str],
+) -> tuple[list[Index], list[str]]:
+    """The indexes that rule the shards that are `there`, and warnings.
+
+    One that names shards or tensors that are not there is an error; but where the whole model lies
+    in one file beside it, which is what loaders take first, that file stands in for its shards.
+    """
+    ruling, warnings = [], []
+    for index in indexes:
+        fault = _missing_shards(index, there) or _missing_tensors(index, tensors_in)
+        whole = whole_file_of(index.name)
+        if fault is None:
+            ruling.append(index)
+            warnings += _misplaced(index, tensors_in)
+        elif all_files:
+            ruling.append(index)
+            warnings.append(f"{index.name}: {fault}: sent all the same, as --all-files says")
+        elif whole in there:
+            shard_of = dict.fromkeys(tensors_in(whole), whole)
+            ruling.append(replace(index, shard_of=shard_of, is_stood_in_for=True))
+            lost = sorted(index.shard_of.keys() - shard_of.keys())
+            lacks = f", which lacks {len(lost)} of its tensors" if lost else ""
+            warnings.append(
+                f"{index.name}: {fault}: left out, {whole} is sent in its place{lacks}"
+                " (--all-files takes both)"
+            )
+        else:
+            _refuse_exclusion(index, there, exclude_files)
+            raise CheckpointError(f"{index.name}: {fault}", hint=f"{INCOMPLETE}; {SENT_ANYWAY}")
+    return ruling, warnings
+
+
+def _refuse_exclusion(index: Index, there: AbstractSet[str], exclude_files: Sequence[str]) -> None:
+    for shard in sorted(set(index.shard_of.values()) - there):
+        if any(leaves_out(glob, shard) for glob in exclude_files):
+            raise UsageError(
+                f"--exclude-files leaves out {shard}, which {index.name} names",
+                hint="--exclude leaves out tensors, and rewrites the index",
+            )
+
+
+def _missing_shards(index: Index, there: AbstractSet[str]) -> str | None:
+    wanted = set(index.shard_of.values())
+    missing = sorted(wanted - there)
+    if not missing:
+        return None
+    return f"{len(missing)} of {len(wanted)} shards are not there: {some(missing)}"
+
+
+def _missing_tensors(index: Index, tensors_in: TensorsIn) -> str | None:
+    absent = _absent(index, tensors_in)
+    if not absent:
+        return None
+    known = set().union(*(tensors_in(shard) for shard in set(index.shard_of.values())))
+    lost = [tensor for tensor in absent if tensor not in known]
+    if not lost:
+        return None
+    first = f"tensor {shown(lost[0])} is not in {index.shard_of[lost[0]]}, where it should be"
+    return first if len(lost) == 1 else f"{first}, nor {len(lost) - 1} others in theirs"
+
+
+def _misplaced(index: Index, tensors_in: TensorsIn) -> list[str]:
+    """Loaders that read whole shards find them all the same."""
+    absent = _absent(index, tensors_in)
+    if not absent:
+        return []
+    names = some(map(shown, absent))
+    tensors = "1 tensor is" if len(absent) == 1 else f"{len(absent)} tensors are"
+    return [f"{index.name}: {tensors} in another shard than it says: {names}"]
+
+
+def _absent(index: Index, tensors_in: TensorsIn) -> list[str]:
+    """The tensors that are not in the shard that the index names; all its shards are there."""
+    return [tensor for tensor, shard in index.shard_of.items() if tensor not in tensors_in(shard)]
+
+
+def chosen_of(shards: Sequence[Entry], indexes: Sequence[Index]) -> tuple[list[Entry], list[Entry]]:
+    """The shards that belong, and those that lie beside an index that does not name them."""
+    named = {shard for index in indexes for shard in index.shard_of.values()}
+    ruled = {posixpath.dirname(index.name) for index in indexes}
+    chosen: list[Entry] = []
+    left: list[Entry] = []
+    for entry in shards:
+        belongs = entry.name in named or posixpath.dirname(entry.name) not in ruled
+        (chosen if belongs else left).append(entry)
+    return chosen, left
+
+
+def roles_of(headers: Mapping[str, Header], indexes: Sequence[Index]) -> dict[str, Roles]:
+    """Which tensors of each shard do not count, by the shard's name.
+
+    The index of a folder rules the folders below it too: what they hold is of another model, or
+    of this one again.
+    """
+    tensors_in = {name: {t.name for t in header.tensors} for name, header in headers.items()}
+    held = {
+        index.name: {t for t, shard in index.shard_of.items() if t in tensors_in.get(shard, ())}
+        for index in indexes
+    }
+    named_by = {index.name: set(index.shard_of.values()) for index in indexes}
+    roles = {}
+    for shard, tensors in tensors_in.items():
+        ruling = _above(shard, indexes)
+        # Of two variants in one folder each rules its own shards.
+        ruling = [index for index in ruling if shard in named_by[index.name]] or ruling
+        if ruling:
+            mine = {t for t in tensors if any(index.shard_of.get(t) == shard for index in ruling)}
+            others = tensors - mine
+            elsewhere = others & set().union(*(held[index.name] for index in ruling))
+            unlisted = others - elsewhere - set().union(*(index.shard_of for index in ruling))
+            roles[shard] = Roles(frozenset(elsewhere), frozenset(unlisted))
+    return roles
+
+
+def _above(shard: str, indexes: Sequence[Index]) -> list[Index]:
+    """The indexes of the outermost folder around the shard that has any."""
+    folders = _folders_around(shard)
+    for folder in reversed(folders):
+        found = [index for index in indexes if posixpath.dirname(index.name) == folder]
+        if found:
+            return found
+    return []
+
+
+def _folders_around(name: str) -> list[str]:
+    """The folders that a file is in, from its own to the checkpoint's, which is the empty one."""
+    folders = []
+    while name:
+        name = posixpath.dirname(name)
+        folders.append(name)
+    return folders
+
+
+def role_warnings(
+    headers: Mapping[str, Header], indexes: Sequence[Index], roles: Mapping[str, Roles]
+) -> list[str]:
+    """What is to be said of tensors that do not count."""
+    warnings = []
+    named = {shard for index in indexes for shard in index.shard_of.values()}
+    for shard in sorted(named & roles.keys()):
+        extra = sorted(roles[shard].unlisted)
+        if extra:
+            few = some(map(shown, extra))
+            warnings.append(f"{shard}: {len(extra)} of its tensors are not in the index: {few}")
+    old = [(t, shard) for shard in sorted(roles) for t in sorted(roles[shard].elsewhere)]
+    if old:
+        few = some(f"{shown(tensor)} in {shard}" for tensor, shard in old)
+        copies = "1 tensor is" if len(old) == 1 else f"{len(old)} tensors are"
+        warnings.append(
+            f"{copies} in another shard too, which the index names instead: {few}; sent with the"
+            " files, but not where tensors are received"
+        )
+    return warnings + _repeated_folders(headers)
+
+
+def _repeated_folders(headers: Mapping[str, Header]) -> list[str]:
+    """Folders that seem to hold the weights of a folder around them again, as other tools name or
+    split them: by their names, or by their size."""
+    in_folder: dict[str, list[Header]] = {}
+    for name, header in headers.items():
+        in_folder.setdefault(posixpath.dirname(name), []).append(header)
+    warnings = []
+    for folder, inner in sorted(in_folder.items()):
+        around = next((up for up in _folders_around(folder) if up in in_folder), None)
+        if not folder or around is None:
+            continue
+        names, outer_names = _names(inner), _names(in_folder[around])
+        small, large = sorted((_data_nbytes(inner), _data_nbytes(in_folder[around])))
+        if names & outer_names == names or small >= _SIMILAR * large:
+            files = "1 file" if len(inner) == 1 else f"{len(inner)} files"
+            warnings.append(
+                f"{folder}/ seems to hold the same weights again, {files} of"
+                f" {_data_nbytes(inner):,} bytes: --exclude-files '{folder}/*' leaves it out"
+            )
+    return warnings
+
+
+def _names(headers: Sequence[Header]) -> set[str]:
+    return {tensor.name for header in headers for tensor in header.tensors}
+
+
+def _data_nbytes(headers: Sequence[Header]) -> int:
+    return sum(header.file_nbytes - header.data_begin for header in headers)

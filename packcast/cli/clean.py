@@ -1,0 +1,75 @@
+"""`packcast clean`: partial copies that nobody uses any more, listed, and removed with --yes.
+
+Imports no torch. Nothing is removed that may be in use, or whose maker is not on record.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from packcast.cli.report import count
+from packcast.cli.tables import Listing, table
+from packcast.errors import DestinationError, UsageError
+from packcast.io.sinks.partial import Partial, partials_in, partials_of, remove_if_unused
+from packcast.units import format_size
+
+
+def clean(folder: Path, *, yes: bool) -> tuple[Listing, DestinationError | None]:
+    """List what is in `folder` and what belongs to it as a target; with `yes` remove the unused.
+
+    The error tells what could not be removed.
+    """
+    real = os.path.realpath(folder)
+    try:
+        os.listdir(real)
+    except FileNotFoundError:
+        raise UsageError(f"{folder}: no such directory") from None
+    except NotADirectoryError:
+        raise UsageError(f"{folder} is not a directory") from None
+    except OSError as error:
+        raise DestinationError(f"cannot look into {folder}: {error.strerror}") from error
+    found = {partial.path: partial for partial in (*partials_in(real), *partials_of(real))}
+    partials = [partial for _, partial in sorted(found.items())]
+    unused = [partial for partial in partials if partial.state == "unused"]
+    gone = {partial.path for partial in unused if remove_if_unused(partial)} if yes else set()
+    stuck = [partial.path for partial in unused if yes and partial.path not in gone]
+    document: dict[str, object] = {
+        "command": "clean",
+        "ok": not stuck,
+        "exit_code": DestinationError.exit_code if stuck else 0,
+        "error": None,
+        "partials": [asdict(partial) | {"removed": partial.path in gone} for partial in partials],
+    }
+    failure = None
+    if stuck:
+        failure = DestinationError(f"could not be removed: {', '.join(stuck)}")
+        document["error"] = failure.message
+    text = _text(folder, partials, unused, gone, yes=yes)
+    return Listing(text, document, ()), failure
+
+
+def _text(
+    folder: Path, partials: list[Partial], unused: list[Partial], gone: set[str], *, yes: bool
+) -> str:
+    if not partials:
+        return f"no partial copies in {folder}"
+    rows = [
+        (
+            partial.path,
+            format_size(partial.nbytes),
+            "removed" if partial.path in gone else partial.state,
+            partial.owner or "",
+        )
+        for partial in partials
+    ]
+    lines = [table(("partial copy", ">size", "state", "made by"), rows), ""]
+    nbytes = format_size(sum(partial.nbytes for partial in unused))
+    if yes:
+        lines.append(f"{count(len(gone), 'partial copy', 'partial copies')} removed")
+    elif unused:
+        lines.append(f"{len(unused)} unused, {nbytes}: remove with --yes")
+    if any(partial.state == "unknown" for partial in partials):
+        lines.append("unknown: packcast cannot tell whether it is used; remove it yourself")
+    return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""The hops of a chain of ranks: a gloo group of two ranks for each, made where a chunk passes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from packcast.errors import RendezvousError
+from packcast.group.processgroup import gloo_options
+from packcast.packed.unfinished import release_ended
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from packcast.packed.chain import Hop
+
+
+def open_hops(
+    order: Sequence[int],
+    roots: Collection[int],
+    *,
+    rank: int,
+    store: Store,
+    timeout_s: float,
+    interface: str | None,
+    connections: int = 1,
+) -> tuple[Hop | None, Hop | None]:
+    """Connect this rank to its neighbours in the chains from `roots`: the hop towards it, and from
+    it; None where no chunk passes.
+
+    All ranks call this with the same arguments and store, and it waits for the neighbours.
+    Raises RendezvousError where they do not connect.
+    """
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+
+    from packcast.packed.chain import Hop, hops_of
+
+    release_ended()
+    gloo: Any = dist.ProcessGroupGloo
+    ends: dict[bool, Hop] = {}
+    for upstream, downstream in hops_of(order, roots):
+        if rank not in (upstream, downstream):
+            continue
+        is_upstream = rank == upstream
+        own = PrefixStore(f"hop-{upstream}-{downstream}", store)
+        try:
+            options = gloo_options(timedelta(seconds=timeout_s), interface, connections)
+            group = gloo(own, int(not is_upstream), 2, options)
+        except RuntimeError as error:  # torch's DistError and its kin
+            raise RendezvousError(
+                f"rank {upstream} and rank {downstream} could not be connected over gloo:"
+                f" {str(error).splitlines()[0]}",
+                hint="GLOO_SOCKET_IFNAME chooses another network interface",
+            ) from error
+        ends[is_upstream] = Hop(group, len(options._devices), is_upstream)
+    return ends.get(False), ends.get(True)

@@ -1,0 +1,347 @@
+"""Where the ranks of a launch find the sender, before the control channel is there.
+
+Roles and one address go through a store, never bulk data. Keys are polled rather than waited for:
+a store's own time-outs cannot be relied on (see store.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+from packcast.errors import PackcastError, RendezvousError, error_from_code
+from packcast.group.addresses import (
+    host_and_port,
+    interface_of,
+    is_loopback,
+    text_of,
+    with_interface,
+)
+from packcast.group.launch import Launch, meeting_address
+from packcast.group.store import GRACE_S, answer_in, await_listener, connect_store, host_store
+from packcast.units import format_duration
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+T = TypeVar("T")
+
+_SLOWEST_POLL_S = 0.2
+_MAX_NAMED_RANKS = 8
+_NO_ANSWER = "the launcher's store does not answer"
+
+
+class Keys(Protocol):
+    """What is needed of a store."""
+
+    def check(self, keys: list[str], /) -> bool: ...
+
+    def get(self, key: str, /) -> bytes: ...
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """Where the sender's control channel listens: at one of `hosts`, the likeliest first.
+
+    Where it is `beside_store` that is also the host of the launcher's store, which every rank has
+    reached by an address of its own.
+    """
+
+    hosts: tuple[str, ...]
+    port: int
+    beside_store: bool = False
+
+
+class Meeting:
+    """The launcher's store while the ranks find each other, from `open_meeting` until `close`.
+
+    Either the launcher's own, or one that rank 0 hosts at the launcher's address, for so long only:
+    a trainer's own init_process_group wants that port afterwards. Who calls holds this object and
+    not the store in it, since the frames of an exception would keep the port taken.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        address: tuple[str, int],
+        link: socket.socket | None,
+        *,
+        is_agents: bool = False,
+    ) -> None:
+        self._store: Store | None = store
+        self._link = link
+        self.is_agents = is_agents
+        self.host = address[0]
+        self.here = None if link is None else text_of(link.getsockname())
+        self.there = None if link is None else text_of(link.getpeername())
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the store is on this very host."""
+        if self.here is None or self.there is None:
+            return True
+        return self.here == self.there or is_loopback(self.there)
+
+    def check(self, keys: list[str], /) -> bool:
+        return self._open().check(keys)
+
+    def get(self, key: str, /) -> bytes:
+        return self._open().get(key)
+
+    def set(self, key: str, value: str, /) -> None:
+        self._open().set(key, value)
+
+    def hosts_of(self, sender: Whereabouts) -> list[str]:
+        """The addresses at which this rank may reach the sender, the likeliest first."""
+        interface = None if self.here is None else interface_of(self.here)
+        told = [with_interface(host, interface) for host in sender.hosts]
+        if sender.beside_store:
+            told.insert(0, self.there or "127.0.0.1")
+        return list(dict.fromkeys(told))
+
+    def close(self, wait_s: float = 0.0) -> None:
+        """Let go of the store: on the rank that hosts it the port is free from now on.
+
+        Elsewhere wait for that, at most `wait_s`. Nobody needs to where all ranks are told to go on
+        only once rank 0 has closed.
+        """
+        self._store = None
+        link, self._link = self._link, None
+        if link is None:
+            return
+        with link, contextlib.suppress(OSError):
+            if wait_s > 0 and not self._outlives_this():
+                link.settimeout(wait_s)
+                link.recv(1)  # nothing ever comes but the end
+
+    def _outlives_this(self) -> bool:
+        """Whether the store is torchrun's agent's, or perhaps the default group's."""
+        import torch.distributed as dist
+
+        return self.is_agents or dist.is_initialized()
+
+    def _open(self) -> Store:
+        if self._store is None:
+            raise RuntimeError("the meeting is over")
+        return self._store
+
+
+def open_meeting(
+    launch: Launch,
+    environ: Mapping[str, str],
+    timeout_s: float,
+    port: int | None = None,
+    *,
+    call: int = 0,
+) -> Meeting:
+    """Every rank of a launch calls this first.
+
+    Does not wait for the other ranks, only (up to `timeout_s`) for the store's host. `port` goes
+    before the one derived from the Slurm step; `call` counts the transfers of this launch, each of
+    which has keys of its own. Raises RendezvousError where the port is taken or the host does not
+    answer.
+    """
+    address = meeting_address(launch, environ, port)
+    if launch.kind == "torchrun" and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return _joined(launch, environ, address, timeout_s, call, agents=True)
+    if launch.rank:
+        return _joined(launch, environ, address, timeout_s, call)
+    import torch.distributed as dist
+
+    option = "--port" if launch.kind == "slurm" else "--master-port (MASTER_PORT)"
+    try:
+        # Its own way there is loopback: its name may not be known yet, or be another host's.
+        store, _ = host_store("", "127.0.0.1", address[1], timeout_s, option=option)
+    except RendezvousError:
+        if not dist.is_initialized():
+            raise
+        # The port is most likely taken by the default group's own store, which serves as well.
+        return _joined(launch, environ, address, timeout_s, call)
+    return Meeting(_of_this_call(store, environ, call), address, None)
+
+
+def _joined(
+    launch: Launch,
+    environ: Mapping[str, str],
+    address: tuple[str, int],
+    timeout_s: float,
+    call: int,
+    *,
+    agents: bool = False,
+) -> Meeting:
+    deadline = time.monotonic() + timeout_s
+    link = await_listener(*address, deadline)
+    try:
+        left_s = max(deadline - time.monotonic(), GRACE_S)
+        store = (
+            _agents_store(launch, address, left_s) if agents else connect_store(*address, left_s)
+        )
+        return Meeting(_of_this_call(store, environ, call), address, link, is_agents=agents)
+    except BaseException:
+        link.close()
+        raise
+
+
+def settle_sender(
+    store: Keys, launch: Launch, role: Literal["send", "recv"], timeout_s: float
+) -> int:
+    """The lowest rank that ran `send`; every rank calls this with its own role.
+
+    Returns as soon as that is certain: ranks above the sender need not have come. Raises
+    RendezvousError if no rank sends, or naming those still missing at the deadline; or the
+    failure that another rank published.
+    """
+    ranks = range(launch.world_size)
+
+    def settled() -> int | None:
+        for rank in ranks:
+            if not store.check([_role_key(rank)]):
+                return None
+            if store.get(_role_key(rank)) == b"send":
+                return rank
+        raise RendezvousError(
+            "no rank ran `packcast send`",
+            hint="one launch must run `packcast send CKPT`, the others `packcast recv`",
+        )
+
+    def nobody() -> str:
+        missing = [rank for rank in ranks if not store.check([_role_key(rank)])]
+        named = ", ".join(map(str, missing[:_MAX_NAMED_RANKS]))
+        more = len(missing) - _MAX_NAMED_RANKS
+        verb = "has" if len(missing) == 1 else "have"
+        return (
+            f"{'rank' if len(missing) == 1 else 'ranks'} {named}"
+            f"{f' and {more} more' if more > 0 else ''} {verb} not joined"
+            f" within {format_duration(timeout_s)}"
+        )
+
+    def post_and_settle() -> int:
+        store.set(_role_key(launch.rank), role)
+        return _poll(store, settled, nobody, timeout_s)
+
+    return answer_in(timeout_s, _NO_ANSWER, post_and_settle)
+
+
+def publish_address(store: Keys, address: Whereabouts) -> None:
+    """The sender says where its control channel listens."""
+    text = json.dumps(
+        {"hosts": address.hosts, "port": address.port, "beside_store": address.beside_store}
+    )
+    answer_in(GRACE_S, _NO_ANSWER, lambda: store.set(_ADDRESS_KEY, text))
+
+
+def publish_failure(store: Keys, error: PackcastError) -> None:
+    """Tell the ranks that still wait in `settle_sender` or `await_address`; never raises."""
+    text = json.dumps({"code": error.exit_code, "message": error.message, "hint": error.hint})
+    try:
+        answer_in(GRACE_S, "no answer", lambda: store.set(_FAILURE_KEY, text))
+    except (PackcastError, RuntimeError):
+        return  # the launcher ends the others, or their own deadline does
+
+
+def leave_last(meeting: Meeting, launch: Launch, limit_s: float) -> None:
+    """The way out of a join that failed; every rank calls this, which closes the meeting.
+
+    Where rank 0 hosts the store it stays until the others have read why, but no longer than
+    `limit_s`: without the store they could only time out. And they stay until it has gone, so that
+    all leave the port as they found it. Never raises.
+    """
+    others = [f"gone/{rank}" for rank in range(1, launch.world_size)]
+
+    def go() -> None:
+        if launch.rank:
+            meeting.set(f"gone/{launch.rank}", "")
+            return
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and not all(meeting.check([key]) for key in others):
+            time.sleep(_SLOWEST_POLL_S / 4)
+
+    if not meeting.is_agents:
+        with contextlib.suppress(PackcastError, RuntimeError):
+            answer_in(limit_s, "no answer", go)
+    meeting.close(GRACE_S)
+
+
+def await_address(store: Keys, timeout_s: float) -> Whereabouts:
+    """Where the control channel listens, for every rank but the sender.
+
+    Raises the sender's own error where it failed first, RendezvousError at the deadline.
+    """
+
+    def published() -> Whereabouts | None:
+        if not store.check([_ADDRESS_KEY]):
+            return None
+        address = json.loads(store.get(_ADDRESS_KEY))
+        hosts = tuple(map(str, address["hosts"]))
+        return Whereabouts(hosts, int(address["port"]), address["beside_store"] is True)
+
+    def silence() -> str:
+        return f"the sender has not said where it listens within {format_duration(timeout_s)}"
+
+    return answer_in(
+        timeout_s,
+        _NO_ANSWER,
+        lambda: _poll(store, published, silence, timeout_s),
+    )
+
+
+_ADDRESS_KEY = "address"
+_FAILURE_KEY = "failure"
+
+
+def _role_key(rank: int) -> str:
+    return f"role/{rank}"
+
+
+def _of_this_call(store: Store, environ: Mapping[str, str], call: int) -> Store:
+    """Keys of our own: an agent's store outlives restarts of its workers, old addresses in it."""
+    from torch._C._distributed_c10d import PrefixStore
+
+    restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"packcast/{restart}/{call}", store)
+
+
+def _agents_store(launch: Launch, address: tuple[str, int], timeout_s: float) -> Store:
+    """torchrun's own store, by way of torch's rendezvous, which knows the agent's habits."""
+    from torch.distributed.rendezvous import rendezvous
+
+    def meet() -> Store:
+        pair = rendezvous(
+            "env://", launch.rank, launch.world_size, timeout=timedelta(seconds=timeout_s)
+        )
+        store: Store = next(iter(pair))[0]
+        return store
+
+    host, port = address
+    return answer_in(
+        timeout_s,
+        f"the launcher's store at {host_and_port(host, port)} does not answer",
+        meet,
+    )
+
+
+def _poll(
+    store: Keys, found: Callable[[], T | None], silence: Callable[[], str], timeout_s: float
+) -> T:
+    """`found()` once it is not None; another rank's failure or `silence()` as an error else."""
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.005
+    while True:
+        if store.check([_FAILURE_KEY]):
+            failure = json.loads(store.get(_FAILURE_KEY))
+            raise error_from_code(failure["code"], failure["message"], failure["hint"])
+        value = found()
+        if value is not None:
+            return value
+        if time.monotonic() > deadline:
+            raise RendezvousError(silence())
+        time.sleep(pause_s)
+        pause_s = min(1.5 * pause_s, _SLOWEST_POLL_S)

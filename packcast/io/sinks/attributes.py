@@ -1,0 +1,111 @@
+"""What a directory has beside its name and its files, given to another one: the owner, the mode,
+extended attributes (access lists and labels among them) and the flags of its file system.
+
+Knows descriptors; not what the directories are for.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from contextlib import suppress
+
+# linux/fs.h: FS_IOC_GETFLAGS and the rest, where ioctl numbers are made as on most architectures.
+_GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
+_GET_XATTR, _SET_XATTR = 0x801C581F, 0x401C5820
+# Flags that a directory hands down or that say how it is written: sync, no dump, no atime,
+# dirsync, compressed, no copy on write. Not immutable and append-only, under which nothing works.
+_KEPT_FLAGS = 0x8 | 0x40 | 0x80 | 0x10000 | 0x4 | 0x800000
+_FSXATTR = struct.Struct("=5I8s")  # flags, extent size, extents, project, extent size for copies
+_PROJECT_INHERIT = 0x200
+_NOT_HERE = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL})
+
+
+def can_give_owner(found: os.stat_result) -> bool:
+    """Whether this process may make a directory of the same owner and group."""
+    if os.geteuid() == 0:
+        return True
+    return found.st_uid == os.geteuid() and found.st_gid in {os.getegid(), *os.getgroups()}
+
+
+def take_over_attributes(target: str, new_fd: int) -> list[str]:
+    """Give the directory that will replace `target` what that one has; the promises not kept."""
+    fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        missing = copy_attributes(fd, new_fd)
+    finally:
+        os.close(fd)
+    return [f"{target} could not keep its {' and '.join(missing)}"] if missing else []
+
+
+def copy_attributes(from_fd: int, to_fd: int) -> list[str]:
+    """Give one directory what another has; returns what could not be had, as words.
+
+    The owner first, since that takes bits of the mode away. The new one is writable for its owner
+    whatever the mode: it is still to be filled.
+    """
+    found = os.fstat(from_fd)
+    missing = []
+    is_now = os.fstat(to_fd)
+    if (found.st_uid, found.st_gid) != (is_now.st_uid, is_now.st_gid):
+        try:
+            os.fchown(to_fd, found.st_uid, found.st_gid)
+        except OSError:
+            missing.append("owner and group")
+    if not _copy_xattrs(from_fd, to_fd):
+        missing.append("extended attributes")
+    if not _copy_flags(from_fd, to_fd):
+        missing.append("flags or project")
+    os.fchmod(to_fd, stat.S_IMODE(found.st_mode) | 0o700)
+    return missing
+
+
+def _copy_xattrs(from_fd: int, to_fd: int) -> bool:
+    try:
+        wanted = {name: os.getxattr(from_fd, name) for name in os.listxattr(from_fd)}
+        there = {name: os.getxattr(to_fd, name) for name in os.listxattr(to_fd)}
+    except OSError as error:
+        return error.errno in _NOT_HERE
+    all_given = True
+    for name in there.keys() - wanted.keys():  # a default access list, inherited from the parent
+        with suppress(OSError):
+            os.removexattr(to_fd, name)
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            try:
+                os.setxattr(to_fd, name, value)
+            except OSError:
+                all_given = False
+    return all_given
+
+
+def _copy_flags(from_fd: int, to_fd: int) -> bool:
+    try:
+        wanted, is_now = _flags(from_fd), _flags(to_fd)
+        if (wanted ^ is_now) & _KEPT_FLAGS:
+            flags = (is_now & ~_KEPT_FLAGS) | (wanted & _KEPT_FLAGS)
+            fcntl.ioctl(to_fd, _SET_FLAGS, struct.pack("@l", flags))
+        _copy_project(from_fd, to_fd)
+    except OSError as error:
+        return error.errno in _NOT_HERE
+    return True
+
+
+def _flags(fd: int) -> int:
+    answer = fcntl.ioctl(fd, _GET_FLAGS, bytes(struct.calcsize("@l")))
+    return int(struct.unpack("@l", answer)[0]) & 0xFFFFFFFF
+
+
+def _copy_project(from_fd: int, to_fd: int) -> None:
+    """The project that quotas count the directory for, and whether what is made in it inherits."""
+    empty = bytes(_FSXATTR.size)
+    wanted = _FSXATTR.unpack(fcntl.ioctl(from_fd, _GET_XATTR, empty))
+    is_now = _FSXATTR.unpack(fcntl.ioctl(to_fd, _GET_XATTR, empty))
+    inherit = wanted[0] & _PROJECT_INHERIT
+    if (wanted[3], inherit) != (is_now[3], is_now[0] & _PROJECT_INHERIT):
+        flags = (is_now[0] & ~_PROJECT_INHERIT) | inherit
+        given = _FSXATTR.pack(flags, is_now[1], is_now[2], wanted[3], is_now[4], is_now[5])
+        fcntl.ioctl(to_fd, _SET_XATTR, given)

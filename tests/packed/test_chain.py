@@ -1,0 +1,237 @@
+"""A chain of ranks: its order, its bytes through real processes over gloo, its ends."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from packcast.packed.chain import (
+    Chain,
+    chain_order,
+    chain_seconds,
+    hops_of,
+    neighbours,
+    tree_seconds,
+)
+from tests.helpers.commands import Command, Commands
+from tests.helpers.hops import open_all
+from tests.helpers.waiting import Waiter
+from tests.packed.chain_rank import Case, Outcome
+
+KIB = 1 << 10
+PROMPT_S = 10.0  # from the verdict to the last survivor's end; it takes about one
+
+
+class Ranks:
+    """The processes of a case."""
+
+    def __init__(self, commands: Commands, folder: Path) -> None:
+        self._commands = commands
+        self._folder = folder
+        self.started: list[Command] = []
+
+    def start(self, case: Case) -> None:
+        path = self._folder / "case"
+        path.write_text(json.dumps(asdict(case)))
+        for rank in range(len(case.order)):
+            argv: list[str | Path] = [
+                sys.executable,
+                "-m",
+                "tests.packed.chain_rank",
+                path,
+                str(rank),
+            ]
+            self.started.append(self._commands.start_warm(argv))
+
+    def outcome(self, rank: int, limit_s: float = 60.0) -> Outcome:
+        """Waited for until the process has ended, well."""
+        ended = self.started[rank].wait(limit_s)
+        assert ended.returncode == 0, ended.stderr
+        return Outcome(**json.loads(ended.stdout))
+
+    def outcomes(self) -> list[Outcome]:
+        return [self.outcome(rank) for rank in range(len(self.started))]
+
+    def tell(self, verdict: str) -> None:
+        """The control channel of these ranks."""
+        (self._folder / "partial").write_text(verdict)
+        (self._folder / "partial").rename(self._folder / "verdict")
+
+
+@pytest.fixture
+def ranks(commands: Commands, tmp_path: Path) -> Ranks:
+    return Ranks(commands, tmp_path)
+
+
+def chunks_of(roots: list[int], count: int, most: int) -> list[tuple[int, int]]:
+    """Roots take turns; sizes are random, from one byte on."""
+    dice = random.Random(count)
+    return [
+        (roots[i % len(roots)], dice.choice([1, most, dice.randint(1, most)])) for i in range(count)
+    ]
+
+
+def test_ranks_of_one_host_are_adjacent_and_hosts_come_by_their_lowest_rank() -> None:
+    assert chain_order(["b", "a", "b", "c", "a"]) == [0, 2, 1, 4, 3]
+    assert chain_order(["a"] * 3) == [0, 1, 2]
+    assert chain_order([]) == []
+
+
+def test_a_chain_begins_at_its_root_and_goes_once_through_all() -> None:
+    order = [0, 2, 1, 4, 3]
+    for root in order:
+        rank: int | None = root
+        before: int | None = None
+        met = []
+        while rank is not None:
+            assert neighbours(order, root, rank)[0] == before
+            met.append(rank)
+            before, rank = rank, neighbours(order, root, rank)[1]
+        assert sorted(met) == [0, 1, 2, 3, 4]
+    assert neighbours([0], 0, 0) == (None, None)
+    assert neighbours([0, 1], 1, 0) == (1, None)
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 9))
+def test_the_hops_are_those_that_some_chunk_passes(num_ranks: int) -> None:
+    order = list(range(num_ranks))
+    for roots in ([0], [num_ranks - 1], order):
+        passed = set()
+        for root in roots:
+            for rank in order:
+                _, after = neighbours(order, root, rank)
+                if after is not None:
+                    passed.add((rank, after))
+        hops = hops_of(order, roots)
+        assert len(hops) == len(set(hops))
+        assert set(hops) == passed
+
+
+@pytest.mark.parametrize("num_ranks", range(2, 40))
+def test_connecting_hops_takes_at_most_three_rounds(num_ranks: int) -> None:
+    """Where each rank connects its own in the order of the list, each with the other end's help."""
+    hops = hops_of(range(num_ranks), range(num_ranks))
+    rounds = 0
+    while hops:
+        waits_for = [next(hop for hop in hops if rank in hop) for rank in sorted({*sum(hops, ())})]
+        hops = [hop for hop in hops if waits_for.count(hop) < 2]
+        rounds += 1
+        assert rounds <= 3
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_buffers"), [(2, 1), (2, 4), (3, 2), (4, 1), (4, 4), (8, 2), (8, 4)]
+)
+def test_every_rank_has_every_byte_and_none_sends_more_than_once(
+    ranks: Ranks, num_ranks: int, num_buffers: int
+) -> None:
+    case = Case(
+        order=list(range(num_ranks)),
+        chunks=chunks_of([0], 30, 100 * KIB),
+        num_buffers=num_buffers,
+        piece_nbytes=24 * KIB,
+        connections=2 if num_buffers == 4 else 1,
+        slow_rank=num_ranks - 1 if num_buffers == 2 else num_ranks // 2,
+    )
+    ranks.start(case)
+    outcomes = ranks.outcomes()
+    nbytes = sum(nbytes for _, nbytes in case.chunks)
+    assert [(o.error, o.wrong) for o in outcomes] == [("", [])] * num_ranks
+    assert [o.sent_nbytes for o in outcomes] == [nbytes] * (num_ranks - 1) + [0]
+
+
+@pytest.mark.parametrize(
+    ("roots", "num_buffers"), [([0, 1, 2, 3], 1), ([0, 1, 2, 3], 2), ([0, 1, 2, 3], 4), ([3, 1], 2)]
+)
+def test_each_root_has_a_chain_of_its_own(ranks: Ranks, num_buffers: int, roots: list[int]) -> None:
+    case = Case(
+        order=[0, 2, 1, 3],
+        chunks=chunks_of(roots, 30, 100 * KIB),
+        num_buffers=num_buffers,
+        piece_nbytes=24 * KIB,
+        slow_rank=roots[-1],
+    )
+    ranks.start(case)
+    outcomes = ranks.outcomes()
+    nbytes = sum(nbytes for _, nbytes in case.chunks)
+    assert [(o.error, o.wrong) for o in outcomes] == [("", [])] * 4
+    assert sum(o.sent_nbytes for o in outcomes) == 3 * nbytes
+    assert all(o.sent_nbytes <= nbytes for o in outcomes)
+
+
+@pytest.mark.parametrize("by_signal", [signal.SIGKILL, signal.SIGSTOP, None])
+def test_a_lost_rank_ends_the_others_within_seconds_of_the_verdict(
+    ranks: Ranks, by_signal: signal.Signals | None
+) -> None:
+    """And where all are alive, no thread of gloo is left that could write into freed memory."""
+    case = Case(
+        order=[0, 1, 2, 3],
+        chunks=[(0, 16 << 20)] * 16,
+        num_buffers=4,
+        piece_nbytes=4 << 20,
+        lost_rank=2,
+        by_signal=by_signal,
+    )
+    ranks.start(case)
+    ranks.started[2].read_until("lost")
+    told = time.monotonic()
+    ranks.tell("lost rank 2")
+    others = [ranks.outcome(rank, PROMPT_S) for rank in (0, 1, 3)]
+    assert time.monotonic() - told < PROMPT_S
+    assert all(outcome.error for outcome in others)
+    assert all(outcome.wrong == [] for outcome in others)
+    if by_signal == signal.SIGSTOP:  # no connection ends, so nobody but the control channel knows
+        assert {outcome.error for outcome in others} == {"TransferError: lost rank 2"}
+    if by_signal is None:
+        failed = ranks.outcome(2)
+        assert failed.error == "TransferError: its own error"
+        assert [outcome.threads_left for outcome in (*others, failed)] == [0] * 4
+
+
+def test_closing_a_chain_wakes_whoever_waits_in_it() -> None:
+    ends = open_all([0, 1], [0])
+    memory = torch.zeros(1000, dtype=torch.uint8)
+    last = Chain(*ends[1], rank=1, order=[0, 1], check=lambda: None)
+    last.begin(memory, 0)
+    waiter = Waiter(lambda: last.carry(memory, 0))
+    assert waiter.waits()
+    last.close()
+    with pytest.raises(RuntimeError):
+        waiter.result()
+    last.close()  # once more does nothing
+    with pytest.raises(RuntimeError, match="has been closed"):
+        last.begin(memory, 0)
+
+
+def test_a_mark_says_when_the_next_rank_has_the_chunk() -> None:
+    ends = open_all([0, 1], [0])
+    memory = torch.arange(1000)
+    chains = [Chain(*ends[rank], rank=rank, order=[0, 1], check=lambda: None) for rank in (0, 1)]
+    mark = chains[0].carry(memory, 0)
+    assert not mark.passed()
+    assert not mark.passes_within(0.05)
+    received = torch.zeros_like(memory)
+    chains[1].begin(received, 0)
+    assert chains[1].carry(received, 0).passed()
+    assert mark.passes_within(10)
+    assert mark.passed()
+    assert received.equal(memory)
+
+
+def test_many_hosts_take_as_long_as_one_and_the_fill() -> None:
+    gigabyte = 10**9
+    assert chain_seconds(140 * gigabyte, gigabyte, 2, 1e9) == 140
+    assert chain_seconds(140 * gigabyte, gigabyte, 30, 1e9) == 168
+    assert chain_seconds(gigabyte, 4 * gigabyte, 3, 1e9) == 2
+    assert tree_seconds(140 * gigabyte, 2, 1e9) == 140
+    assert tree_seconds(140 * gigabyte, 30, 1e9) == 5 * 140
+    assert tree_seconds(140 * gigabyte, 32, 1e9) == 5 * 140
+    assert tree_seconds(140 * gigabyte, 33, 1e9) == 6 * 140

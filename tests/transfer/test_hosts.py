@@ -1,0 +1,175 @@
+"""Which address: two hosts on networks of several kinds, each of which a transfer has to find."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.checkpoints import same_tree
+from tests.helpers.commands import (
+    PACKCAST,
+    TIMEOUT_S,
+    Command,
+    Commands,
+    free_port,
+    slurm_task,
+    wait_all,
+)
+from tests.helpers.hosts import Host, connect, give_default_route, needs_hosts
+
+pytestmark = needs_hosts
+
+TOKEN = {"PACKCAST_TOKEN": "between us"}
+# Debian and Ubuntu give a host's own name this address, on the host itself.
+OWN_NAME, OTHER_NAME = {"node1": "127.0.1.1"}, {"node1": "10.77.0.1"}
+
+
+class Two:
+    """node1 and node2 on one network without a default route; node1's name is loopback there."""
+
+    def __init__(self, commands: Commands, folder: Path) -> None:
+        self.node1 = Host(commands, folder, "node1", OWN_NAME)
+        self.node2 = Host(commands, folder, "node2", OTHER_NAME | {"node2": "127.0.1.1"})
+        self.cable = connect(self.node1, "10.77.0.1/24", self.node2, "10.77.0.2/24")
+        self._commands = commands
+
+    def start(self, host: Host, *argv: str | Path, environment: dict[str, str]) -> Command:
+        return self._commands.start(host.inside(*PACKCAST, *argv), environment)
+
+
+@pytest.fixture
+def two(commands: Commands, tmp_path: Path) -> Two:
+    return Two(commands, tmp_path)
+
+
+def assert_arrived(checkpoint: Path, out: Path, *commands: Command) -> None:
+    for ended in wait_all(commands):
+        assert ended.returncode == 0, ended.stderr
+    same_tree(checkpoint, out)
+
+
+def host_said(sender: Command) -> str:
+    """Of the line to run on each worker."""
+    return sender.read_until(r"packcast recv '?(\S+):\d+'? --out DIR")[1]
+
+
+@pytest.mark.parametrize("sender", [0, 1])
+def test_slurms_nodes_need_no_default_route_and_no_name_that_they_know_of_themselves(
+    two: Two, checkpoint: Path, tmp_path: Path, sender: int
+) -> None:
+    give_default_route(two.node1, "172.31.7.1/24")  # where node2 is not
+    roles = [["send", checkpoint], ["recv", "--out", tmp_path / "copy"]]
+    tasks = [
+        two.start(
+            host,
+            *roles[rank != sender],
+            *("--port", "29411", "--join-timeout", "20s"),
+            environment=slurm_task("1", rank, 2) | {"SLURM_STEP_NODELIST": "node[1-2]"},
+        )
+        for rank, host in enumerate((two.node1, two.node2))
+    ]
+    assert_arrived(checkpoint, tmp_path / "copy", *tasks)
+
+
+def test_a_name_that_is_loopback_on_its_own_host_is_listened_for_on_every_address(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    send = two.start(
+        two.node1,
+        *("send", checkpoint, "--workers", "1", "--listen", f"node1:{port}"),
+        environment=TOKEN,
+    )
+    assert host_said(send) == "10.77.0.1"
+    assert "node1 is 127.0.1.1 here, which no other host reaches" in send.stderr
+    recv = two.start(
+        two.node2, "recv", f"node1:{port}", "--out", tmp_path / "copy", environment=TOKEN
+    )
+    assert_arrived(checkpoint, tmp_path / "copy", send, recv)
+
+
+def test_who_listens_everywhere_shows_addresses_and_uses_the_one_at_which_a_worker_comes(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    give_default_route(two.node1, "172.31.7.1/24")
+    send = two.start(
+        two.node1,
+        *("send", checkpoint, "--workers", "1", "--listen", "0.0.0.0:29413"),
+        environment=TOKEN,
+    )
+    assert host_said(send) == "172.31.7.1"
+    send.read_until("another address of this host: 10.77.0.1")
+    recv = two.start(
+        two.node2, "recv", "10.77.0.1:29413", "--out", tmp_path / "copy", environment=TOKEN
+    )
+    assert_arrived(checkpoint, tmp_path / "copy", send, recv)
+
+
+def test_link_local_addresses_work_with_each_hosts_own_interface(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    for host in (two.node1, two.node2):  # of IPv6 link-local ones are left
+        host.ip("-4", "address", "flush", "dev", two.cable)
+    two.node2.ip("link", "set", two.cable, "down")
+    two.node2.ip("link", "set", two.cable, "name", "other0")
+    two.node2.ip("link", "set", "other0", "up")
+    found = re.search(r"fe80::[0-9a-f:]+", two.node1.ip("-6", "address", "show", "dev", two.cable))
+    assert found
+    send = two.start(
+        two.node1,
+        *("send", checkpoint, "--workers", "1", "--listen", f"[{found[0]}%{two.cable}]:29414"),
+        environment=TOKEN,
+    )
+    assert host_said(send) == f"[{found[0]}%{two.cable}]"
+    recv = two.start(
+        two.node2,
+        *("recv", f"[{found[0]}%other0]:29414", "--out", tmp_path / "copy"),
+        environment=TOKEN,
+    )
+    assert_arrived(checkpoint, tmp_path / "copy", send, recv)
+
+
+def test_a_worker_waits_for_a_name_that_nobody_knows_yet(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    recv = two.start(
+        two.node2,
+        *("recv", "sender-0.svc:29415", "--out", tmp_path / "copy", "--join-timeout", "30s"),
+        environment=TOKEN,
+    )
+    recv.read_until(r"waiting for the sender at sender-0.svc:29415 \(its name cannot be resolved")
+    send = two.start(
+        two.node1,
+        *("send", checkpoint, "--workers", "1", "--listen", "sender-0.svc:29415"),
+        environment=TOKEN,
+    )
+    send.read_until("waiting until sender-0.svc is the name of an address")
+    two.node1.know(OWN_NAME | {"sender-0.svc": "10.77.0.1"})
+    assert host_said(send) == "10.77.0.1"
+    two.node2.know(OTHER_NAME | {"sender-0.svc": "10.77.0.1"})
+    assert_arrived(checkpoint, tmp_path / "copy", send, recv)
+
+
+def test_a_loopback_address_for_another_host_is_an_error_that_says_so_on_both(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    limit = ("--join-timeout", "4s")
+    send = two.start(
+        two.node1,
+        *("send", checkpoint, "--workers", "1", "--listen", "localhost:29416", *limit),
+        environment=TOKEN,
+    )
+    started = time.monotonic()
+    recv = two.start(
+        two.node2,
+        *("recv", "127.0.0.1:29416", "--out", tmp_path / "copy", *limit),
+        environment=TOKEN,
+    )
+    sent, received = wait_all([send, recv])
+    assert (sent.returncode, received.returncode) == (4, 4)
+    assert "this listens on 127.0.0.1, where only ranks of this host reach it" in sent.error
+    assert "127.0.0.1 is this host itself" in received.error
+    assert time.monotonic() - started < TIMEOUT_S
