@@ -16,7 +16,7 @@ from typing import Final
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError, PackcastError, TransferError
-from packcast.io.files import FileTable, close_quietly
+from packcast.io.files import FileTable
 from packcast.io.schedule import Schedule, Span
 from packcast.io.sinks.attributes import take_over_attributes
 from packcast.io.sinks.offered import check_names, folders_of
@@ -79,7 +79,7 @@ class WriteSink:
         self._place: Place | None = None
         self._made_parents: list[str] = []
         self._holder_fd = self._partial_fd = self._claim_fd = -1
-        self._table = FileTable(len(self._files), self._reopen, close_quietly, keeps_open=True)
+        self._table = FileTable(len(self._files), self._reopen, self._close, keeps_open=True)
         self._state = _State.WRITING
         # Three locks, taken in this order: a step of the main thread; the removal; the state.
         # Things are created only under the last, with the state looked at, so that nothing appears
@@ -335,6 +335,13 @@ class WriteSink:
         self._raise_if_aborted()
         try:
             return self._open(index, _FILE_FLAGS)
+        except OSError as error:
+            raise destination_error(error, f"write {self._path_of(index)}") from error
+
+    def _close(self, index: int, fd: int) -> None:
+        # A network file system may write only now, and tells once what went wrong.
+        try:
+            os.close(fd)
         except OSError as error:
             raise destination_error(error, f"write {self._path_of(index)}") from error
 
