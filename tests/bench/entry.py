@@ -121,22 +121,23 @@ def slow_broadcasts(seconds: float) -> None:
 def slow_sinks(rank: int, seconds: float) -> None:
     """On one rank, every sink takes a while longer for each run of bytes."""
     if os.environ["RANK"] == str(rank):
-        slow_tasks({"CHECK", "WRITE", "COMPARE"}, seconds)
+        slow_tasks({"WRITE", "COMPARE"}, seconds)
 
 
 def slow_tasks(names: set[str], seconds: float) -> None:
-    """In this process, every piece of host I/O of these kinds takes a while longer."""
-    from packcast.io import hands, source
-    from packcast.io.work import Job, Outcome, perform
+    """In this process, every grain of host I/O of these kinds takes a while longer."""
+    from packcast.io.threads import ThreadPool
 
-    def slowly(job: Job, memory: memoryview) -> Outcome:
-        if job.task.name in names:
+    os.environ["PACKCAST_POOL"] = "python"
+    really_do = ThreadPool._do_grain
+
+    def slowly(pool: ThreadPool, index: int, first: int, last: int) -> None:
+        if pool._work.task.name in names:
             time.sleep(seconds)
-        return perform(job, memory)
+        really_do(pool, index, first, last)
 
-    for module in (hands, source):
-        patched: Any = module
-        patched.perform = slowly
+    patched: Any = ThreadPool
+    patched._do_grain = slowly
 
 
 def stand_ins(fails_on: int | None = None, no_group_on: int | None = None) -> None:

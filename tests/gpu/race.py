@@ -12,36 +12,37 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
+from packcast.io import native
 from packcast.io.landing import Landing
 from packcast.io.source import FileReader, FileSource
 from packcast.io.staging import Buffers
-from packcast.io.work import Job
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import Extent, plan_chunks, slot_nbytes
+from packcast.packed.plan import plan_chunks, slot_nbytes
 from packcast.packed.ring import Ring
 from packcast.packed.trailer import transfer_tag
 from tests.helpers.checkpoints import sharded
+from tests.helpers.native import built
 from tests.helpers.sinks import MemorySink
 
 MIB = 1 << 20
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 
 
-class DawdlingReader(FileReader):
-    """Reads like any other, now and then after a nap."""
-
-    dice: random.Random
-
-    def job(self, extent: Extent, into: memoryview) -> Job:
-        time.sleep(self.dice.random() * 0.004)
-        return super().job(extent, into)
+def dawdling_threads() -> None:
+    """Native I/O threads that nap, each time before they begin; Python's where none compile."""
+    library = built("-DPACKCAST_JITTER_NS=4000000")
+    if library is not None:
+        opened = native.open_library(library)
+        patched: Any = native
+        patched.installed = lambda: opened
 
 
 def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
@@ -53,7 +54,8 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
     dice = random.Random(seed + 1)
     num_readers = dice.randint(1, world_size)
     buffer_size, num_buffers = dice.randint(1, 3) * MIB, dice.randint(1, 3)
-    staging, helpers = dice.randint(2, 9) * MIB, dice.random() < 0.5
+    staging, pool = dice.randint(2, 9) * MIB, dice.choice(("native", "python"))
+    os.environ["PACKCAST_POOL"] = pool
     checkpoint = open_checkpoint(folder)
     files = outgoing_files(checkpoint)
     specs = [file.spec for file in files]
@@ -64,16 +66,14 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
         num_buffers,
         Counters(),
     )
-    for chunk in chunks[:num_buffers]:
-        ring.await_turn(chunk).memory.fill_(0xA5)
+    ring.overwrite(0xA5)
     torch.cuda.synchronize()
-    buffers = Buffers(ring, buffer_size, staging, transfer_tag(str(seed)), helpers=helpers)
-    reader = DawdlingReader(files, checkpoint.files)
-    reader.dice = mine
+    buffers = Buffers(ring, buffer_size, staging, transfer_tag(str(seed)))
+    reader = FileReader(files, checkpoint.files)
     own = [chunk for chunk in chunks if chunk.root == rank]
-    source = FileSource(own, reader, buffers, num_hands=3) if own else None
+    source = FileSource(own, reader, buffers, num_threads=3) if own else None
     sink = MemorySink(specs, lambda file, offset: time.sleep(mine.random() * 0.004))
-    landing = Landing(sink, specs, buffers, num_hands=3)
+    landing = Landing(chunks, sink, specs, buffers, num_threads=3)
 
     def broadcast(tensor: torch.Tensor, root: int) -> None:
         for lane in (ring.fill, ring.comm, ring.drain):
@@ -93,7 +93,7 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
     print(
         f"round {seed}: rank {rank} {'right' if right else 'WRONG'}, {num_readers} readers,"
         f" {num_buffers} x {buffer_size // MIB} MiB, staging {staging // MIB} MiB,"
-        f" {len(chunks)} chunks, {'processes' if helpers else 'threads'}",
+        f" {len(chunks)} chunks, {pool}",
         flush=True,
     )
     return right
@@ -103,6 +103,7 @@ def main() -> None:
     """All rounds, on every rank."""
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     device = torch.device("cuda", torch.cuda.current_device())
+    dawdling_threads()
     dist.init_process_group("nccl", device_id=device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     root = Path(tempfile.gettempdir()) / f"packcast-race-{os.environ['MASTER_PORT']}"

@@ -350,4 +350,4 @@ def test_ranks_search_no_current_directory_and_find_packcast_where_it_is_not_ins
         timeout=30,
     )
     assert ran.stderr == ""
-    assert ran.stdout == f"packcast {packcast.__version__}\n"
+    assert ran.stdout.startswith(f"packcast {packcast.__version__} ")

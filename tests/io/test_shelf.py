@@ -26,10 +26,10 @@ def test_the_peak_is_of_tensors_that_are_not_whole_at_one_time() -> None:
     shelf = NewTensors(CPU, Taker())
     assert shelf.peak_nbytes == 0
     one, two, three = tensor("one", 3), tensor("two", 4), tensor("three", 2)
-    first, second = shelf.memory_for(one), shelf.memory_for(two)
+    first, second = shelf.make([one, two])
     shelf.complete(one, first)
     shelf.complete(two, second)
-    shelf.complete(three, shelf.memory_for(three))
+    shelf.complete(three, *shelf.make([three]))
     assert shelf.peak_nbytes == 7 * KIB
 
 
@@ -40,9 +40,9 @@ def test_the_callers_own_tensors_do_not_count_but_what_is_received_beside_them_d
     )
     shelf = GivenTensors(CPU, {"plain": plain, "turned": turned}, strict=True)
     for one in (tensor("plain", 4), tensor("turned", 3)):
-        memory = shelf.memory_for(one)
-        assert memory is not None
-        shelf.complete(one, memory)
+        own = shelf.own_memory_of(one)
+        assert (own is None) == (one.name == "turned")
+        shelf.complete(one, *shelf.make([one]) if own is None else [own])
     assert shelf.peak_nbytes == 3 * KIB
 
 

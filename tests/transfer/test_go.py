@@ -13,7 +13,7 @@ from tests.transfer.offers import JUNK
 GOOD = Go("fe80::1%eth0", 29400, True)
 
 
-@pytest.mark.parametrize("go", [GOOD, Go("node-1.example", 0, False), Go("127.0.0.1", 65535, True)])
+@pytest.mark.parametrize("go", [GOOD, Go("node-1.example", 1, False), Go("127.0.0.1", 65535, True)])
 def test_a_go_survives_the_wire(go: Go) -> None:
     message = go.to_json()
     assert message["kind"] == "GO"
