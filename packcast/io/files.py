@@ -138,6 +138,8 @@ class FileTable:
     def release(self, file: int) -> None:
         """No unit needs the file any more. Raises what `close_file` does."""
         with self._lock:
+            if self._closed:
+                return  # all are, or will be once no I/O thread can be using one
             self._idle[file] = None
             if not self._keeps_open or self._num_open > self._limit:
                 self._close(file)

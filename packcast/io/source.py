@@ -159,13 +159,14 @@ class FileSource:
             chunks, self._staging.unit_nbytes, self._staging.place, reader.spans
         )
         self._units = schedule.units_by_chunk()
+        self._files = reader.open_files()
         try:
             self._runner = UnitRunner(
                 Task.READ,
                 "read",
                 schedule,
                 self._staging,
-                reader.open_files(),
+                self._files,
                 num_threads=num_threads,
                 counters=self._counters,
                 error_of=lambda failure: reader.error_of(failure, schedule.span(failure.span)),
@@ -219,6 +220,7 @@ class FileSource:
     def close(self) -> None:
         """End the threads and close the files."""
         self._runner.close(self._ring)
+        self._files.close()
 
     def _wait(self, unit: ScheduledUnit) -> None:
         if self._staging.is_slots:

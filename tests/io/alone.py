@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -53,22 +54,21 @@ def run_alone(
     specs = [file.spec for file in files]
     chunks = plan_chunks([spec.nbytes for spec in specs], buffer_size, [0])
     buffers = make_buffers(buffer_size, num_buffers, staging_nbytes=staging_nbytes)
-    source = FileSource(chunks, FileReader(files, checkpoint.files), buffers, num_threads=2)
-    try:
+    with ExitStack() as ending:
+        source = FileSource(chunks, FileReader(files, checkpoint.files), buffers, num_threads=2)
+        ending.callback(source.close)
         landing = Landing(chunks, sink, specs, buffers, num_threads=2, tolerant=tolerant)
-    except BaseException:
-        source.close()
-        raise
-    source.read_ahead()
-    run_pipeline(
-        chunks,
-        rank=0,
-        ring=buffers.ring,
-        broadcast=lambda tensor, _: spoil(tensor),
-        source=source,
-        drain=landing,
-        begin=lambda chunk, _: source.begin(chunk),
-    )
+        ending.callback(landing.close)
+        source.read_ahead()
+        run_pipeline(
+            chunks,
+            rank=0,
+            ring=buffers.ring,
+            broadcast=lambda tensor, _: spoil(tensor),
+            source=source,
+            drain=landing,
+            begin=lambda chunk, _: source.begin(chunk),
+        )
     if not tolerant:
         assert source.digests().of_files() == landing.digests().of_files()
     return landing

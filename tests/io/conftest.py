@@ -22,6 +22,15 @@ from tests.io.pools import Gate, Opened
 JITTER_NS = 300_000
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_threads_of_torch() -> Iterator[None]:
+    """Threads are counted here: torch is not to begin some for its own work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def use_native(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Path:
     """Have this process use a native pool that is compiled now; skips without a compiler."""
     library = built(*flags)

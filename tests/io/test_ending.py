@@ -5,7 +5,10 @@ So it is where a library's caller gives up a transfer whose thread is stuck.
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,12 +18,15 @@ from packcast.checkpoint.outgoing import outgoing_files
 from packcast.errors import TransferError
 from packcast.io.landing import Landing
 from packcast.io.source import FileReader, FileSource
+from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import BLOCK, plan_chunks
 from tests.helpers.checkpoints import write_safetensors
+from tests.helpers.processes import num_descriptors
 from tests.helpers.sinks import MemorySink
 from tests.helpers.waiting import Waiter
 from tests.io.alone import make_buffers, specs_of
-from tests.io.pools import Gate
+from tests.io.conftest import Cudart
+from tests.io.pools import Gate, no_thread_left
 
 pytestmark = pytest.mark.usefixtures("pool")
 
@@ -61,3 +67,40 @@ def test_who_waits_for_what_is_read_next_goes_on_when_the_source_is_closed(
         filling.result()
     gate.open()
     reading.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_transfer_may_be_ended_at_any_time_and_is_over_soon(
+    checkpoint: Checkpoint, seed: int, pauses: None, cudart: Cudart
+) -> None:
+    dice = random.Random(seed)
+    num_before = num_descriptors()
+    specs = specs_of(checkpoint)
+    buffers = make_buffers(BLOCK, 2, staging_nbytes=dice.choice([0, 3]) * BLOCK)
+    chunks = plan_chunks([spec.nbytes for spec in specs], BLOCK, [0])
+    reader = FileReader(outgoing_files(checkpoint), checkpoint.files)
+    with no_thread_left():
+        source = FileSource(chunks, reader, buffers, num_threads=2)
+        landing = Landing(chunks, MemorySink(specs), specs, buffers, num_threads=2)
+
+        def move() -> None:
+            run_pipeline(
+                chunks,
+                rank=0,
+                ring=buffers.ring,
+                broadcast=lambda *_: time.sleep(0.0005),
+                source=source,
+                drain=landing,
+                begin=lambda chunk, _: source.begin(chunk),
+            )
+
+        moving = Waiter(move)
+        time.sleep(dice.random() * 0.006)
+        began = time.monotonic()
+        for end in dice.sample([source, landing], 2):
+            end.close()
+        with suppress(TransferError):  # unless it was through before
+            moving.result()
+        assert time.monotonic() - began < 3
+    assert num_descriptors() <= num_before
+    assert cudart.pinned == []

@@ -25,6 +25,7 @@ from packcast.io.work import Failure, FailureKind, PoolStopped, Task
 from packcast.packed.plan import BLOCK, DIGEST_NBYTES
 from tests.helpers.commands import eventually
 from tests.helpers.forge import REPOSITORY
+from tests.helpers.native import built
 from tests.helpers.processes import num_descriptors
 from tests.helpers.waiting import Waiter
 from tests.io.pools import (
@@ -289,6 +290,15 @@ def test_a_second_pool_in_the_same_process_begins_anew(opened: Opened, tmp_path:
     assert num_descriptors() == num_before + 1
 
 
+USES_NATIVE = f"""
+import tests.io.pools as p
+from pathlib import Path
+from packcast.io import native
+library = native.open_library(Path("{built()}"))
+native.installed = lambda: library
+"""
+
+
 def test_more_threads_than_the_system_allows_are_an_error_and_those_begun_end(
     pool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,8 +312,8 @@ def test_more_threads_than_the_system_allows_are_an_error_and_those_begun_end(
 
         monkeypatch.setattr(threading.Thread, "start", start)
     else:
-        script = (
-            "import resource, tests.io.pools as p\n"
+        script = USES_NATIVE + (
+            "import resource\n"
             "from packcast.io.work import Task\n"
             "from packcast.errors import TransferError\n"
             "limit = int(open('/proc/self/statm').read().split()[0]) * 4096 + (40 << 20)\n"
@@ -326,8 +336,8 @@ def test_more_threads_than_the_system_allows_are_an_error_and_those_begun_end(
 
 
 def test_a_fork_in_mid_work_ends_as_if_there_were_no_pool(pool: str) -> None:
-    script = (
-        "import os, sys, time, gc, tests.io.pools as p\n"
+    script = (USES_NATIVE if pool == "native" else "import tests.io.pools as p\n") + (
+        "import os, sys, time, gc\n"
         "from packcast.io.work import Task\n"
         "running = p.Bench(1 << 20).start(Task.WRITE)\n"
         "began = time.monotonic()\n"

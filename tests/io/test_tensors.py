@@ -1,0 +1,121 @@
+"""Tensors on a CPU: I/O threads copy out of the slots into them, new ones or the caller's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.errors import TransferError
+from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
+from packcast.io.sinks.tensors import TensorSink
+from tests.helpers.checkpoints import sharded, write_safetensors
+from tests.helpers.dtypes import every_torch_dtype
+from tests.io.alone import run_alone, specs_of
+from tests.io.pools import no_thread_left
+
+CPU = torch.device("cpu")
+MIB = 1 << 20
+
+pytestmark = pytest.mark.usefixtures("pool")
+
+
+class Kept(dict[str, torch.Tensor]):
+    """Takes every tensor, each once."""
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        assert name not in self
+        self[name] = tensor
+
+    def finish(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    write_safetensors(tmp_path / "c" / "a.safetensors", every_torch_dtype(), pad=1)
+    sharded(tmp_path / "c" / "more", 2, 5 * MIB)
+    return open_checkpoint(tmp_path / "c")
+
+
+def content(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    """NaNs are equal to themselves here."""
+    as_bytes = tensor.contiguous().flatten().view(torch.uint8)
+    return tensor.dtype, tuple(tensor.shape), bytes(as_bytes.tolist())
+
+
+def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    files = [file.path for file in checkpoint.files if file.header]
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+def receive(checkpoint: Checkpoint, shelf: Shelf, buffer_mib: int = 1) -> TensorSink:
+    sink = TensorSink(specs_of(checkpoint), shelf)
+    sink.prepare()
+    with no_thread_left():
+        run_alone(checkpoint, sink, buffer_size=buffer_mib * MIB)
+    sink.finish()
+    return sink
+
+
+@pytest.mark.parametrize("buffer_mib", [1, 3, 64])
+def test_every_tensor_is_given_once_with_the_files_bytes(
+    checkpoint: Checkpoint, buffer_mib: int
+) -> None:
+    kept = Kept()
+    sink = receive(checkpoint, NewTensors(CPU, kept), buffer_mib)
+    wanted = expected(checkpoint)
+    assert set(kept) == set(wanted)
+    for name, tensor in wanted.items():
+        assert content(kept[name]) == content(tensor), name
+    assert sink.result() == {"sink": "tensors", "tensors": len(wanted)}
+
+
+def test_the_callers_tensors_are_filled_in_place_also_those_that_are_not_contiguous(
+    checkpoint: Checkpoint,
+) -> None:
+    wanted = expected(checkpoint)
+    into = {name: torch.empty_like(tensor) for name, tensor in wanted.items()}
+    into["all.F16"] = torch.empty(into["all.F16"].shape[::-1], dtype=torch.float16).t()
+    assert not into["all.F16"].is_contiguous()
+    where = {name: tensor.data_ptr() for name, tensor in into.items()}
+    receive(checkpoint, GivenTensors(CPU, into, strict=True))
+    for name, tensor in wanted.items():
+        assert content(into[name]) == content(tensor), name
+        assert into[name].data_ptr() == where[name]
+
+
+def test_tensors_that_nobody_wants_are_dropped_and_the_others_whole(
+    checkpoint: Checkpoint,
+) -> None:
+    wanted = expected(checkpoint)
+    into = {name: torch.empty_like(tensor) for name, tensor in list(wanted.items())[::3]}
+    into["mine"] = torch.full((4,), 7)
+    receive(checkpoint, GivenTensors(CPU, into, strict=False))
+    assert into.pop("mine").tolist() == [7] * 4
+    for name, tensor in into.items():
+        assert content(tensor) == content(wanted[name]), name
+
+
+def test_a_tensor_with_a_damaged_block_is_not_given(tmp_path: Path) -> None:
+    tensors = {"first": ("U8", (1000,)), "second": ("U8", (3 * MIB,))}
+    write_safetensors(tmp_path / "m.safetensors", tensors)
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    seen: list[int] = []
+    kept = Kept()
+
+    def damage(tensor: torch.Tensor) -> None:
+        seen.append(len(seen))
+        if len(seen) == 3:
+            tensor[5] ^= 1
+
+    sink = TensorSink(specs_of(checkpoint), NewTensors(CPU, kept))
+    sink.prepare()
+    with pytest.raises(TransferError, match=r"\(tensor second\) were damaged on the way, chunk 2"):
+        run_alone(checkpoint, sink, spoil=damage)
+    sink.abort()
+    assert "second" not in kept
