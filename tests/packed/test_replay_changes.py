@@ -66,9 +66,13 @@ def reload(tensor: torch.Tensor, value: float) -> list[torch.Tensor]:
     """
     storage = tensor.untyped_storage()
     before, nbytes = tensor.data_ptr(), storage.nbytes()
-    storage.resize_(0)
-    kept = [torch.full((nbytes // 4,), -1.0) for _ in range(8)]
-    storage.resize_(nbytes)
+    kept: list[torch.Tensor] = []
+    for _ in range(99):  # the allocator may give the same place again
+        storage.resize_(0)
+        kept += [torch.full((nbytes // 4,), -1.0) for _ in range(8)]
+        storage.resize_(nbytes)
+        if tensor.data_ptr() != before:
+            break
     assert tensor.data_ptr() != before, "it came back to the same place"
     tensor.fill_(value)
     return kept
