@@ -62,6 +62,7 @@ class HeldDisk:
 
     gate: Path
     after: int | None
+    is_native: bool = True
 
     def release(self) -> None:
         """Let everything go on."""
@@ -71,7 +72,7 @@ class HeldDisk:
         found = {"PYTHONPATH": str(HELD_DISK), "HELD_DISK": str(self.gate)}
         if self.after is not None:
             found["HELD_AFTER"] = str(self.after)
-            pool = built("-include", str(HELD_READS))
+            pool = built("-include", str(HELD_READS)) if self.is_native else None
             # Without a compiler there is no native pool whose reads could be held.
             found |= {"PACKCAST_POOL": "python"} if pool is None else {"HELD_POOL": str(pool)}
         return found
@@ -281,11 +282,11 @@ class Commands:
         """The same, and their ends."""
         return wait_all(self.start_ranks(*argvs, world_size=world_size), timeout_s)
 
-    def held_disk(self, after: int | None = 8 * MIB) -> HeldDisk:
-        """A disk for one process of this test."""
+    def held_disk(self, after: int | None = 8 * MIB, *, is_native: bool = True) -> HeldDisk:
+        """A disk for one process of this test, whose I/O threads are native where they can be."""
         gate = self._folder / f"gate-{after}"
         gate.mkdir()
-        return HeldDisk(gate, after)
+        return HeldDisk(gate, after, is_native)
 
     def await_reached(self, disk: HeldDisk) -> None:
         """Until a process waits for its disk."""

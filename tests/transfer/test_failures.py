@@ -90,11 +90,12 @@ def test_a_bad_checkpoint_ends_every_rank_with_one_sentence(
     assert not list(tmp_path.glob("*out-*"))
 
 
+@pytest.mark.parametrize("is_native", [True, False], ids=["native", "python"])
 def test_a_source_that_changes_on_the_way_ends_every_rank_and_nothing_is_published(
-    commands: Commands, large: Path, tmp_path: Path
+    commands: Commands, large: Path, tmp_path: Path, is_native: bool
 ) -> None:
     changing = Path(shutil.copytree(large, tmp_path / "changing"))
-    disk = commands.held_disk()
+    disk = commands.held_disk(is_native=is_native)
     ranks = commands.start_ranks(
         ("send", changing, *SMALL_RING), ("recv", "--out", tmp_path / "out"), disks={0: disk}
     )
