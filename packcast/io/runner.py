@@ -17,7 +17,6 @@ from packcast.io.work import (
     Failure,
     PoolStopped,
     Task,
-    Totals,
     Work,
     make_differences,
     make_digests,
@@ -90,14 +89,9 @@ class UnitRunner:
         `meanwhile`, which is called now and then. Raises why they will not be."""
         limit_s = _LONG_S if meanwhile is None else _LOOK_AFTER_S
         while self.num_done <= unit:
-            try:
-                while not self._pool.wait(self.num_done, limit_s):
-                    if meanwhile is not None:
-                        meanwhile()
-            except PoolStopped as stopped:
-                if stopped.failure is None:
-                    raise TransferError("the transfer is over") from None
-                raise self._error_of(stopped.failure) from None
+            while not self._ends_within(self.num_done, limit_s):
+                if meanwhile is not None:
+                    meanwhile()
             self._resources.retire(self.schedule.units[self.num_done])
             self.num_done += 1
             if self.num_allowed < self._wanted:
@@ -105,18 +99,7 @@ class UnitRunner:
 
     def is_done(self, unit: int) -> bool:
         """Whether the unit is done, without waiting or retiring it; raises why it will not be."""
-        if self.num_done > unit:
-            return True
-        try:
-            return self._pool.wait(unit, 0)
-        except PoolStopped as stopped:
-            if stopped.failure is None:
-                raise TransferError("the transfer is over") from None
-            raise self._error_of(stopped.failure) from None
-
-    def totals(self) -> Totals:
-        """What the I/O threads have done so far."""
-        return self._pool.totals()
+        return self.num_done > unit or self._ends_within(unit, 0)
 
     def close(self, ring: Ring) -> None:
         """End the I/O threads, and give back files and memory where none is stuck; any thread, any
@@ -129,6 +112,14 @@ class UnitRunner:
                 self._counters.unfollow(self._stage)
             self._closed = self._closed or has_ended
             self._staging.free(is_idle=has_ended and becomes_idle(ring))
+
+    def _ends_within(self, unit: int, limit_s: float) -> bool:
+        try:
+            return self._pool.wait(unit, limit_s)
+        except PoolStopped as stopped:
+            if stopped.failure is None:
+                raise TransferError("the transfer is over") from None
+            raise self._error_of(stopped.failure) from None
 
     def _admit(self) -> None:
         begin = self.num_allowed
