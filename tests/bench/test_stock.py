@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from pathlib import Path
@@ -54,9 +55,15 @@ def test_a_dtype_that_torch_has_not_is_the_checkpoints_fault_and_named(tmp_path:
 def test_what_is_dropped_while_it_is_written_is_gone_for_good(tmp_path: Path, attempt: int) -> None:
     """As an interrupt does it, from another thread, and then the process ends at once."""
     stock, folder = Stock("dense"), tmp_path / "above" / "made"
-    begun = threading.Event()
+    begun, pieces = threading.Event(), itertools.count()
+
+    def written(_: int) -> None:
+        begun.set()
+        while next(pieces) >= 40 and not stock.is_dropped:  # never through before the drop
+            time.sleep(0.001)
+
     weights = make_layout("dense", 64 * MIB)
-    writing = Waiter(lambda: write_stock(stock, folder, weights, lambda _: begun.set()))
+    writing = Waiter(lambda: write_stock(stock, folder, weights, written))
     begun.wait(attempt % 2 * 20)
     time.sleep(attempt * 0.002)
     drop_stock(stock)
