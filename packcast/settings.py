@@ -28,6 +28,8 @@ DEFAULT_NUM_BUFFERS = 4
 DEFAULT_STAGING = 192 * MIB  # more is no faster
 DEFAULT_JOIN_TIMEOUT_S = 300.0
 DEFAULT_HEARTBEAT_TIMEOUT_S = 3.0
+# Some call of a trainer may hold its interpreter for seconds, which is no death.
+DEFAULT_LIBRARY_HEARTBEAT_TIMEOUT_S = 30.0
 DEFAULT_STALL_TIMEOUT_S = 600.0
 
 _ENOUGH_BUFFERS = 4

@@ -20,6 +20,7 @@ ROOMS = (
     "packed",
     "io",
     "group",
+    "control",
     "transfer",
     "bench",
     "cli",

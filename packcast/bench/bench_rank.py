@@ -27,6 +27,7 @@ from packcast.bench.limits import (
     pace_of_write,
 )
 from packcast.bench.loadcase import LoadCase, OpenGroup, installed_loaders
+from packcast.bench.messages import Answer
 from packcast.bench.model import BenchSettings, ShapeKind, SourceKind
 from packcast.bench.pagecache import check_can_be_cold
 from packcast.bench.stock import (
@@ -46,7 +47,6 @@ from packcast.bench.together import Together, pace_together
 from packcast.bench.ways import GivenUp, Job, RunFailed, Way, time_run
 from packcast.bench.weights import make_layout
 from packcast.errors import PackcastError
-from packcast.group.wire import Message
 from packcast.packed.counters import Counters
 from packcast.transfer.offer import Offer
 
@@ -74,7 +74,7 @@ class BenchRank:
         self._source: SourceKind = "file"  # the way's
         self._pulse = Counters()
         self._doing = "the beginning"
-        self._steps: dict[str, Callable[[Order], Message]] = {
+        self._steps: dict[str, Callable[[Order], Answer]] = {
             "facts": self._facts,
             "shape": self._shape,
             "write": self._write,
@@ -104,7 +104,7 @@ class BenchRank:
         """What this rank is at, for a sentence."""
         return self._doing
 
-    def do(self, order: Order) -> Message:
+    def do(self, order: Order) -> Answer:
         """Carry out one order; the answer has `error` where this rank alone could not."""
         step = str(order["step"])
         self._doing = step if self._way is None else f"{step} of a case"
@@ -117,7 +117,7 @@ class BenchRank:
                 raise
             answer = {"error": _first_line(error)}
         self._beat()
-        return {"kind": "DID", "error": None} | answer
+        return {"error": None} | answer
 
     def abandon(self) -> None:
         """Remove what lies on disks; from any thread, at any time."""
@@ -130,7 +130,7 @@ class BenchRank:
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def _facts(self, _: Order) -> Message:
+    def _facts(self, _: Order) -> Answer:
         settings, team = self._settings, self.team
         if settings.cold and "file" in settings.sources:
             check_can_be_cold(settings.checkpoint or settings.directory)
@@ -140,7 +140,7 @@ class BenchRank:
             "free": free_device_nbytes(team.device),
         }
 
-    def _shape(self, order: Order) -> Message:
+    def _shape(self, order: Order) -> Answer:
         """A new shape; whoever is asked to take part in the next steps has its name."""
         self.stock = Stock(str(order["shape"]))
         if self._is_over:  # asked only now, or `abandon` could have missed this one
@@ -149,13 +149,13 @@ class BenchRank:
             self.stock.specs = specs_of_weights(make_layout(_kind(order), self._settings.size))
         return {}
 
-    def _write(self, order: Order) -> Message:
+    def _write(self, order: Order) -> Answer:
         if self.team.rank in order["ranks"]:
             weights = make_layout(_kind(order), self._settings.size)
             write_stock(self.stock, self._folder(), weights, lambda _: self._beat())
         return {}
 
-    def _open(self, order: Order) -> Message:
+    def _open(self, order: Order) -> Answer:
         """The fingerprint of the files that this rank sees, if any."""
         path = self._settings.checkpoint or self._folder()
         if self.team.host not in order["hosts"]:
@@ -167,11 +167,11 @@ class BenchRank:
         """The sender's description of the files, which comes as a message of its own kind."""
         take_offer(self.stock, offer)
 
-    def _resident(self, _: Order) -> Message:
+    def _resident(self, _: Order) -> Answer:
         make_resident(self.stock, self.team)
         return {}
 
-    def _truth(self, order: Order) -> Message:
+    def _truth(self, order: Order) -> Answer:
         """What is right, from the sender's mouth: blocks as hex, sums as numbers."""
         if "blocks" in order:
             self.stock.blocks = [bytes.fromhex(table) for table in order["blocks"]]
@@ -179,13 +179,13 @@ class BenchRank:
             self.stock.sums[order["source"]] = list(order["sums"])
         return {}
 
-    def find_truth(self, source: Any, *, blocks: bool) -> Message:
+    def find_truth(self, source: Any, *, blocks: bool) -> Answer:
         """On the sender: what `truth` will say."""
         if blocks:
             return {"blocks": [table.hex() for table in true_blocks(self.stock)]}
         return {"source": source, "sums": true_sums(self.stock, source, self.team.device)}
 
-    def _drop(self, _: Order) -> Message:
+    def _drop(self, _: Order) -> Answer:
         drop_stock(self.stock)
         self._remove_copies()
         self.team.release_memory()
@@ -193,7 +193,7 @@ class BenchRank:
 
     # -- limits ----------------------------------------------------------------------------------
 
-    def _limit(self, order: Order) -> Message:
+    def _limit(self, order: Order) -> Answer:
         started = False
 
         def start() -> None:
@@ -272,7 +272,7 @@ class BenchRank:
 
     # -- cases -----------------------------------------------------------------------------------
 
-    def _prepare(self, order: Order) -> Message:
+    def _prepare(self, order: Order) -> Answer:
         self.team.release_memory()
         job = Job(
             case=case_from_json(order["case"]),
@@ -287,11 +287,11 @@ class BenchRank:
         self._way.prepare()
         return {}
 
-    def _connect(self, _: Order) -> Message:
+    def _connect(self, _: Order) -> Answer:
         self._made().connect()
         return {}
 
-    def _run(self, _: Order) -> Message:
+    def _run(self, _: Order) -> Answer:
         way = self._made()
         try:
             seconds = time_run(way, self.team)
@@ -311,7 +311,7 @@ class BenchRank:
         finally:
             self._close({})
 
-    def _close(self, _: Order) -> Message:
+    def _close(self, _: Order) -> Answer:
         way, self._way = self._way, None
         if way is not None:
             way.close()

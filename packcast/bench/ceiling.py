@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from packcast.bench.messages import Answer
 from packcast.bench.model import BenchSettings, BenchSink, Case, Limit, LimitStage
 from packcast.errors import PackcastError
-from packcast.group.wire import Message
 from packcast.units import GIB, MIB, format_exact_size
 
 _READ_THREADS = (1, 2, 4, 8, 16, 24)
@@ -29,7 +29,7 @@ _BROADCAST_TRIES = 3
 # Faster than any of this is a mistake of ours, not a machine.
 _ABSURD = 1e14
 
-Ask = Callable[..., dict[int, Message]]
+Ask = Callable[..., dict[int, Answer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class Ceilings:
         nbytes = min(buffer_size or _BROADCAST_NBYTES[kind], most)
         everyone = range(self._cluster.world_size)
 
-        def once(count: int) -> dict[int, Message]:
+        def once(count: int) -> dict[int, Answer]:
             return self._limit("broadcast", list(everyone), nbytes=nbytes, count=count)
 
         trial_s = max(float(str(answer["seconds"])) for answer in once(1).values())
@@ -196,7 +196,7 @@ class Ceilings:
                     break
         return _best(found)
 
-    def _limit(self, stage: str, ranks: list[int], **fields: Any) -> dict[int, Message]:
+    def _limit(self, stage: str, ranks: list[int], **fields: Any) -> dict[int, Answer]:
         """The answers of the ranks that took part; raises PackcastError with what went wrong."""
         answers = self._ask("limit", stage=stage, ranks=ranks, **fields)
         for rank, answer in answers.items():
@@ -207,7 +207,7 @@ class Ceilings:
     def _limit_of(
         self,
         stage: LimitStage,
-        answers: Mapping[int, Message],
+        answers: Mapping[int, Answer],
         detail: str,
         *,
         shared: bool = False,

@@ -19,6 +19,7 @@ from packcast.bench.cases import (
 )
 from packcast.bench.ceiling import Ceilings, Cluster
 from packcast.bench.facts import file_systems, versions
+from packcast.bench.messages import Answer, Did, Do
 from packcast.bench.model import (
     BenchSettings,
     BenchView,
@@ -32,11 +33,10 @@ from packcast.bench.model import (
 from packcast.bench.weights import make_layout
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
-from packcast.group.hub import Hub
-from packcast.group.member import Member
-from packcast.group.wire import Message
+from packcast.control.server import ControlServer
+from packcast.group.rank_info import RankInfo
 from packcast.settings import Settings
-from packcast.transfer.agreement import make_offers
+from packcast.transfer.agreement import assignment_of, make_offers, offer_message
 from packcast.transfer.share import num_io_threads
 
 
@@ -56,16 +56,16 @@ class Lead:
     def __init__(
         self,
         settings: BenchSettings,
-        hub: Hub,
+        server: ControlServer,
         bench_rank: BenchRank,
-        members: Sequence[Member],
+        infos: Sequence[RankInfo],
         transfer: Settings,
         view: BenchView,
     ) -> None:
         self._settings = settings
-        self._hub = hub
+        self._server = server
         self._bench_rank = bench_rank
-        self._members = members
+        self._infos = infos
         self._transfer = transfer
         self._view = view
         self._rows: list[Row] = []
@@ -95,16 +95,17 @@ class Lead:
 
     # -- orders ----------------------------------------------------------------------------------
 
-    def _ask(self, step: str, **fields: Any) -> dict[int, Message]:
+    def _ask(self, step: str, **fields: Any) -> dict[int, Answer]:
         """Have all ranks do one thing; their answers by rank. The stall watch is its bound."""
-        order = {"kind": "DO", "step": step, **fields}
-        self._hub.broadcast(order)
-        mine = self._bench_rank.do(order)
-        answers = self._hub.gather("DID", None)
+        order = Do(step=step, fields=fields)
+        self._server.broadcast(order)
+        mine = self._bench_rank.do(order.as_order())
+        said = self._server.gather(Did, None)
+        answers: dict[int, Answer] = {rank: did.answer for rank, did in said.items()}
         answers[self._bench_rank.team.rank] = mine
         return dict(sorted(answers.items()))
 
-    def _fault_of(self, answers: dict[int, Message]) -> str | None:
+    def _fault_of(self, answers: dict[int, Answer]) -> str | None:
         """What went wrong on some rank, once where it is the same on all of them."""
         faults = {rank: str(said["error"]) for rank, said in answers.items() if said["error"]}
         if not faults:
@@ -140,7 +141,7 @@ class Lead:
             installed=installed,
         )
 
-    def _begin(self, facts: dict[int, Message], num_cases: int) -> None:
+    def _begin(self, facts: dict[int, Answer], num_cases: int) -> None:
         settings, team = self._settings, self._bench_rank.team
         backend = "nccl" if team.device.type == "cuda" else "gloo"
         directories = [settings.checkpoint or settings.directory]
@@ -220,19 +221,19 @@ class Lead:
         stock, team = self._bench_rank.stock, self._bench_rank.team
         checkpoint = stock.opened()
         # Who reads is a matter of the case; here all but the sender are plain receivers.
-        members = [
-            replace(member, role="send" if rank == team.sender else "recv", fingerprint=None)
-            for rank, member in enumerate(self._members)
+        infos = [
+            replace(info, role="send" if rank == team.sender else "recv", fingerprint=None)
+            for rank, info in enumerate(self._infos)
         ]
         files = outgoing_files(checkpoint)
-        offers = make_offers(self._transfer, checkpoint, files, members, members[team.sender])
+        offers = make_offers(self._transfer, checkpoint, files, infos, infos[team.sender])
         self._nbytes[shape, "file"] = offers[team.sender].nbytes
-        self._hub.broadcast({"kind": "DO", "step": "offer"})
-        self._hub.broadcast(offers[team.sender].to_json())
+        self._server.broadcast(Do(step="offer"))
+        self._server.broadcast(offer_message(offers[team.sender]))
         for rank in team.workers:
-            self._hub.send(rank, offers[rank].place.to_json())
+            self._server.send(rank, assignment_of(offers[rank]))
         self._bench_rank.take_offer(offers[team.sender])
-        self._hub.gather("DID", None)
+        self._server.gather(Did, None)
 
     def _tell_truth(self, source: str, *, blocks: bool) -> None:
         self._ask("truth", **self._bench_rank.find_truth(source, blocks=blocks))
@@ -308,7 +309,7 @@ class Lead:
         )
 
 
-def _rank_run(rank: int, said: Message) -> RankRun:
+def _rank_run(rank: int, said: Answer) -> RankRun:
     return RankRun(
         rank=rank,
         seconds=float(str(said["seconds"])),

@@ -15,8 +15,13 @@ import xxhash
 
 from packcast.bench.bench_rank import BenchRank
 from packcast.bench.lead import Lead
+from packcast.bench.messages import Begin, Did, Do, Left
 from packcast.bench.model import BenchSettings, BenchView
 from packcast.bench.team import Team
+from packcast.control.client import ControlClient
+from packcast.control.frames import Progress
+from packcast.control.messages import Commit
+from packcast.control.server import ControlServer
 from packcast.errors import (
     PackcastError,
     RendezvousError,
@@ -27,18 +32,14 @@ from packcast.errors import (
 from packcast.group.addresses import interface_towards
 from packcast.group.defaultgroup import open_default_group
 from packcast.group.devices import Assignment, assign_devices
-from packcast.group.hub import Hub
 from packcast.group.launch import detect_launch
 from packcast.group.leave import Leaver
-from packcast.group.line import Line
-from packcast.group.member import Member
 from packcast.group.processgroup import begin_close, open_process_group
+from packcast.group.rank_info import RankInfo
 from packcast.group.store import connect_store, serve_store
-from packcast.group.wire import Message
 from packcast.packed.plan import check_buffers
 from packcast.settings import Settings
-from packcast.transfer.agreement import rank_of
-from packcast.transfer.offer import Offer
+from packcast.transfer.agreement import await_offer, rank_of
 from packcast.transfer.seat import Seat, take_seat
 from packcast.transfer.stall import StallWatch
 from packcast.view import View
@@ -47,8 +48,9 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _PATIENCE_S = 30.0
+_DEVICE_START_S = 30.0  # how long CUDA and NCCL may hold the interpreter
 _CLOSE_LIMIT_S = 15.0
-_VERDICT_WAIT_S = 5.0
+_FAILURE_WAIT_S = 5.0
 # A backstop only, as in a transfer.
 _GROUP_TIMEOUT_S = 24 * 3600.0
 
@@ -69,96 +71,90 @@ def run(settings: BenchSettings, view: BenchView, leaver: Leaver) -> int:
             "a bench needs at least two ranks", hint="start them with --nproc 2, torchrun or srun"
         )
     seat = take_seat(_as_transfer(settings), View(), leaver, call=0)
-    leaver.on_leave(lambda: seat.channel.abort(leaver.error or TransferError("it left")))
+    leaver.on_leave(lambda: seat.channel.fail(leaver.error or TransferError("it left")))
     try:
-        if isinstance(seat.channel, Hub):
+        if isinstance(seat.channel, ControlServer):
             return _lead(settings, seat, seat.channel, view, leaver)
         return _follow(settings, seat, seat.channel, leaver)
     except PackcastError as error:
-        seat.channel.abort(error)
+        seat.channel.fail(error)
         raise
     except RuntimeError as error:  # torch's own, of a collective or a copy
-        cause = seat.channel.wait_verdict(_VERDICT_WAIT_S) or TransferError(
+        cause = seat.channel.wait_failure(_FAILURE_WAIT_S) or TransferError(
             f"the bench broke: {(str(error).splitlines() or ['?'])[0]}"
         )
-        seat.channel.abort(cause)
+        seat.channel.fail(cause)
         raise cause from error
     finally:
         seat.leave()
 
 
-def _lead(settings: BenchSettings, seat: Seat, hub: Hub, view: BenchView, leaver: Leaver) -> int:
-    members = hub.join(seat.expected, settings.join_timeout_s, lambda *_: None)
+def _lead(
+    settings: BenchSettings, seat: Seat, server: ControlServer, view: BenchView, leaver: Leaver
+) -> int:
+    infos = server.join(settings.join_timeout_s, lambda *_: None)
     seat.have_joined()
-    assignment = assign_devices(members, settings.backend)
+    assignment = assign_devices(infos, settings.backend)
     if assignment.loud:
         view.warn(f"{assignment.backend}: {assignment.reason}")
-    host = hub.host_met()
+    host = server.host_met()
     store, port = serve_store(host, settings.join_timeout_s)
-    begin = _begin_message(settings, members, assignment, seat, (host, port))
-    hub.broadcast(begin)
+    begin = _begin_message(settings, infos, assignment, seat, (host, port))
+    server.broadcast(begin)
     bench_rank = _open_bench_rank(settings, seat, begin, seat.launch.rank, host, store)
-    lead = Lead(settings, hub, bench_rank, members, _as_transfer(settings), view)
+    lead = Lead(settings, server, bench_rank, infos, _as_transfer(settings), view)
     leaver.on_leave(lead.tell_partial)
     leaver.on_leave(bench_rank.abandon)
-
-    def progress() -> Message:
-        return {
-            "moved": [bench_rank.moved(), *(said.get("moved") for said in hub.progress().values())]
-        }
-
-    hub.set_progress(progress)
+    server.set_progress(lambda: Progress(moved=bench_rank.moved()))
     try:
-        with StallWatch(bench_rank, hub, leaver, settings.stall_timeout_s):
+        with StallWatch(bench_rank, server, leaver, settings.stall_timeout_s):
             lead.run()
-            hub.broadcast({"kind": "DO", "step": "end"})
+            server.broadcast(Do(step="end"))
             _close_group(bench_rank.team)
-            hub.gather("DID", None)
+            server.gather(Did, None)
     finally:
         bench_rank.abandon()
     code = _exit_code(lead)
     leaver.shield()
-    hub.committed()
-    hub.broadcast({"kind": "COMMIT", "code": code})
-    hub.gather("LEFT", _PATIENCE_S)
-    hub.close()
+    server.commit()
+    server.broadcast(Commit(code=code))
+    server.gather(Left, _PATIENCE_S)
+    server.close()
     return code
 
 
-def _follow(settings: BenchSettings, seat: Seat, line: Line, leaver: Leaver) -> int:
+def _follow(settings: BenchSettings, seat: Seat, client: ControlClient, leaver: Leaver) -> int:
     patience_s = settings.join_timeout_s + _PATIENCE_S
-    me, _ = line.await_joined(patience_s)
+    me, _ = client.await_joined(patience_s)
     seat.have_joined()
-    begin = line.expect("BEGIN", patience_s)
-    if begin.get("settings") != _digest(settings):
+    begin = client.expect(Begin, patience_s)
+    if begin.settings != _digest(settings):
         raise RendezvousError(
-            f"{me.label} was started with other options than the sender, {line.sender.label}"
+            f"{me.label} was started with other options than the sender, {client.sender.label}"
         )
-    host, port = line.host_told(str(begin.get("host"))), int(str(begin.get("port")))
-    store = connect_store(host, port, settings.join_timeout_s)
+    host = client.host_told(begin.host)
+    store = connect_store(host, begin.port, settings.join_timeout_s)
     bench_rank = _open_bench_rank(settings, seat, begin, rank_of(me), host, store)
     leaver.on_leave(bench_rank.abandon)
-    line.set_progress(lambda: {"moved": bench_rank.moved()})
+    client.set_progress(lambda: Progress(moved=bench_rank.moved()))
     try:
-        with StallWatch(bench_rank, line, leaver, settings.stall_timeout_s):
-            while (order := line.expect("DO", None))["step"] != "end":
-                if order["step"] == "offer":
-                    offer = Offer.from_json(line.expect("OFFER", None), line.expect("PLACE", None))
-                    bench_rank.take_offer(offer)
-                    line.send({"kind": "DID"})
+        with StallWatch(bench_rank, client, leaver, settings.stall_timeout_s):
+            while (order := client.expect(Do, None)).step != "end":
+                if order.step == "offer":
+                    bench_rank.take_offer(await_offer(client, None))
+                    client.send(Did())
                 else:
-                    line.send(bench_rank.do(order))
+                    client.send(Did(answer=bench_rank.do(order.as_order())))
             _close_group(bench_rank.team)
-            line.send({"kind": "DID"})
-            committed = line.expect("COMMIT", None)
+            client.send(Did())
+            committed = client.expect(Commit, None)
     finally:
         bench_rank.abandon()
     leaver.shield()
-    line.committed()
-    line.send({"kind": "LEFT"})
-    line.close()
-    code = committed.get("code")
-    return code if isinstance(code, int) else PackcastError.exit_code
+    client.commit()
+    client.send(Left())
+    client.close()
+    return committed.code
 
 
 def _as_transfer(settings: BenchSettings) -> Settings:
@@ -199,57 +195,58 @@ def _digest(settings: BenchSettings) -> str:
 
 def _begin_message(
     settings: BenchSettings,
-    members: tuple[Member, ...],
+    infos: tuple[RankInfo, ...],
     assignment: Assignment,
     seat: Seat,
     address: tuple[str, int],
-) -> Message:
+) -> Begin:
     """What every rank needs to know before there is a group."""
-    boots = list(dict.fromkeys(member.boot_id for member in members))
-    return {
-        "kind": "BEGIN",
-        "settings": _digest(settings),
-        "hosts": [boots.index(member.boot_id) for member in members],
-        "devices": [assignment.devices[rank] for rank in range(len(members))],
-        "backend": assignment.backend,
-        "sender": seat.launch.rank,
-        "host": address[0],
-        "port": address[1],
-    }
+    boots = list(dict.fromkeys(info.boot_id for info in infos))
+    return Begin(
+        settings=_digest(settings),
+        hosts=[boots.index(info.boot_id) for info in infos],
+        devices=[assignment.devices[rank] for rank in range(len(infos))],
+        backend=assignment.backend,
+        sender=seat.launch.rank,
+        host=address[0],
+        port=address[1],
+    )
 
 
 def _open_bench_rank(
-    settings: BenchSettings, seat: Seat, begin: Message, rank: int, host: str, store: Store
+    settings: BenchSettings, seat: Seat, begin: Begin, rank: int, host: str, store: Store
 ) -> BenchRank:
     """Make the process group, which waits for all ranks, and this rank's part."""
-    told: dict[str, Any] = begin
-    device = torch.device(told["devices"][rank])
+    device = torch.device(begin.devices[rank])
+    if begin.backend == "nccl":
+        seat.channel.be_patient(_DEVICE_START_S)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     place: dict[str, Any] = {
         "rank": rank,
-        "world_size": len(told["hosts"]),
+        "world_size": len(begin.hosts),
         "store": store,
         "device": device,
         "interface": interface_towards(host),
     }
     try:
-        group = open_process_group(told["backend"], timeout_s=_GROUP_TIMEOUT_S, **place)
+        group = open_process_group(begin.backend, timeout_s=_GROUP_TIMEOUT_S, **place)
     except RendezvousError as error:
-        raise seat.channel.wait_verdict(_VERDICT_WAIT_S) or error from error
+        raise seat.channel.wait_failure(_FAILURE_WAIT_S) or error from error
     team = Team(
         rank=rank,
-        sender=told["sender"],
-        hosts=tuple(told["hosts"]),
+        sender=begin.sender,
+        hosts=tuple(begin.hosts),
         device=device,
         group=group,
         channel=seat.channel,
     )
     # The stall watch would end the bench, where only a row is to fail.
     limit_s = min(settings.join_timeout_s, settings.stall_timeout_s / 2)
-    open_group = partial(open_default_group, told["backend"], limit_s=limit_s, **place)
+    open_group = partial(open_default_group, begin.backend, limit_s=limit_s, **place)
     bench_rank = BenchRank(settings, team, seat.transfer_id, open_group)
-    seat.channel.arm(bench_rank.position)
+    seat.channel.set_position(bench_rank.position)
+    seat.channel.be_patient(0.0)
     return bench_rank
 
 

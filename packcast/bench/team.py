@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from packcast.control.channel import Channel
 from packcast.group import processgroup
-from packcast.group.hub import Hub
-from packcast.group.line import Line
 from packcast.group.processgroup import Group
 
 
@@ -28,14 +27,14 @@ class Team:
     hosts: tuple[int, ...]
     device: torch.device
     group: Group
-    channel: Hub | Line
+    channel: Channel
     _broadcast: Callable[[torch.Tensor, int], None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Once, and not for each tensor that is timed. It knows the channel, not the team: in a
         # circle with that the group would outlive it.
         channel = self.channel
-        broadcast = processgroup.broadcast_over(self.group, lambda: channel.verdict)
+        broadcast = processgroup.broadcast_over(self.group, lambda: channel.failure)
         object.__setattr__(self, "_broadcast", broadcast)
 
     @property

@@ -11,10 +11,12 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from packcast.errors import RendezvousError
-from packcast.group.member import Member
+
+if TYPE_CHECKING:  # pydantic is not imported for a host's name
+    from packcast.group.rank_info import RankInfo
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' Linux
 
@@ -74,7 +76,7 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def assign_devices(
-    members: Sequence[Member], backend: Literal["auto", "nccl", "gloo"]
+    members: Sequence[RankInfo], backend: Literal["auto", "nccl", "gloo"]
 ) -> Assignment:
     """NCCL if every rank can have a GPU of its own, else gloo on CPU buffers. Pure.
 
@@ -106,13 +108,13 @@ def assign_devices(
     return _on_gpus_if_possible(members, demand=_demand(backend, wants_gpu))
 
 
-def _demand(backend: str, wants_gpu: Member | None) -> str | None:
+def _demand(backend: str, wants_gpu: RankInfo | None) -> str | None:
     if backend == "nccl":
         return "--backend nccl"
     return f"{wants_gpu.label}'s --device {wants_gpu.device}" if wants_gpu else None
 
 
-def _on_gpus_if_possible(members: Sequence[Member], demand: str | None) -> Assignment:
+def _on_gpus_if_possible(members: Sequence[RankInfo], demand: str | None) -> Assignment:
     owners = _match(members)
     gpus = {member.rank: gpu for gpu, member in owners.items()}
     without = next((member for member in members if member.rank not in gpus), None)
@@ -130,7 +132,7 @@ def _on_gpus_if_possible(members: Sequence[Member], demand: str | None) -> Assig
     return _on_cpus(members, f"GPUs stay unused since {reason}", loud=True)
 
 
-def _why_none(member: Member, owners: dict[tuple[str, str], Member]) -> str:
+def _why_none(member: RankInfo, owners: dict[tuple[str, str], RankInfo]) -> str:
     if not member.gpus:
         return f"{member.label} sees no GPU"
     index = _fixed_index(member)
@@ -143,17 +145,17 @@ def _why_none(member: Member, owners: dict[tuple[str, str], Member]) -> str:
     return f"{member.label} sees {_gpus(member)}, all given to other ranks of its host"
 
 
-def _gpus(member: Member) -> str:
+def _gpus(member: RankInfo) -> str:
     return f"{len(member.gpus)} GPU{'' if len(member.gpus) == 1 else 's'}"
 
 
-def _match(members: Sequence[Member]) -> dict[tuple[str, str], Member]:
+def _match(members: Sequence[RankInfo]) -> dict[tuple[str, str], RankInfo]:
     """As many ranks as possible with a GPU each: (boot id, uuid) -> its owner.
 
     Fixed wishes first, then each rank's preferred GPU, then any free one; ranks are moved off
     their preferred GPU only where another one would go without (augmenting paths).
     """
-    owners: dict[tuple[str, str], Member] = {}
+    owners: dict[tuple[str, str], RankInfo] = {}
     placed: set[int] = set()
     for candidates_of in (_fixed, _preferred):
         for member in members:
@@ -169,7 +171,7 @@ def _match(members: Sequence[Member]) -> dict[tuple[str, str], Member]:
 
 
 def _augment(
-    member: Member, owners: dict[tuple[str, str], Member], seen: set[tuple[str, str]]
+    member: RankInfo, owners: dict[tuple[str, str], RankInfo], seen: set[tuple[str, str]]
 ) -> bool:
     candidates = [gpu for gpu in _allowed(member) if gpu not in seen]
     for gpu in sorted(candidates, key=lambda gpu: gpu in owners):  # free ones first; stable
@@ -182,34 +184,34 @@ def _augment(
     return False
 
 
-def _allowed(member: Member) -> list[tuple[str, str]]:
+def _allowed(member: RankInfo) -> list[tuple[str, str]]:
     if _fixed_index(member) is not None:
         return _fixed(member)
     return [(member.boot_id, gpu) for gpu in member.gpus]
 
 
-def _fixed(member: Member) -> list[tuple[str, str]]:
+def _fixed(member: RankInfo) -> list[tuple[str, str]]:
     index = _fixed_index(member)
     return [] if index is None else _nth(member, index)
 
 
-def _preferred(member: Member) -> list[tuple[str, str]]:
+def _preferred(member: RankInfo) -> list[tuple[str, str]]:
     if member.local_rank is None or _fixed_index(member) is not None:
         return []
     # A launcher that shows each rank one GPU only: local rank 3's is its number 0.
     return _nth(member, member.local_rank if len(member.gpus) > 1 else 0)
 
 
-def _fixed_index(member: Member) -> int | None:
+def _fixed_index(member: RankInfo) -> int | None:
     match = re.fullmatch(r"cuda:(\d+)", member.device)
     return int(match[1]) if match else None
 
 
-def _nth(member: Member, index: int) -> list[tuple[str, str]]:
+def _nth(member: RankInfo, index: int) -> list[tuple[str, str]]:
     return [(member.boot_id, gpu) for gpu in member.gpus[index : index + 1]]
 
 
-def _check_wishes(members: Sequence[Member]) -> None:
+def _check_wishes(members: Sequence[RankInfo]) -> None:
     for member in members:
         if not re.fullmatch(r"auto|cpu|cuda|cuda:\d{1,4}", member.device):
             raise RendezvousError(
@@ -218,10 +220,10 @@ def _check_wishes(members: Sequence[Member]) -> None:
             )
 
 
-def _rank(member: Member) -> int:
+def _rank(member: RankInfo) -> int:
     assert member.rank is not None, "ranks are given out before devices"
     return member.rank
 
 
-def _on_cpus(members: Sequence[Member], reason: str, *, loud: bool) -> Assignment:
+def _on_cpus(members: Sequence[RankInfo], reason: str, *, loud: bool) -> Assignment:
     return Assignment("gloo", {_rank(member): "cpu" for member in members}, reason, loud)

@@ -2,54 +2,59 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import xxhash
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
-from packcast.errors import RendezvousError
+from packcast.control.client import ControlClient
+from packcast.control.frames import ProtocolError
+from packcast.control.messages import OfferMessage
+from packcast.errors import RendezvousError, TransferError
 from packcast.group.devices import assign_devices
-from packcast.group.member import Member
+from packcast.group.rank_info import RankInfo
 from packcast.io.source import FileReader
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
+from packcast.transfer.messages import RankAssignment
 from packcast.transfer.offer import Offer, Place, Sample, Selection
 
 NUM_SAMPLES = 16
 
 
-def check_one_checkpoint(members: Sequence[Member], sender: Member) -> None:
+def check_one_checkpoint(infos: Sequence[RankInfo], sender: RankInfo) -> None:
     """Raise RendezvousError if ranks that ran `send` mean different checkpoints.
 
     Where a rank cannot see the checkpoint (it is on the sender's disk), the paths must be equal.
     """
-    for member in members:
-        if member.role != "send":
+    for info in infos:
+        if info.role != "send":
             continue
-        if member.fingerprint and member.fingerprint != sender.fingerprint:
+        if info.fingerprint and info.fingerprint != sender.fingerprint:
             what = "whose files have other sizes or headers"
-        elif not member.fingerprint and member.checkpoint != sender.checkpoint:
+        elif not info.fingerprint and info.checkpoint != sender.checkpoint:
             what = "which it cannot read"
         else:
             continue
         raise RendezvousError(
-            f"two checkpoints: {sender.label} sends {sender.checkpoint}, but {member.label}"
-            f" names {member.checkpoint}, {what}"
+            f"two checkpoints: {sender.label} sends {sender.checkpoint}, but {info.label}"
+            f" names {info.checkpoint}, {what}"
         )
 
 
 def choose_readers(
-    members: Sequence[Member], sender: Member, wanted: int | None
+    infos: Sequence[RankInfo], sender: RankInfo, wanted: int | None
 ) -> tuple[int, ...]:
     """The sender, then the lowest other ranks that ran `send` and see the checkpoint.
 
     `wanted` None means every rank that ran `send`. Raises RendezvousError if there are too few.
     """
-    others = [m for m in members if m.role == "send" and m.rank != sender.rank]
+    others = [m for m in infos if m.role == "send" and m.rank != sender.rank]
     able = [m for m in others if m.fingerprint == sender.fingerprint]
     if wanted is None and len(able) < len(others):
         blind = next(m for m in others if m not in able)
@@ -69,19 +74,19 @@ def make_offers(
     settings: Settings,
     checkpoint: Checkpoint,
     files: Sequence[OutgoingFile],
-    members: Sequence[Member],
-    sender: Member,
+    infos: Sequence[RankInfo],
+    sender: RankInfo,
 ) -> dict[int, Offer]:
     """One offer for each rank, the sender's own included: the same but for the place."""
-    check_one_checkpoint(members, sender)
-    readers = choose_readers(members, sender, settings.readers)
-    assignment = assign_devices(members, settings.backend)
+    check_one_checkpoint(infos, sender)
+    readers = choose_readers(infos, sender, settings.readers)
+    assignment = assign_devices(infos, settings.backend)
     sizes = [file.spec.nbytes for file in files]
     buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
     chunks = plan_chunks(sizes, buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
-    ranks_on = Counter(member.boot_id for member in members)
-    readers_on = Counter(member.boot_id for member in members if member.rank in readers)
+    ranks_on = Counter(info.boot_id for info in infos)
+    readers_on = Counter(info.boot_id for info in infos if info.rank in readers)
     offer = Offer(
         files=tuple(file.spec for file in files),
         buffer_size=buffer_size,
@@ -91,7 +96,7 @@ def make_offers(
         plan=plan_digest(sizes, buffer_size, chunks),
         selection=Selection(settings.include, settings.exclude),
         samples=samples,
-        world_size=len(members),
+        world_size=len(infos),
         backend=assignment.backend,
         reason=assignment.reason,
         loud=assignment.loud,
@@ -103,12 +108,38 @@ def make_offers(
             place=Place(
                 rank,
                 assignment.devices[rank],
-                ranks_on[member.boot_id],
-                max(1, readers_on[member.boot_id]),
+                ranks_on[info.boot_id],
+                max(1, readers_on[info.boot_id]),
             ),
         )
-        for rank, member in enumerate(members)
+        for rank, info in enumerate(infos)
     }
+
+
+def offer_message(offer: Offer) -> OfferMessage:
+    """The offer as it travels, made once for all workers; each gets its own assignment behind it.
+
+    Not in ASCII, as which six bytes stand for what two or three are: a header full of emoji, well
+    within the format's bound, would be over ours.
+    """
+    text = json.dumps(offer.to_json(), separators=(",", ":"), ensure_ascii=False)
+    return OfferMessage.of(text.encode())
+
+
+def assignment_of(offer: Offer) -> RankAssignment:
+    """What the offer says to its addressee alone."""
+    return RankAssignment(**asdict(offer.place))
+
+
+def await_offer(client: ControlClient, timeout_s: float | None) -> Offer:
+    """The sender's offer for this rank; TransferError where it is none."""
+    message = client.expect(OfferMessage, timeout_s)
+    assignment = client.expect(RankAssignment, timeout_s)
+    try:
+        offered = json.loads(message.text())
+    except (ProtocolError, ValueError, RecursionError) as error:
+        raise TransferError(f"the sender's offer is refused: {error}") from error
+    return Offer.from_json(offered, assignment.model_dump())
 
 
 def take_samples(checkpoint: Checkpoint, files: Sequence[OutgoingFile]) -> tuple[Sample, ...]:
@@ -144,10 +175,10 @@ def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[Outgoin
     return files
 
 
-def rank_of(member: Member) -> int:
-    """The member's rank, which it has once everybody has joined."""
-    assert member.rank is not None
-    return member.rank
+def rank_of(info: RankInfo) -> int:
+    """Its rank, which it has once everybody has joined."""
+    assert info.rank is not None
+    return info.rank
 
 
 def _digest(reader: FileReader, file: int, offset: int, nbytes: int) -> str:

@@ -20,8 +20,8 @@ from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
 from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import (
-    DEFAULT_HEARTBEAT_TIMEOUT_S,
     DEFAULT_JOIN_TIMEOUT_S,
+    DEFAULT_LIBRARY_HEARTBEAT_TIMEOUT_S,
     DEFAULT_NUM_BUFFERS,
     DEFAULT_STAGING,
     DEFAULT_STALL_TIMEOUT_S,
@@ -71,7 +71,7 @@ def send_checkpoint(
     port: int | None = None,
     token: str | bytes | None = None,
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S,
-    heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S,
+    heartbeat_timeout_s: float = DEFAULT_LIBRARY_HEARTBEAT_TIMEOUT_S,
     stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
     view: View | None = None,
 ) -> Report:
@@ -182,7 +182,7 @@ def receive_checkpoint(
     port: int | None = None,
     token: str | bytes | None = None,
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S,
-    heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S,
+    heartbeat_timeout_s: float = DEFAULT_LIBRARY_HEARTBEAT_TIMEOUT_S,
     stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
     view: View | None = None,
 ) -> Report:

@@ -16,9 +16,9 @@ from typing import TypeGuard
 import torch
 from torch._C._distributed_c10d import Store
 
+from packcast.control.channel import Channel
+from packcast.control.frames import Progress
 from packcast.errors import PackcastError, RendezvousError, TransferError
-from packcast.group.hub import Hub
-from packcast.group.line import Line
 from packcast.group.processgroup import (
     Group,
     begin_abort,
@@ -50,7 +50,7 @@ _CLOSE_LIMIT_S = 15.0
 _ABORT_LIMIT_S = 2.0
 # For broadcasts that others have to take part in; longer than a lost rank takes to be known.
 _DRY_PATIENCE_S = 4.0
-_VERDICT_WAIT_S = 5.0
+_FAILURE_WAIT_S = 5.0
 
 _left_behind: list[Mover] = []  # that failed, with a collective that would not end
 
@@ -143,7 +143,7 @@ class Mover:
         self,
         store: Store,
         interface: str | None,
-        channel: Hub | Line,
+        channel: Channel,
         *,
         stall_timeout_s: float,
         sums: bool,
@@ -163,8 +163,9 @@ class Mover:
         except PackcastError:
             self.close()
             raise
-        channel.arm(self.position)
+        channel.set_position(self.position)
         self._connect(self._group, channel)
+        channel.be_patient(0.0)  # what may hold the interpreter for long is over
         return self.run(self._group, channel)
 
     def prove_by_sums(self) -> None:
@@ -173,7 +174,7 @@ class Mover:
             with self._room_told():
                 self._summed = Summed(self._source, self._buffers)
 
-    def run(self, group: Group, channel: Hub | Line) -> Moved:
+    def run(self, group: Group, channel: Channel) -> Moved:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
         with self._cause_told(channel), self._inside():
             began = time.perf_counter()
@@ -215,24 +216,24 @@ class Mover:
         if self._source is not None and chunk.root == self._offer.rank:
             self._source.begin(chunk)
 
-    def _broadcast(self, group: Group, channel: Hub | Line) -> Broadcast:
-        """The group's, which raises the verdict once there is one; see `_run_dry`."""
-        broadcast = broadcast_over(group, lambda: channel.verdict)
+    def _broadcast(self, group: Group, channel: Channel) -> Broadcast:
+        """The group's, which raises the failure once there is one; see `_run_dry`."""
+        broadcast = broadcast_over(group, lambda: channel.failure)
         if not self._survives:
             return broadcast
 
-        def broadcast_until_verdict(tensor: torch.Tensor, root: int) -> None:
-            if channel.verdict:
-                raise channel.verdict
+        def broadcast_until_failure(tensor: torch.Tensor, root: int) -> None:
+            if channel.failure:
+                raise channel.failure
             broadcast(tensor, root)
 
-        return broadcast_until_verdict
+        return broadcast_until_failure
 
-    def _run_dry(self, group: Group, channel: Hub | Line, error: BaseException) -> None:
+    def _run_dry(self, group: Group, channel: Channel, error: BaseException) -> None:
         """This rank has failed, or heard that another has, and its process will go on: nobody's
         memory may go while others' GPUs still read it. Whoever hears of it does the same."""
         cause = error if isinstance(error, PackcastError) else TransferError(repr(error))
-        channel.abort(cause)
+        channel.fail(cause)
         with suppress(RuntimeError):
             self._ring.run_dry(
                 self._chunks,
@@ -275,7 +276,7 @@ class Mover:
         return lambda: closed.wait(_CLOSE_LIMIT_S)
 
     def _open_group(
-        self, store: Store, interface: str | None, channel: Hub | Line, timeout_s: float
+        self, store: Store, interface: str | None, channel: Channel, timeout_s: float
     ) -> Group:
         try:
             return open_process_group(
@@ -288,13 +289,13 @@ class Mover:
                 interface=interface,
             )
         except RendezvousError as error:
-            raise channel.wait_verdict(_VERDICT_WAIT_S) or error from error
+            raise channel.wait_failure(_FAILURE_WAIT_S) or error from error
 
-    def _connect(self, group: Group, channel: Hub | Line) -> None:
+    def _connect(self, group: Group, channel: Channel) -> None:
         """NCCL's first broadcast, a quarter of a second, while readers fill the staging."""
         if self._device.type == "cuda":
             with self._cause_told(channel):
-                broadcast_over(group, lambda: channel.verdict)(torch.zeros(1).to(self._device), 0)
+                broadcast_over(group, lambda: channel.failure)(torch.zeros(1).to(self._device), 0)
                 torch.cuda.current_stream(self._device).synchronize()
 
     @contextmanager
@@ -306,7 +307,7 @@ class Mover:
             self._outside.set()
 
     @contextmanager
-    def _cause_told(self, channel: Hub | Line) -> Iterator[None]:
+    def _cause_told(self, channel: Channel) -> Iterator[None]:
         """torch's own errors, of a collective or a copy, in our words."""
         try:
             yield
@@ -314,7 +315,7 @@ class Mover:
             raise
         except RuntimeError as error:
             # What broke it is often known on the control channel a moment later, by name.
-            raise channel.wait_verdict(_VERDICT_WAIT_S) or TransferError(
+            raise channel.wait_failure(_FAILURE_WAIT_S) or TransferError(
                 f"{self._offer.backend} failed at {self.position()}: {str(error).splitlines()[0]}"
             ) from error
 
@@ -341,8 +342,13 @@ class Mover:
         )
 
     def nbytes_done(self) -> int:
-        """Bytes that are where they belong on this rank; what its heartbeats carry."""
+        """Bytes that are where they belong on this rank."""
         return self.counters.nbytes(self._landing.stage if self._landing else "broadcast")
+
+    def progress(self) -> Progress:
+        """What this rank's heartbeats carry."""
+        moved = sum(total.nbytes for total in self.counters.totals().values())
+        return Progress(done=self.nbytes_done(), moved=moved)
 
     def _digests(self) -> list[str] | None:
         if self._landing is not None:

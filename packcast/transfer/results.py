@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from packcast.errors import PackcastError, TransferError, VerificationError
-from packcast.group.member import Member
-from packcast.group.wire import error_of
+from pydantic import JsonValue
+
+from packcast.errors import PackcastError, TransferError, VerificationError, error_from_code
+from packcast.group.rank_info import RankInfo
 from packcast.io.landing import Sink
 from packcast.io.pool import pool_kind
 from packcast.packed.counters import Counters
 from packcast.report import RankReport, Report, StageReport
 from packcast.settings import Settings
 from packcast.transfer.agreement import rank_of
+from packcast.transfer.messages import Proved, Published, StageFigures
 from packcast.transfer.moving import Moved
 from packcast.transfer.offer import Offer
-
-_MAX_SENTENCE = 2000  # characters; a tensor's name may be absurdly long
 
 
 def stage_reports(counters: Counters) -> dict[str, StageReport]:
@@ -31,16 +31,16 @@ def stage_reports(counters: Counters) -> dict[str, StageReport]:
 
 
 def agreed_digests(
-    offer: Offer, mine: list[str] | None, proofs: Mapping[int, Mapping[str, object]]
+    offer: Offer, mine: list[str] | None, proofs: Mapping[int, Proved]
 ) -> dict[str, str]:
     """The digest of every file, which sender and workers must all have found to be the same."""
     digests, measure = mine, "the sender"
     for rank, proof in sorted(proofs.items()):
-        theirs = proof.get("digests")
-        if not isinstance(theirs, list) or [type(it) for it in theirs] != [str] * len(offer.files):
+        theirs = proof.digests
+        if theirs is None or len(theirs) != len(offer.files):
             raise TransferError(f"rank {rank} sent no digests of the {len(offer.files)} files")
         if digests is None:
-            digests, measure = [str(digest) for digest in theirs], f"rank {rank}"
+            digests, measure = theirs, f"rank {rank}"
         for spec, one, other in zip(offer.files, digests, theirs, strict=True):
             if one != other:
                 raise TransferError(f"{spec.name}: rank {rank} has other bytes than {measure}")
@@ -48,45 +48,53 @@ def agreed_digests(
     return {spec.name: digest for spec, digest in zip(offer.files, digests, strict=True)}
 
 
-def proof_of(
-    offer: Offer, moved: Moved, counters: Counters, sink: Sink, seconds: float
-) -> dict[str, object]:
-    """PROVED: every byte was received, proven, and made durable, compared or dropped."""
-    return {
-        "kind": "PROVED",
-        "digests": moved.digests,
-        "seconds": seconds,
-        "stages": {
-            name: {
-                "nbytes": stage.nbytes,
-                "seconds": stage.seconds,
-                "waiting_seconds": stage.waiting_seconds,
-            }
+def proof_of(offer: Offer, moved: Moved, counters: Counters, sink: Sink, seconds: float) -> Proved:
+    """What this worker has proven: call it once its sink has finished."""
+    return Proved(
+        digests=moved.digests,
+        seconds=seconds,
+        stages={
+            name: StageFigures(
+                nbytes=stage.nbytes, seconds=stage.seconds, waiting_seconds=stage.waiting_seconds
+            )
             for name, stage in stage_reports(counters).items()
         },
-        "peak_device_bytes": moved.peak_device_nbytes,
-        "pinned_bytes": moved.pinned_nbytes,
-        "device": offer.device,
-        "pool": pool_kind(),
-        "difference": str(sink.result().get("sentence") or "")[:_MAX_SENTENCE] or None,
-    }
+        peak_device_bytes=moved.peak_device_nbytes,
+        pinned_bytes=moved.pinned_nbytes,
+        device=offer.device,
+        pool=pool_kind(),
+        difference=str(sink.result().get("sentence") or "") or None,
+    )
 
 
-def published_by(sink: Sink, fault: PackcastError | None) -> dict[str, object]:
-    """PUBLISHED: what this worker has at the end, or why not."""
-    return {
-        "kind": "PUBLISHED",
-        "result": sink.result(),
-        "error": fault.message if fault else None,
-        "hint": fault.hint if fault else None,
-        "code": fault.exit_code if fault else 0,
-    }
+def published_by(sink: Sink, fault: PackcastError | None) -> Published:
+    """What this worker has at the end, or why not."""
+    result = _as_json(sink.result())
+    assert isinstance(result, dict)
+    return Published(
+        result=result,
+        error=fault.message if fault else None,
+        hint=fault.hint if fault else None,
+        code=fault.exit_code if fault else 0,
+    )
+
+
+def _as_json(value: object) -> JsonValue:
+    """A sink's result as it travels; a path's bytes that are no text are escaped."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_as_json(item) for item in value]
+    assert value is None or isinstance(value, (bool, int, float))
+    return value
 
 
 def failures_of(
     workers: Sequence[int],
-    proofs: Mapping[int, Mapping[str, object]],
-    published: Mapping[int, Mapping[str, object]],
+    proofs: Mapping[int, Proved],
+    published: Mapping[int, Published],
     lost: Mapping[int, str],
 ) -> dict[int, PackcastError]:
     """What went wrong on which worker, after the point of no return; empty if nothing did."""
@@ -95,22 +103,20 @@ def failures_of(
         last = published.get(rank)
         if last is None:
             failures[rank] = TransferError(lost.get(rank, "it left before it said PUBLISHED"))
-        elif last.get("error") or last.get("code"):
-            said = {"message": last.get("error")} | {k: last.get(k) for k in ("code", "hint")}
-            failures[rank] = error_of(said)
-        elif proofs[rank].get("difference"):
-            failures[rank] = VerificationError(str(proofs[rank]["difference"]))
+        elif last.error or last.code:
+            sentence = last.error or "it gave no reason"
+            failures[rank] = error_from_code(
+                last.code or TransferError.exit_code, sentence, last.hint
+            )
+        elif difference := proofs[rank].difference:
+            failures[rank] = VerificationError(difference)
     return failures
 
 
-def facts_of(
-    proof: Mapping[str, object], published: Mapping[str, object] | None
-) -> dict[str, object]:
+def facts_of(proof: Proved, published: Published | None) -> dict[str, object]:
     """What a worker told of itself, for the sender's report."""
-    names = ("device", "pool", "seconds", "stages", "peak_device_bytes", "pinned_bytes")
-    facts = {name: proof.get(name) for name in names}
-    result = (published or {}).get("result")
-    return facts | (result if isinstance(result, dict) else {})
+    facts = proof.model_dump(exclude={"digests", "difference"})
+    return facts | (published.result if published else {})
 
 
 def make_report(
@@ -174,7 +180,7 @@ def _said(rank: int, fault: PackcastError) -> str:
 
 
 def rank_reports(
-    members: Sequence[Member],
+    members: Sequence[RankInfo],
     offers: Mapping[int, Offer],
     sender: int,
     failures: Mapping[int, PackcastError],

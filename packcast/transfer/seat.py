@@ -13,6 +13,9 @@ from pathlib import Path
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.control.client import ControlClient
+from packcast.control.membership import Expected
+from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, RendezvousError
 from packcast.group.addresses import (
     addresses_here,
@@ -27,10 +30,8 @@ from packcast.group.addresses import (
 )
 from packcast.group.asking import launch_of
 from packcast.group.devices import boot_id, host_name, visible_gpus
-from packcast.group.hub import Hub
 from packcast.group.launch import Launch
 from packcast.group.leave import WayOut
-from packcast.group.line import Line
 from packcast.group.meeting import (
     Meeting,
     Whereabouts,
@@ -41,8 +42,7 @@ from packcast.group.meeting import (
     publish_failure,
     settle_sender,
 )
-from packcast.group.member import Member
-from packcast.group.roster import Expected
+from packcast.group.rank_info import MAX_PATH_LENGTH, RankInfo, printable
 from packcast.settings import Settings
 from packcast.view import View
 
@@ -55,15 +55,14 @@ Opened = tuple[Checkpoint | None, tuple[OutgoingFile, ...], PackcastError | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seat:
-    """This process's place in the group. The sender has a Hub and a checkpoint, others a Line.
+    """This process's place in the group. The sender has a server and a checkpoint.
 
     `checkpoint` is there too on other ranks that ran `send` and can see it: they may be readers.
     A launcher's ranks have met in the `meeting`.
     """
 
     launch: Launch
-    channel: Hub | Line
-    expected: Expected
+    channel: ControlServer | ControlClient
     transfer_id: str
     meeting: Meeting | None
     checkpoint: Checkpoint | None
@@ -116,7 +115,7 @@ def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> S
 def _sit_with_launcher(
     settings: Settings,
     launch: Launch,
-    me: Member,
+    me: RankInfo,
     meeting: Meeting,
     opened: Opened,
     view: View,
@@ -127,20 +126,23 @@ def _sit_with_launcher(
     view.placed(launch.rank, is_sender=sender == launch.rank)
     if sender != launch.rank:
         told = await_address(meeting, settings.join_timeout_s)
-        line = _connect(settings, meeting.hosts_of(told), told.port, me, view, leaver)
-        return _seat(launch, line, line.transfer_id, meeting, checkpoint, files)
+        client = _connect(settings, meeting.hosts_of(told), told.port, me, view, leaver)
+        return _seat(launch, client, client.transfer_id, meeting, checkpoint, files)
     transfer_id = uuid.uuid4().hex
     try:
         if fault:
             raise fault
         host = _host_to_listen_on(meeting)
-        hub = _listen((host, 0), settings, me, transfer_id, settings.token, view, leaver)
+        expected = frozenset(range(launch.world_size))
+        server = _listen(
+            expected, (host, 0), settings, me, transfer_id, settings.token, view, leaver
+        )
     except PackcastError as error:
         publish_failure(meeting, error)
         raise
     hosts = (host,) if host else tuple(addresses_here())
-    publish_address(meeting, Whereabouts(hosts, hub.address[1], beside_store=not host))
-    return _seat(launch, hub, transfer_id, meeting, checkpoint, files)
+    publish_address(meeting, Whereabouts(hosts, server.address[1], beside_store=not host))
+    return _seat(launch, server, transfer_id, meeting, checkpoint, files)
 
 
 def _host_to_listen_on(meeting: Meeting) -> str:
@@ -161,7 +163,7 @@ def _host_to_listen_on(meeting: Meeting) -> str:
 def _sit_without_launcher(
     settings: Settings,
     launch: Launch,
-    me: Member,
+    me: RankInfo,
     checkpoint: Checkpoint | None,
     files: tuple[OutgoingFile, ...],
     view: View,
@@ -170,35 +172,32 @@ def _sit_without_launcher(
     assert settings.address is not None, "the command line asks for it"
     if settings.command == "recv":
         host, port = settings.address
-        line = _connect(settings, [host], port, me, view, leaver)
-        return _seat(launch, line, line.transfer_id, None, None, ())
+        client = _connect(settings, [host], port, me, view, leaver)
+        return _seat(launch, client, client.transfer_id, None, None, ())
     assert settings.workers is not None, "the command line asks for it"
     token = settings.token or secrets.token_urlsafe(18).encode()
     transfer_id = uuid.uuid4().hex
     host, port = settings.address
     host = _others_address(host, settings.join_timeout_s, view)
-    hub = _listen((host, port), settings, me, transfer_id, token, view, leaver)
-    where, *more = _hosts_to_reach(hub.address[0])
-    view.listening(_recv_line(where, hub.address[1], None if settings.token else token.decode()))
+    server = _listen(settings.workers, (host, port), settings, me, transfer_id, token, view, leaver)
+    where, *more = _hosts_to_reach(server.address[0])
+    view.listening(_recv_line(where, server.address[1], None if settings.token else token.decode()))
     if more:
         view.note(f"or by another address of this host: {', '.join(more)}")
-    return _seat(launch, hub, transfer_id, None, checkpoint, files, expected=settings.workers)
+    return _seat(launch, server, transfer_id, None, checkpoint, files)
 
 
 def _seat(
     launch: Launch,
-    channel: Hub | Line,
+    channel: ControlServer | ControlClient,
     transfer_id: str,
     meeting: Meeting | None,
     checkpoint: Checkpoint | None,
     files: tuple[OutgoingFile, ...],
-    *,
-    expected: int | None = None,
 ) -> Seat:
     return Seat(
         launch=launch,
         channel=channel,
-        expected=frozenset(range(launch.world_size)) if expected is None else expected,
         transfer_id=transfer_id,
         meeting=meeting,
         checkpoint=checkpoint,
@@ -223,55 +222,57 @@ def _open(settings: Settings) -> Opened:
     return checkpoint, files, None
 
 
-def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None) -> Member:
+def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None) -> RankInfo:
     launched = launch.kind != "none"
     path = settings.checkpoint
-    return Member(
+    return RankInfo(
         role=settings.command,
         rank=launch.rank if launched else settings.rank,
-        host=host_name(),
+        host=printable(host_name()),
         boot_id=boot_id(),
         pid=os.getpid(),
         local_rank=launch.local_rank if launched else None,
         device=settings.device,
         gpus=visible_gpus() if settings.device != "cpu" and settings.backend != "gloo" else (),
-        checkpoint=str(Path(path).resolve()) if path else None,
+        checkpoint=printable(str(Path(path).resolve()))[:MAX_PATH_LENGTH] if path else None,
         fingerprint=checkpoint.fingerprint() if checkpoint else None,
     )
 
 
 def _listen(
+    expected: Expected,
     address: tuple[str, int],
     settings: Settings,
-    me: Member,
+    me: RankInfo,
     transfer_id: str,
     token: bytes | None,
     view: View,
     leaver: WayOut,
-) -> Hub:
-    return Hub(
+) -> ControlServer:
+    return ControlServer(
+        expected,
         host=address[0],
         port=address[1],
         me=me,
         transfer_id=transfer_id,
         token=token,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
-        on_fatal=leaver.leave,
+        on_failure=leaver.leave,
         log=view.note,
     )
 
 
 def _connect(
-    settings: Settings, hosts: Sequence[str], port: int, me: Member, view: View, leaver: WayOut
-) -> Line:
-    return Line.connect(
+    settings: Settings, hosts: Sequence[str], port: int, me: RankInfo, view: View, leaver: WayOut
+) -> ControlClient:
+    return ControlClient.connect(
         hosts,
         port,
         me=me,
         token=settings.token,
         join_timeout_s=settings.join_timeout_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
-        on_fatal=leaver.leave,
+        on_failure=leaver.leave,
         log=view.note,
         still_wanted=lambda: leaver.error is None,
     )

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from packcast.control.client import ControlClient
+from packcast.control.messages import Commit
+from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, TransferError
 from packcast.group.addresses import interface_of, interface_towards
-from packcast.group.hub import Hub
 from packcast.group.leave import WayOut
-from packcast.group.line import Line
-from packcast.group.member import Member
+from packcast.group.rank_info import RankInfo
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
 from packcast.io.pool import pool_kind
@@ -27,8 +28,14 @@ from packcast.io.source import FileReader
 from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
-from packcast.transfer.agreement import make_offers, same_files_as_offered
-from packcast.transfer.go import Go
+from packcast.transfer.agreement import (
+    assignment_of,
+    await_offer,
+    make_offers,
+    offer_message,
+    same_files_as_offered,
+)
+from packcast.transfer.messages import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
 from packcast.transfer.results import (
@@ -48,7 +55,8 @@ from packcast.view import Start, View
 # Of a device and how many bytes of finished tensors may wait: where tensors are received.
 MakeShelf = Callable[[str, int], Shelf]
 
-_SLOWEST_DISK = 20e6  # bytes per second
+_SLOWEST_DISK = 5e6  # bytes per second
+_DEVICE_START_S = 30.0  # how long CUDA and NCCL may hold the interpreter
 _PATIENCE_S = 30.0  # for the peers' last words, once their work is done
 
 
@@ -63,7 +71,7 @@ def run(
     """Take part in one transfer, as `packcast send` or `packcast recv` does. Every rank calls it.
 
     Returns this rank's report, whose exit code is 6 where a comparison found a difference. Raises
-    PackcastError after telling the other ranks; a verdict that comes from them, a lost peer or a
+    PackcastError after telling the other ranks; a failure that comes from them, a lost rank or a
     stall goes to `leaver`, from another thread, since a collective may be hanging. `call` counts
     the transfers of one launch, alike on all ranks. A worker with `make_shelf` receives tensors.
     """
@@ -71,78 +79,81 @@ def run(
         check_ring(settings.buffer_size, settings.num_buffers, settings.staging)
     view.phase("join")
     seat = take_seat(settings, view, leaver, call=call)
-    leaver.on_leave(lambda: seat.channel.abort(leaver.error or TransferError("it left")))
+    leaver.on_leave(lambda: seat.channel.fail(leaver.error or TransferError("it left")))
     try:
-        if isinstance(seat.channel, Hub):
+        if isinstance(seat.channel, ControlServer):
             return send(settings, seat, seat.channel, view, leaver)
         return receive(settings, seat, seat.channel, view, leaver, make_shelf)
     except PackcastError as error:
-        seat.channel.abort(error)
+        seat.channel.fail(error)
         raise
     finally:
         seat.leave()
 
 
-def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -> Report:
+def send(
+    settings: Settings, seat: Seat, server: ControlServer, view: View, leaver: WayOut
+) -> Report:
     """The sender's side."""
     checkpoint, files = seat.checkpoint, seat.files
     assert checkpoint is not None, "the sender has a checkpoint"
     for warning in checkpoint.warnings:
         view.warn(warning)
 
-    members = hub.join(
-        seat.expected,
+    infos = server.join(
         settings.join_timeout_s,
-        lambda member, joined, wanted: view.joined(member.label, joined, wanted),
+        lambda worker, joined, wanted: view.joined(worker.label, joined, wanted),
     )
     seat.have_joined()
-    offers = make_offers(settings, checkpoint, files, members, members[seat.launch.rank])
+    offers = make_offers(settings, checkpoint, files, infos, infos[seat.launch.rank])
     offer = offers[seat.launch.rank]
 
     view.phase("offer")
     workers = [rank for rank in offers if rank != offer.rank]
-    hub.broadcast(offer.to_json())
+    server.broadcast(offer_message(offer))
     for rank in workers:
-        hub.send(rank, offers[rank].place.to_json())
+        server.send(rank, assignment_of(offers[rank]))
+    _allow_device_start(server, offer)
     reader = FileReader(files, checkpoint.files)
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
     leaver.on_abandon(mover.abandon)
+    server.set_progress(mover.progress)
     mover.read_ahead()
-    sums = _await_ready(hub, offer, settings.join_timeout_s)
+    sums = _await_ready(server, offer, settings.join_timeout_s)
 
     view.phase("start")
-    host = hub.host_met()
+    host = server.host_met()
     store, port = serve_store(host, settings.join_timeout_s)
-    hub.broadcast(Go(host, port, sums).to_json())
-    view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
+    server.broadcast(Go(host=host, port=port, sums=sums))
+    view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(server.done_by_worker()))
 
-    with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
+    with StallWatch(mover, server, leaver, settings.stall_timeout_s):
         view.phase("data")
         moved = mover.move(
             store,
             interface_of(host),
-            hub,
+            server,
             stall_timeout_s=settings.stall_timeout_s,
             sums=sums,
             survives=leaver.survives,
         )
-        hub.gather("MOVED", None)  # the stall watch is its bound
-    hub.broadcast({"kind": "CLOSE"})
+        server.gather(Moved, None)  # the stall watch is its bound
+    server.broadcast(Close())
     view.phase("finish")
     close = mover.begin_close()
-    proofs = hub.gather("PROVED", _finish_limit_s(settings, offer))
+    proofs = server.gather(Proved, _finish_limit_s(settings, offer))
     seconds = since(moved.began)
     closed = close()
     digests = agreed_digests(offer, moved.digests, proofs)
 
     view.phase("publish")
     leaver.shield()
-    hub.committed()
-    hub.broadcast({"kind": "COMMIT"})
-    published = hub.gather("PUBLISHED", _finish_limit_s(settings, offer))
-    hub.broadcast({"kind": "DONE"})
-    failures = failures_of(workers, proofs, published, hub.lost)
-    hub.close()
+    server.commit()
+    server.broadcast(Commit())
+    published = server.gather(Published, _finish_limit_s(settings, offer))
+    server.broadcast(Done())
+    failures = failures_of(workers, proofs, published, server.lost)
+    server.close()
 
     view.phase("done")
     return make_report(
@@ -151,7 +162,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
         moved,
         mover.counters,
         seconds=seconds,
-        ranks=rank_reports(members, offers, offer.rank, failures),
+        ranks=rank_reports(infos, offers, offer.rank, failures),
         digests=digests,
         workers={rank: facts_of(proofs[rank], published.get(rank)) for rank in workers},
         warnings=checkpoint.warnings,
@@ -163,66 +174,67 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
 def receive(
     settings: Settings,
     seat: Seat,
-    line: Line,
+    client: ControlClient,
     view: View,
     leaver: WayOut,
     make_shelf: MakeShelf | None,
 ) -> Report:
     """A worker's side, which may read too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
-    me, world_size = line.await_joined(patience_s)
+    me, world_size = client.await_joined(patience_s)
     seat.have_joined()
 
     view.phase("offer")
-    offer = _expect_offer(line, me, world_size, patience_s)
+    offer = _await_own_offer(client, me, world_size, patience_s)
+    _allow_device_start(client, offer)
     chunks = offer.chunks()
     sink = _make_sink(settings, seat, offer, me, make_shelf)
     leaver.on_leave(sink.abort, sink.left if isinstance(sink, WriteSink) else None)
-    with _undone_on_error(sink, line):
+    with _undone_on_error(sink, client):
         sink.prepare()
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
         leaver.on_abandon(mover.abandon)
         mover.read_ahead()
-        line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
-        line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
+        client.set_progress(mover.progress)
+        client.send(Ready(plan=offer.plan, sums=mover.needs_sums))
 
-        go = Go.from_json(line.expect("GO", patience_s))
+        go = client.expect(Go, patience_s)
         view.phase("start")
-        host = line.host_told(go.host)
+        host = client.host_told(go.host)
         store = connect_store(host, go.port, settings.join_timeout_s)
         view.started(_start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
-        with StallWatch(mover, line, leaver, settings.stall_timeout_s):
+        with StallWatch(mover, client, leaver, settings.stall_timeout_s):
             view.phase("data")
             moved = mover.move(
                 store,
                 interface_towards(host),
-                line,
+                client,
                 stall_timeout_s=settings.stall_timeout_s,
                 sums=go.sums,
                 survives=leaver.survives,
             )
-            line.send({"kind": "MOVED"})
-            line.expect("CLOSE", None)
+            client.send(Moved())
+            client.expect(Close, None)
         view.phase("finish")
         close = mover.begin_close()
         sink.finish()
         seconds = since(moved.began)
         proof = proof_of(offer, moved, mover.counters, sink, seconds)
-        line.send(proof)
+        client.send(proof)
         closed = close()
-        line.expect("COMMIT", _finish_limit_s(settings, offer))
+        client.expect(Commit, _finish_limit_s(settings, offer))
 
         view.phase("publish")
         leaver.shield()
-        line.committed()
+        client.commit()
         fault = _publish(sink)
-        line.send(published_by(sink, fault))
+        client.send(published_by(sink, fault))
     with suppress(TransferError):  # published is published, whatever became of the sender
-        line.expect("DONE", _PATIENCE_S)
-    if line.lost:
-        view.warn(f"{line.lost}, after this rank had published")
-    line.close()
+        client.expect(Done, _PATIENCE_S)
+    if client.lost:
+        view.warn(f"{client.lost}, after this rank had published")
+    client.close()
     for note in sink.notes:
         view.warn(note)
 
@@ -235,7 +247,7 @@ def receive(
         moved,
         mover.counters,
         seconds=seconds,
-        ranks=rank_reports([line.sender, me], {rank: offer}, offer.readers[0], failures),
+        ranks=rank_reports([client.sender, me], {rank: offer}, offer.readers[0], failures),
         digests=agreed_digests(offer, moved.digests, {rank: proof}),
         workers={rank: sink.result()},
         warnings=sink.notes,
@@ -244,15 +256,17 @@ def receive(
     )
 
 
-def _expect_offer(line: Line, me: Member, world_size: int, timeout_s: float) -> Offer:
-    offer = Offer.from_json(line.expect("OFFER", timeout_s), line.expect("PLACE", timeout_s))
+def _await_own_offer(
+    client: ControlClient, me: RankInfo, world_size: int, timeout_s: float
+) -> Offer:
+    offer = await_offer(client, timeout_s)
     if (offer.rank, offer.world_size) != (me.rank, world_size):
         raise TransferError("the sender's offer is for another rank or group")
     return offer
 
 
 def _make_sink(
-    settings: Settings, seat: Seat, offer: Offer, me: Member, make_shelf: MakeShelf | None
+    settings: Settings, seat: Seat, offer: Offer, me: RankInfo, make_shelf: MakeShelf | None
 ) -> Sink:
     if make_shelf is not None:
         return TensorSink(offer.files, make_shelf(offer.device, offer.staging))
@@ -282,12 +296,12 @@ def _own_reader(seat: Seat, offer: Offer) -> FileReader | None:
 
 
 @contextmanager
-def _undone_on_error(sink: Sink, line: Line) -> Iterator[None]:
+def _undone_on_error(sink: Sink, client: ControlClient) -> Iterator[None]:
     """Whatever goes wrong: the others hear of it first, then nothing is left behind here."""
     try:
         yield
     except BaseException as error:
-        line.abort(error if isinstance(error, PackcastError) else PackcastError(repr(error)))
+        client.fail(error if isinstance(error, PackcastError) else PackcastError(repr(error)))
         sink.abort()
         raise
 
@@ -309,22 +323,22 @@ def _publish(sink: Sink) -> PackcastError | None:
     return None
 
 
-def _await_ready(hub: Hub, offer: Offer, timeout_s: float) -> bool:
+def _allow_device_start(channel: ControlServer | ControlClient, offer: Offer) -> None:
+    """Until the first broadcast CUDA and NCCL may hold the interpreter, which is no death."""
+    if offer.backend == "nccl":
+        channel.be_patient(_DEVICE_START_S)
+
+
+def _await_ready(server: ControlServer, offer: Offer, timeout_s: float) -> bool:
     """Every worker has reserved its space and buffers, and has made the same plan.
 
     Whether some worker needs the chunks' sums, since its bytes stay on the device.
     """
-    answers = hub.gather("READY", timeout_s)
+    answers = server.gather(Ready, timeout_s)
     for rank, ready in answers.items():
-        if ready.get("plan") != offer.plan:
+        if ready.plan != offer.plan:
             raise TransferError(f"rank {rank} makes another plan of the offer")
-    return any(ready.get("sums") is True for ready in answers.values())
-
-
-def _done_by_worker(hub: Hub) -> dict[int, int]:
-    """How many bytes each worker has where they belong, by its newest heartbeat."""
-    told = {rank: progress.get("nbytes") for rank, progress in hub.progress().items()}
-    return {rank: nbytes if isinstance(nbytes, int) else 0 for rank, nbytes in told.items()}
+    return any(ready.sums for ready in answers.values())
 
 
 def _start_of(offer: Offer, *, is_sender: bool) -> Start:

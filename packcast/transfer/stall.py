@@ -9,10 +9,9 @@ import threading
 import time
 from typing import Protocol
 
+from packcast.control.channel import Channel
 from packcast.errors import TransferError
-from packcast.group.hub import Hub
 from packcast.group.leave import WayOut
-from packcast.group.line import Line
 from packcast.packed.counters import Counters
 from packcast.units import format_duration
 
@@ -31,9 +30,7 @@ class Watched(Protocol):
 class StallWatch:
     """Ends the transfer when no byte has moved anywhere for `timeout_s` although all are alive."""
 
-    def __init__(
-        self, mover: Watched, channel: Hub | Line, leaver: WayOut, timeout_s: float
-    ) -> None:
+    def __init__(self, mover: Watched, channel: Channel, leaver: WayOut, timeout_s: float) -> None:
         self._mover = mover
         self._channel = channel
         self._leaver = leaver
@@ -53,7 +50,7 @@ class StallWatch:
         last: object = None
         since = time.monotonic()
         while not self._over.wait(min(0.5, self._timeout_s / 4)):
-            now = (self._mover.counters.totals(), self._channel.progress())
+            now = (self._mover.counters.totals(), self._channel.moved_elsewhere())
             if now != last:
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > self._timeout_s:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from packcast.errors import RendezvousError
 from packcast.group.devices import assign_devices, boot_id, host_name, visible_gpus
-from packcast.group.member import Member
+from packcast.group.rank_info import RankInfo
 
 
 def member(
@@ -20,8 +20,8 @@ def member(
     host: str = "host-a",
     local_rank: int | None = None,
     device: str = "auto",
-) -> Member:
-    return Member(
+) -> RankInfo:
+    return RankInfo(
         role="recv",
         rank=rank,
         host=host,
@@ -129,7 +129,7 @@ def test_one_rank_on_cpu_as_asked_means_gloo_for_all() -> None:
     ],
 )
 def test_what_was_asked_for_and_cannot_be_had_is_an_error_that_names_the_rank(
-    members: list[Member], backend: str, sentence: str
+    members: list[RankInfo], backend: str, sentence: str
 ) -> None:
     assert backend in ("auto", "nccl", "gloo")
     with pytest.raises(RendezvousError, match=sentence):
@@ -158,7 +158,7 @@ def test_no_gpu_is_ever_given_out_twice_and_cpu_only_if_it_must_be(
         assert not _distinct_gpus(members, frozenset())
 
 
-def _distinct_gpus(members: list[Member], taken: frozenset[tuple[str, str]]) -> bool:
+def _distinct_gpus(members: list[RankInfo], taken: frozenset[tuple[str, str]]) -> bool:
     """Whether there is any way at all, by trying them all."""
     if not members:
         return True

@@ -9,7 +9,7 @@ from typing import Literal
 
 from packcast.checkpoint.header import LENGTH_NBYTES, parse_header
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.group.member import Member
+from packcast.group.rank_info import RankInfo
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.transfer.offer import Offer, Place, Sample, Selection
 
@@ -121,10 +121,10 @@ def member(
     host: str = "host-a",
     checkpoint: str | None = "/models/m",
     fingerprint: str | None = "f1",
-) -> Member:
+) -> RankInfo:
     """A rank; one that ran `recv` has no checkpoint."""
     sends = role == "send"
-    return Member(
+    return RankInfo(
         role=role,
         rank=rank,
         host=host,

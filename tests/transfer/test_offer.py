@@ -16,9 +16,10 @@ from packcast.checkpoint import outgoing as outgoing_module
 from packcast.checkpoint.checkpoint import MAX_MTIME_NS, open_checkpoint
 from packcast.checkpoint.header import MAX_HEADER_NBYTES, MAX_TENSORS
 from packcast.checkpoint.outgoing import outgoing_files
+from packcast.control.messages import MAX_OFFER_NBYTES
 from packcast.errors import CheckpointError, TransferError
-from packcast.group.wire import FROM_SENDER, encode_frame
 from packcast.packed.plan import BLOCK, TURN
+from packcast.transfer.agreement import offer_message
 from packcast.transfer.offer import (
     MAX_CHUNKS,
     MAX_FILES,
@@ -412,9 +413,9 @@ def test_the_files_of_an_offer_take_no_more_than_was_checked(tmp_path: Path) -> 
     path.write_bytes(struct.pack("<Q", len(text.encode())) + text.encode() + bytes(7))
     files = [file.spec for file in outgoing_files(open_checkpoint(tmp_path))]
     files = [replace(files[0], unlisted=frozenset({0, 1})), *FILES]
-    message = replace(valid_offer(), files=tuple(files)).to_json()
-    alone = replace(valid_offer(), files=()).to_json()
-    taken = len(encode_frame(message, FROM_SENDER)) - len(encode_frame(alone, FROM_SENDER))
+    whole = replace(valid_offer(), files=tuple(files))
+    alone = replace(valid_offer(), files=())
+    taken = len(offer_message(whole).text()) - len(offer_message(alone).text())
     bound = sum(map(outgoing_module._offered_nbytes, files))
     assert taken <= bound < 2 * taken
 
@@ -434,4 +435,4 @@ def test_headers_that_no_offer_can_hold_are_an_error_of_the_checkpoint(
 def test_one_header_of_any_content_fits_into_an_offer() -> None:
     most_roles = 2 * 8 * MAX_TENSORS
     assert 2 * MAX_HEADER_NBYTES + most_roles + 10_000 < outgoing_module.MAX_OFFERED_NBYTES
-    assert FROM_SENDER.of("OFFER") > outgoing_module.MAX_OFFERED_NBYTES
+    assert MAX_OFFER_NBYTES > outgoing_module.MAX_OFFERED_NBYTES

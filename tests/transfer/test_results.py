@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 
@@ -20,6 +19,7 @@ from packcast.io.sinks.discard import DiscardSink
 from packcast.packed.counters import Counters
 from packcast.report import Report, StageReport
 from packcast.settings import Settings
+from packcast.transfer.messages import Proved, Published
 from packcast.transfer.moving import Moved
 from packcast.transfer.results import (
     agreed_digests,
@@ -36,14 +36,18 @@ from tests.transfer.offers import member, offer_of, sidecar, valid_offer
 
 OFFER = offer_of([sidecar("a", 3), sidecar("b", 5)])
 MOVED = Moved(1.0, ["d1", "d2"], 11, 12, ended=2.0)
-GOOD: dict[str, object] = {
-    "kind": "PUBLISHED",
-    "result": {},
-    "error": None,
-    "hint": None,
-    "code": 0,
-}
-PROVED: dict[str, object] = {"kind": "PROVED", "digests": ["d1", "d2"], "difference": None}
+GOOD = Published(result={}, error=None, hint=None, code=0)
+PROVED = Proved(
+    digests=["d1", "d2"],
+    seconds=1.0,
+    stages={},
+    peak_device_bytes=0,
+    pinned_bytes=0,
+    device="cpu",
+    pool="native",
+    difference=None,
+)
+DIFFERS = PROVED.model_copy(update={"difference": "b differs"})
 
 
 class DifferingSink(DiscardSink):
@@ -53,12 +57,12 @@ class DifferingSink(DiscardSink):
         return {"sink": "verify", "sentence": "b differs at byte 7" + "!" * 5000}
 
 
-def proved(*digests: object) -> dict[str, object]:
-    return PROVED | {"digests": list(digests)}
+def proved(*digests: str) -> Proved:
+    return PROVED.model_copy(update={"digests": list(digests)})
 
 
-def failed(error: object, code: object) -> dict[str, object]:
-    return GOOD | {"error": error, "code": code}
+def failed(error: str | None, code: int) -> Published:
+    return GOOD.model_copy(update={"error": error, "code": code})
 
 
 def test_digests_that_all_found_are_the_result() -> None:
@@ -78,22 +82,14 @@ def test_where_the_sender_has_no_digests_of_its_own_it_is_not_named_as_the_measu
         agreed_digests(OFFER, None, {3: proved("d1", "d3"), 1: proved("d1", "d2")})
 
 
-@pytest.mark.parametrize("digests", [None, "d1d2", [], ["d1"], ["d1", "d2", "d3"], {"a": "d1"}])
+@pytest.mark.parametrize("digests", [None, [], ["d1"], ["d1", "d2", "d3"]])
 @pytest.mark.parametrize("mine", [["d1", "d2"], None])
 def test_a_worker_without_a_digest_of_every_file_is_named(
-    mine: list[str] | None, digests: object
+    mine: list[str] | None, digests: list[str] | None
 ) -> None:
+    proof = PROVED.model_copy(update={"digests": digests})
     with pytest.raises(TransferError, match="rank 2 sent no digests of the 2 files"):
-        agreed_digests(OFFER, mine, {2: PROVED | {"digests": digests}})
-
-
-@pytest.mark.parametrize("digests", [[1, 2], [None, None], ["d1", ["d2"]]])
-@pytest.mark.parametrize("mine", [["d1", "d2"], None])
-def test_digests_that_are_no_text_agree_with_nothing(
-    mine: list[str] | None, digests: list[object]
-) -> None:
-    with pytest.raises(TransferError, match=r"rank 2 (has other bytes|sent no digests)"):
-        agreed_digests(OFFER, mine, {2: proved(*digests)})
+        agreed_digests(OFFER, mine, {2: proof})
 
 
 def test_nothing_failed_where_all_published() -> None:
@@ -132,18 +128,8 @@ def test_an_interrupted_worker_failed() -> None:
     assert failures_of([1], {1: PROVED}, {1: said}, {})[1].exit_code == 5
 
 
-@pytest.mark.parametrize("code", [None, "seven", 7.5, [], {}, "", 10**30])
-def test_a_failure_whose_code_makes_no_sense_is_still_a_failure(code: object) -> None:
-    failures = failures_of([1, 2], {1: PROVED, 2: PROVED}, {1: failed("no", code), 2: GOOD}, {})
-    assert list(failures) == [1]
-    assert failures[1].message == "no"
-    assert failures[1].exit_code > 0
-
-
 def test_a_failure_without_a_code_is_still_a_failure() -> None:
-    said = failed("no", 0)
-    del said["code"]
-    assert failures_of([1], {1: PROVED}, {1: said}, {})[1].message == "no"
+    assert failures_of([1], {1: PROVED}, {1: failed("no", 0)}, {})[1].message == "no"
 
 
 def test_a_code_without_a_sentence_is_a_failure_too() -> None:
@@ -151,13 +137,12 @@ def test_a_code_without_a_sentence_is_a_failure_too() -> None:
 
 
 def test_a_difference_is_a_failed_verification() -> None:
-    failure = failures_of([1], {1: PROVED | {"difference": "b differs"}}, {1: GOOD}, {})[1]
+    failure = failures_of([1], {1: DIFFERS}, {1: GOOD}, {})[1]
     assert (type(failure), failure.message) == (VerificationError, "b differs")
 
 
 def test_not_publishing_weighs_more_than_a_difference_on_one_rank() -> None:
-    proof = PROVED | {"difference": "b differs"}
-    assert failures_of([1], {1: proof}, {1: failed("no space", 7)}, {})[1].exit_code == 7
+    assert failures_of([1], {1: DIFFERS}, {1: failed("no space", 7)}, {})[1].exit_code == 7
 
 
 def report_of(failures: Mapping[int, PackcastError]) -> Report:
@@ -232,11 +217,11 @@ def test_a_stage_lasts_from_its_first_beginning_to_its_last_end() -> None:
 def test_a_proof_travels_and_carries_what_was_counted() -> None:
     counters = Counters()
     counters.add("discard", 0, 8, 1.0, 3.0)
-    proof = json.loads(json.dumps(proof_of(OFFER, MOVED, counters, DiscardSink(), 2.5)))
-    assert proof["kind"] == "PROVED"
-    assert proof["difference"] is None
+    proof = proof_of(OFFER, MOVED, counters, DiscardSink(), 2.5)
+    assert Proved.model_validate_json(proof.model_dump_json()) == proof
+    assert proof.difference is None
     stage = {"nbytes": 8, "seconds": 2.0, "waiting_seconds": 0.0}
-    assert facts_of(proof, GOOD | {"result": {"path": "/p"}}) == {
+    assert facts_of(proof, GOOD.model_copy(update={"result": {"path": "/p"}})) == {
         "device": "cpu",
         "pool": pool_kind(),
         "seconds": 2.5,
@@ -247,8 +232,8 @@ def test_a_proof_travels_and_carries_what_was_counted() -> None:
     }
 
 
-@pytest.mark.parametrize("published", [None, {}, {"result": None}, {"result": "x"}])
-def test_facts_need_no_result(published: dict[str, object] | None) -> None:
+@pytest.mark.parametrize("published", [None, GOOD])
+def test_facts_need_no_result(published: Published | None) -> None:
     assert set(facts_of(PROVED, published)) == {
         "device",
         "pool",
@@ -261,13 +246,24 @@ def test_facts_need_no_result(published: dict[str, object] | None) -> None:
 
 def test_a_difference_travels_as_one_sentence_of_bounded_length() -> None:
     proof = proof_of(OFFER, MOVED, Counters(), DifferingSink(), 1.0)
-    sentence = str(proof["difference"])
+    sentence = str(proof.difference)
     assert sentence.startswith("b differs at byte 7!")
     assert len(sentence) == 2000
 
 
 def test_published_carries_the_sinks_result_and_no_error() -> None:
-    assert published_by(DiscardSink(), None) == GOOD | {"result": {"sink": "discard"}}
+    expected = GOOD.model_copy(update={"result": {"sink": "discard"}})
+    assert published_by(DiscardSink(), None) == expected
+
+
+def test_a_result_with_a_path_that_is_no_text_travels_too() -> None:
+    class OddSink(DiscardSink):
+        def result(self) -> dict[str, object]:
+            return {"target": "/data/\udce9", "notes": ("a", 1, None)}
+
+    published = published_by(OddSink(), DestinationError("/data/\udce9: no"))
+    assert Published.model_validate_json(published.model_dump_json()) == published
+    assert published.result == {"target": r"/data/\udce9", "notes": ["a", 1, None]}
 
 
 def test_each_rank_has_a_line_with_how_it_ended() -> None:

@@ -25,19 +25,3 @@ class AwakeClock:
         self._seconds += min(now - self._read_at, self._step_s)
         self._read_at = now
         return self._seconds
-
-
-class Deadline:
-    """A time-out of `timeout_s` awake seconds from now; None never comes."""
-
-    STEP_S = 0.5
-
-    def __init__(self, timeout_s: float | None) -> None:
-        self._timeout_s = timeout_s
-        self._clock = AwakeClock(self.STEP_S)
-
-    def left_s(self) -> float:
-        """What is left of it, for one wait of at most half a step; 0 or less when it is over."""
-        if self._timeout_s is None:
-            return self.STEP_S / 2
-        return min(self._timeout_s - self._clock.read(), self.STEP_S / 2)

@@ -1,0 +1,150 @@
+"""The token's handshake: both sides prove that they hold it, neither ever sends it.
+
+Frames of fixed size, the same in every protocol from 4 on: nothing else is read before the proof.
+
+    sender  CHALLENGE  magic, protocol, whether a token is wanted, nonce, transfer id
+    worker  PROOF      protocol, nonce, HMAC-SHA256(token, "worker", challenge, protocol, nonce)
+    sender  ACCEPTED   HMAC-SHA256(token, "sender", challenge, protocol, nonce), or REJECTED
+
+A proof covers both nonces and the transfer's id, and is tagged by side, so that none can be
+replayed or reflected. Without a token the key is empty, and a proof proves nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import struct
+from dataclasses import dataclass
+
+from packcast.control.frames import ACCEPTED, CHALLENGE, PROOF, PROTOCOL, REJECTED, ProtocolError
+from packcast.errors import RendezvousError
+
+MAX_TRANSFER_ID_NBYTES = 64
+
+_MAGIC = b"packcast"
+_CHALLENGE = struct.Struct("!8sH?32s")
+_PROOF = struct.Struct("!H32s32s")
+_DIGEST_NBYTES = 32
+_TOKEN_HINT = "set the same PACKCAST_TOKEN on both sides"
+_VERSION_HINT = "install the same packcast on every host"
+
+FROM_STRANGER = {PROOF: _PROOF.size}
+BEFORE_PROOF = {
+    CHALLENGE: _CHALLENGE.size + MAX_TRANSFER_ID_NBYTES,
+    ACCEPTED: _DIGEST_NBYTES,
+    REJECTED: 0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """The sender's first words on a connection; `body` is what travels and what is proven."""
+
+    protocol: int
+    wants_token: bool
+    transfer_id: str
+    body: bytes
+
+    @staticmethod
+    def new(transfer_id: str, *, wants_token: bool) -> Challenge:
+        """One with a fresh nonce."""
+        told = transfer_id.encode()
+        assert 0 < len(told) <= MAX_TRANSFER_ID_NBYTES
+        nonce = secrets.token_bytes(32)
+        body = _CHALLENGE.pack(_MAGIC, PROTOCOL, wants_token, nonce) + told
+        return Challenge(PROTOCOL, wants_token, transfer_id, body)
+
+    @staticmethod
+    def parse(body: bytes) -> Challenge:
+        """Raises ProtocolError where it is none."""
+        if len(body) <= _CHALLENGE.size or not body.startswith(_MAGIC):
+            raise ProtocolError("it does not say who it is")
+        _, protocol, wants_token, _ = _CHALLENGE.unpack_from(body)
+        transfer_id = body[_CHALLENGE.size :].decode("ascii", "replace")
+        if not transfer_id.isprintable() or not transfer_id.isascii():
+            raise ProtocolError("no transfer id")
+        return Challenge(protocol, wants_token, transfer_id, body)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """A worker's answer to a challenge."""
+
+    protocol: int
+    nonce: bytes
+    digest: bytes
+
+    @staticmethod
+    def new(token: bytes | None, challenge: Challenge, protocol: int = PROTOCOL) -> Proof:
+        """One with a fresh nonce."""
+        nonce = secrets.token_bytes(32)
+        return Proof(protocol, nonce, _digest(b"worker", token, challenge, protocol, nonce))
+
+    @staticmethod
+    def parse(body: bytes) -> Proof:
+        """Raises ProtocolError where it is none."""
+        if len(body) != _PROOF.size:
+            raise ProtocolError("a proof of another size")
+        return Proof(*_PROOF.unpack(body))
+
+    @property
+    def body(self) -> bytes:
+        """What travels."""
+        return _PROOF.pack(self.protocol, self.nonce, self.digest)
+
+    def is_right(self, token: bytes | None, challenge: Challenge) -> bool:
+        """Whether the worker has the token."""
+        right = _digest(b"worker", token, challenge, self.protocol, self.nonce)
+        return hmac.compare_digest(self.digest, right)
+
+    def answer(self, token: bytes | None, challenge: Challenge) -> bytes:
+        """The body of ACCEPTED: what only a sender with the token can say."""
+        return _digest(b"sender", token, challenge, self.protocol, self.nonce)
+
+    def is_answered(self, answer: bytes, token: bytes | None, challenge: Challenge) -> bool:
+        """Whether the sender has the token."""
+        return hmac.compare_digest(answer, self.answer(token, challenge))
+
+
+def _digest(
+    side: bytes, token: bytes | None, challenge: Challenge, protocol: int, nonce: bytes
+) -> bytes:
+    # Only the challenge has no fixed size, and it tells its own by where the text begins.
+    text = side + struct.pack("!H", protocol) + nonce + challenge.body
+    return hmac.digest(token or b"", text, hashlib.sha256)
+
+
+def protocols_differ(worker: str, spoken: int, sender_spoken: int) -> RendezvousError:
+    """Everybody's sentence where a worker and the sender are of different versions."""
+    return RendezvousError(
+        f"{worker} speaks protocol {spoken}, the sender protocol {sender_spoken}",
+        hint=_VERSION_HINT,
+    )
+
+
+def worker_has_no_token(where: str) -> RendezvousError:
+    """The worker's sentence where only the sender has a token."""
+    return RendezvousError(
+        f"the sender at {where} asks for a token and this worker has none", hint=_TOKEN_HINT
+    )
+
+
+def sender_has_no_token(where: str) -> RendezvousError:
+    """The worker's sentence where only the worker has a token."""
+    return RendezvousError(
+        f"this worker has a token and the sender at {where} asks for none", hint=_TOKEN_HINT
+    )
+
+
+def sender_proof_is_wrong(where: str) -> RendezvousError:
+    """The worker's sentence where the sender cannot prove that it has the worker's token."""
+    return RendezvousError(
+        f"the sender at {where} does not have this worker's token", hint=_TOKEN_HINT
+    )
+
+
+def worker_proof_is_wrong() -> RendezvousError:
+    """The worker's sentence where its token is not the sender's."""
+    return RendezvousError("this worker's token is not the sender's", hint=_TOKEN_HINT)

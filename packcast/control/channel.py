@@ -1,0 +1,420 @@
+"""What both ends of the control channel share: the thread, heartbeats, losses, the one failure.
+
+One thread runs an asyncio event loop and owns all connections and all state; other threads ask it
+(`_ask`) and wait. asyncio rather than a thread for each worker: ten thousand of them are one list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from packcast.control.clock import AwakeClock
+from packcast.control.connection import Connection
+from packcast.control.frames import Progress, ProtocolError, heartbeat_frame
+from packcast.control.messages import Abort, Bye, Message, decode
+from packcast.errors import PackcastError, TransferError
+
+T = TypeVar("T")
+
+OnFailure = Callable[[PackcastError], None]
+Log = Callable[[str], None]
+
+MAX_UNREAD_MESSAGES = 4096
+SETTLE_S = 0.02  # what is found within this time is of one moment
+TELL_LIMIT_S = 0.7
+FAIL_LIMIT_S = 1.0
+CLOSE_LIMIT_S = 2.0
+
+
+def heartbeat_interval_s(limit_s: float, num_workers: int) -> float:
+    """How far heartbeats are apart: rarer in large groups, but two fit into the limit.
+
+    The sender takes in and sends one for each worker; at 120 us of interval for each worker that
+    is about a quarter of a processor.
+    """
+    frequent = min(0.5, limit_s / 4)
+    return min(limit_s / 2.5, max(frequent, 120e-6 * num_workers))
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that ends the transfer, unless it is committed: one rank, and what became of it."""
+
+    connection: Connection
+    error: PackcastError
+    is_loss: bool = False
+
+    @property
+    def weight(self) -> int:
+        """Which of several incidents of one moment is the cause rather than a consequence.
+
+        A rank that names a reason of its own knows best; one that only says that the transfer
+        broke, or that it was interrupted, may have been struck by another's death.
+        """
+        if self.is_loss:
+            return 2
+        return 1 if isinstance(self.error, TransferError) else 3
+
+
+@dataclass(slots=True)
+class _Waiter:
+    """A thread that waits for what `look` finds on the control thread."""
+
+    look: Callable[[], Any]
+    future: Future[Any]
+    until: float
+
+
+class Channel:
+    """One end of the control channel, from `_start` to `close` or a failure.
+
+    `on_failure` is called at most once, last of all on the control thread: when a peer is lost or
+    gives up, after the others were told; it may end the process. A failure of this process's own
+    comes by `fail`, and calls nobody.
+    """
+
+    def __init__(
+        self, name: str, *, heartbeat_timeout_s: float, on_failure: OnFailure, log: Log
+    ) -> None:
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._interval_s = heartbeat_interval_s(heartbeat_timeout_s, 1)
+        self._on_failure = on_failure
+        self._say_to_user = log
+        self._loop = asyncio.SelectorEventLoop()
+        self._loop.set_exception_handler(self._on_crash)
+        self._tick_s = min(0.1, heartbeat_timeout_s / 16)
+        self._clock = AwakeClock(4 * self._tick_s)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._lock = threading.Lock()
+        self._is_over = False
+        self._told = threading.Event()
+        self._connections: dict[Connection, None] = {}
+        self._waiters: list[_Waiter] = []
+        self._is_looking = False
+        self._incidents: list[Incident] = []
+        self._failure: PackcastError | None = None
+        self._is_committed = False
+        self._is_closing = False
+        self._calls_on_failure = False
+        self._farewell: asyncio.Task[None] | None = None
+        self._next_beat = 0.0
+        self._position: Callable[[], str] = str
+        self._progress: Callable[[], Progress] = Progress
+        self._patience_s = 0.0
+        self._has_progress_failed = False
+
+    # For any thread.
+
+    @property
+    def failure(self) -> PackcastError | None:
+        """Why the transfer has ended, once it has; never changes after that."""
+        return self._failure
+
+    def wait_failure(self, timeout_s: float) -> PackcastError | None:
+        """The failure, waited for: what broke a collective is often known here a moment later."""
+        with contextlib.suppress(PackcastError):
+            self._ask(lambda: None, timeout_s)
+        return self._failure
+
+    def set_position(self, position: Callable[[], str]) -> None:
+        """How far the transfer is, for the sentence about a lost rank; on the control thread."""
+        self._position = position
+
+    def set_progress(self, progress: Callable[[], Progress]) -> None:
+        """What this rank's heartbeats carry; asked for on the control thread."""
+        self._progress = progress
+
+    def moved_elsewhere(self) -> int:
+        """A number that grows while bytes move on other ranks of the group."""
+        return sum(connection.progress.moved for connection in list(self._connections))
+
+    def be_patient(self, patience_s: float) -> None:
+        """Tell the others that this process may be silent so long: something is about to hold its
+        interpreter, as the start of a device does. 0 takes it back."""
+        self._patience_s = patience_s
+        self._post(self._beat)
+
+    def commit(self) -> None:
+        """The point of no return: from now on a loss is noted, not fatal. Raises the failure."""
+        self._ask(self._try_commit, None)
+
+    def fail(self, error: PackcastError) -> None:
+        """This process gives up: tell the others why; at most a second, the first call decides."""
+        self._post(self._give_up, error)
+        if threading.current_thread() is not self._thread:
+            self._told.wait(FAIL_LIMIT_S)
+
+    def close(self) -> None:
+        """Say good-bye, which is no death to the others once committed; at most two seconds."""
+        self._post(self._say_goodbye)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_LIMIT_S)
+
+    def _start(self) -> None:
+        self._loop.call_soon(self._tick)
+        self._thread.start()
+
+    def _post(self, call: Callable[..., object], *arguments: object) -> bool:
+        """Have this called on the control thread, in order; whether it will be."""
+        with self._lock:
+            if not self._is_over:
+                self._loop.call_soon_threadsafe(call, *arguments)
+            return not self._is_over
+
+    def _ask(self, look: Callable[[], T | None], timeout_s: float | None) -> T | None:
+        """What `look` finds on the control thread, which looks again whenever something changed.
+
+        None at the time-out. Raises what `look` raises, and the failure as soon as there is one.
+        """
+        future: Future[T | None] = Future()
+        if not self._post(self._add_waiter, look, future, timeout_s):
+            raise self._failure or TransferError("the control channel is closed")
+        return future.result()
+
+    # For the control thread: those who wait.
+
+    def _add_waiter(
+        self, look: Callable[[], T | None], future: Future[T | None], timeout_s: float | None
+    ) -> None:
+        until = float("inf") if timeout_s is None else self._clock.read() + timeout_s
+        self._waiters.append(_Waiter(look, future, until))
+        self._look()
+
+    def _changed(self) -> None:
+        """Have the waiting threads' questions asked again, once for all that happens now."""
+        if self._waiters and not self._is_looking:
+            self._is_looking = True
+            self._loop.call_soon(self._look)
+
+    def _look(self) -> None:
+        self._is_looking = False
+        self._waiters = [waiter for waiter in self._waiters if not self._is_answered(waiter)]
+
+    def _is_answered(self, waiter: _Waiter) -> bool:
+        try:
+            if self._failure is not None:
+                raise self._failure
+            found = waiter.look()
+        except Exception as error:
+            waiter.future.set_exception(error)
+            return True
+        if found is not None:
+            waiter.future.set_result(found)
+        return found is not None
+
+    def _expire_waiters(self, now: float) -> None:
+        for waiter in [waiter for waiter in self._waiters if now >= waiter.until]:
+            self._waiters.remove(waiter)
+            waiter.future.set_result(None)
+
+    # For the control thread: what comes.
+
+    def _serve(self, connection: Connection) -> None:
+        """Handle this connection's messages, and watch its heartbeats, from now on."""
+        connection.on_frame = self._on_frame
+        connection.on_end = self._lose
+        connection.heard = self._clock.read()
+        self._connections[connection] = None
+
+    def _drop(self, connection: Connection) -> None:
+        self._connections.pop(connection, None)
+        connection.close()
+
+    def _on_frame(self, connection: Connection, kind: int, body: bytes) -> None:
+        self._beat_if_due()  # large messages of many ranks take longer than a beat
+        message = decode(kind, body)
+        if isinstance(message, Abort):
+            self._on_abort(connection, message)
+        elif isinstance(message, Bye):
+            self._on_bye(connection)
+        elif not self._on_message(connection, message):
+            connection.unread += 1
+            if connection.unread > MAX_UNREAD_MESSAGES:
+                raise ProtocolError("more messages than anybody waits for")
+        self._changed()
+
+    def _on_message(self, connection: Connection, message: Message) -> bool:
+        """Keep it for whoever waits for it; or True: it is done with."""
+        raise NotImplementedError
+
+    def _on_abort(self, connection: Connection, message: Abort) -> None:
+        self._part(Incident(connection, message.error(said_by=connection.label)))
+
+    def _on_bye(self, connection: Connection) -> None:
+        if self._is_committed:
+            self._drop(connection)
+            self._note(connection, None)
+        else:
+            self._lose(connection, "it left before the end")
+
+    def _lose(self, connection: Connection, why: str | None) -> None:
+        """The peer is gone: its connection ended, or it has to be ended."""
+        self._part(Incident(connection, self._loss_of(connection, why), is_loss=True))
+
+    def _loss_of(self, connection: Connection, why: str | None) -> PackcastError:
+        try:
+            where = self._position()
+        except Exception as error:
+            self._log(f"the position is not known: {error!r}")
+            where = ""
+        sentence = f"lost {self._name_of(connection)}" + (f" at {where}" if where else "")
+        return TransferError(f"{sentence}: {why}" if why else sentence)
+
+    def _name_of(self, connection: Connection) -> str:
+        return connection.label
+
+    def _note(self, connection: Connection, sentence: str | None) -> None:
+        """A peer is gone and the transfer goes on: lost for the reason given, or with a BYE."""
+        raise NotImplementedError
+
+    # For the control thread: signs of life.
+
+    def _tick(self) -> None:
+        self._loop.call_later(self._tick_s, self._tick)
+        self._beat_if_due()
+        now = self._clock.read()
+        self._expire_waiters(now)
+        for connection in [c for c in self._connections if self._is_silent(c, now)]:
+            connection.read()  # this thread may have been busy with others: what has come counts
+            if connection.is_open and self._is_silent(connection, self._clock.read()):
+                self._lose_silent(connection)
+
+    def _is_silent(self, connection: Connection, now: float) -> bool:
+        silent_s = now - connection.heard
+        return silent_s > self._heartbeat_timeout_s and silent_s > connection.progress.patience_s
+
+    def _lose_silent(self, connection: Connection) -> None:
+        error = self._loss_of(connection, f"no sign of life for {self._heartbeat_timeout_s:g} s")
+        # It may only be frozen: told, it ends with the same sentence when it goes on.
+        connection.send(Abort.of(error).encode())
+        self._part(Incident(connection, error, is_loss=True))
+
+    def _beat_if_due(self) -> None:
+        now = self._clock.read()
+        if now >= self._next_beat:
+            self._next_beat = now + self._interval_s
+            self._beat()
+
+    def _beat(self) -> None:
+        frame = heartbeat_frame(replace(self._progress_now(), patience_s=self._patience_s))
+        for connection in list(self._connections):
+            # Behind something large it would only pile up, and bytes are a sign of life themselves.
+            if not connection.has_unsent:
+                connection.send(frame)
+
+    def _progress_now(self) -> Progress:
+        try:
+            return self._progress()
+        except Exception as error:
+            if not self._has_progress_failed:
+                self._log(f"heartbeats carry no progress: {error!r}")
+            self._has_progress_failed = True
+            return Progress()
+
+    # For the control thread: the end.
+
+    def _part(self, incident: Incident) -> None:
+        """Close the connection: its end ends the transfer, but what else comes to be known in this
+        moment may be the cause of it."""
+        self._drop(incident.connection)
+        if not self._incidents:
+            self._loop.call_later(SETTLE_S, self._settle)
+        self._incidents.append(incident)
+
+    def _settle(self) -> None:
+        incidents, self._incidents = self._incidents, []
+        if not incidents or self._failure is not None:
+            return
+        if self._is_committed or self._is_closing:
+            for incident in incidents:
+                self._note(incident.connection, incident.error.message)
+            self._changed()
+            return
+        self._calls_on_failure = True
+        self._end(max(incidents, key=lambda incident: incident.weight).error)
+
+    def _try_commit(self) -> bool:
+        self._settle()
+        if self._failure is not None:
+            raise self._failure
+        self._is_committed = True
+        return True
+
+    def _give_up(self, error: PackcastError) -> None:
+        if self._failure is None and not self._is_closing:
+            self._end(error)
+
+    def _end(self, error: PackcastError) -> None:
+        """The one way into failure: those who wait here hear of it, then the others do."""
+        self._failure = error
+        self._look()
+        self._leave(Abort.of(error))
+
+    def _say_goodbye(self) -> None:
+        if self._failure is None and not self._is_closing:
+            self._is_closing = True
+            self._leave(Bye())
+
+    def _leave(self, last_word: Message) -> None:
+        self._farewell = self._loop.create_task(self._tell(last_word.encode()))
+
+    async def _tell(self, frame: bytes) -> None:
+        """Tell every peer, and wait a little for the words to arrive.
+
+        A process that exits takes unacknowledged bytes with it where its host answers a late
+        packet with a reset. So: not sent, but arrived.
+        """
+        try:
+            waiting = list(self._connections)
+            for connection in waiting:
+                connection.send(frame)
+            end = time.monotonic() + TELL_LIMIT_S
+            while waiting and time.monotonic() < end:
+                waiting = [connection for connection in waiting if not connection.all_arrived]
+                await asyncio.sleep(0.005 if waiting else 0)
+        finally:
+            self._loop.stop()
+
+    def _on_crash(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        failure = PackcastError(f"the control channel failed: {error or context.get('message')!r}")
+        failure.__cause__ = error
+        if self._failure is None and not self._is_committed and not self._is_closing:
+            self._calls_on_failure = True
+            self._end(failure)
+        else:
+            self._log(failure.message)
+
+    def _log(self, line: str) -> None:
+        with contextlib.suppress(Exception):  # a closed terminal is no reason to end a transfer
+            self._say_to_user(line)
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_forever()
+        finally:
+            with self._lock:
+                self._is_over = True
+            self._close_all()
+            self._loop.run_until_complete(asyncio.sleep(0))  # what was posted before it was over
+            self._loop.close()
+            closed = self._failure or TransferError("the control channel is closed")
+            for waiter in self._waiters:
+                waiter.future.set_exception(closed)
+            self._told.set()
+        if self._calls_on_failure and self._failure is not None:
+            try:
+                self._on_failure(self._failure)
+            except Exception as error:
+                self._log(f"leaving failed: {error!r}")
+
+    def _close_all(self) -> None:
+        for connection in list(self._connections):
+            self._drop(connection)

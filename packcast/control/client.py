@@ -1,0 +1,185 @@
+"""A worker's end of the control channel: one connection to the sender, and what came through it.
+
+Knows no torch, and nothing of what the messages are about, but for COMMIT.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar, cast
+
+from packcast.control.channel import Channel, Incident, Log, OnFailure
+from packcast.control.connection import Connection
+from packcast.control.frames import ProtocolError
+from packcast.control.handshake import Entered, enter
+from packcast.control.messages import Abort, Commit, Joined, Message, limits_by
+from packcast.errors import PackcastError, RendezvousError, TransferError
+from packcast.group.addresses import interface_of, text_of, with_interface
+from packcast.group.rank_info import RankInfo
+
+M = TypeVar("M", bound=Message)
+
+
+class ControlClient(Channel):
+    """A worker's connection, from `ControlClient.connect` until `close` or a failure.
+
+    `on_failure(error)` is called once, on the control thread, when the sender is lost or gives up;
+    `expect` and `await_joined` raise the same error. COMMIT commits on arrival, before anybody
+    fetches it: the sender may be gone a moment later. After that its loss only sets `lost`.
+    """
+
+    def __init__(
+        self,
+        entered: Entered,
+        *,
+        me: RankInfo,
+        heartbeat_timeout_s: float,
+        on_failure: OnFailure,
+        log: Log,
+    ) -> None:
+        super().__init__(
+            "packcast-control",
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            on_failure=on_failure,
+            log=log,
+        )
+        self.transfer_id = entered.transfer_id
+        self.sender = entered.welcome.sender
+        self.lost: str | None = None
+        self._interval_s = entered.welcome.heartbeat_interval_s
+        self._me = me
+        self._world_size: int | None = None
+        self._is_gone = False
+        self._received: dict[int, deque[Message]] = {}
+        here = text_of(entered.sock.getsockname())
+        self._interface = interface_of(here)
+        entered.reader.limits = limits_by("sender")
+        there = text_of(entered.sock.getpeername())
+        connection = Connection(entered.sock, entered.reader, self._loop, self._clock, there, here)
+        connection.info = self.sender
+        self._connection = connection
+        self._serve(connection)
+        # What came right behind the WELCOME is in the reader already: no socket event tells.
+        self._loop.call_soon(connection.take_frames)
+        self._start()
+
+    @classmethod
+    def connect(
+        cls,
+        hosts: Sequence[str],
+        port: int,
+        *,
+        me: RankInfo,
+        token: bytes | None,
+        join_timeout_s: float,
+        heartbeat_timeout_s: float,
+        on_failure: OnFailure,
+        log: Log,
+        still_wanted: Callable[[], bool] = lambda: True,
+    ) -> ControlClient:
+        """Join the sender at `port` of one of the `hosts`, waiting for it until the join timeout.
+
+        Or until it is not `still_wanted`. Returns as soon as the sender has let this worker in.
+        Raises RendezvousError with the sender's reason where it refuses.
+        """
+        entered = enter(
+            hosts,
+            port,
+            me=me,
+            token=token,
+            join_timeout_s=join_timeout_s,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            log=log,
+            still_wanted=still_wanted,
+        )
+        return cls(
+            entered,
+            me=me,
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            on_failure=on_failure,
+            log=log,
+        )
+
+    # For any thread.
+
+    def host_told(self, host: str) -> str:
+        """The sender's address, as the sender calls it, as it is called on this host."""
+        return with_interface(host, self._interface)
+
+    def await_joined(self, timeout_s: float | None) -> tuple[RankInfo, int]:
+        """This worker with the rank it got, and the world size, once everybody has joined.
+
+        The sender names who is missing at its own deadline, so give this one a little longer.
+        """
+        found = self._ask(self._membership, timeout_s)
+        if found is None:
+            raise RendezvousError(f"not everybody has joined within {timeout_s:g} s")
+        return found
+
+    def send(self, message: Message) -> None:
+        """Send a message to the sender; raises the failure. One already gone gets nothing."""
+        if self._failure is not None:
+            raise self._failure
+        self._post(self._connection.send, message.encode())
+
+    def expect(self, kind: type[M], timeout_s: float | None) -> M:
+        """The sender's next message of this kind.
+
+        Raises the failure, or TransferError at the time-out or where the sender is gone.
+        """
+        found = self._ask(lambda: self._take(kind), timeout_s)
+        if found is None:
+            raise TransferError(
+                f"no {kind.__name__} from the sender, {self.sender.label}, in {timeout_s:g} s"
+            )
+        return cast("M", found)
+
+    # For the control thread.
+
+    def _membership(self) -> tuple[RankInfo, int] | None:
+        return None if self._world_size is None else (self._me, self._world_size)
+
+    def _take(self, kind: type[Message]) -> Message | None:
+        messages = self._received.get(kind.kind)
+        if messages:
+            self._connection.unread -= 1
+            return messages.popleft()
+        if self._is_gone:
+            why = self.lost or f"the sender, {self.sender.label}, left"
+            raise TransferError(f"{why} before it sent {kind.__name__}")
+        return None
+
+    def _on_message(self, connection: Connection, message: Message) -> bool:
+        if isinstance(message, Joined):
+            if self._world_size is not None or message.rank >= message.world_size:
+                raise ProtocolError("a Joined that makes no sense")
+            self._me, self._world_size = replace(self._me, rank=message.rank), message.world_size
+            return True
+        if isinstance(message, Commit):
+            self._settle()
+            self._is_committed = self._is_committed or self._failure is None
+        self._received.setdefault(message.kind, deque()).append(message)
+        return False
+
+    def _loss_of(self, connection: Connection, why: str | None) -> PackcastError:
+        if self._world_size is not None:
+            return super()._loss_of(connection, why)
+        sentence = f"{self._name_of(connection)}, left before all had joined"
+        return RendezvousError(f"{sentence}: {why}" if why else sentence)
+
+    def _name_of(self, connection: Connection) -> str:
+        return f"the sender, {connection.label}"
+
+    def _on_abort(self, connection: Connection, message: Abort) -> None:
+        # The sender speaks for the group: its sentence is everybody's, word for word. But
+        # "interrupted" alone would read as if this rank had been.
+        said_by = self._name_of(connection) if message.code > 128 else None
+        self._part(Incident(connection, message.error(said_by=said_by)))
+
+    def _note(self, connection: Connection, sentence: str | None) -> None:
+        self._is_gone = True
+        if sentence is not None:
+            self.lost = self.lost or sentence
+            self._log(sentence)

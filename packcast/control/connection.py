@@ -1,0 +1,202 @@
+"""One connection of the control channel, on the event loop that serves it; both ends use it.
+
+asyncio's own transports drop what a peer said before its connection broke, and do not tell whether
+what was sent has arrived. Both matter for a last word, so this reads and writes the socket itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import socket
+import struct
+import termios
+from collections import deque
+from collections.abc import Callable
+
+from packcast.control.clock import AwakeClock
+from packcast.control.frames import HEARTBEAT, FrameReader, Progress, ProtocolError, progress_of
+from packcast.control.messages import MAX_OFFER_NBYTES
+from packcast.group.rank_info import RankInfo
+from packcast.units import KIB, MIB
+
+RECEIVE_NBYTES = 64 * KIB
+SEND_NBYTES = 4 * MIB
+MAX_UNSENT_NBYTES = MAX_OFFER_NBYTES + MIB
+
+# A dead host that owes us nothing is found after half a minute; a dead process is found by EOF.
+_KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+
+
+def tune(sock: socket.socket) -> None:
+    """The options that every control connection has, on both sides."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, seconds)
+
+
+class Connection:
+    """The other end, a socket that never blocks; owns the socket until `close`.
+
+    `address` is the peer's, `local_address` this end's, as the peer has reached it. Whoever makes a
+    connection sets `on_frame(connection, kind, body)`, which gets every frame but heartbeats and
+    may raise ProtocolError, and `on_end(connection, why)`, which is called where the peer is gone
+    (`why` is None then) or has broken the protocol, and closes. Both change as it gets in.
+    """
+
+    __slots__ = (
+        "_cannot_send",
+        "_clock",
+        "_loop",
+        "_num_unsent",
+        "_reader",
+        "_unsent",
+        "address",
+        "heard",
+        "info",
+        "local_address",
+        "on_end",
+        "on_frame",
+        "progress",
+        "sock",
+        "unread",
+    )
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        reader: FrameReader,
+        loop: asyncio.AbstractEventLoop,
+        clock: AwakeClock,
+        address: str,
+        local_address: str,
+    ) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.address = address
+        self.local_address = local_address
+        self.on_frame: Callable[[Connection, int, bytes], None]
+        self.on_end: Callable[[Connection, str | None], None]
+        self.heard = clock.read()
+        self.progress = Progress()
+        self.info: RankInfo | None = None
+        self.unread = 0  # messages that nobody has fetched yet
+        self._reader = reader
+        self._loop = loop
+        self._clock = clock
+        self._unsent: deque[memoryview] = deque()
+        self._num_unsent = 0
+        self._cannot_send = False
+        loop.add_reader(sock, self.read)
+
+    @property
+    def label(self) -> str:
+        """By rank and host where the peer has said so, else by address."""
+        return self.info.label if self.info else f"a peer at {self.address}"
+
+    @property
+    def is_open(self) -> bool:
+        return self.sock.fileno() >= 0
+
+    @property
+    def has_unsent(self) -> bool:
+        return bool(self._unsent)
+
+    @property
+    def all_arrived(self) -> bool:
+        """Whether the peer's host has acknowledged every byte, or never will."""
+        if self._cannot_send or not self.is_open:
+            return True
+        if self._unsent:
+            return False
+        try:
+            packed = fcntl.ioctl(self.sock, termios.TIOCOUTQ, b"\0" * 4)
+        except OSError:
+            return True
+        return int(struct.unpack("i", packed)[0]) == 0
+
+    def allow(self, limits: dict[int, int]) -> None:
+        """From the next frame on these kinds may come."""
+        self._reader.limits = limits
+
+    def send(self, frame: bytes) -> None:
+        """Have the frame sent as soon as the socket takes it; ends it where too much waits."""
+        if self._cannot_send or not self.is_open:
+            return
+        if self._num_unsent + len(frame) > MAX_UNSENT_NBYTES:
+            self._end("it does not take in what is sent to it")
+            return
+        self._unsent.append(memoryview(frame))
+        self._num_unsent += len(frame)
+        if len(self._unsent) == 1:
+            self._flush()
+            if self._unsent:
+                self._loop.add_writer(self.sock, self._on_writable)
+
+    def read(self) -> None:
+        """Take in what has come, once; at the end of the connection `on_end` is called."""
+        if not self.is_open:
+            return
+        try:
+            data = self.sock.recv(RECEIVE_NBYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if data:
+            self.heard = self._clock.read()
+            self._reader.feed(data)
+            self.take_frames()
+        else:
+            # Last, so that whatever was said before the end still counts, an ABORT above all.
+            self._end(None)
+
+    def take_frames(self) -> None:
+        """Handle the complete frames that are here."""
+        try:
+            while self.is_open and (frame := self._reader.next_frame()) is not None:
+                kind, body = frame
+                if kind == HEARTBEAT:
+                    self.progress = progress_of(body)
+                else:
+                    self.on_frame(self, kind, body)
+        except ProtocolError as error:
+            self._end(f"it broke the protocol: {error}")
+
+    def close(self) -> None:
+        """Let go of the socket; `on_end` is not called any more."""
+        if self.is_open:
+            self._loop.remove_reader(self.sock)
+            self._loop.remove_writer(self.sock)
+            self._unsent.clear()
+            self.sock.close()
+
+    def _end(self, why: str | None) -> None:
+        if self.is_open:
+            self.on_end(self, why)
+
+    def _on_writable(self) -> None:
+        self._flush()
+        if not self._unsent and self.is_open:
+            self._loop.remove_writer(self.sock)
+
+    def _flush(self) -> None:
+        """Send what the socket takes now, within reason."""
+        allowance = SEND_NBYTES
+        while self._unsent and allowance > 0:
+            try:
+                sent = self.sock.send(self._unsent[0][:allowance])
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:
+                # Not yet a death: the peer may have said why before it closed. Reading decides.
+                self._cannot_send = True
+                self._unsent.clear()
+                return
+            allowance -= sent
+            self._num_unsent -= sent
+            if sent == len(self._unsent[0]):
+                self._unsent.popleft()
+            else:
+                self._unsent[0] = self._unsent[0][sent:]

@@ -1,0 +1,230 @@
+"""A worker's way in: find the sender's port, prove the token, be welcomed or refused.
+
+Blocking calls with one deadline over all of them; what the sender says is checked as well.
+"""
+
+from __future__ import annotations
+
+import random
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from packcast.control import auth
+from packcast.control.connection import tune
+from packcast.control.frames import (
+    ACCEPTED,
+    CHALLENGE,
+    PROOF,
+    PROTOCOL,
+    REJECTED,
+    FrameReader,
+    ProtocolError,
+    frame_of,
+)
+from packcast.control.messages import Abort, Hello, Welcome, decode
+from packcast.errors import PackcastError, RendezvousError
+from packcast.group.addresses import connect, host_and_port, says_loopback
+from packcast.group.rank_info import RankInfo
+from packcast.units import format_duration
+
+RETRY_S = 0.2
+LONGEST_RETRY_S = 1.0  # many workers wait for one sender
+RESOLVE_AGAIN_S = 1.0
+CONNECT_LIMIT_S = 5.0
+ANSWER_LIMIT_S = 10.0
+MISMATCH_LIMIT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """An open connection on which the sender has let this worker in."""
+
+    sock: socket.socket
+    reader: FrameReader
+    transfer_id: str
+    welcome: Welcome
+
+
+class _NotYet(Exception):
+    """Nobody to talk to there, for now."""
+
+    def __init__(self, why: str, pause_s: float = RETRY_S) -> None:
+        super().__init__(why)
+        self.pause_s = pause_s
+
+
+class _Stranger(RendezvousError):
+    """Another program is there."""
+
+
+def enter(
+    hosts: Sequence[str],
+    port: int,
+    *,
+    me: RankInfo,
+    token: bytes | None,
+    join_timeout_s: float,
+    heartbeat_timeout_s: float,
+    log: Callable[[str], None],
+    still_wanted: Callable[[], bool],
+) -> Entered:
+    """Connect and be let in, at one of the `hosts`: what may be the sender's address, or its name.
+
+    Tries again until the join timeout, since the worker may be first, the name not be known yet, or
+    a crowd in the way; or until it is not `still_wanted`. Raises RendezvousError: nobody there, not
+    let in, or another program at that address.
+    """
+    where = " or ".join(host_and_port(host, port) for host in hosts)
+    hello = Hello(info=me, heartbeat_timeout_s=heartbeat_timeout_s)
+    deadline = time.monotonic() + join_timeout_s
+    slower, num_tries = 1.0, 0
+    while True:
+        whys = []
+        for host in hosts:
+            try:
+                return _try(host, port, hello, token, deadline)
+            except _NotYet as error:
+                whys.append(error)
+            except _Stranger:
+                if len(hosts) == 1:
+                    raise
+                whys.append(_NotYet("another program is there"))
+        why = ", ".join(dict.fromkeys(map(str, whys)))
+        pause_s = min(LONGEST_RETRY_S, slower * max(error.pause_s for error in whys))
+        slower *= 1.2
+        if not still_wanted():
+            raise RendezvousError(f"the sender at {where} is waited for no longer")
+        if time.monotonic() + pause_s > deadline:
+            raise RendezvousError(
+                f"no sender at {where} within {format_duration(join_timeout_s)}: {why}",
+                hint=_only_here(hosts)
+                or "start `packcast send` there, or check the address and the firewall",
+            )
+        if not num_tries:
+            log(f"waiting for the sender at {where} ({why})")
+        num_tries += 1
+        time.sleep(pause_s * random.uniform(0.75, 1.0))
+
+
+def _only_here(hosts: Sequence[str]) -> str | None:
+    if all(map(says_loopback, hosts)):
+        return f"{hosts[0]} is this host itself: a sender on another host has another address"
+    return None
+
+
+def _try(host: str, port: int, hello: Hello, token: bytes | None, deadline: float) -> Entered:
+    sock = _connect(host, port, deadline)
+    where = host_and_port(host, port)
+    try:
+        talk = _Talk(sock, where, deadline)
+        challenge, proof = talk.prove(token)
+        return talk.introduce(hello, challenge, proof)
+    except ProtocolError as error:
+        sock.close()
+        raise _Stranger(
+            f"what listens at {where} is not a packcast sender of protocol {PROTOCOL}: {error}",
+            hint="check the address and the port, and that all hosts have the same packcast",
+        ) from error
+    except OSError as error:
+        sock.close()
+        raise _NotYet((error.strerror or "the connection broke").lower()) from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _connect(host: str, port: int, deadline: float) -> socket.socket:
+    left_s = max(0.1, deadline - time.monotonic())
+    try:
+        sock = connect(host, port, min(left_s, CONNECT_LIMIT_S))
+        tune(sock)
+    except socket.gaierror as error:
+        # A service's name comes after its pods. Resolvers are shared, so they are asked less often.
+        why = f"its name cannot be resolved: {(error.strerror or str(error)).lower()}"
+        raise _NotYet(why, min(RESOLVE_AGAIN_S, max(left_s / 4, RETRY_S))) from None
+    except TimeoutError:
+        raise _NotYet("no answer") from None
+    except OSError as error:
+        raise _NotYet((error.strerror or "no connection").lower()) from None
+    return sock
+
+
+class _Talk:
+    """The handshake on one connection."""
+
+    def __init__(self, sock: socket.socket, where: str, deadline: float) -> None:
+        self._sock = sock
+        self._where = where
+        self._deadline = deadline
+        self._reader = FrameReader(auth.BEFORE_PROOF)
+
+    def prove(self, token: bytes | None) -> tuple[auth.Challenge, auth.Proof]:
+        """Both sides' proof. Nothing but frames of fixed size is read before the sender's."""
+        kind, body = self._next_frame(ANSWER_LIMIT_S)
+        if kind != CHALLENGE:
+            raise ProtocolError("it does not begin with a challenge")
+        challenge = auth.Challenge.parse(body)
+        if token is None and challenge.wants_token:
+            raise auth.worker_has_no_token(self._where)
+        if token is not None and not challenge.wants_token:
+            raise auth.sender_has_no_token(self._where)
+        proof = auth.Proof.new(token, challenge)
+        self._send(frame_of(PROOF, proof.body))
+        kind, body = self._next_frame(ANSWER_LIMIT_S)
+        if kind == REJECTED:
+            raise auth.worker_proof_is_wrong()
+        if kind != ACCEPTED:
+            raise ProtocolError("it does not answer a proof")
+        if not proof.is_answered(body, token, challenge):
+            raise auth.sender_proof_is_wrong(self._where)
+        return challenge, proof
+
+    def introduce(self, hello: Hello, challenge: auth.Challenge, proof: auth.Proof) -> Entered:
+        """Say who this is, and hear whether it may join."""
+        self._reader.limits = {Welcome.kind: Welcome.limit, Abort.kind: Abort.limit}
+        if challenge.protocol != PROTOCOL:
+            raise self._mismatch(hello, challenge)
+        self._send(hello.encode())
+        kind, body = self._next_frame(self._deadline - time.monotonic())
+        answer = decode(kind, body)
+        if isinstance(answer, Abort):
+            raise _refused(answer)
+        assert isinstance(answer, Welcome), "nothing else is allowed"
+        return Entered(self._sock, self._reader, challenge.transfer_id, answer)
+
+    def _mismatch(self, hello: Hello, challenge: auth.Challenge) -> PackcastError:
+        """The sender has to hear of it too, and says it in the words that all then print."""
+        try:
+            answer = decode(*self._next_frame(MISMATCH_LIMIT_S))
+        except (_NotYet, OSError, ProtocolError):
+            return auth.protocols_differ(hello.info.label, PROTOCOL, challenge.protocol)
+        assert isinstance(answer, Abort), "nothing else is allowed"
+        return _refused(answer)
+
+    def _send(self, frame: bytes) -> None:
+        self._sock.settimeout(CONNECT_LIMIT_S)
+        self._sock.sendall(frame)
+
+    def _next_frame(self, limit_s: float) -> tuple[int, bytes]:
+        """One frame, however slowly it drips; _NotYet at the end of the connection or the limit."""
+        until = min(self._deadline, time.monotonic() + limit_s)
+        while (frame := self._reader.next_frame()) is None:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                raise _NotYet("it said nothing")
+            self._sock.settimeout(left_s)
+            try:
+                data = self._sock.recv(4096)
+            except TimeoutError:
+                raise _NotYet("it said nothing") from None
+            if not data:
+                raise _NotYet("it closed the connection")
+            self._reader.feed(data)
+        return frame
+
+
+def _refused(answer: Abort) -> PackcastError:
+    error = answer.error()
+    return error if error.exit_code != 1 else RendezvousError(error.message, hint=error.hint)

@@ -1,0 +1,158 @@
+"""Who is expected, who may join, which rank each gets, and who is missing. Knows no sockets.
+
+`expected` is a number of workers (no launcher: ranks are given out once all are there) or the
+ranks that a launcher has started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+
+from packcast.errors import RendezvousError
+from packcast.group.rank_info import RankInfo
+from packcast.units import format_duration
+
+Expected = int | frozenset[int]
+
+MAX_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a worker may not join; `fatal` if the whole group cannot be what was meant."""
+
+    error: RendezvousError
+    fatal: bool = False
+
+
+class Membership:
+    """The workers that have joined so far, each by a key of the caller's, in order of arrival."""
+
+    def __init__(self, expected: Expected, me: RankInfo) -> None:
+        self.expected = expected
+        self.me = replace(me, rank=0) if isinstance(expected, int) else me
+        self.wanted = expected if isinstance(expected, int) else len(expected - {me.rank})
+        self._there: dict[Hashable, RankInfo] = {}
+        self._by_rank: dict[int, Hashable] = {}
+
+    def __len__(self) -> int:
+        return len(self._there)
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether a launcher has started the ranks: none of them comes a second time."""
+        return not isinstance(self.expected, int)
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self._there) >= self.wanted
+
+    def holder_of(self, rank: int | None) -> Hashable | None:
+        """The key of the worker that has this rank."""
+        return None if rank is None else self._by_rank.get(rank)
+
+    def add(self, key: Hashable, worker: RankInfo) -> None:
+        """The worker, which `refusal` has nothing against, has joined."""
+        self._there[key] = worker
+        if worker.rank is not None:
+            self._by_rank[worker.rank] = key
+
+    def remove(self, key: Hashable) -> None:
+        """It has left before all were there."""
+        worker = self._there.pop(key, None)
+        if worker is not None and worker.rank is not None:
+            self._by_rank.pop(worker.rank, None)
+
+    def refusal(self, new: RankInfo) -> Refusal | None:
+        """Why `new` may not join those who are there; None if it may."""
+        if isinstance(self.expected, int):
+            return self._refusal_without_launcher(new, self.expected)
+        twin = self._twin_of(new)
+        if twin is not None:
+            error = RendezvousError(
+                f"rank {new.rank} is there twice: {_where(twin)} and {_where(new)}",
+                hint="two launches share one rendezvous address or one node rank",
+            )
+            return Refusal(error, fatal=True)
+        if new.rank not in self.expected:
+            return _refuse(f"{new.label} does not belong to this launch")
+        return None
+
+    def ranked(self) -> dict[Hashable, RankInfo]:
+        """Every worker with its rank, by key, once all are there.
+
+        Without a launcher those that asked for a rank keep it, the others follow by host name, then
+        arrival.
+        """
+        free = (rank for rank in range(1, self.wanted + 1) if rank not in self._by_rank)
+        unranked = [key for key, worker in self._there.items() if worker.rank is None]
+        by_host = sorted(unranked, key=lambda key: self._there[key].host)  # stable
+        given = dict(zip(by_host, free, strict=False))
+        return {
+            key: replace(worker, rank=given[key]) if key in given else worker
+            for key, worker in self._there.items()
+        }
+
+    def missing(self, limit_s: float) -> RendezvousError:
+        """Who has not come within the limit, and who has."""
+        here = _listed([info.label for info in (self.me, *self._there.values())])
+        if isinstance(self.expected, int):
+            count = self.wanted - len(self._there)
+            absent = f"{count} of {_count(self.expected, 'worker')}"
+        else:
+            ranks = sorted(self.expected - {self.me.rank} - self._by_rank.keys())
+            count = len(ranks)
+            absent = _listed([f"rank {rank}" for rank in ranks])
+        return RendezvousError(
+            f"{absent} {_have(count)} not joined within {format_duration(limit_s)}; here: {here}",
+            hint="start the missing ones sooner, or give a longer --join-timeout",
+        )
+
+    def _refusal_without_launcher(self, new: RankInfo, expected: int) -> Refusal | None:
+        if self.is_complete:
+            return _refuse(
+                f"{new.label} is one too many: "
+                f"{_count(expected, 'worker')} {_have(expected)} joined already",
+                hint="start the sender with more --workers",
+            )
+        if new.rank is None:
+            return None
+        if not 1 <= new.rank <= expected:
+            return _refuse(
+                f"{new.label} asked for a rank that is not among 1 to {expected}",
+                hint="give --rank a number from 1 to the sender's --workers, or leave it out",
+            )
+        twin = self._twin_of(new)
+        if twin is not None:
+            return _refuse(
+                f"{new.label} asked for a rank that {twin.label} has", hint="give another --rank"
+            )
+        return None
+
+    def _twin_of(self, new: RankInfo) -> RankInfo | None:
+        if new.rank is not None and new.rank == self.me.rank:
+            return self.me
+        holder = self.holder_of(new.rank)
+        return None if holder is None else self._there[holder]
+
+
+def _refuse(message: str, *, hint: str | None = None) -> Refusal:
+    return Refusal(RendezvousError(message, hint=hint))
+
+
+def _where(info: RankInfo) -> str:
+    return f"{info.host}, pid {info.pid}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _have(number: int) -> str:
+    return "has" if number == 1 else "have"

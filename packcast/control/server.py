@@ -1,0 +1,292 @@
+"""The sender's end of the control channel: who joins, what they say, and who is lost.
+
+Knows no torch, and nothing of what the messages are about.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar, cast
+
+from packcast.control.acceptor import Acceptor, listen, raise_descriptor_limit
+from packcast.control.channel import Channel, Incident, Log, OnFailure, heartbeat_interval_s
+from packcast.control.connection import Connection
+from packcast.control.frames import Progress
+from packcast.control.membership import Expected, Membership
+from packcast.control.messages import Hello, Joined, Message, Welcome, limits_by
+from packcast.errors import RendezvousError, TransferError
+from packcast.group.addresses import is_loopback, text_of
+from packcast.group.rank_info import RankInfo
+
+M = TypeVar("M", bound=Message)
+
+OnJoin = Callable[[RankInfo, int, int], None]
+
+_MAX_NAMED = 8
+
+
+class ControlServer(Channel):
+    """Listens from the constructor on, until `close` or a failure.
+
+    `expected` is the number of workers, or the ranks a launcher started (mine among them or not).
+    `on_failure(error)` is called once, on the control thread, when a worker is lost or gives up,
+    after the others were told; `gather` and `join` raise the same error. `me.rank` may be None
+    where no launcher gave one: the sender is rank 0 then. Raises RendezvousError where it cannot
+    listen on `host:port`; port 0 takes a free one.
+    """
+
+    def __init__(
+        self,
+        expected: Expected,
+        *,
+        host: str,
+        port: int,
+        me: RankInfo,
+        transfer_id: str,
+        token: bytes | None,
+        heartbeat_timeout_s: float,
+        on_failure: OnFailure,
+        log: Log,
+    ) -> None:
+        self._membership = Membership(expected, me)
+        self._is_guarded = token is not None
+        raise_descriptor_limit()
+        listener = listen(host, port)
+        address = listener.getsockname()
+        self.address: tuple[str, int] = (text_of(address), address[1])
+        super().__init__(
+            "packcast-control",
+            heartbeat_timeout_s=heartbeat_timeout_s,
+            on_failure=on_failure,
+            log=log,
+        )
+        self._interval_s = heartbeat_interval_s(heartbeat_timeout_s, self._membership.wanted)
+        welcome = Welcome(sender=self._membership.me, heartbeat_interval_s=self._interval_s)
+        self._welcome = welcome.encode()
+        self._from_worker = limits_by("worker")
+        self._arrivals: list[tuple[RankInfo, int]] = []
+        self._ranks: tuple[RankInfo, ...] | None = None
+        self._by_rank: dict[int, Connection] = {}
+        self._received: dict[int, dict[int, deque[Message]]] = {}  # by kind, then rank
+        self._gone: set[int] = set()
+        self.lost: dict[int, str] = {}
+        self._acceptor = Acceptor(
+            listener,
+            self._loop,
+            self._clock,
+            transfer_id=transfer_id,
+            token=token,
+            log=self._log,
+            on_hello=self._on_hello,
+            on_mismatch=self._on_mismatch,
+        )
+        if self._membership.is_complete:
+            self._complete_join()
+        self._start()
+
+    # For any thread.
+
+    def join(self, limit_s: float, on_join: OnJoin) -> tuple[RankInfo, ...]:
+        """All ranks in order, once every worker is there; call it once.
+
+        `on_join(worker, joined, wanted)` is called in this thread for each arrival. At the limit
+        everybody is told, and RendezvousError names the missing.
+        """
+        self._post(self._loop.call_later, limit_s, self._expire_join, limit_s)
+        while True:
+            news = self._ask(self._join_news, None)
+            assert news is not None
+            arrivals, ranks = news
+            for worker, joined in arrivals:
+                on_join(worker, joined, self._membership.wanted)
+            if ranks is not None:
+                return ranks
+
+    def host_met(self) -> str:
+        """The address of this host at which the workers have come, once they have joined.
+
+        Those of this very host may have come by loopback, where the others cannot follow.
+        """
+        met = Counter(connection.local_address for connection in self._by_rank.values())
+        return max(met, key=lambda host: (not is_loopback(host), met[host]))
+
+    def send(self, rank: int, message: Message) -> None:
+        """Send a message to one worker; raises the failure. A worker already gone gets nothing."""
+        self._send_all([self._by_rank[rank]], message)
+
+    def broadcast(self, message: Message) -> None:
+        """Send a message, encoded once, to every worker; raises the failure."""
+        self._send_all(list(self._by_rank.values()), message)
+
+    def gather(self, kind: type[M], timeout_s: float | None) -> dict[int, M]:
+        """The next message of this kind from every worker, by rank.
+
+        Raises the failure, or TransferError naming the silent at the time-out. Once committed,
+        workers that are gone or silent are left out.
+        """
+        found = self._ask(lambda: self._take_all(kind), timeout_s)
+        if found is None:
+            found = self._ask(lambda: self._take_late(kind, timeout_s), None)
+        assert found is not None
+        return cast("dict[int, M]", found)
+
+    def done_by_worker(self) -> dict[int, int]:
+        """How many bytes each worker has where they belong, by its newest heartbeat."""
+        return {rank: one.progress.done for rank, one in list(self._by_rank.items())}
+
+    def _send_all(self, connections: list[Connection], message: Message) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._post(self._send_frame, connections, message.encode())
+
+    # For the control thread: joining.
+
+    def _on_hello(self, connection: Connection, hello: Hello) -> None:
+        worker = hello.info
+        twin = self._membership.holder_of(worker.rank)
+        if isinstance(twin, Connection):
+            twin.read()  # if it died and came back, its end waits in its socket
+        connection.info = worker
+        connection.allow(self._from_worker)
+        no = self._membership.refusal(worker)
+        is_late = self._ranks is not None
+        if no is not None and no.fatal and self._is_guarded and not is_late:
+            self._serve(connection)
+            self._fail_join(no.error)
+        elif no is not None or is_late:
+            late = RendezvousError(f"{worker.label} has come too late: the transfer has begun")
+            error = late if no is None else no.error
+            self._acceptor.refuse(connection, error)
+            self._log(f"refused: {error.message}")
+        else:
+            self._admit(connection, hello)
+
+    def _admit(self, connection: Connection, hello: Hello) -> None:
+        self._membership.add(connection, hello.info)
+        self._serve(connection)
+        connection.send(self._welcome)
+        # Its limit may be shorter than mine, which the interval of my heartbeats goes by.
+        mine = heartbeat_interval_s(hello.heartbeat_timeout_s, self._membership.wanted)
+        self._interval_s = min(self._interval_s, mine)
+        self._arrivals.append((hello.info, len(self._membership)))
+        if self._membership.is_complete:
+            self._complete_join()
+        self._changed()
+
+    def _on_mismatch(self, error: RendezvousError) -> None:
+        if self._is_guarded and self._ranks is None:
+            self._fail_join(error)
+        else:
+            self._log(f"refused: {error.message}")
+
+    def _fail_join(self, error: RendezvousError) -> None:
+        if self._failure is None and not self._is_closing:
+            self._calls_on_failure = True
+            self._end(error)
+
+    def _complete_join(self) -> None:
+        ranked = self._membership.ranked()
+        for key, worker in ranked.items():
+            assert isinstance(key, Connection)
+            assert worker.rank is not None
+            key.info = worker
+            self._by_rank[worker.rank] = key
+        everybody = (self._membership.me, *ranked.values())
+        self._ranks = tuple(sorted(everybody, key=lambda info: info.rank or 0))
+        for rank, connection in self._by_rank.items():
+            connection.send(Joined(rank=rank, world_size=len(self._ranks)).encode())
+
+    def _join_news(
+        self,
+    ) -> tuple[list[tuple[RankInfo, int]], tuple[RankInfo, ...] | None] | None:
+        new, self._arrivals = self._arrivals, []
+        return (new, self._ranks) if new or self._ranks is not None else None
+
+    def _expire_join(self, limit_s: float) -> None:
+        if self._ranks is None:
+            error = self._membership.missing(limit_s)
+            if is_loopback(self.address[0]):
+                error.hint = (
+                    f"this listens on {self.address[0]}, where only ranks of this host reach it: "
+                    "the others need another address (--listen, MASTER_ADDR)"
+                )
+            self._give_up(error)  # whoever waits in `join` raises this very error
+
+    # For the control thread: afterwards.
+
+    def _progress_now(self) -> Progress:
+        """The group's, so that no rank takes for a stall what is slow elsewhere."""
+        mine = super()._progress_now()
+        return replace(mine, moved=mine.moved + self.moved_elsewhere())
+
+    def _send_frame(self, connections: list[Connection], frame: bytes) -> None:
+        for connection in connections:
+            connection.send(frame)
+
+    def _on_message(self, connection: Connection, message: Message) -> bool:
+        assert connection.info is not None
+        rank = connection.info.rank
+        if rank is None or self._ranks is None:
+            return False  # nobody waits for messages before all have joined
+        ranks = self._received.setdefault(message.kind, {})
+        ranks.setdefault(rank, deque()).append(message)
+        return False
+
+    def _take_all(self, kind: type[Message]) -> dict[int, Message] | None:
+        ranks = self._received.get(kind.kind, {})
+        if len(ranks) + len(self._gone) < len(self._by_rank):
+            return None  # the quick answer, for most of the messages of a large group
+        if any(rank not in ranks and rank not in self._gone for rank in self._by_rank):
+            return None
+        return self._take_any(kind)
+
+    def _take_any(self, kind: type[Message]) -> dict[int, Message]:
+        ranks = self._received.get(kind.kind, {})
+        taken = {rank: ranks[rank].popleft() for rank in sorted(ranks)}
+        for rank in taken:
+            self._by_rank[rank].unread -= 1
+        self._received[kind.kind] = {rank: rest for rank, rest in ranks.items() if rest}
+        return taken
+
+    def _take_late(self, kind: type[Message], timeout_s: float | None) -> dict[int, Message]:
+        found = self._take_all(kind)
+        if found is not None or self._is_committed:
+            return found or self._take_any(kind)
+        ranks = self._received.get(kind.kind, {})
+        silent = [
+            connection.label
+            for rank, connection in sorted(self._by_rank.items())
+            if rank not in self._gone and rank not in ranks
+        ]
+        more = f" and {len(silent) - _MAX_NAMED} more" if len(silent) > _MAX_NAMED else ""
+        raise TransferError(
+            f"no {kind.__name__} from {', '.join(silent[:_MAX_NAMED])}{more} within {timeout_s:g} s"
+        )
+
+    def _part(self, incident: Incident) -> None:
+        # Without a launcher somebody else may come; a launcher's rank will not come again.
+        if self._ranks is not None or self._membership.is_launched:
+            super()._part(incident)
+            return
+        connection = incident.connection
+        self._drop(connection)
+        self._membership.remove(connection)
+        self._log(f"{connection.label} left before all had joined")
+
+    def _note(self, connection: Connection, sentence: str | None) -> None:
+        if connection.info is None or connection.info.rank is None:
+            return
+        self._gone.add(connection.info.rank)
+        if sentence is not None:
+            self.lost[connection.info.rank] = sentence
+            self._log(sentence)
+
+    def _tick(self) -> None:
+        super()._tick()
+        self._acceptor.tick(self._clock.read())
+
+    def _close_all(self) -> None:
+        self._acceptor.close()
+        super()._close_all()
