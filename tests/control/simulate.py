@@ -104,7 +104,7 @@ def strangers(address: tuple[str, int], count: int) -> Iterator[None]:
         yield
     finally:
         crowd.kill()
-        crowd.wait()
+        crowd.communicate()
 
 
 def simulate(

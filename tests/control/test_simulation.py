@@ -1,4 +1,4 @@
-"""A few hundred light workers against the real server; `tests/control/simulate.py` has thousands."""
+"""Hundreds of light workers against the real server; for thousands there is simulate.py."""
 
 from __future__ import annotations
 
