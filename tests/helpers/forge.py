@@ -130,6 +130,8 @@ def _become(argv: Sequence[str], environment: Mapping[str, str], files: Sequence
     os.environ.update(environment)
     if "HELD_DISK" in os.environ:
         importlib.import_module("tests.helpers.held_disk.sitecustomize")
+    if "SLOW_DISK" in os.environ:
+        importlib.import_module("tests.helpers.slow_disk")
     if argv[0] == "-m":
         sys.argv = list(argv[1:])
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

@@ -24,6 +24,8 @@ from tests.helpers.commands import (
     Ended,
     HeldDisk,
     eventually,
+    free_port,
+    rank_environment,
     wait_all,
 )
 
@@ -138,6 +140,71 @@ def test_a_frozen_worker_is_lost_within_its_heartbeat_timeout(
     assert late.returncode == 5
     assert late.error
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_a_worker_that_freezes_before_any_byte_moves_is_named_within_its_heartbeat_timeout(
+    commands: Commands, large: Path, tmp_path: Path, world_size: int
+) -> None:
+    """While another is still to come, and somewhere between joining and the data phase."""
+    workers = [("recv", "--out", tmp_path / out, *IMPATIENT) for out in "ab"]
+    ranks = commands.start_ranks(
+        ("send", large, *SMALL_RING, *IMPATIENT), *workers, world_size=world_size
+    )
+    ranks[0].read_until(f"joined, 2 of {world_size - 1}")
+    ranks[2].freeze()
+    ends = wait_all(ranks[:2], PROMPT_S)
+    for end in ends:
+        assert end.returncode == 5
+        assert "lost rank 2 (" in end.sentence
+        assert f"pid {ranks[2].pid})" in end.sentence
+        assert "no sign of life for 1" in end.sentence
+    assert ends[0].sentence == ends[1].sentence
+    ranks[2].thaw()
+    assert ranks[2].wait(PROMPT_S).returncode == 5
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_worker_that_freezes_as_it_publishes_is_named_and_the_others_are_done(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    disk = commands.held_disk(None)
+    ranks = commands.start_ranks(
+        ("send", large, *IMPATIENT),
+        *[("recv", "--out", tmp_path / out, *IMPATIENT) for out in "ab"],
+        disks={2: disk},
+    )
+    commands.await_reached(disk)
+    ranks[2].freeze()
+    sender, worker = wait_all(ranks[:2], PROMPT_S)
+    assert_lost(sender, ranks[2], "rank 2", "the end")
+    assert sender.sentence.endswith("no sign of life for 1 s; complete on rank 1")
+    assert worker.returncode == 0, worker.stderr
+    same_tree(large, tmp_path / "a")
+
+
+def test_a_slow_worker_is_no_stall_however_long_the_others_wait_for_it(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    impatient = ("--stall-timeout", "1s")
+    slow = {"SLOW_DISK": str(15 * MIB), "PACKCAST_POOL": "python"}
+    port = free_port()
+    argvs: list[Sequence[str | Path]] = [
+        ("send", large, *impatient),
+        ("recv", "--out", tmp_path / "fast", *impatient),
+        ("recv", "--out", tmp_path / "slow", *impatient),
+    ]
+    ranks = [
+        commands.packcast(
+            *argv, environment=rank_environment(rank, 3, port) | (slow if rank == 2 else {})
+        )
+        for rank, argv in enumerate(argvs)
+    ]
+    begin = time.monotonic()
+    ends = wait_all(ranks)
+    assert [end.returncode for end in ends] == [0, 0, 0], [end.stderr for end in ends]
+    assert time.monotonic() - begin > 4, "it was not slow"
+    same_tree(large, tmp_path / "slow")
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen"])
