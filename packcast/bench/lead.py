@@ -36,7 +36,7 @@ from packcast.checkpoint.outgoing import outgoing_files
 from packcast.control.server import ControlServer
 from packcast.group.rank_info import RankInfo
 from packcast.settings import Settings
-from packcast.transfer.agreement import assignment_of, make_offers, offer_message
+from packcast.transfer.agreement import make_offers, send_offers
 from packcast.transfer.share import num_io_threads
 
 
@@ -229,9 +229,7 @@ class Lead:
         offers = make_offers(self._transfer, checkpoint, files, infos, infos[team.sender])
         self._nbytes[shape, "file"] = offers[team.sender].nbytes
         self._server.broadcast(Do(step="offer"))
-        self._server.broadcast(offer_message(offers[team.sender]))
-        for rank in team.workers:
-            self._server.send(rank, assignment_of(offers[rank]))
+        send_offers(self._server, offers, team.sender)
         self._bench_rank.take_offer(offers[team.sender])
         self._server.gather(Did, None)
 

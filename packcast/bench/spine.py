@@ -137,11 +137,12 @@ def _follow(settings: BenchSettings, seat: Seat, client: ControlClient, leaver: 
     bench_rank = _open_bench_rank(settings, seat, begin, rank_of(me), host, store)
     leaver.on_leave(bench_rank.abandon)
     client.set_progress(lambda: Progress(moved=bench_rank.moved()))
+    team = bench_rank.team
     try:
         with StallWatch(bench_rank, client, leaver, settings.stall_timeout_s):
             while (order := client.expect(Do, None)).step != "end":
                 if order.step == "offer":
-                    bench_rank.take_offer(await_offer(client, None))
+                    bench_rank.take_offer(await_offer(client, team.rank, team.world_size, None))
                     client.send(Did())
                 else:
                     client.send(Did(answer=bench_rank.do(order.as_order())))

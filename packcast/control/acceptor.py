@@ -29,7 +29,7 @@ from packcast.control.frames import (
     frame_of,
 )
 from packcast.control.messages import Abort, Hello, decode
-from packcast.errors import RendezvousError
+from packcast.errors import PackcastError, RendezvousError
 from packcast.group.addresses import host_and_port, listening_socket, text_of
 
 HANDSHAKE_LIMIT_S = 10.0
@@ -114,7 +114,7 @@ class Acceptor:
         self._quiet_until = 0.0
         loop.add_reader(listener, self._accept)
 
-    def refuse(self, connection: Connection, error: RendezvousError) -> None:
+    def refuse(self, connection: Connection, error: PackcastError) -> None:
         """Say no with a reason, and close once the worker has read it."""
         connection.send(Abort.of(error).encode())
         self._linger(connection)

@@ -12,13 +12,18 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from packcast.control.clock import AwakeClock
-from packcast.control.connection import Connection
-from packcast.control.frames import Progress, ProtocolError, heartbeat_frame
+from packcast.control.connection import Connection, Incident
+from packcast.control.frames import (
+    Progress,
+    heartbeat_frame,
+    heartbeat_interval_s,
+)
 from packcast.control.messages import Abort, Bye, Message, decode
+from packcast.control.waiting import Waiters
 from packcast.errors import PackcastError, TransferError
 
 T = TypeVar("T")
@@ -26,58 +31,20 @@ T = TypeVar("T")
 OnFailure = Callable[[PackcastError], None]
 Log = Callable[[str], None]
 
-MAX_UNREAD_MESSAGES = 4096
 SETTLE_S = 0.02  # what is found within this time is of one moment
 TELL_LIMIT_S = 0.7
 FAIL_LIMIT_S = 1.0
 CLOSE_LIMIT_S = 2.0
 
-
-def heartbeat_interval_s(limit_s: float, num_workers: int) -> float:
-    """How far heartbeats are apart: rarer in large groups, but two fit into the limit.
-
-    The sender takes in and sends one for each worker; at 120 us of interval for each worker that
-    is about a quarter of a processor.
-    """
-    frequent = min(0.5, limit_s / 4)
-    return min(limit_s / 2.5, max(frequent, 120e-6 * num_workers))
-
-
-@dataclass(frozen=True, slots=True)
-class Incident:
-    """Something that ends the transfer, unless it is committed: one rank, and what became of it."""
-
-    connection: Connection
-    error: PackcastError
-    is_loss: bool = False
-
-    @property
-    def weight(self) -> int:
-        """Which of several incidents of one moment is the cause rather than a consequence.
-
-        A rank that names a reason of its own knows best; one that only says that the transfer
-        broke, or that it was interrupted, may have been struck by another's death.
-        """
-        if self.is_loss:
-            return 2
-        return 1 if isinstance(self.error, TransferError) else 3
-
-
-@dataclass(slots=True)
-class _Waiter:
-    """A thread that waits for what `look` finds on the control thread."""
-
-    look: Callable[[], Any]
-    future: Future[Any]
-    until: float
+_CLOSED = "the control channel is closed"
 
 
 class Channel:
     """One end of the control channel, from `_start` to `close` or a failure.
 
-    `on_failure` is called at most once, last of all on the control thread: when a peer is lost or
-    gives up, after the others were told; it may end the process. A failure of this process's own
-    comes by `fail`, and calls nobody.
+    `on_failure` is called at most once, last of all on the control thread: when another rank is
+    lost or gives up, after the others were told; it may end the process. A failure of this
+    process's own comes by `fail`, and calls nobody.
     """
 
     def __init__(
@@ -96,8 +63,7 @@ class Channel:
         self._is_over = False
         self._told = threading.Event()
         self._connections: dict[Connection, None] = {}
-        self._waiters: list[_Waiter] = []
-        self._is_looking = False
+        self._waiters = Waiters(self._loop)
         self._incidents: list[Incident] = []
         self._failure: PackcastError | None = None
         self._is_committed = False
@@ -175,44 +141,17 @@ class Channel:
         """
         future: Future[T | None] = Future()
         if not self._post(self._add_waiter, look, future, timeout_s):
-            raise self._failure or TransferError("the control channel is closed")
+            raise self._failure or TransferError(_CLOSED)
         return future.result()
-
-    # For the control thread: those who wait.
 
     def _add_waiter(
         self, look: Callable[[], T | None], future: Future[T | None], timeout_s: float | None
     ) -> None:
+        if self._failure is not None:
+            future.set_exception(self._failure)
+            return
         until = float("inf") if timeout_s is None else self._clock.read() + timeout_s
-        self._waiters.append(_Waiter(look, future, until))
-        self._look()
-
-    def _changed(self) -> None:
-        """Have the waiting threads' questions asked again, once for all that happens now."""
-        if self._waiters and not self._is_looking:
-            self._is_looking = True
-            self._loop.call_soon(self._look)
-
-    def _look(self) -> None:
-        self._is_looking = False
-        self._waiters = [waiter for waiter in self._waiters if not self._is_answered(waiter)]
-
-    def _is_answered(self, waiter: _Waiter) -> bool:
-        try:
-            if self._failure is not None:
-                raise self._failure
-            found = waiter.look()
-        except Exception as error:
-            waiter.future.set_exception(error)
-            return True
-        if found is not None:
-            waiter.future.set_result(found)
-        return found is not None
-
-    def _expire_waiters(self, now: float) -> None:
-        for waiter in [waiter for waiter in self._waiters if now >= waiter.until]:
-            self._waiters.remove(waiter)
-            waiter.future.set_result(None)
+        self._waiters.add(look, future, until)
 
     # For the control thread: what comes.
 
@@ -235,10 +174,8 @@ class Channel:
         elif isinstance(message, Bye):
             self._on_bye(connection)
         elif not self._on_message(connection, message):
-            connection.unread += 1
-            if connection.unread > MAX_UNREAD_MESSAGES:
-                raise ProtocolError("more messages than anybody waits for")
-        self._changed()
+            connection.count_kept(len(body))
+        self._waiters.changed()
 
     def _on_message(self, connection: Connection, message: Message) -> bool:
         """Keep it for whoever waits for it; or True: it is done with."""
@@ -255,7 +192,7 @@ class Channel:
             self._lose(connection, "it left before the end")
 
     def _lose(self, connection: Connection, why: str | None) -> None:
-        """The peer is gone: its connection ended, or it has to be ended."""
+        """The other end is gone: its connection ended, or it has to be ended."""
         self._part(Incident(connection, self._loss_of(connection, why), is_loss=True))
 
     def _loss_of(self, connection: Connection, why: str | None) -> PackcastError:
@@ -271,7 +208,7 @@ class Channel:
         return connection.label
 
     def _note(self, connection: Connection, sentence: str | None) -> None:
-        """A peer is gone and the transfer goes on: lost for the reason given, or with a BYE."""
+        """A rank is gone and the transfer goes on: lost for the reason given, or with a BYE."""
         raise NotImplementedError
 
     # For the control thread: signs of life.
@@ -280,7 +217,7 @@ class Channel:
         self._loop.call_later(self._tick_s, self._tick)
         self._beat_if_due()
         now = self._clock.read()
-        self._expire_waiters(now)
+        self._waiters.expire(now)
         for connection in [c for c in self._connections if self._is_silent(c, now)]:
             connection.read()  # this thread may have been busy with others: what has come counts
             if connection.is_open and self._is_silent(connection, self._clock.read()):
@@ -335,7 +272,7 @@ class Channel:
         if self._is_committed or self._is_closing:
             for incident in incidents:
                 self._note(incident.connection, incident.error.message)
-            self._changed()
+            self._waiters.changed()
             return
         self._calls_on_failure = True
         self._end(max(incidents, key=lambda incident: incident.weight).error)
@@ -354,7 +291,7 @@ class Channel:
     def _end(self, error: PackcastError) -> None:
         """The one way into failure: those who wait here hear of it, then the others do."""
         self._failure = error
-        self._look()
+        self._waiters.end(error)
         self._leave(Abort.of(error))
 
     def _say_goodbye(self) -> None:
@@ -366,7 +303,7 @@ class Channel:
         self._farewell = self._loop.create_task(self._tell(last_word.encode()))
 
     async def _tell(self, frame: bytes) -> None:
-        """Tell every peer, and wait a little for the words to arrive.
+        """Tell every other end, and wait a little for the words to arrive.
 
         A process that exits takes unacknowledged bytes with it where its host answers a late
         packet with a reset. So: not sent, but arrived.
@@ -405,9 +342,7 @@ class Channel:
             self._close_all()
             self._loop.run_until_complete(asyncio.sleep(0))  # what was posted before it was over
             self._loop.close()
-            closed = self._failure or TransferError("the control channel is closed")
-            for waiter in self._waiters:
-                waiter.future.set_exception(closed)
+            self._waiters.end(self._failure or TransferError(_CLOSED))
             self._told.set()
         if self._calls_on_failure and self._failure is not None:
             try:

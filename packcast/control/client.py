@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
-from packcast.control.channel import Channel, Incident, Log, OnFailure
-from packcast.control.connection import Connection
+from packcast.control.channel import Channel, Log, OnFailure
+from packcast.control.connection import Connection, Incident
 from packcast.control.frames import ProtocolError
 from packcast.control.handshake import Entered, enter
 from packcast.control.messages import Abort, Commit, Joined, Message, limits_by
@@ -55,10 +55,10 @@ class ControlClient(Channel):
         self._received: dict[int, deque[Message]] = {}
         here = text_of(entered.sock.getsockname())
         self._interface = interface_of(here)
-        entered.reader.limits = limits_by("sender")
         there = text_of(entered.sock.getpeername())
         connection = Connection(entered.sock, entered.reader, self._loop, self._clock, there, here)
         connection.info = self.sender
+        connection.allow(limits_by("sender"))
         self._connection = connection
         self._serve(connection)
         # What came right behind the WELCOME is in the reader already: no socket event tells.
@@ -144,7 +144,7 @@ class ControlClient(Channel):
     def _take(self, kind: type[Message]) -> Message | None:
         messages = self._received.get(kind.kind)
         if messages:
-            self._connection.unread -= 1
+            self._connection.count_fetched()
             return messages.popleft()
         if self._is_gone:
             why = self.lost or f"the sender, {self.sender.label}, left"

@@ -9,7 +9,7 @@ class AwakeClock:
     """Monotonic seconds that stand still while this process does.
 
     A process that was stopped (SIGSTOP, a debugger, swapping) for longer than a deadline would
-    blame all its peers for its own sleep. So no two readings are further apart than `step_s`:
+    blame all others for its own sleep. So no two readings are further apart than `step_s`:
     whoever waits must read more often than that, and a longer gap counts as one step. Unlike
     "start again after a gap" this still ends in bounded time on a machine full of gaps.
     """

@@ -1,6 +1,6 @@
 """One connection of the control channel, on the event loop that serves it; both ends use it.
 
-asyncio's own transports drop what a peer said before its connection broke, and do not tell whether
+asyncio's own transports drop what came before a connection broke, and do not tell whether
 what was sent has arrived. Both matter for a last word, so this reads and writes the socket itself.
 """
 
@@ -13,15 +13,18 @@ import struct
 import termios
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from packcast.control.clock import AwakeClock
 from packcast.control.frames import HEARTBEAT, FrameReader, Progress, ProtocolError, progress_of
 from packcast.control.messages import MAX_OFFER_NBYTES
+from packcast.errors import PackcastError, TransferError
 from packcast.group.rank_info import RankInfo
 from packcast.units import KIB, MIB
 
 RECEIVE_NBYTES = 64 * KIB
 SEND_NBYTES = 4 * MIB
+MAX_UNREAD = 4096  # messages
 MAX_UNSENT_NBYTES = MAX_OFFER_NBYTES + MIB
 
 # A dead host that owes us nothing is found after half a minute; a dead process is found by EOF.
@@ -39,18 +42,22 @@ def tune(sock: socket.socket) -> None:
 class Connection:
     """The other end, a socket that never blocks; owns the socket until `close`.
 
-    `address` is the peer's, `local_address` this end's, as the peer has reached it. Whoever makes a
-    connection sets `on_frame(connection, kind, body)`, which gets every frame but heartbeats and
-    may raise ProtocolError, and `on_end(connection, why)`, which is called where the peer is gone
-    (`why` is None then) or has broken the protocol, and closes. Both change as it gets in.
+    `address` is that of the other end, `local_address` of this one, as it was reached. Whoever
+    makes a connection sets `on_frame(connection, kind, body)`, which gets every frame but
+    heartbeats and may raise ProtocolError, and `on_end(connection, why)`, which is called where the
+    other is gone (`why` is None then) or has broken the protocol, and closes. Both change as it
+    gets in.
     """
 
     __slots__ = (
         "_cannot_send",
         "_clock",
         "_loop",
+        "_max_unread_nbytes",
         "_num_unsent",
         "_reader",
+        "_unread",
+        "_unread_nbytes",
         "_unsent",
         "address",
         "heard",
@@ -60,7 +67,6 @@ class Connection:
         "on_frame",
         "progress",
         "sock",
-        "unread",
     )
 
     def __init__(
@@ -81,7 +87,7 @@ class Connection:
         self.heard = clock.read()
         self.progress = Progress()
         self.info: RankInfo | None = None
-        self.unread = 0  # messages that nobody has fetched yet
+        self._unread = self._unread_nbytes = self._max_unread_nbytes = 0
         self._reader = reader
         self._loop = loop
         self._clock = clock
@@ -92,8 +98,8 @@ class Connection:
 
     @property
     def label(self) -> str:
-        """By rank and host where the peer has said so, else by address."""
-        return self.info.label if self.info else f"a peer at {self.address}"
+        """By rank and host where it has said so, else by address."""
+        return self.info.label if self.info else f"a stranger at {self.address}"
 
     @property
     def is_open(self) -> bool:
@@ -105,7 +111,7 @@ class Connection:
 
     @property
     def all_arrived(self) -> bool:
-        """Whether the peer's host has acknowledged every byte, or never will."""
+        """Whether the other host has acknowledged every byte, or never will."""
         if self._cannot_send or not self.is_open:
             return True
         if self._unsent:
@@ -119,6 +125,20 @@ class Connection:
     def allow(self, limits: dict[int, int]) -> None:
         """From the next frame on these kinds may come."""
         self._reader.limits = limits
+        self._max_unread_nbytes = 2 * max(limits.values(), default=0)
+
+    def count_kept(self, nbytes: int) -> None:
+        """A message of this size is kept for whoever waits for it; ProtocolError for too many."""
+        self._unread += 1
+        self._unread_nbytes += nbytes
+        if self._unread > MAX_UNREAD or self._unread_nbytes > self._max_unread_nbytes:
+            raise ProtocolError("more messages than anybody waits for")
+
+    def count_fetched(self) -> None:
+        """Somebody has fetched one of them."""
+        self._unread -= 1
+        if not self._unread:
+            self._unread_nbytes = 0
 
     def send(self, frame: bytes) -> None:
         """Have the frame sent as soon as the socket takes it; ends it where too much waits."""
@@ -190,7 +210,7 @@ class Connection:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
-                # Not yet a death: the peer may have said why before it closed. Reading decides.
+                # Not yet a death: it may have said why before it closed. Reading decides.
                 self._cannot_send = True
                 self._unsent.clear()
                 return
@@ -200,3 +220,23 @@ class Connection:
                 self._unsent.popleft()
             else:
                 self._unsent[0] = self._unsent[0][sent:]
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """Something that ends the transfer, unless it is committed: one rank, and what became of it."""
+
+    connection: Connection
+    error: PackcastError
+    is_loss: bool = False
+
+    @property
+    def weight(self) -> int:
+        """Which of several incidents of one moment is the cause rather than a consequence.
+
+        A rank that names a reason of its own knows best; one that only says that the transfer
+        broke, or that it was interrupted, may have been struck by another's death.
+        """
+        if self.is_loss:
+            return 2
+        return 1 if isinstance(self.error, TransferError) else 3

@@ -19,10 +19,11 @@ _HEADER = struct.Struct("!IB")  # nbytes of the body, kind
 _HEARTBEAT = struct.Struct("!QQI")  # bytes in place, bytes moved, milliseconds of patience
 _MAX_COUNT = (1 << 64) - 1
 _MAX_PATIENCE_S = 600.0
+_MAX_INTERVAL_S = 10.0
 
 
 class ProtocolError(ValueError):
-    """A peer sent what none of ours sends; nothing after it on this connection counts."""
+    """The other end sent what none of ours sends; nothing after it on this connection counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,16 @@ def progress_of(body: bytes) -> Progress:
         raise ProtocolError("a heartbeat of another size")
     done, moved, patience_ms = _HEARTBEAT.unpack(body)
     return Progress(done, moved, min(patience_ms / 1000, _MAX_PATIENCE_S))
+
+
+def heartbeat_interval_s(limit_s: float, num_workers: int) -> float:
+    """How far heartbeats are apart: rarer in large groups, but two fit into the limit.
+
+    The sender takes in and sends one for each worker; at 120 us of interval for each worker that
+    is about a quarter of a processor.
+    """
+    frequent = min(0.5, limit_s / 4)
+    return min(limit_s / 2.5, _MAX_INTERVAL_S, max(frequent, 120e-6 * num_workers))
 
 
 class FrameReader:

@@ -23,7 +23,7 @@ from packcast.control.frames import (
     ProtocolError,
     frame_of,
 )
-from packcast.control.messages import Abort, Hello, Welcome, decode
+from packcast.control.messages import MAX_SECONDS, Abort, Hello, Welcome, decode
 from packcast.errors import PackcastError, RendezvousError
 from packcast.group.addresses import connect, host_and_port, says_loopback
 from packcast.group.rank_info import RankInfo
@@ -77,7 +77,7 @@ def enter(
     let in, or another program at that address.
     """
     where = " or ".join(host_and_port(host, port) for host in hosts)
-    hello = Hello(info=me, heartbeat_timeout_s=heartbeat_timeout_s)
+    hello = Hello(info=me, heartbeat_timeout_s=min(heartbeat_timeout_s, MAX_SECONDS))
     deadline = time.monotonic() + join_timeout_s
     slower, num_tries = 1.0, 0
     while True:

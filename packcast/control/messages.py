@@ -25,6 +25,7 @@ from packcast.group.rank_info import Rank, RankInfo, printable
 from packcast.units import KIB, MIB
 
 MAX_SENTENCE_LENGTH = 2000
+MAX_SECONDS = 1e9
 # Its files are bounded before anybody joins (checkpoint/outgoing.py); the rest of it is small.
 MAX_OFFER_NBYTES = MAX_OFFERED_NBYTES + 16 * MIB
 
@@ -97,18 +98,18 @@ def limits_by(side: Literal["sender", "worker"]) -> dict[int, int]:
     return limits | {HEARTBEAT: len(heartbeat_frame(Progress()))}
 
 
-class Hello(Message, kind=16, by="handshake", limit=16 * KIB):
+class Hello(Message, kind=16, by="handshake", limit=32 * KIB):
     """A worker's introduction, once both sides have proven the token."""
 
     info: RankInfo
-    heartbeat_timeout_s: Annotated[float, Field(gt=0, le=1e9)]
+    heartbeat_timeout_s: Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 
-class Welcome(Message, kind=17, by="handshake", limit=16 * KIB):
+class Welcome(Message, kind=17, by="handshake", limit=32 * KIB):
     """The worker is in; how often it must give a sign of life."""
 
     sender: RankInfo
-    heartbeat_interval_s: Annotated[float, Field(gt=0, le=1e9)]
+    heartbeat_interval_s: Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 
 class Joined(Message, kind=18, by="sender"):

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from packcast.control.acceptor import Acceptor, listen, raise_descriptor_limit
-from packcast.control.channel import Channel, Incident, Log, OnFailure, heartbeat_interval_s
-from packcast.control.connection import Connection
-from packcast.control.frames import Progress
+from packcast.control.channel import Channel, Log, OnFailure
+from packcast.control.connection import Connection, Incident
+from packcast.control.frames import Progress, heartbeat_interval_s
 from packcast.control.membership import Expected, Membership
 from packcast.control.messages import Hello, Joined, Message, Welcome, limits_by
 from packcast.errors import RendezvousError, TransferError
@@ -150,6 +150,9 @@ class ControlServer(Channel):
             twin.read()  # if it died and came back, its end waits in its socket
         connection.info = worker
         connection.allow(self._from_worker)
+        if self._failure is not None:
+            self._acceptor.refuse(connection, self._failure)
+            return
         no = self._membership.refusal(worker)
         is_late = self._ranks is not None
         if no is not None and no.fatal and self._is_guarded and not is_late:
@@ -173,7 +176,7 @@ class ControlServer(Channel):
         self._arrivals.append((hello.info, len(self._membership)))
         if self._membership.is_complete:
             self._complete_join()
-        self._changed()
+        self._waiters.changed()
 
     def _on_mismatch(self, error: RendezvousError) -> None:
         if self._is_guarded and self._ranks is None:
@@ -246,7 +249,7 @@ class ControlServer(Channel):
         ranks = self._received.get(kind.kind, {})
         taken = {rank: ranks[rank].popleft() for rank in sorted(ranks)}
         for rank in taken:
-            self._by_rank[rank].unread -= 1
+            self._by_rank[rank].count_fetched()
         self._received[kind.kind] = {rank: rest for rank, rest in ranks.items() if rest}
         return taken
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 import xxhash
@@ -15,6 +15,7 @@ from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
 from packcast.control.client import ControlClient
 from packcast.control.frames import ProtocolError
 from packcast.control.messages import OfferMessage
+from packcast.control.server import ControlServer
 from packcast.errors import RendezvousError, TransferError
 from packcast.group.devices import assign_devices
 from packcast.group.rank_info import RankInfo
@@ -117,21 +118,27 @@ def make_offers(
 
 
 def offer_message(offer: Offer) -> OfferMessage:
-    """The offer as it travels, made once for all workers; each gets its own assignment behind it.
+    """The offer as it travels, encoded and compressed once for all workers.
 
-    Not in ASCII, as which six bytes stand for what two or three are: a header full of emoji, well
+    Not in ASCII, in which six bytes stand for what two or three are: a header full of emoji, well
     within the format's bound, would be over ours.
     """
     text = json.dumps(offer.to_json(), separators=(",", ":"), ensure_ascii=False)
     return OfferMessage.of(text.encode())
 
 
-def assignment_of(offer: Offer) -> RankAssignment:
-    """What the offer says to its addressee alone."""
-    return RankAssignment(**asdict(offer.place))
+def send_offers(server: ControlServer, offers: Mapping[int, Offer], sender: int) -> list[int]:
+    """Send every worker its offer: one for all, and each one's own assignment. Their ranks."""
+    server.broadcast(offer_message(offers[sender]))
+    workers = [rank for rank in offers if rank != sender]
+    for rank in workers:
+        server.send(rank, RankAssignment(**asdict(offers[rank].place)))
+    return workers
 
 
-def await_offer(client: ControlClient, timeout_s: float | None) -> Offer:
+def await_offer(
+    client: ControlClient, rank: int, world_size: int, timeout_s: float | None
+) -> Offer:
     """The sender's offer for this rank; TransferError where it is none."""
     message = client.expect(OfferMessage, timeout_s)
     assignment = client.expect(RankAssignment, timeout_s)
@@ -139,7 +146,10 @@ def await_offer(client: ControlClient, timeout_s: float | None) -> Offer:
         offered = json.loads(message.text())
     except (ProtocolError, ValueError, RecursionError) as error:
         raise TransferError(f"the sender's offer is refused: {error}") from error
-    return Offer.from_json(offered, assignment.model_dump())
+    offer = Offer.from_json(offered, assignment.model_dump())
+    if (offer.rank, offer.world_size) != (rank, world_size):
+        raise TransferError("the sender's offer is for another rank or group")
+    return offer
 
 
 def take_samples(checkpoint: Checkpoint, files: Sequence[OutgoingFile]) -> tuple[Sample, ...]:

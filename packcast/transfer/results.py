@@ -18,6 +18,28 @@ from packcast.transfer.agreement import rank_of
 from packcast.transfer.messages import Proved, Published, StageFigures
 from packcast.transfer.moving import Moved
 from packcast.transfer.offer import Offer
+from packcast.view import Start
+
+
+def start_of(offer: Offer, *, is_sender: bool) -> Start:
+    """The start line of a rank."""
+    return Start(
+        rank=offer.rank,
+        is_sender=is_sender,
+        num_files=len(offer.files),
+        num_tensors=offer.num_tensors,
+        nbytes=offer.nbytes,
+        world_size=offer.world_size,
+        readers=offer.readers,
+        backend=offer.backend,
+        device=offer.device,
+        reason=offer.reason,
+        loud=offer.loud,
+        buffer_size=offer.buffer_size,
+        num_buffers=offer.num_buffers,
+        staging=offer.staging,
+        pool=pool_kind(),
+    )
 
 
 def stage_reports(counters: Counters) -> dict[str, StageReport]:
@@ -180,7 +202,7 @@ def _said(rank: int, fault: PackcastError) -> str:
 
 
 def rank_reports(
-    members: Sequence[RankInfo],
+    infos: Sequence[RankInfo],
     offers: Mapping[int, Offer],
     sender: int,
     failures: Mapping[int, PackcastError],
@@ -188,14 +210,14 @@ def rank_reports(
     """One line for each rank; `failures` says what went wrong on some."""
     return [
         RankReport(
-            rank=rank_of(member),
-            role="sender" if rank_of(member) == sender else "worker",
-            host=member.host,
-            device=offers[rank_of(member)].device if rank_of(member) in offers else "",
-            ok=rank_of(member) not in failures,
-            error=failures[rank_of(member)].message if rank_of(member) in failures else None,
+            rank=rank_of(info),
+            role="sender" if rank_of(info) == sender else "worker",
+            host=info.host,
+            device=offers[rank_of(info)].device if rank_of(info) in offers else "",
+            ok=rank_of(info) not in failures,
+            error=failures[rank_of(info)].message if rank_of(info) in failures else None,
         )
-        for member in members
+        for info in infos
     ]
 
 

@@ -18,7 +18,6 @@ from packcast.group.leave import WayOut
 from packcast.group.rank_info import RankInfo
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
-from packcast.io.pool import pool_kind
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.shelf import Shelf
 from packcast.io.sinks.tensors import TensorSink
@@ -29,11 +28,11 @@ from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import (
-    assignment_of,
     await_offer,
     make_offers,
-    offer_message,
+    rank_of,
     same_files_as_offered,
+    send_offers,
 )
 from packcast.transfer.messages import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.moving import Mover
@@ -47,17 +46,18 @@ from packcast.transfer.results import (
     published_by,
     rank_reports,
     since,
+    start_of,
 )
 from packcast.transfer.seat import Seat, take_seat
 from packcast.transfer.stall import StallWatch
-from packcast.view import Start, View
+from packcast.view import View
 
 # Of a device and how many bytes of finished tensors may wait: where tensors are received.
 MakeShelf = Callable[[str, int], Shelf]
 
 _SLOWEST_DISK = 5e6  # bytes per second
 _DEVICE_START_S = 30.0  # how long CUDA and NCCL may hold the interpreter
-_PATIENCE_S = 30.0  # for the peers' last words, once their work is done
+_PATIENCE_S = 30.0  # for the others' last words, once their work is done
 
 
 def run(
@@ -109,10 +109,7 @@ def send(
     offer = offers[seat.launch.rank]
 
     view.phase("offer")
-    workers = [rank for rank in offers if rank != offer.rank]
-    server.broadcast(offer_message(offer))
-    for rank in workers:
-        server.send(rank, assignment_of(offers[rank]))
+    workers = send_offers(server, offers, offer.rank)
     _allow_device_start(server, offer)
     reader = FileReader(files, checkpoint.files)
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
@@ -125,7 +122,7 @@ def send(
     host = server.host_met()
     store, port = serve_store(host, settings.join_timeout_s)
     server.broadcast(Go(host=host, port=port, sums=sums))
-    view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(server.done_by_worker()))
+    view.started(start_of(offer, is_sender=True), lambda: mover.snapshot(server.done_by_worker()))
 
     with StallWatch(mover, server, leaver, settings.stall_timeout_s):
         view.phase("data")
@@ -185,7 +182,7 @@ def receive(
     seat.have_joined()
 
     view.phase("offer")
-    offer = _await_own_offer(client, me, world_size, patience_s)
+    offer = await_offer(client, rank_of(me), world_size, patience_s)
     _allow_device_start(client, offer)
     chunks = offer.chunks()
     sink = _make_sink(settings, seat, offer, me, make_shelf)
@@ -202,7 +199,7 @@ def receive(
         view.phase("start")
         host = client.host_told(go.host)
         store = connect_store(host, go.port, settings.join_timeout_s)
-        view.started(_start_of(offer, is_sender=False), lambda: mover.snapshot({}))
+        view.started(start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
         with StallWatch(mover, client, leaver, settings.stall_timeout_s):
             view.phase("data")
@@ -254,15 +251,6 @@ def receive(
         failures=failures,
         ends_cleanly=closed,
     )
-
-
-def _await_own_offer(
-    client: ControlClient, me: RankInfo, world_size: int, timeout_s: float
-) -> Offer:
-    offer = await_offer(client, timeout_s)
-    if (offer.rank, offer.world_size) != (me.rank, world_size):
-        raise TransferError("the sender's offer is for another rank or group")
-    return offer
 
 
 def _make_sink(
@@ -339,23 +327,3 @@ def _await_ready(server: ControlServer, offer: Offer, timeout_s: float) -> bool:
         if ready.plan != offer.plan:
             raise TransferError(f"rank {rank} makes another plan of the offer")
     return any(ready.sums for ready in answers.values())
-
-
-def _start_of(offer: Offer, *, is_sender: bool) -> Start:
-    return Start(
-        rank=offer.rank,
-        is_sender=is_sender,
-        num_files=len(offer.files),
-        num_tensors=offer.num_tensors,
-        nbytes=offer.nbytes,
-        world_size=offer.world_size,
-        readers=offer.readers,
-        backend=offer.backend,
-        device=offer.device,
-        reason=offer.reason,
-        loud=offer.loud,
-        buffer_size=offer.buffer_size,
-        num_buffers=offer.num_buffers,
-        staging=offer.staging,
-        pool=pool_kind(),
-    )

@@ -182,7 +182,7 @@ class Joining:
 
 
 class Raw:
-    """A peer of the server that says what it likes."""
+    """A client of the server that says what it likes."""
 
     def __init__(self, address: tuple[str, int]) -> None:
         self.sock = socket.create_connection(address, timeout=PATIENCE_S)

@@ -1,4 +1,4 @@
-"""Frames, models, proofs and membership: what comes from a hostile peer is one error, no more."""
+"""Frames, models, proofs and membership: whatever a hostile host sends is one error, no more."""
 
 from __future__ import annotations
 

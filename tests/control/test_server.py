@@ -248,7 +248,7 @@ def test_garbage_is_dropped_with_a_line_and_harms_nobody(
         group.client(server, info(), token=token)
     assert joining.error is None
     (line,) = group.seen.log
-    assert line.startswith("dropped a peer at 127.0.0.1: ")
+    assert line.startswith("dropped a stranger at 127.0.0.1: ")
 
 
 def test_a_slow_stranger_is_sent_away_in_time(
@@ -632,7 +632,7 @@ def test_a_worker_that_breaks_the_protocol_is_lost_by_name(group: Group, rubbish
 
 
 def test_a_worker_that_floods_us_is_lost(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "MAX_UNREAD_MESSAGES", 50)
+    monkeypatch.setattr(connection, "MAX_UNREAD", 50)
     _, clients, _ = group.joined(1)
     for _ in range(51):
         clients[0].send(Pong())

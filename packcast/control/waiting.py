@@ -1,0 +1,70 @@
+"""Threads that wait for something the control thread comes to know."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from packcast.errors import PackcastError
+
+
+@dataclass(slots=True)
+class _Waiter:
+    look: Callable[[], Any]
+    future: Future[Any]
+    until: float
+
+
+class Waiters:
+    """Questions of other threads, asked again whenever something has changed; on the loop.
+
+    `look()` is a question: what was found, or None for nothing yet; what it raises is raised in the
+    thread that waits.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._waiters: list[_Waiter] = []
+        self._is_due = False
+
+    def add(self, look: Callable[[], Any], future: Future[Any], until: float) -> None:
+        """Answer `future` with what `look` finds, or with None at `until`."""
+        waiter = _Waiter(look, future, until)
+        if not self._is_answered(waiter):
+            self._waiters.append(waiter)
+
+    def changed(self) -> None:
+        """Have all questions asked again, once for all that happens in this turn of the loop."""
+        if self._waiters and not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self._look)
+
+    def expire(self, now: float) -> None:
+        """Those whose time is over find nothing."""
+        late = [waiter for waiter in self._waiters if now >= waiter.until]
+        for waiter in late:
+            self._waiters.remove(waiter)
+            waiter.future.set_result(None)
+
+    def end(self, error: PackcastError) -> None:
+        """Nothing will be found any more, for this reason."""
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            waiter.future.set_exception(error)
+
+    def _look(self) -> None:
+        self._is_due = False
+        self._waiters = [waiter for waiter in self._waiters if not self._is_answered(waiter)]
+
+    def _is_answered(self, waiter: _Waiter) -> bool:
+        try:
+            found = waiter.look()
+        except Exception as error:
+            waiter.future.set_exception(error)
+            return True
+        if found is not None:
+            waiter.future.set_result(found)
+        return found is not None
