@@ -20,6 +20,7 @@ from packcast.errors import RendezvousError, TransferError
 from packcast.group.devices import assign_devices
 from packcast.group.rank_info import RankInfo
 from packcast.io.source import FileReader
+from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.messages import RankAssignment
@@ -86,6 +87,7 @@ def make_offers(
     buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
     chunks = plan_chunks(sizes, buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
+    order = tuple(chain_order([info.boot_id for info in infos]))
     ranks_on = Counter(info.boot_id for info in infos)
     readers_on = Counter(info.boot_id for info in infos if info.rank in readers)
     offer = Offer(
@@ -94,6 +96,7 @@ def make_offers(
         num_buffers=settings.num_buffers,
         staging=settings.staging,
         readers=readers,
+        chain=() if order == tuple(range(len(infos))) else order,
         plan=plan_digest(sizes, buffer_size, chunks),
         selection=Selection(settings.include, settings.exclude),
         samples=samples,
