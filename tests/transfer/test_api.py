@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -28,6 +29,7 @@ from packcast import (
 )
 from packcast.checkpoint.header import DTYPE_BITS, read_header
 from packcast.report import Report
+from packcast.settings import Settings
 from packcast.units import MIB
 from tests.helpers.checkpoints import same_tree, sharded, write_safetensors
 from tests.helpers.commands import eventually
@@ -42,6 +44,14 @@ Mode = Callable[[], AbstractContextManager[object]]
 def to(**arguments: object) -> Receiver:
     """A receiver with these arguments."""
     return partial(receive_checkpoint, token=TOKEN, **arguments)
+
+
+@pytest.mark.parametrize("function", [send_checkpoint, receive_checkpoint])
+def test_a_process_that_is_somebodys_own_may_be_silent_for_longer(
+    function: Callable[..., Report],
+) -> None:
+    assert inspect.signature(function).parameters["heartbeat_timeout_s"].default == 30.0
+    assert Settings(command="send").heartbeat_timeout_s == 3.0
 
 
 def raw(tensor: torch.Tensor) -> bytes:

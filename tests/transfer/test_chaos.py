@@ -142,27 +142,32 @@ def test_a_frozen_worker_is_lost_within_its_heartbeat_timeout(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("how", ["killed", "frozen"])
 @pytest.mark.parametrize("world_size", [3, 4])
-def test_a_worker_that_freezes_before_any_byte_moves_is_named_within_its_heartbeat_timeout(
-    commands: Commands, large: Path, tmp_path: Path, world_size: int
+def test_a_worker_that_dies_or_freezes_while_it_starts_is_named_at_once(
+    commands: Commands, large: Path, tmp_path: Path, world_size: int, how: str
 ) -> None:
-    """While another is still to come, and somewhere between joining and the data phase."""
+    """While another is still to come; and where none is, wherever that is in starting."""
     workers = [("recv", "--out", tmp_path / out, *IMPATIENT) for out in "ab"]
     ranks = commands.start_ranks(
         ("send", large, *SMALL_RING, *IMPATIENT), *workers, world_size=world_size
     )
     ranks[0].read_until(f"joined, 2 of {world_size - 1}")
-    ranks[2].freeze()
+    if how == "killed":
+        ranks[2].kill()
+    else:
+        ranks[2].freeze()
     ends = wait_all(ranks[:2], PROMPT_S)
     for end in ends:
         assert end.returncode == 5
         assert "lost rank 2 (" in end.sentence
         assert f"pid {ranks[2].pid})" in end.sentence
-        assert "no sign of life for 1" in end.sentence
+        assert ("no sign of life for 1" in end.sentence) == (how == "frozen")
     assert ends[0].sentence == ends[1].sentence
-    ranks[2].thaw()
-    assert ranks[2].wait(PROMPT_S).returncode == 5
-    assert os.listdir(tmp_path) == []
+    if how == "frozen":
+        ranks[2].thaw()
+        assert ranks[2].wait(PROMPT_S).returncode == 5
+        assert os.listdir(tmp_path) == []
 
 
 def test_a_worker_that_freezes_as_it_publishes_is_named_and_the_others_are_done(
