@@ -27,7 +27,6 @@ _MAGIC = b"packcast"
 _CHALLENGE = struct.Struct("!8sH?32s")
 _PROOF = struct.Struct("!H32s32s")
 _DIGEST_NBYTES = 32
-_TOKEN_HINT = "set the same PACKCAST_TOKEN on both sides"
 _VERSION_HINT = "install the same packcast on every host"
 
 FROM_STRANGER = {PROOF: _PROOF.size}
@@ -122,29 +121,3 @@ def protocols_differ(worker: str, spoken: int, sender_spoken: int) -> Rendezvous
         f"{worker} speaks protocol {spoken}, the sender protocol {sender_spoken}",
         hint=_VERSION_HINT,
     )
-
-
-def worker_has_no_token(where: str) -> RendezvousError:
-    """The worker's sentence where only the sender has a token."""
-    return RendezvousError(
-        f"the sender at {where} asks for a token and this worker has none", hint=_TOKEN_HINT
-    )
-
-
-def sender_has_no_token(where: str) -> RendezvousError:
-    """The worker's sentence where only the worker has a token."""
-    return RendezvousError(
-        f"this worker has a token and the sender at {where} asks for none", hint=_TOKEN_HINT
-    )
-
-
-def sender_proof_is_wrong(where: str) -> RendezvousError:
-    """The worker's sentence where the sender cannot prove that it has the worker's token."""
-    return RendezvousError(
-        f"the sender at {where} does not have this worker's token", hint=_TOKEN_HINT
-    )
-
-
-def worker_proof_is_wrong() -> RendezvousError:
-    """The worker's sentence where its token is not the sender's."""
-    return RendezvousError("this worker's token is not the sender's", hint=_TOKEN_HINT)

@@ -119,8 +119,7 @@ def _try(host: str, port: int, hello: Hello, token: bytes | None, deadline: floa
     where = host_and_port(host, port)
     try:
         talk = _Talk(sock, where, deadline)
-        challenge, proof = talk.prove(token)
-        return talk.introduce(hello, challenge, proof)
+        return talk.introduce(hello, talk.prove(token))
     except ProtocolError as error:
         sock.close()
         raise _Stranger(
@@ -160,28 +159,29 @@ class _Talk:
         self._deadline = deadline
         self._reader = FrameReader(auth.BEFORE_PROOF)
 
-    def prove(self, token: bytes | None) -> tuple[auth.Challenge, auth.Proof]:
+    def prove(self, token: bytes | None) -> auth.Challenge:
         """Both sides' proof. Nothing but frames of fixed size is read before the sender's."""
         kind, body = self._next_frame(ANSWER_LIMIT_S)
         if kind != CHALLENGE:
             raise ProtocolError("it does not begin with a challenge")
         challenge = auth.Challenge.parse(body)
+        sender = f"the sender at {self._where}"
         if token is None and challenge.wants_token:
-            raise auth.worker_has_no_token(self._where)
+            raise _tokens_differ(f"{sender} asks for a token and this worker has none")
         if token is not None and not challenge.wants_token:
-            raise auth.sender_has_no_token(self._where)
+            raise _tokens_differ(f"this worker has a token and {sender} asks for none")
         proof = auth.Proof.new(token, challenge)
         self._send(frame_of(PROOF, proof.body))
         kind, body = self._next_frame(ANSWER_LIMIT_S)
         if kind == REJECTED:
-            raise auth.worker_proof_is_wrong()
+            raise _tokens_differ("this worker's token is not the sender's")
         if kind != ACCEPTED:
             raise ProtocolError("it does not answer a proof")
         if not proof.is_answered(body, token, challenge):
-            raise auth.sender_proof_is_wrong(self._where)
-        return challenge, proof
+            raise _tokens_differ(f"{sender} does not have this worker's token")
+        return challenge
 
-    def introduce(self, hello: Hello, challenge: auth.Challenge, proof: auth.Proof) -> Entered:
+    def introduce(self, hello: Hello, challenge: auth.Challenge) -> Entered:
         """Say who this is, and hear whether it may join."""
         self._reader.limits = {Welcome.kind: Welcome.limit, Abort.kind: Abort.limit}
         if challenge.protocol != PROTOCOL:
@@ -223,6 +223,10 @@ class _Talk:
                 raise _NotYet("it closed the connection")
             self._reader.feed(data)
         return frame
+
+
+def _tokens_differ(sentence: str) -> RendezvousError:
+    return RendezvousError(sentence, hint="set the same PACKCAST_TOKEN on both sides")
 
 
 def _refused(answer: Abort) -> PackcastError:
