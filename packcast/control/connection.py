@@ -23,7 +23,7 @@ from packcast.group.rank_info import RankInfo
 from packcast.units import KIB, MIB
 
 RECEIVE_NBYTES = 64 * KIB
-SEND_NBYTES = 4 * MIB
+SEND_NBYTES = 256 * KIB  # at once, so that a large message to many holds up nobody
 MAX_UNREAD = 4096  # messages
 MAX_UNSENT_NBYTES = MAX_OFFER_NBYTES + MIB
 

@@ -150,7 +150,10 @@ def simulate(
 
         offered_at = time.monotonic()
         server.broadcast(OfferMessage.of(os.urandom(offer_nbytes)))
-        offered = [group.hear("offered") for group in groups]
+        try:
+            offered = [group.hear("offered") for group in groups]
+        except AssertionError:
+            raise (server.failure or RuntimeError("the light workers failed")) from None
 
         time.sleep(0.5)
         used = _processor_s()
