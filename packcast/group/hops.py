@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from packcast.packed.chain import Chain, Hop
 
-_LOOK_UP_EVERY = timedelta(seconds=0.25)
+_LONGEST_PAUSE_S = 0.1
 
 
 def open_chain(
@@ -92,18 +92,18 @@ def _meet(
 ) -> None:
     """Wait until the neighbour is about to connect, too.
 
-    Who waits for it in gloo's constructor cannot be told that it has died, or that another has.
+    Who waits for it in gloo's constructor cannot be told that it has died, or that another has;
+    and torch writes to standard error where a wait in a store takes longer than allowed.
     """
-    from torch.distributed import DistNetworkError
-
     deadline = time.monotonic() + timeout_s
+    pause_s = 0.002
+    check()  # or a neighbour who does not know of it yet would connect, and wait
     store.set(f"here-{rank}", "")
     while True:
-        try:
-            store.wait([f"here-{neighbour}"], _LOOK_UP_EVERY)
+        check()  # once there is a verdict the store may go with its host
+        if store.check([f"here-{neighbour}"]):
             return
-        except RuntimeError as error:
-            check()
-            is_store_lost = isinstance(error, DistNetworkError)
-            if is_store_lost or time.monotonic() > deadline:
-                raise
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {neighbour} has not come within {timeout_s:g} s")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -181,6 +181,7 @@ class Chain:
             keep(work, hop, piece)
         # The connections end here, not with the last slot that has a mark of this chain.
         self._under_way.clear()
+        self._arriving.clear()
         self._before = self._after = None
 
     def _left(self) -> list[tuple[Work, Hop, torch.Tensor]]:

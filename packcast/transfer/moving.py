@@ -298,11 +298,6 @@ class Mover:
         self, store: Store, interface: str | None, channel: Hub | Line, timeout_s: float
     ) -> Group | Chain:
         offer = self._offer
-
-        def check() -> None:
-            if channel.verdict:
-                raise channel.verdict
-
         try:
             if offer.backend == "gloo":
                 return open_chain(
@@ -312,7 +307,7 @@ class Mover:
                     store=store,
                     timeout_s=timeout_s,
                     interface=interface,
-                    check=check,
+                    check=partial(_raise_verdict, channel),
                 )
             return open_process_group(
                 "nccl",
@@ -433,6 +428,12 @@ class Mover:
                 f" {format_exact_size(offer.buffer_size)}",
                 hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
             ) from error
+
+
+def _raise_verdict(channel: Hub | Line) -> None:
+    """No closure: the frames of an error keep those, and so channel and buffers, with it."""
+    if channel.verdict:
+        raise channel.verdict
 
 
 def _bug(error: BaseException) -> PackcastError:
