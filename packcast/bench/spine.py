@@ -105,7 +105,7 @@ def _lead(
     lead = Lead(settings, server, bench_rank, infos, _as_transfer(settings), view)
     leaver.on_leave(lead.tell_partial)
     leaver.on_leave(bench_rank.abandon)
-    server.set_progress(lambda: Progress(moved=bench_rank.moved()))
+    server.follow(bench_rank.position, lambda: Progress(moved=bench_rank.moved()))
     try:
         with StallWatch(bench_rank, server, leaver, settings.stall_timeout_s):
             lead.run()
@@ -136,7 +136,7 @@ def _follow(settings: BenchSettings, seat: Seat, client: ControlClient, leaver: 
     store = connect_store(host, begin.port, settings.join_timeout_s)
     bench_rank = _open_bench_rank(settings, seat, begin, rank_of(me), host, store)
     leaver.on_leave(bench_rank.abandon)
-    client.set_progress(lambda: Progress(moved=bench_rank.moved()))
+    client.follow(bench_rank.position, lambda: Progress(moved=bench_rank.moved()))
     team = bench_rank.team
     try:
         with StallWatch(bench_rank, client, leaver, settings.stall_timeout_s):
@@ -246,7 +246,6 @@ def _open_bench_rank(
     limit_s = min(settings.join_timeout_s, settings.stall_timeout_s / 2)
     open_group = partial(open_default_group, begin.backend, limit_s=limit_s, **place)
     bench_rank = BenchRank(settings, team, seat.transfer_id, open_group)
-    seat.channel.set_position(bench_rank.position)
     seat.channel.be_patient(0.0)
     return bench_rank
 

@@ -89,13 +89,10 @@ class Channel:
             self._ask(lambda: None, timeout_s)
         return self._failure
 
-    def set_position(self, position: Callable[[], str]) -> None:
-        """How far the transfer is, for the sentence about a lost rank; on the control thread."""
-        self._position = position
-
-    def set_progress(self, progress: Callable[[], Progress]) -> None:
-        """What this rank's heartbeats carry; asked for on the control thread."""
-        self._progress = progress
+    def follow(self, position: Callable[[], str], progress: Callable[[], Progress]) -> None:
+        """How far this rank is, asked for on the control thread: `position` for the sentence about
+        a lost rank, `progress` for the heartbeats."""
+        self._position, self._progress = position, progress
 
     def moved_elsewhere(self) -> int:
         """A number that grows while bytes move on other ranks of the group."""
@@ -343,6 +340,8 @@ class Channel:
             self._loop.run_until_complete(asyncio.sleep(0))  # what was posted before it was over
             self._loop.close()
             self._waiters.end(self._failure or TransferError(_CLOSED))
+            # A channel is a cycle of objects, and what these belong to has large buffers.
+            self._position, self._progress = str, Progress
             self._told.set()
         if self._calls_on_failure and self._failure is not None:
             try:

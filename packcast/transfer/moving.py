@@ -165,7 +165,6 @@ class Mover:
         except PackcastError:
             self.close()
             raise
-        channel.set_position(self.position)
         if not isinstance(self._group, Chain):
             self._connect(self._group, channel)
         channel.be_patient(0.0)  # what may hold the interpreter for long is over
@@ -189,7 +188,7 @@ class Mover:
                 broadcast=self._broadcast(group, channel),
                 source=self._summed or self._source,
                 drain=self._landing,
-                begin=self._begin,
+                begin=partial(self._begin, group),
                 on_failure=partial(self._run_dry, group, channel) if self._survives else None,
             )
         self._is_moved = True
@@ -215,12 +214,12 @@ class Mover:
         assert self._landing is not None, "this rank takes nothing"
         return self._landing.digests().of_blocks()
 
-    def _begin(self, chunk: Chunk, slot: Slot) -> None:
+    def _begin(self, group: Group | Chain, chunk: Chunk, slot: Slot) -> None:
         """On a CPU: the chunk has its slot, ahead of its turn."""
         if self._source is not None and chunk.root == self._offer.rank:
             self._source.begin(chunk)
-        if isinstance(self._group, Chain):
-            self._group.begin(slot.memory[: chunk.wire_nbytes], chunk.root)
+        if isinstance(group, Chain):
+            group.begin(slot.memory[: chunk.wire_nbytes], chunk.root)
 
     def _broadcast(self, group: Group | Chain, channel: Channel) -> Broadcast:
         """The group's, which raises the failure once there is one; see `_run_dry`."""
@@ -292,11 +291,6 @@ class Mover:
         self, store: Store, interface: str | None, channel: Channel, timeout_s: float
     ) -> Group | Chain:
         offer = self._offer
-
-        def check() -> None:
-            if channel.failure:
-                raise channel.failure
-
         try:
             if offer.backend == "gloo":
                 return open_chain(
@@ -306,7 +300,7 @@ class Mover:
                     store=store,
                     timeout_s=timeout_s,
                     interface=interface,
-                    check=check,
+                    check=partial(_raise_failure, channel),
                 )
             return open_process_group(
                 "nccl",
@@ -432,6 +426,12 @@ class Mover:
                 f" {format_exact_size(offer.buffer_size)}",
                 hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
             ) from error
+
+
+def _raise_failure(channel: Channel) -> None:
+    """No closure: the frames of an error keep those, and so channel and buffers, with it."""
+    if channel.failure:
+        raise channel.failure
 
 
 def _bug(error: BaseException) -> PackcastError:

@@ -114,7 +114,7 @@ def send(
     reader = FileReader(files, checkpoint.files)
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
     leaver.on_abandon(mover.abandon)
-    server.set_progress(mover.progress)
+    server.follow(mover.position, mover.progress)
     mover.read_ahead()
     sums = _await_ready(server, offer, settings.join_timeout_s)
 
@@ -191,8 +191,8 @@ def receive(
         sink.prepare()
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
         leaver.on_abandon(mover.abandon)
+        client.follow(mover.position, mover.progress)
         mover.read_ahead()
-        client.set_progress(mover.progress)
         client.send(Ready(plan=offer.plan, sums=mover.needs_sums))
 
         go = client.expect(Go, patience_s)

@@ -20,6 +20,7 @@ from packcast.control.frames import (
     PROTOCOL,
     REJECTED,
     FrameReader,
+    Progress,
     frame_of,
 )
 from packcast.control.messages import Abort, Bye, Commit, Hello, Joined, Message, Welcome, decode
@@ -320,7 +321,7 @@ def test_a_lost_sender_is_named_with_the_position(group: Group) -> None:
     with FakeSender(act) as sender:
         client, seen = group.client(sender.address, info())
         client.await_joined(PATIENCE_S)
-        client.set_position(lambda: "model.safetensors, 1 of 2 GiB")
+        client.follow(lambda: "model.safetensors, 1 of 2 GiB", Progress)
         go.set()
         assert seen.wait_failure().message == (
             f"lost the sender, rank 0 (host-s, pid {SENDER.pid}) at model.safetensors, 1 of 2 GiB"

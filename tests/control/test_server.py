@@ -404,9 +404,9 @@ def test_silent_workers_are_named_at_the_time_out_and_nothing_is_lost(group: Gro
 
 def test_heartbeats_tell_every_rank_that_something_moves_anywhere(group: Group) -> None:
     server, clients, _ = group.joined(2, heartbeat_timeout_s=0.4)
-    clients[0].set_progress(lambda: Progress(done=7, moved=30))
-    clients[1].set_progress(lambda: Progress(done=1 // 0))
-    server.set_progress(lambda: Progress(moved=100))
+    clients[0].follow(str, lambda: Progress(done=7, moved=30))
+    clients[1].follow(str, lambda: Progress(done=1 // 0))
+    server.follow(str, lambda: Progress(moved=100))
     eventually(lambda: server.done_by_worker() == {1: 7, 2: 0})
     assert server.moved_elsewhere() == 30
     eventually(lambda: [client.moved_elsewhere() for client in clients] == [130, 130])
@@ -424,7 +424,7 @@ def test_a_killed_worker_ends_everybody_at_once_by_name_and_position(group: Grou
         assert child.hear() == "in"
         client, seen = group.client(server, info(1))
         joining.wait()
-        server.set_position(lambda: "model.safetensors, 1.2 of 4.9 GiB")
+        server.follow(lambda: "model.safetensors, 1.2 of 4.9 GiB", Progress)
         began = time.monotonic()
         child.signal(signal.SIGKILL)
         with pytest.raises(TransferError) as raised:
@@ -686,8 +686,7 @@ def test_a_bug_in_the_control_thread_ends_everybody_instead_of_hanging(group: Gr
 
 def test_callbacks_that_fail_cost_only_what_they_would_have_said(group: Group) -> None:
     server, clients, _ = group.joined(1)
-    server.set_progress(lambda: Progress(moved=1 // 0))
-    server.set_position(lambda: str(1 // 0))
+    server.follow(lambda: str(1 // 0), lambda: Progress(moved=1 // 0))
     assert alive(server, clients)
     clients[0].close()
     assert group.seen.wait_failure().message.startswith("lost rank 1 (host-1, pid ")
