@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
-from packcast.checkpoint.header import LENGTH_NBYTES, Header, Tensor, parse_header
+from packcast.checkpoint.header import LENGTH_NBYTES, Header, parse_header
 from packcast.checkpoint.index import is_index, read_index, rewritten
+from packcast.checkpoint.tensors import Tensor
 from packcast.errors import CheckpointError, UsageError
 
 # What an offer may hold of all files together, as JSON: one header of the largest size the format
@@ -162,10 +163,10 @@ def _verbatim(source: int, file: SourceFile) -> OutgoingFile:
 
 
 def _spec(file: SourceFile, nbytes: int, header: Header | None) -> FileSpec:
-    tensors = header.tensors if header else ()
+    names = header.tensors.names if header else ()
     elsewhere, unlisted = (
-        frozenset(i for i, tensor in enumerate(tensors) if tensor.name in names)
-        for names in (file.elsewhere, file.unlisted)
+        frozenset(i for i, name in enumerate(names) if name in chosen) if chosen else frozenset()
+        for chosen in (file.elsewhere, file.unlisted)
     )
     return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header, elsewhere, unlisted)
 

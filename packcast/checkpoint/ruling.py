@@ -140,7 +140,7 @@ def roles_of(headers: Mapping[str, Header], indexes: Sequence[Index]) -> dict[st
     The index of a folder rules the folders below it too: what they hold is of another model, or
     of this one again.
     """
-    tensors_in = {name: {t.name for t in header.tensors} for name, header in headers.items()}
+    tensors_in = {name: set(header.tensors.names) for name, header in headers.items()}
     held = {
         index.name: {t for t, shard in index.shard_of.items() if t in tensors_in.get(shard, ())}
         for index in indexes
@@ -224,7 +224,7 @@ def _repeated_folders(headers: Mapping[str, Header]) -> list[str]:
 
 
 def _names(headers: Sequence[Header]) -> set[str]:
-    return {tensor.name for header in headers for tensor in header.tensors}
+    return {name for header in headers for name in header.tensors.names}
 
 
 def _data_nbytes(headers: Sequence[Header]) -> int:

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from packcast.checkpoint import header as header_module
-from packcast.checkpoint.header import DTYPE_BITS, MAX_HEADER_NBYTES, parse_header, read_header
+from packcast.checkpoint.header import MAX_HEADER_NBYTES, parse_header, read_header
+from packcast.checkpoint.limits import HeaderLimits
+from packcast.checkpoint.tensors import DTYPE_BITS
 from packcast.errors import CheckpointError
 from tests.checkpoint.handmade import entry, file_bytes, write
 
@@ -220,20 +222,36 @@ def test_bounds_hold_before_anything_is_parsed(monkeypatch: pytest.MonkeyPatch) 
     def never(*_: object) -> object:
         raise AssertionError("parsed")
 
-    monkeypatch.setattr(header_module, "strict_json", never)
-    monkeypatch.setattr(header_module, "MAX_TENSORS", 3)
-    monkeypatch.setattr(header_module, "_MAX_SEPARATORS", 100)
-    assert "more than 3 tensors" in refused({str(n): T for n in range(4)})
-    refused(b"[" * 101)
-    refused(b"0," * 101)
+    monkeypatch.setattr(header_module, "usual", never)
+    four = json.dumps({str(n): T for n in range(4)}).encode()
+    with pytest.raises(CheckpointError, match="more than 400,000 tensors"):
+        parse_header(four, 1000, "x", HeaderLimits(num_tensors=3))
+    with pytest.raises(CheckpointError, match="more than 50,331,648 bytes of headers"):
+        parse_header(four, 1000, "x", HeaderLimits(nbytes=len(four) - 1))
+    monkeypatch.setattr(header_module, "usual", lambda *_: None)
+    monkeypatch.setattr(header_module, "strict", never)
+    for bomb in (b"[" * 101, b"0," * 101, b"{" * 101):
+        with pytest.raises(CheckpointError, match="not as safetensors writes it"):
+            parse_header(bomb, 1000, "x", HeaderLimits(strict_values=100))
 
 
-def test_a_million_tensors_are_the_bound_however_they_are_spelt(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(header_module, "MAX_TENSORS", 3)
+def test_the_bounds_are_of_all_shards_together() -> None:
+    limits = HeaderLimits(num_tensors=5, num_sizes=5)
+    text = json.dumps({str(n): entry("U8", [1, 0], 0, 0) for n in range(2)}).encode()
+    parse_header(text, 8 + len(text), "a", limits)
+    with pytest.raises(CheckpointError, match=r"b: .* more than 2,000,000 dimensions"):
+        parse_header(text, 8 + len(text), "b", limits)
+    three = json.dumps({str(n): entry("U8", [0], 0, 0) for n in range(4)}).encode()
+    with pytest.raises(CheckpointError, match=r"c: .* more than 400,000 tensors"):
+        parse_header(three, 8 + len(three), "c", limits)
+
+
+def test_tensors_are_counted_however_they_are_spelt() -> None:
     text = json.dumps({str(n): entry("U8", [0], 0, 0) for n in range(4)})
-    assert "more than 3 tensors" in refused(text.replace("data_offsets", "data\\u005foffsets"))
+    text = text.replace("data_offsets", "data\\u005foffsets")
+    limits = HeaderLimits(num_tensors=3)
+    with pytest.raises(CheckpointError, match="more than 400,000 tensors"):
+        parse_header(text.encode(), 8 + len(text), "x", limits)
 
 
 def test_many_tensors_are_parsed_in_good_time() -> None:
@@ -241,7 +259,7 @@ def test_many_tensors_are_parsed_in_good_time() -> None:
     begun = time.perf_counter()
     header = parse(content, bytes(50_000))
     assert time.perf_counter() - begun < 10
-    assert header.tensor_at(header.data_begin + 31_415) is header.tensors[31_415]
+    assert header.tensor_at(header.data_begin + 31_415) == header.tensors[31_415]
 
 
 def test_tensor_at_finds_the_tensor_of_each_byte() -> None:

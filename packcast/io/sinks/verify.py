@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
-from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.reading import FileState
+from packcast.checkpoint.tensors import Tensor
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly
 from packcast.io.schedule import Schedule, Span
