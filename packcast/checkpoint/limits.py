@@ -15,9 +15,10 @@ from packcast.errors import CheckpointError
 MAX_HEADERS_NBYTES = 48 << 20
 MAX_TENSORS = 400_000
 MAX_SIZES = 5 * MAX_TENSORS  # in all shapes
-# Of headers that are not written as usual, see `entries`: the JSON in UTF-8, and its values.
+# Of headers that are not written as usual, see `entries`: the JSON in UTF-8, and the commas, colons
+# and opening brackets in it, of which every value but the first needs one.
 MAX_STRICT_NBYTES = 16 << 20
-MAX_STRICT_VALUES = 800_000
+MAX_STRICT_MARKS = 1_200_000
 
 _IN_PARTS = "send it in parts: --exclude-files leaves shards out"
 
@@ -30,7 +31,7 @@ class HeaderLimits:
     num_tensors: int = MAX_TENSORS
     num_sizes: int = MAX_SIZES
     strict_nbytes: int = MAX_STRICT_NBYTES
-    strict_values: int = MAX_STRICT_VALUES
+    strict_marks: int = MAX_STRICT_MARKS
 
     def check_bytes(self, nbytes: int, where: str) -> None:
         """Before a header is read: raises CheckpointError where it is too long."""
@@ -48,15 +49,15 @@ class HeaderLimits:
             raise _too_much(where, f"{MAX_SIZES:,} dimensions")
 
     def take_strict(self, data: bytes, where: str) -> None:
-        """Before bytes are parsed as any JSON, where each value needs one of these characters."""
-        num_values = sum(map(data.count, (b",", b"[", b"{")))
-        if len(data) > self.strict_nbytes or num_values > self.strict_values:
+        """Before bytes are parsed as any JSON."""
+        num_marks = sum(map(data.count, (b",", b":", b"[", b"{")))
+        if len(data) > self.strict_nbytes or num_marks > self.strict_marks:
             raise CheckpointError(
                 f"{where}: a large header that is not as safetensors writes it, or not valid",
                 hint="save it again with the safetensors library",
             )
         self.strict_nbytes -= len(data)
-        self.strict_values -= num_values
+        self.strict_marks -= num_marks
 
     def take(self, nbytes: int, columns: Columns, where: str) -> None:
         """A header of that length turned out to hold this."""

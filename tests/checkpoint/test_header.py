@@ -232,7 +232,7 @@ def test_bounds_hold_before_anything_is_parsed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(header_module, "strict", never)
     for bomb in (b"[" * 101, b"0," * 101, b"{" * 101):
         with pytest.raises(CheckpointError, match="not as safetensors writes it"):
-            parse_header(bomb, 1000, "x", HeaderLimits(strict_values=100))
+            parse_header(bomb, 1000, "x", HeaderLimits(strict_marks=100))
 
 
 def test_the_bounds_are_of_all_shards_together() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ from packcast.transfer.agreement import (
 from packcast.transfer.offer import Offer, Sample, Selection
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.processes import num_descriptors
-from tests.transfer.offers import member, messages, offer_of
+from tests.transfer.offers import member, offer_of
 
 SENDER = member(0)
 
@@ -152,7 +152,7 @@ def test_what_is_offered_passes_the_receivers_own_checks(
     checkpoint: Checkpoint, files: tuple[OutgoingFile, ...], readers: int | None
 ) -> None:
     for offer in offers_for(checkpoint, files, readers).values():
-        received = Offer.from_json(*messages(offer))
+        received = Offer.from_bytes(offer.to_bytes(), asdict(offer.place))
         assert received == offer
         assert {chunk.root for chunk in received.chunks()} == set(offer.readers)
 
