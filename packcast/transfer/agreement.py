@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import xxhash
 
 from packcast.checkpoint.checkpoint import Checkpoint
@@ -142,6 +143,18 @@ def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[Outgoin
                 f" at byte {sample.offset} or soon after"
             )
     return files
+
+
+def check_device(offer: Offer) -> None:
+    """Raise RendezvousError where this rank cannot take part with the device it was given."""
+    if offer.backend != "nccl":
+        return
+    index = int(offer.device.removeprefix("cuda:"))
+    if not torch.distributed.is_nccl_available() or index >= torch.cuda.device_count():
+        raise RendezvousError(
+            f"the sender offers nccl on {offer.device}, which this rank's torch does not have",
+            hint="--backend gloo, on the sender, needs no GPU",
+        )
 
 
 def rank_of(member: Member) -> int:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from packcast.errors import DestinationError
 from packcast.io.sinks.owned import RECORD, STAGE_PREFIX
 from packcast.io.syscalls import is_local
 from packcast.units import format_size
@@ -31,6 +32,7 @@ _NAME = re.compile(r"\.(?:.+\.)?packcast-[A-Za-z0-9_-]{1,64}")
 _MAX_RECORD_NBYTES = 4096
 _MAX_NAME_NBYTES = 255
 _REMOVAL_LIMIT_S = 2.0
+_RECORD_LIMIT_S = 2.0  # from making a partial directory to its record
 _LOOK_S = 0.02
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = "/proc/self/ns/pid"
@@ -94,6 +96,38 @@ def claim(partial_fd: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def check_in_use(holder_fd: int, name: str, path: str) -> None:
+    """Raise DestinationError unless another rank of this transfer holds the partial directory.
+
+    A rank that believed in any directory of that name would drop its bytes, and nobody would write
+    them. One that was made just now gets its record within the limit.
+    """
+    deadline = time.monotonic() + _RECORD_LIMIT_S
+    while True:
+        try:
+            folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=holder_fd)
+        except OSError as error:
+            raise _in_the_way(path) from error
+        try:
+            record_fd, state, owner = _look(folder_fd)
+            if record_fd >= 0:
+                os.close(record_fd)
+        finally:
+            os.close(folder_fd)
+        if state != "unused" and owner is not None:
+            return
+        if state == "unused" or time.monotonic() > deadline:
+            raise _in_the_way(path)
+        time.sleep(_LOOK_S)
+
+
+def _in_the_way(path: str) -> DestinationError:
+    return DestinationError(
+        f"{path} is in the way, and no rank of this transfer writes there",
+        hint="remove it, and find out who made it",
+    )
 
 
 def give_up_claim(partial_fd: int, claim_fd: int) -> None:
