@@ -79,9 +79,9 @@ def mutant(random: Random, pool: list[tuple[bytes, bytes]]) -> tuple[bytes, byte
     """One of the seeds with a few changes."""
     header, data = random.choice(pool)
     text = bytearray(header)
-    for _ in range(random.choice((1, 1, 1, 2, 3, 5))):
+    for _ in range(random.choice((1, 1, 1, 1, 1, 2, 3, 5))):
         at = random.randrange(len(text) + 1)
-        how = random.randrange(7)
+        how = random.randrange(10)
         if how == 0:
             text[at : at + 1] = random.choice(TOKENS)
         elif how == 1:
@@ -98,6 +98,11 @@ def mutant(random: Random, pool: list[tuple[bytes, bytes]]) -> tuple[bytes, byte
             digits = [i for i, byte in enumerate(text) if byte in b"0123456789"]
             if digits:
                 text[random.choice(digits)] = random.choice(b"0123456789")
+        elif how in (7, 8):  # which often changes nothing
+            at = 1 + max(text.rfind(mark, 0, at) for mark in (b",", b":", b"{"))
+            text[at:at] = random.choice((b" ", b" ", b"\n", b"\t ", b"\x0b"))
+        elif how == 9:
+            text[at:at] = text[at : at + 1].isalpha() * random.choice((b"x", b"\\n", b"\xc3\xa9"))
         else:
             data = bytes(max(0, len(data) + random.choice((-1, 0, 1, 8))))
     return bytes(text), data

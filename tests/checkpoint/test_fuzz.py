@@ -11,5 +11,5 @@ from tests.checkpoint import fuzz
 def test_headers_changed_at_random_are_read_as_safetensors_reads_them(seed: int) -> None:
     outcomes = fuzz.run(5_000, seed)
     assert outcomes["refused by both"] > 1000
-    assert outcomes["accepted by both, as usual"] > 200
+    assert outcomes["accepted by both, as usual"] > 100
     assert outcomes["accepted by both, as any JSON"] > 100
