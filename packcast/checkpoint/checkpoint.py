@@ -38,6 +38,7 @@ from packcast.checkpoint.ruling import (
 from packcast.checkpoint.walk import Entry, Kind, leaves_out, outside, walk
 from packcast.errors import CheckpointError, PackcastError, UsageError
 
+MAX_INDEXES = 100  # each is held against every shard
 MAX_MTIME_NS = (1 << 63) - 1  # in 2262; an offer has no later time
 
 
@@ -205,6 +206,8 @@ def _open_directory(
 
 
 def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[Index], list[str]]:
+    if len(entries) > MAX_INDEXES:
+        raise CheckpointError(f"{len(entries)} indexes, more than {MAX_INDEXES}")
     indexes, warnings = [], []
     for entry in entries:
         try:

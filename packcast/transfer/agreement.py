@@ -12,13 +12,14 @@ import xxhash
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
-from packcast.errors import RendezvousError
+from packcast.errors import RendezvousError, UsageError
 from packcast.group.devices import assign_devices
 from packcast.group.member import Member
 from packcast.io.source import FileReader
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.offer import Offer, Place, Sample, Selection
+from packcast.transfer.outline import amount_fault
 
 NUM_SAMPLES = 16
 
@@ -79,6 +80,9 @@ def make_offers(
     assignment = assign_devices(members, settings.backend)
     sizes = [file.spec.nbytes for file in files]
     buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
+    fault = amount_fault(sum(sizes), buffer_size)
+    if fault:
+        raise UsageError(fault, hint="try a larger --buffer-size, or send it in parts")
     chunks = plan_chunks(sizes, buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
     ranks_on = Counter(member.boot_id for member in members)

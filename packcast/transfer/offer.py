@@ -19,14 +19,12 @@ from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.names import clash_of
 from packcast.checkpoint.outgoing import MAX_OFFERED_NBYTES, FileSpec
 from packcast.errors import PackcastError, TransferError
-from packcast.packed.plan import TURN, Chunk, check_buffers, plan_chunks, plan_digest
+from packcast.packed.plan import Chunk, check_buffers, plan_chunks, plan_digest
 from packcast.transfer.outline import (
-    MAX_CHUNKS,
-    MAX_NBYTES,
-    MAX_TURNS,
     FileOutline,
     Outline,
     Placement,
+    amount_fault,
     fault_of,
     read_outline,
 )
@@ -218,10 +216,9 @@ def _check_group(outline: Outline, place: Placement) -> None:
 
 
 def _check_sizes(outline: Outline) -> None:
-    nbytes = sum(file.nbytes for file in outline.files)
-    num_chunks, num_turns = nbytes // outline.buffer_size, nbytes // TURN
-    if nbytes > MAX_NBYTES or num_chunks > MAX_CHUNKS or num_turns > MAX_TURNS:
-        raise ValueError(f"{nbytes} bytes in buffers of {outline.buffer_size} are too many")
+    fault = amount_fault(sum(file.nbytes for file in outline.files), outline.buffer_size)
+    if fault:
+        raise ValueError(fault)
 
 
 def _files(data: bytes, at: int, files: Sequence[FileOutline]) -> Iterator[FileSpec]:

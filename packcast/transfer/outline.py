@@ -14,11 +14,13 @@ from packcast.checkpoint.checkpoint import MAX_MTIME_NS
 from packcast.checkpoint.limits import MAX_TENSORS
 from packcast.checkpoint.names import MAX_COMPONENT_NBYTES, MAX_DEPTH, name_fault
 from packcast.checkpoint.outgoing import MAX_FILES, MAX_OUTLINE_NBYTES
-from packcast.packed.plan import BLOCK
+from packcast.packed.plan import BLOCK, TURN
+from packcast.units import format_exact_size
 
 MAX_NBYTES = 1 << 46
-MAX_CHUNKS = 1 << 20
-MAX_TURNS = 4 * MAX_CHUNKS  # of files, within chunks: 16 TiB
+# A plan of so many takes about two seconds and 100 MB to make.
+MAX_CHUNKS = 1 << 18  # 16 TiB in buffers of 64 MiB, 256 GiB in the smallest
+MAX_TURNS = 1 << 20  # of files, within chunks: 4 TiB
 MAX_RANKS = 1 << 20
 MAX_READERS = 1 << 16
 MAX_SAMPLES = 64
@@ -98,6 +100,14 @@ class Placement(_Strict):
     device: Annotated[str, Field(pattern=r"^(cpu|cuda:(0|[1-9][0-9]?))\z")]
     ranks_on_host: Count
     readers_on_host: Count
+
+
+def amount_fault(nbytes: int, buffer_size: int) -> str | None:
+    """Why so many bytes are too many for a plan; None if they are not."""
+    num_chunks, num_turns = nbytes // buffer_size, nbytes // TURN
+    if num_chunks <= MAX_CHUNKS and num_turns <= MAX_TURNS:
+        return None
+    return f"{nbytes:,} bytes in buffers of {format_exact_size(buffer_size)} are too many"
 
 
 def read_outline(data: bytes) -> tuple[Outline, int]:

@@ -405,7 +405,7 @@ def test_every_number_of_the_plan_is_under_its_digest(changes: dict[str, Any]) -
 
 def test_the_files_of_an_offer_take_no_more_than_was_checked(tmp_path: Path) -> None:
     text = header_text(3, 4).replace("pt", "\U0001f600\\\\ \\n\\u00e9") + " \n\t\r" * 50
-    path = tmp_path / 'we"ird.safetensors'
+    path = tmp_path / "we'ird\u00e9.safetensors"
     path.write_bytes(struct.pack("<Q", len(text.encode())) + text.encode() + bytes(7))
     files = [file.spec for file in outgoing_files(open_checkpoint(tmp_path))]
     files = [replace(files[0], unlisted=frozenset({0, 1})), *FILES]
