@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from packcast.errors import DestinationError
-from packcast.io.sinks import partial
+from packcast.io.sinks import record
 from packcast.io.sinks.owned import RECORD
 from tests.io.sinks import names_in, put_all, sink_for
 
@@ -19,7 +19,7 @@ PARTIAL = ".out.packcast-t1"
 
 @pytest.fixture(autouse=True)
 def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial, "_RECORD_LIMIT_S", 0.2)
+    monkeypatch.setattr(record, "_RECORD_LIMIT_S", 0.2)
 
 
 @pytest.mark.parametrize("planted", ["folder", "file", "link", "fifo", "record", "dead record"])
@@ -37,7 +37,7 @@ def test_what_is_planted_under_a_transfers_id_is_an_error(tmp_path: Path, plante
     if planted == "record":
         (path / RECORD).write_text("{}")
     if planted == "dead record":
-        os.close(partial.claim(os.open(path, os.O_RDONLY)))
+        os.close(record.claim(os.open(path, os.O_RDONLY)))
     sink = sink_for(tmp_path / "out")
     with pytest.raises(DestinationError, match="is in the way") as caught:
         sink.prepare()
@@ -50,13 +50,13 @@ def test_what_is_planted_under_a_transfers_id_is_an_error(tmp_path: Path, plante
 def test_a_rank_that_has_made_its_directory_just_now_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partial, "_RECORD_LIMIT_S", 20.0)
+    monkeypatch.setattr(record, "_RECORD_LIMIT_S", 20.0)
     (tmp_path / PARTIAL).mkdir()
     fd = os.open(tmp_path / PARTIAL, os.O_RDONLY)
 
     def late() -> None:
         time.sleep(0.2)
-        partial.claim(fd)
+        record.claim(fd)
 
     other = threading.Thread(target=late)
     other.start()

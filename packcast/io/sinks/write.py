@@ -21,7 +21,7 @@ from packcast.io.schedule import Schedule, Span
 from packcast.io.sinks.attributes import take_over_attributes
 from packcast.io.sinks.offered import check_names, folders_of
 from packcast.io.sinks.owned import mark_as_own, open_folder
-from packcast.io.sinks.partial import check_in_use, claim, is_there, remove_partial
+from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.place import (
     Place,
     check_replaceable,
@@ -31,6 +31,7 @@ from packcast.io.sinks.place import (
     make_parents,
 )
 from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
+from packcast.io.sinks.record import check_in_use, claim
 from packcast.io.sinks.space import free_nbytes, reserve
 from packcast.io.work import Failure, Task
 from packcast.packed.plan import Extent
