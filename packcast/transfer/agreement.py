@@ -16,6 +16,7 @@ from packcast.errors import RendezvousError, UsageError
 from packcast.group.devices import assign_devices
 from packcast.group.member import Member
 from packcast.io.source import FileReader
+from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.offer import Offer, Place, Sample, Selection
@@ -85,6 +86,7 @@ def make_offers(
         raise UsageError(fault, hint="try a larger --buffer-size, or send it in parts")
     chunks = plan_chunks(sizes, buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
+    order = tuple(chain_order([member.boot_id for member in members]))
     ranks_on = Counter(member.boot_id for member in members)
     readers_on = Counter(member.boot_id for member in members if member.rank in readers)
     offer = Offer(
@@ -93,6 +95,7 @@ def make_offers(
         num_buffers=settings.num_buffers,
         staging=settings.staging,
         readers=readers,
+        chain=() if order == tuple(range(len(members))) else order,
         plan=plan_digest(sizes, buffer_size, chunks),
         selection=Selection(settings.include, settings.exclude),
         samples=samples,

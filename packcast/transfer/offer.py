@@ -77,6 +77,7 @@ class Offer:
     num_buffers: int
     staging: int
     readers: tuple[int, ...]
+    chain: tuple[int, ...]  # see `order`
     plan: str
     selection: Selection
     samples: tuple[Sample, ...]
@@ -95,6 +96,11 @@ class Offer:
     def device(self) -> str:
         """The addressee's."""
         return self.place.device
+
+    @property
+    def order(self) -> Sequence[int]:
+        """The ranks in the order in which they pass chunks on, over gloo: `chain`, or by rank."""
+        return self.chain or range(self.world_size)
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +128,7 @@ class Offer:
             "num_buffers": self.num_buffers,
             "staging": self.staging,
             "readers": list(self.readers),
+            "chain": list(self.chain),
             "plan": self.plan,
             "digest": "xxh3_128",
             "include": list(self.selection.include),
@@ -194,6 +201,7 @@ def _checked(data: bytes, place: Placement) -> Offer:
         num_buffers=outline.num_buffers,
         staging=outline.staging,
         readers=tuple(outline.readers),
+        chain=tuple(outline.chain),
         plan=outline.plan,
         selection=Selection(tuple(outline.include), tuple(outline.exclude)),
         samples=tuple(_samples(outline)),
@@ -209,6 +217,8 @@ def _check_group(outline: Outline, place: Placement) -> None:
     ranks = (*outline.readers, place.rank)
     if max(ranks) >= outline.world_size or len(set(outline.readers)) != len(outline.readers):
         raise ValueError("its readers or its rank are not of its group")
+    if outline.chain and sorted(outline.chain) != list(range(outline.world_size)):
+        raise ValueError("its chain does not have every rank once")
     if max(place.ranks_on_host, place.readers_on_host) > outline.world_size:
         raise ValueError("more ranks on a host than there are")
     if (outline.backend == "nccl") is (place.device == "cpu"):

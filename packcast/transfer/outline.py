@@ -22,7 +22,7 @@ MAX_NBYTES = 1 << 46
 MAX_CHUNKS = 1 << 18  # 16 TiB in buffers of 64 MiB, 256 GiB in the smallest
 MAX_TURNS = 1 << 20  # of files, within chunks: 4 TiB
 MAX_RANKS = 1 << 20
-MAX_READERS = 1 << 16
+MAX_LISTED_RANKS = 1 << 16
 MAX_SAMPLES = 64
 MAX_GLOBS = 1000
 
@@ -78,7 +78,8 @@ class Outline(_Strict):
     buffer_size: Nbytes
     num_buffers: Annotated[int, Field(ge=1, le=MAX_CHUNKS)]
     staging: Nbytes
-    readers: Annotated[list[Rank], Field(min_length=1, max_length=MAX_READERS)]
+    readers: Annotated[list[Rank], Field(min_length=1, max_length=MAX_LISTED_RANKS)]
+    chain: Annotated[list[Rank], Field(max_length=MAX_LISTED_RANKS)]
     plan: Text
     digest: Literal["xxh3_128"]
     include: Annotated[list[Text], Field(max_length=MAX_GLOBS)]

@@ -277,3 +277,17 @@ def test_nccl_where_torch_has_none_is_a_matter_of_who_takes_part() -> None:
     with pytest.raises(RendezvousError, match="offers nccl on cuda:99") as caught:
         check_device(offer)
     assert caught.value.exit_code == 4
+
+
+def test_the_chain_goes_from_host_to_host_and_is_not_told_where_it_is_by_rank(
+    checkpoint: Checkpoint, files: tuple[OutgoingFile, ...]
+) -> None:
+    settings = Settings(command="send", checkpoint=checkpoint.path)
+
+    def offer(hosts: str) -> Offer:
+        members = [member(rank, host=host) for rank, host in enumerate(hosts)]
+        return make_offers(settings, checkpoint, files, members, members[0])[0]
+
+    assert offer("ababa").chain == (0, 2, 4, 1, 3)
+    assert offer("aabbc").chain == ()
+    assert list(offer("aabbc").order) == [0, 1, 2, 3, 4]
