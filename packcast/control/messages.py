@@ -150,27 +150,27 @@ class Commit(Message, kind=21, by="sender"):
 
 
 class OfferMessage(Message, kind=22, by="sender", limit=MAX_OFFER_NBYTES):
-    """The offer's JSON, compressed; whoever waits for it takes it apart, not the control thread."""
+    """The offer, compressed; whoever waits for it takes it apart, not the control thread."""
 
     compressed: bytes
 
     @classmethod
-    def of(cls, text: bytes) -> OfferMessage:
+    def of(cls, content: bytes) -> OfferMessage:
         """Compressed once, however many workers it goes to."""
-        if len(text) > MAX_OFFER_NBYTES:
-            raise PackcastError(f"an offer of {len(text)} bytes is over the limit")
-        return cls(compressed=zlib.compress(text, 1))
+        if len(content) > MAX_OFFER_NBYTES:
+            raise PackcastError(f"an offer of {len(content)} bytes is over the limit")
+        return cls(compressed=zlib.compress(content, 1))
 
-    def text(self, limit: int = MAX_OFFER_NBYTES) -> bytes:
-        """The JSON; ProtocolError where it is no such thing, or of more than `limit` bytes."""
+    def content(self, limit: int = MAX_OFFER_NBYTES) -> bytes:
+        """The offer; ProtocolError where it is no such thing, or of more than `limit` bytes."""
         inflate = zlib.decompressobj()
         try:
-            text = inflate.decompress(self.compressed, limit)
+            content = inflate.decompress(self.compressed, limit)
         except zlib.error as error:
             raise ProtocolError("the offer is not compressed as it should be") from error
         if not inflate.eof or inflate.unused_data:
             raise ProtocolError(f"the offer is incomplete, or over the limit of {limit} bytes")
-        return text
+        return content
 
     def _to_body(self) -> bytes:
         return self.compressed

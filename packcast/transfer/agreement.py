@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
+import torch
 import xxhash
 
 from packcast.checkpoint.checkpoint import Checkpoint
@@ -16,7 +16,7 @@ from packcast.control.client import ControlClient
 from packcast.control.frames import ProtocolError
 from packcast.control.messages import OfferMessage
 from packcast.control.server import ControlServer
-from packcast.errors import RendezvousError, TransferError
+from packcast.errors import RendezvousError, TransferError, UsageError
 from packcast.group.devices import assign_devices
 from packcast.group.rank_info import RankInfo
 from packcast.io.source import FileReader
@@ -25,6 +25,7 @@ from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.messages import RankAssignment
 from packcast.transfer.offer import Offer, Place, Sample, Selection
+from packcast.transfer.outline import amount_fault
 
 NUM_SAMPLES = 16
 
@@ -85,6 +86,9 @@ def make_offers(
     assignment = assign_devices(infos, settings.backend)
     sizes = [file.spec.nbytes for file in files]
     buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
+    fault = amount_fault(sum(sizes), buffer_size)
+    if fault:
+        raise UsageError(fault, hint="try a larger --buffer-size, or send it in parts")
     chunks = plan_chunks(sizes, buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
     order = tuple(chain_order([info.boot_id for info in infos]))
@@ -120,19 +124,9 @@ def make_offers(
     }
 
 
-def offer_message(offer: Offer) -> OfferMessage:
-    """The offer as it travels, encoded and compressed once for all workers.
-
-    Not in ASCII, in which six bytes stand for what two or three are: a header full of emoji, well
-    within the format's bound, would be over ours.
-    """
-    text = json.dumps(offer.to_json(), separators=(",", ":"), ensure_ascii=False)
-    return OfferMessage.of(text.encode())
-
-
 def send_offers(server: ControlServer, offers: Mapping[int, Offer], sender: int) -> list[int]:
     """Send every worker its offer: one for all, and each one's own assignment. Their ranks."""
-    server.broadcast(offer_message(offers[sender]))
+    server.broadcast(OfferMessage.of(offers[sender].to_bytes()))
     workers = [rank for rank in offers if rank != sender]
     for rank in workers:
         server.send(rank, RankAssignment(**asdict(offers[rank].place)))
@@ -146,12 +140,13 @@ def await_offer(
     message = client.expect(OfferMessage, timeout_s)
     assignment = client.expect(RankAssignment, timeout_s)
     try:
-        offered = json.loads(message.text())
-    except (ProtocolError, ValueError, RecursionError) as error:
+        content = message.content()
+    except ProtocolError as error:
         raise TransferError(f"the sender's offer is refused: {error}") from error
-    offer = Offer.from_json(offered, assignment.model_dump())
+    offer = Offer.from_bytes(content, assignment.model_dump())
     if (offer.rank, offer.world_size) != (rank, world_size):
         raise TransferError("the sender's offer is for another rank or group")
+    check_device(offer)
     return offer
 
 
@@ -186,6 +181,18 @@ def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[Outgoin
                 f" at byte {sample.offset} or soon after"
             )
     return files
+
+
+def check_device(offer: Offer) -> None:
+    """Raise RendezvousError where this rank cannot take part with the device it was given."""
+    if offer.backend != "nccl":
+        return
+    index = int(offer.device.removeprefix("cuda:"))
+    if not torch.distributed.is_nccl_available() or index >= torch.cuda.device_count():
+        raise RendezvousError(
+            f"the sender offers nccl on {offer.device}, which this rank's torch does not have",
+            hint="--backend gloo, on the sender, needs no GPU",
+        )
 
 
 def rank_of(info: RankInfo) -> int:

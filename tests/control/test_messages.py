@@ -283,7 +283,7 @@ def test_a_message_over_its_limit_is_not_even_sent() -> None:
 
 
 def test_only_the_sender_may_send_what_is_large() -> None:
-    assert limits_by("sender")[OfferMessage.kind] > 100 << 20
+    assert limits_by("sender")[OfferMessage.kind] > 50 << 20
     assert max(limits_by("worker").values()) <= 64 << 20
     assert OfferMessage.kind not in limits_by("worker")
 
@@ -323,9 +323,9 @@ def test_an_offer_travels_compressed_and_is_inflated_within_a_bound() -> None:
     message = OfferMessage.of(text)
     assert len(message.encode()) < len(text) / 10
     assert received(message) == message
-    assert message.text() == text
+    assert message.content() == text
     with pytest.raises(ProtocolError, match="over the limit"):
-        OfferMessage.of(bytes(10_000)).text(limit=9_999)
+        OfferMessage.of(bytes(10_000)).content(limit=9_999)
 
 
 @given(st.binary(max_size=100))
@@ -334,7 +334,7 @@ def test_what_is_no_offer_is_one_error(body: bytes) -> None:
         message = decode(OfferMessage.kind, compressed)
         assert isinstance(message, OfferMessage)
         with pytest.raises(ProtocolError):
-            message.text()
+            message.content()
 
 
 # The proof.
