@@ -264,9 +264,9 @@ class Channel:
 
     def _settle(self) -> None:
         incidents, self._incidents = self._incidents, []
-        if not incidents or self._failure is not None:
+        if not incidents or self._failure is not None or self._is_closing:
             return
-        if self._is_committed or self._is_closing:
+        if self._is_committed:
             for incident in incidents:
                 self._note(incident.connection, incident.error.message)
             self._waiters.changed()

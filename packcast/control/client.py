@@ -178,6 +178,11 @@ class ControlClient(Channel):
         said_by = self._name_of(connection) if message.code > 128 else None
         self._part(Incident(connection, message.error(said_by=said_by)))
 
+    def _part(self, incident: Incident) -> None:
+        # At once: nobody else's word could be the cause, and what the sender serves may go with it.
+        super()._part(incident)
+        self._settle()
+
     def _note(self, connection: Connection, sentence: str | None) -> None:
         self._is_gone = True
         if sentence is not None:
