@@ -25,7 +25,6 @@ from packcast.settings import (
     DEFAULT_NUM_BUFFERS,
     DEFAULT_STAGING,
     DEFAULT_STALL_TIMEOUT_S,
-    MAX_TOKEN_NBYTES,
     Backend,
     Settings,
     SinkKind,
@@ -34,6 +33,7 @@ from packcast.settings import (
     check_seconds,
     check_size,
     check_template,
+    check_token,
     is_host,
 )
 from packcast.transfer.caller import Caller, HandOut
@@ -86,7 +86,7 @@ def send_checkpoint(
 
         from packcast import send_checkpoint
 
-        report = send_checkpoint("model", workers=2, listen=("node1", 29400), token="secret")
+        report = send_checkpoint("model", workers=2, listen=("node1", 29400), token=TOKEN)
         print(report.num_tensors, "tensors at", report.bytes_per_second / 1e9, "GB/s")
 
     The arguments are the options of `packcast send`: sizes in bytes (`buffer_size` goes by the
@@ -151,7 +151,7 @@ def send_checkpoint(
         workers=workers,
         address=_address("listen", listen),
         port=port,
-        token=_token(token),
+        token=_token(token, view),
         join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
@@ -206,7 +206,7 @@ def receive_checkpoint(
 
         from packcast import receive_checkpoint
 
-        receive_checkpoint(("node1", 29400), token="secret", into=model.state_dict())
+        receive_checkpoint(("node1", 29400), token=TOKEN, into=model.state_dict())
 
     `device` is auto, cpu, cuda or cuda:N; with `into` auto means the tensors' own. Every tensor is
     proven before `on_tensor` has it: on a CPU by the digests that the reader took of the file's
@@ -246,7 +246,7 @@ def receive_checkpoint(
         device=check_device("device", device),
         address=_address("address", address),
         port=port,
-        token=_token(token),
+        token=_token(token, view),
         rank=rank,
         join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
@@ -313,12 +313,16 @@ def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | N
     return host, port
 
 
-def _token(token: str | bytes | None) -> bytes | None:
+def _token(token: str | bytes | None, view: View | None) -> bytes | None:
+    where = "token"
     if token is None:
-        return os.fsencode(os.environ.get("PACKCAST_TOKEN", "")) or None
+        where, token = "PACKCAST_TOKEN", os.fsencode(os.environ.get("PACKCAST_TOKEN", ""))
+        if not token:
+            return None
     secret = token.encode() if isinstance(token, str) else token
-    if not 0 < len(secret) <= MAX_TOKEN_NBYTES:
-        raise UsageError(f"token: from 1 to {MAX_TOKEN_NBYTES} bytes, not {len(secret)}")
+    warning = check_token(where, secret)
+    if warning and view is not None:
+        view.warn(warning)
     return secret
 
 

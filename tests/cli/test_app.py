@@ -19,6 +19,7 @@ from packcast.errors import RendezvousError, TransferError
 from packcast.report import Report
 from packcast.settings import Settings
 from packcast.view import View
+from tests.helpers.handovers import hand_over
 
 from .conftest import FakeTransfer, snapshot_of, start_of
 
@@ -64,7 +65,7 @@ def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: 
 def test_recv_hands_its_options_to_the_transfer(
     transfer: FakeTransfer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PACKCAST_TOKEN", "secret")
+    monkeypatch.setenv("PACKCAST_TOKEN", "a long secret")
     assert run(["recv", "[::1]:29400", "--verify", "c", "--rank", "2", "--device", "cuda:1"]) == 0
     assert transfer.settings == [
         Settings(
@@ -73,7 +74,7 @@ def test_recv_hands_its_options_to_the_transfer(
             target="c",
             device="cuda:1",
             address=("::1", 29400),
-            token=b"secret",
+            token=b"a long secret",
             rank=2,
         )
     ]
@@ -247,7 +248,7 @@ def test_a_rank_dies_with_its_launcher(
     assert transfer.parents == []
     torchrun(1)
     run(["send", "c"])
-    monkeypatch.setenv("PACKCAST_LAUNCHER_PID", "4711")
+    hand_over(monkeypatch, launcher_pid=4711)
     run(["send", "c"])
     assert transfer.parents == [None, 4711]
 
