@@ -119,10 +119,8 @@ def be_a_rank(outcome: Outcome) -> Leaver:
     leaver = Leaver(outcome.failed, say=say)
     handover = received()
     watch_signals(leaver, patient=handover is not None)
-    if handover is not None:
-        die_with_parent(handover.launcher_pid)
-    elif outcome.launch.kind == "torchrun":
-        die_with_parent()
+    if outcome.launch.kind in ("nproc", "torchrun"):
+        die_with_parent(handover.launcher_pid if handover is not None else None)
     if not outcome.verbose:
         # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

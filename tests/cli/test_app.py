@@ -211,8 +211,20 @@ def test_a_failure_that_was_survived_is_told_in_full(
     assert (result["exit_code"], result["checkpoint"]["bytes"]) == (6, 9)
 
 
+def test_a_token_that_nobody_would_see_is_not_made(
+    transfer: FakeTransfer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run([*SEND, "--workers", "3", "-q"]) == 2
+    assert "-q does not show the token" in capsys.readouterr().err
+    monkeypatch.setenv("PACKCAST_TOKEN", "a secret")
+    assert run([*SEND, "--workers", "3", "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    assert run([*SEND, "--workers", "3"]) == 0
+    assert "warning: PACKCAST_TOKEN: a token of fewer than 16 bytes" in capsys.readouterr().err
+
+
 def test_a_good_end_is_one_line_for_people_and_nothing_on_standard_output(
-    transfer: FakeTransfer, capsys: Capture
+    transfer: FakeTransfer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def succeed(settings: Settings, view: View) -> Report:
         view.started(start_of(), lambda: snapshot_of(1))
@@ -223,6 +235,7 @@ def test_a_good_end_is_one_line_for_people_and_nothing_on_standard_output(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1].startswith("sent 2 files")
+    monkeypatch.setenv("PACKCAST_TOKEN", "a long secret")
     assert run([*SEND, "--workers", "3", "-q"]) == 0
     assert capsys.readouterr().err == ""
 

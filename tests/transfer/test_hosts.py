@@ -23,6 +23,7 @@ from tests.helpers.hosts import Host, connect, give_default_route, needs_hosts
 pytestmark = needs_hosts
 
 TOKEN = {"PACKCAST_TOKEN": "between us"}
+TWO_NODES = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
 # Debian and Ubuntu give a host's own name this address, on the host itself.
 OWN_NAME, OTHER_NAME = {"node1": "127.0.1.1"}, {"node1": "10.77.0.1"}
 
@@ -67,7 +68,7 @@ def test_slurms_nodes_need_no_default_route_and_no_name_that_they_know_of_themse
             host,
             *roles[rank != sender],
             *("--port", "29411", "--join-timeout", "20s"),
-            environment=slurm_task("1", rank, 2) | {"SLURM_STEP_NODELIST": "node[1-2]"},
+            environment=slurm_task("1", rank, 2) | TWO_NODES | TOKEN,
         )
         for rank, host in enumerate((two.node1, two.node2))
     ]
