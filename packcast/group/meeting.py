@@ -106,9 +106,11 @@ class Meeting:
             self._keeper = threading.Thread(target=self._keep, name="packcast-meeting", daemon=True)
             self._keeper.start()
 
-    def is_foreign(self, key: str) -> bool:
-        """Whether its value is there, and is not believed."""
-        return self._open().is_foreign(key)
+    def announce(self, rank: int) -> None:
+        self._open().announce(rank)
+
+    def is_announced(self, rank: int) -> bool:
+        return self._open().is_announced(rank)
 
     def _keep(self) -> None:
         while not self._over.wait(_SLOWEST_POLL_S):
@@ -255,6 +257,8 @@ def settle_sender(
         )
 
     def post_and_settle() -> int:
+        if isinstance(store, Meeting):
+            store.announce(launch.rank)
         store.set(_role_key(launch.rank), role)
         return _poll(store, settled, lambda: _missing(store, launch, timeout_s), timeout_s)
 
@@ -267,12 +271,12 @@ def _missing(store: Keys, launch: Launch, timeout_s: float) -> str:
     named = ", ".join(map(str, missing[:_MAX_NAMED_RANKS]))
     more = len(missing) - _MAX_NAMED_RANKS
     verb = "has" if len(missing) == 1 else "have"
-    foreign = isinstance(store, Meeting) and any(map(store.is_foreign, map(_role_key, missing)))
+    is_foreign = isinstance(store, Meeting) and any(map(store.is_announced, missing))
     return (
         f"{'rank' if len(missing) == 1 else 'ranks'} {named}"
         f"{f' and {more} more' if more > 0 else ''} {verb} not joined"
         f" within {format_duration(timeout_s)}"
-        f"{', or not with the token of this rank' if foreign else ''}"
+        f"{', or not with the same token as this rank' if is_foreign else ''}"
     )
 
 

@@ -20,7 +20,6 @@ from packcast.group.launch import Launch
 
 _NBYTES = 32
 _FILE = "launch-secret"
-_SIGNED = "signed"  # a value without a space before it is not
 
 OPEN_LAUNCH = (
     "this launch has no token: whoever reaches its network may join or end it;"
@@ -41,8 +40,9 @@ class Keys(Protocol):
 class SignedKeys:
     """Keys of one launch: what others have set there is as good as not there.
 
-    `context` tells this launch, and this transfer of it, from others with the same secret. Without
-    a secret everything is believed.
+    With a secret the keys have names that only who has it can tell, so that a stranger does not
+    know what to overwrite, and the values are signed. Without one everything is believed.
+    `context` tells this launch, and this transfer of it, from others with the same secret.
     """
 
     def __init__(self, keys: Keys, secret: bytes | None, context: str) -> None:
@@ -66,36 +66,46 @@ class SignedKeys:
         return value
 
     def set(self, key: str, value: str, /) -> None:
-        self._keys.set(key, value if self._secret is None else self._signed(key, value.encode()))
+        signed = value if self._secret is None else self._signed(key, value.encode())
+        self._keys.set(self._name(key), signed)
 
     def is_foreign(self, key: str) -> bool:
         """Whether its value is there and does not count, as where the tokens differ."""
-        return self._keys.check([key]) and self._value(key) is None
+        return self._keys.check([self._name(key)]) and self._value(key) is None
+
+    def announce(self, rank: int) -> None:
+        """Say to everybody that this rank has come: a hint for people, believed for no more."""
+        self._keys.set(f"here/{rank}", "")
+
+    def is_announced(self, rank: int) -> bool:
+        """Whether somebody says that the rank has come."""
+        return self._keys.check([f"here/{rank}"])
 
     def _value(self, key: str) -> bytes | None:
-        if not self._keys.check([key]):
+        name = self._name(key)
+        if not self._keys.check([name]):
             return None
         try:
-            found = self._keys.get(key)
+            found = self._keys.get(name)
         except RuntimeError:  # deleted since
             return None
-        _, _, value = found.partition(b" ")
         if self._secret is None:
-            if found.startswith(_SIGNED.encode()):
-                raise RendezvousError(
-                    "other ranks of this launch have a token and this rank has none",
-                    hint="set the same PACKCAST_TOKEN on every host",
-                )
             return found
+        _, _, value = found.partition(b" ")
         expected = self._signed(key, value).encode()
         return value if hmac.compare_digest(found, expected) else None
 
+    def _name(self, key: str) -> str:
+        return key if self._secret is None else self._mac("name", key, b"")
+
     def _signed(self, key: str, value: bytes) -> str:
+        return f"{self._mac('value', key, value)} {value.decode(errors='replace')}"
+
+    def _mac(self, what: str, key: str, value: bytes) -> str:
         assert self._secret is not None
-        # Context and key hold no zero byte, so the text can be read in one way only.
-        text = b"\0".join((b"packcast store", self._context.encode(), key.encode(), value))
-        mac = hmac.new(self._secret, text, hashlib.sha256).hexdigest()
-        return f"{_SIGNED}:{mac} {value.decode(errors='replace')}"
+        # What comes before the value holds no zero byte, so this can be read in one way only.
+        text = b"\0".join(part.encode() for part in ("packcast store", what, self._context, key))
+        return hmac.new(self._secret, text + b"\0" + value, hashlib.sha256).hexdigest()
 
 
 def launch_context(launch: Launch, environ: Mapping[str, str], call: int) -> str:
