@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -27,6 +28,7 @@ _PAUSE_S = 0.02
 _CONNECT_S = 1.0
 _REPLY_S = 0.3
 _SPOIL_EVERY_S = 1.0
+_OURS = re.compile(r"(.*packcast/\d+/\d+)/")
 _SENTENCE = "a stranger says that this is over"
 
 _MEMBER = {
@@ -83,6 +85,7 @@ class Strangers:
         self._doors: dict[int, str] = {}  # port -> address, of the control channel
         self._over = threading.Event()
         self._silent: list[socket.socket] = []
+        self._prefixes = {"packcast/0/0"}  # of ranks without an agent
         self._spoilt_at = 0.0
         self._recorded: list[bytes] = []
         bodies = (self._watch, self._talk, self._replay, self._stay_silent, self._set_keys)
@@ -180,8 +183,7 @@ class Strangers:
                     "127.0.0.1", self._store_port, None, False, limit, wait_for_workers=False
                 )
                 self._spoil_all(store)
-                # As torchrun's agents wrap it, and as ranks without one find it.
-                for prefix in ("packcast/0/0", "default_pg/packcast/0/0"):
+                for prefix in list(self._prefixes):
                     self._spoil(PrefixStore(prefix, store))
 
     def _spoil_all(self, store: TCPStore) -> None:
@@ -190,7 +192,8 @@ class Strangers:
             return
         self._spoilt_at = time.monotonic()
         for key in store.list_keys():
-            if "packcast" in key:
+            if found := _OURS.match(key):
+                self._prefixes.add(found[1].lstrip("/"))
                 store.set(key, "spoilt")
                 self.counts["keys found"] += 1
 
