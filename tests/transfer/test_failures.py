@@ -333,7 +333,7 @@ def test_strangers_and_one_too_many_are_told_so_and_stop_nobody(
     )
     line = sender.read_until(r"PACKCAST_TOKEN=(\S+) packcast recv (\S+) --out DIR")
     token = {"PACKCAST_TOKEN": line[1]}
-    wrong = commands.packcast("recv", line[2], "--discard", environment={"PACKCAST_TOKEN": "guess"})
+    wrong = commands.packcast("recv", line[2], "--discard", environment={"PACKCAST_TOKEN": "a guess at it"})
     without = commands.packcast("recv", line[2], "--discard")
     ends = wait_all([wrong, without])
     assert codes(ends) == [4, 4]
@@ -385,10 +385,10 @@ def test_ranks_of_a_launch_with_different_tokens_are_told_so(
     port = free_port()
     ranks = [
         commands.packcast(
-            *("send", checkpoint, "--join-timeout", "2s"),
+            *("send", checkpoint, "--join-timeout", limit),
             environment=rank_environment(rank, 2, port) | {"PACKCAST_TOKEN": f"of rank {rank}"},
         )
-        for rank in range(2)
+        for rank, limit in enumerate(("4s", "2s"))  # the store's host leaves last
     ]
     sender, worker = wait_all(ranks)
     assert codes([sender, worker]) == [4, 4]
