@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from packcast.errors import UsageError
-from packcast.group import asking
+from packcast.group import launch_checks
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_ring
 from packcast.settings import (
@@ -193,7 +193,9 @@ def check_send(
             "-q does not show the token that `send` makes, which the workers need",
             hint="set PACKCAST_TOKEN, or give --token-file",
         )
-    asking.check_send(settings, launch, option, nproc=nproc, ways=asking.WAYS_TO_LAUNCH)
+    launch_checks.check_send(
+        settings, launch, option, nproc=nproc, hint=launch_checks.WAYS_TO_LAUNCH
+    )
 
 
 def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
@@ -202,7 +204,7 @@ def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
         raise UsageError(
             "--json: the ranks would all write one file", hint="put {rank} in its name"
         )
-    asking.check_recv(settings, launch, option, ways=LISTENING_SENDER)
+    launch_checks.check_recv(settings, launch, option, hint=LISTENING_SENDER)
 
 
 def without_nproc(argv: list[str]) -> list[str]:

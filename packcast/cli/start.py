@@ -17,9 +17,9 @@ from packcast.cli.options import variable_of
 from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError
-from packcast.group.asking import launch_of
 from packcast.group.devices import host_name
 from packcast.group.handover import received
+from packcast.group.launch_checks import launch_of
 from packcast.group.leave import Leaver, die_with_parent, watch_signals
 from packcast.group.nproc import run_nproc
 from packcast.io.sinks.partial import partials_of, remove_if_unused

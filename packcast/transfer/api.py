@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from packcast.errors import UsageError, error_from_code
-from packcast.group import asking
+from packcast.group import launch_checks
 from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
 from packcast.packed.plan import check_ring
 from packcast.report import Report
@@ -156,8 +156,8 @@ def send_checkpoint(
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    launch = asking.launch_of(os.environ, by_address=settings.by_address)
-    asking.check_send(settings, launch, "{}=".format, nproc=None, ways=_WAYS)
+    launch = launch_checks.launch_of(os.environ, by_address=settings.by_address)
+    launch_checks.check_send(settings, launch, "{}=".format, nproc=None, hint=_WAYS)
     if workers is not None and settings.token is None and view is None:
         raise UsageError(
             "workers= needs token=, which the workers give too",
@@ -252,8 +252,8 @@ def receive_checkpoint(
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    launch = asking.launch_of(os.environ, by_address=settings.by_address)
-    asking.check_recv(settings, launch, "{}=".format, ways=_WHERE)
+    launch = launch_checks.launch_of(os.environ, by_address=settings.by_address)
+    launch_checks.check_recv(settings, launch, "{}=".format, hint=_WHERE)
     caller = Caller()
 
     def make_shelf(device: str, waiting_nbytes: int) -> Shelf:

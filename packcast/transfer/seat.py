@@ -25,11 +25,11 @@ from packcast.group.addresses import (
     source_towards,
     text_of,
 )
-from packcast.group.asking import launch_of
 from packcast.group.devices import boot_id, host_name, visible_gpus
 from packcast.group.handover import LOOPBACK, received
 from packcast.group.hub import Hub
 from packcast.group.launch import Launch
+from packcast.group.launch_checks import launch_of
 from packcast.group.leave import WayOut
 from packcast.group.line import Line
 from packcast.group.meeting import (

@@ -333,7 +333,9 @@ def test_strangers_and_one_too_many_are_told_so_and_stop_nobody(
     )
     line = sender.read_until(r"PACKCAST_TOKEN=(\S+) packcast recv (\S+) --out DIR")
     token = {"PACKCAST_TOKEN": line[1]}
-    wrong = commands.packcast("recv", line[2], "--discard", environment={"PACKCAST_TOKEN": "a guess at it"})
+    wrong = commands.packcast(
+        "recv", line[2], "--discard", environment={"PACKCAST_TOKEN": "a guess at it"}
+    )
     without = commands.packcast("recv", line[2], "--discard")
     ends = wait_all([wrong, without])
     assert codes(ends) == [4, 4]
