@@ -34,7 +34,7 @@ def launch_of(environ: Mapping[str, str], *, by_address: bool) -> Launch:
         launch = detect_launch(environ)
     except RendezvousError:
         return ALONE
-    return replace(launch, kind="none", rank=0, world_size=1)
+    return replace(launch, kind="none", rank=0, world_size=1, is_one_host=False)
 
 
 def check_send(
