@@ -86,7 +86,7 @@ def send_checkpoint(
 
         from packcast import send_checkpoint
 
-        report = send_checkpoint("model", workers=2, listen=("node1", 29400), token=TOKEN)
+        report = send_checkpoint("model", workers=2, listen=("node1", 29400), token="7b1f09c4d2a8")
         print(report.num_tensors, "tensors at", report.bytes_per_second / 1e9, "GB/s")
 
     The arguments are the options of `packcast send`: sizes in bytes (`buffer_size` goes by the
@@ -206,7 +206,7 @@ def receive_checkpoint(
 
         from packcast import receive_checkpoint
 
-        receive_checkpoint(("node1", 29400), token=TOKEN, into=model.state_dict())
+        receive_checkpoint(("node1", 29400), token="7b1f09c4d2a8", into=model.state_dict())
 
     `device` is auto, cpu, cuda or cuda:N; with `into` auto means the tensors' own. Every tensor is
     proven before `on_tensor` has it: on a CPU by the digests that the reader took of the file's
