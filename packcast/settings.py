@@ -22,6 +22,8 @@ Backend = Literal["auto", "nccl", "gloo"]
 
 PLACEHOLDERS = ("{rank}", "{local_rank}", "{host}")
 MAX_TOKEN_NBYTES = 4096
+MIN_TOKEN_NBYTES = 8  # fewer are an error, and fewer than this many worth a warning:
+SAFE_TOKEN_NBYTES = 16
 
 MIN_FITTING_SIZE, MAX_FITTING_SIZE = 16 * MIB, 64 * MIB  # that are chosen for a checkpoint
 DEFAULT_NUM_BUFFERS = 4
@@ -126,6 +128,19 @@ def is_host(text: str) -> bool:
     except UnicodeError:
         return False
     return _HOST_NAME.fullmatch(text) is not None and len(text) <= _MAX_HOST_NAME_LENGTH
+
+
+def check_token(where: str, token: bytes) -> str | None:
+    """Refuse a secret that is guessed by trying; a warning for one that is merely short."""
+    if not MIN_TOKEN_NBYTES <= len(token) <= MAX_TOKEN_NBYTES:
+        raise UsageError(
+            f"{where}: a token has from {MIN_TOKEN_NBYTES} to {MAX_TOKEN_NBYTES} bytes,"
+            f" this one {len(token)}",
+            hint="`openssl rand -hex 16` makes one",
+        )
+    if len(token) < SAFE_TOKEN_NBYTES:
+        return f"{where}: a token of fewer than {SAFE_TOKEN_NBYTES} bytes can be guessed"
+    return None
 
 
 def check_device(where: str, device: str) -> str:

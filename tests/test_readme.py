@@ -125,7 +125,7 @@ def test_library_and_commands_meet_as_shown(
 ) -> None:
     """Each of the two calls of the prose with both at its other end."""
     send, receive = re.findall(r"`((?:send|receive)_checkpoint\([^`]+\))`", PROSE)
-    out, token = tmp_path / "copy", {"PACKCAST_TOKEN": "secret"}
+    out, token = tmp_path / "copy", {"PACKCAST_TOKEN": "7b1f09c4d2a85e36"}
 
     def call(text: str, port: int) -> Command:
         here = text.replace('("node1", 29400)', f'("127.0.0.1", {port})')

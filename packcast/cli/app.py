@@ -36,6 +36,7 @@ from packcast.cli.start import (
     forget_service_links,
     name_variables,
     start_ranks,
+    warner,
     was_given,
 )
 from packcast.cli.streams import flush_streams
@@ -161,14 +162,14 @@ def send(
         workers=workers,
         address=given.address("--listen", listen) if listen else None,
         port=port,
-        token=given.token(token_file, os.environ),
+        token=given.token(token_file, os.environ, warner(outcome, quiet=quiet)),
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
     if dry_run:
         from packcast.cli.dryrun import dry_run as dry_run_of
 
         return _show(outcome, dry_run_of(outcome.settings), quiet=quiet)
-    given.check_send(outcome.settings, outcome.launch, nproc=nproc)
+    given.check_send(outcome.settings, outcome.launch, nproc=nproc, quiet=quiet)
     if nproc is not None:
         return start_ranks(outcome, nproc)
     return _move(outcome, outcome.settings, progress, quiet=quiet)
@@ -206,7 +207,7 @@ def recv(
         device=given.device(device),
         address=given.address("HOST:PORT", address) if address else None,
         port=port,
-        token=given.token(token_file, os.environ),
+        token=given.token(token_file, os.environ, warner(outcome, quiet=quiet)),
         rank=rank,
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )

@@ -31,7 +31,6 @@ from packcast.errors import (
     VerificationError,
     error_from_code,
 )
-from packcast.group.nproc import LAUNCHER_PID_VARIABLE
 from packcast.units import format_exact_size, format_rate
 
 if TYPE_CHECKING:
@@ -222,6 +221,6 @@ def _plotter(text: str) -> Callable[[Results], None]:
 def _command_line(outcome: Outcome) -> str:
     """What was typed, as far as the ranks can know."""
     words = ["packcast", *outcome.argv]
-    if LAUNCHER_PID_VARIABLE in os.environ:
+    if outcome.launch.kind == "nproc":
         words += ["--nproc", str(outcome.launch.world_size)]
     return shlex.join(words)

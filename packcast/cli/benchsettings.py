@@ -16,8 +16,8 @@ from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
 from packcast.cli import settings as given
 from packcast.cli.profile import backend_expected
 from packcast.errors import UsageError
-from packcast.group.asking import check_port
 from packcast.group.launch import Launch
+from packcast.group.launch_checks import check_port
 from packcast.io.memory import available_nbytes
 from packcast.packed.plan import check_staging
 from packcast.settings import Backend

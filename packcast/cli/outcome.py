@@ -5,7 +5,6 @@ The one place that prints an error. Knows no torch.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import traceback
@@ -23,9 +22,9 @@ from packcast.errors import (
     error_from_code,
     out_of_descriptors,
 )
+from packcast.group.handover import received
 from packcast.group.launch import ALONE, Launch
 from packcast.group.leave import record_failure
-from packcast.group.nproc import SAID_VARIABLE
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 
@@ -120,11 +119,11 @@ class Outcome:
         tried = self.verbose and error.hint == _TRY_VERBOSE
         hint = f"\n  {error.hint}" if error.hint and not tried else ""
         text = f"packcast: error: {error.message}{hint}"
-        said = os.environ.get(SAID_VARIABLE)
-        if said and not self.verbose:  # then each rank's follows its traceback
-            say_once(text, Path(said))
-        else:
+        handover = received()
+        if handover is None or self.verbose:  # then each rank's follows its traceback
             say(text)
+        elif not isinstance(error, Interrupted):  # of that the launcher tells
+            say_once(text, handover.said)
 
     def _write_report(self, report: Report) -> None:
         # A file without {rank} in its name is the sender's, or belongs to a lone `recv`.

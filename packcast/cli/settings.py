@@ -6,12 +6,13 @@ Every complaint is a UsageError that names the option. Knows no torch, and does 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
 from packcast.errors import UsageError
-from packcast.group import asking
+from packcast.group import launch_checks
 from packcast.group.launch import Launch
 from packcast.packed.plan import check_ring
 from packcast.settings import (
@@ -24,6 +25,7 @@ from packcast.settings import (
     check_seconds,
     check_size,
     check_template,
+    check_token,
     is_host,
 )
 from packcast.units import parse_duration, parse_size
@@ -140,19 +142,30 @@ def in_place(wanted: bool, sink: SinkKind) -> bool:
     return wanted
 
 
-def token(file: str | None, environ: Mapping[str, str]) -> bytes | None:
+def token(
+    file: str | None,
+    environ: Mapping[str, str],
+    warn: Callable[[str], None] = lambda _text: None,
+) -> bytes | None:
     """The shared secret: of --token-file, else of PACKCAST_TOKEN, else none."""
-    if file is None:
-        return os.fsencode(environ.get("PACKCAST_TOKEN", "")) or None
-    try:
-        with open(file, "rb") as stream:
-            secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
-    except OSError as error:
-        raise UsageError(f"--token-file: {file}: {error.strerror}") from None
-    if not secret:
-        raise UsageError(f"--token-file: {file} is empty")
-    if len(secret) > MAX_TOKEN_NBYTES:
-        raise UsageError(f"--token-file: {file} is longer than {MAX_TOKEN_NBYTES} bytes")
+    where = "PACKCAST_TOKEN" if file is None else f"--token-file: {file}"
+    secret = os.fsencode(environ.get("PACKCAST_TOKEN", ""))
+    if file is None and not secret:
+        return None
+    if file is not None:
+        try:
+            with open(file, "rb") as stream:
+                secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
+                may_all_read = os.fstat(stream.fileno()).st_mode & stat.S_IROTH
+        except OSError as error:
+            raise UsageError(f"{where}: {error.strerror}") from None
+        if not secret:
+            raise UsageError(f"{where} is empty")
+        if may_all_read:
+            warn(f"{where}: every user of this host may read the token: `chmod 600` it")
+    warning = check_token(where, secret)
+    if warning:
+        warn(warning)
     return secret
 
 
@@ -171,9 +184,18 @@ def json_target(text: str | None) -> str | None:
     return text
 
 
-def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None:
+def check_send(
+    settings: Settings, launch: Launch, *, nproc: int | None, quiet: bool = False
+) -> None:
     """Who takes part in `send` must be said once, by a launcher or by an option."""
-    asking.check_send(settings, launch, option, nproc=nproc, ways=asking.WAYS_TO_LAUNCH)
+    if quiet and settings.workers is not None and settings.token is None:
+        raise UsageError(
+            "-q does not show the token that `send` makes, which the workers need",
+            hint="set PACKCAST_TOKEN, or give --token-file",
+        )
+    launch_checks.check_send(
+        settings, launch, option, nproc=nproc, hint=launch_checks.WAYS_TO_LAUNCH
+    )
 
 
 def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
@@ -182,7 +204,7 @@ def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
         raise UsageError(
             "--json: the ranks would all write one file", hint="put {rank} in its name"
         )
-    asking.check_recv(settings, launch, option, ways=LISTENING_SENDER)
+    launch_checks.check_recv(settings, launch, option, hint=LISTENING_SENDER)
 
 
 def without_nproc(argv: list[str]) -> list[str]:

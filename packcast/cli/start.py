@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import takewhile
 
 import typer
@@ -17,10 +17,11 @@ from packcast.cli.options import variable_of
 from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError
-from packcast.group.asking import launch_of
 from packcast.group.devices import host_name
+from packcast.group.handover import received
+from packcast.group.launch_checks import launch_of
 from packcast.group.leave import Leaver, die_with_parent, watch_signals
-from packcast.group.nproc import IGNORED_VARIABLE, LAUNCHER_PID_VARIABLE, run_nproc
+from packcast.group.nproc import run_nproc
 from packcast.io.sinks.partial import partials_of, remove_if_unused
 from packcast.settings import Settings, fill_in
 
@@ -76,7 +77,7 @@ def start_ranks(outcome: Outcome, nproc: int) -> int:
     def look_after(patient: bool) -> None:
         _clear_leftovers(outcome.settings, nproc, remove=patient)
 
-    return run_nproc(argv, nproc, verbose=outcome.verbose, say=say, look_after=look_after)
+    return run_nproc(argv, nproc, say=say, look_after=look_after)
 
 
 def _clear_leftovers(settings: Settings | None, nproc: int, *, remove: bool) -> None:
@@ -99,6 +100,16 @@ def _clear_leftovers(settings: Settings | None, nproc: int, *, remove: bool) -> 
                 say(f"{partial}: `packcast clean --yes {folder}` removes it")
 
 
+def warner(outcome: Outcome, *, quiet: bool) -> Callable[[str], None]:
+    """Where a warning goes that is the same for all ranks of a host: one of them gives it."""
+
+    def warn(text: str) -> None:
+        if not quiet and outcome.launch.local_rank == 0 and outcome.launch.kind != "nproc":
+            say(f"packcast: warning: {text}")
+
+    return warn
+
+
 def be_a_rank(outcome: Outcome) -> Leaver:
     """Take signals, and die with the launcher. Before torch, whose threads must inherit the mask.
 
@@ -106,12 +117,10 @@ def be_a_rank(outcome: Outcome) -> Leaver:
     down a broken process group can hang.
     """
     leaver = Leaver(outcome.failed, say=say)
-    ignored = os.environ.get(IGNORED_VARIABLE, "").split()
-    started_by_us = LAUNCHER_PID_VARIABLE in os.environ
-    watch_signals(leaver, ignored=map(int, ignored), patient=started_by_us)
-    if outcome.launch.kind == "torchrun":  # --nproc is one too, and says who it is
-        launcher = os.environ.get(LAUNCHER_PID_VARIABLE, "")
-        die_with_parent(int(launcher) if launcher.isdecimal() else None)
+    handover = received()
+    watch_signals(leaver, patient=handover is not None)
+    if outcome.launch.kind in ("nproc", "torchrun"):
+        die_with_parent(handover.launcher_pid if handover is not None else None)
     if not outcome.verbose:
         # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,4 +1,4 @@
-"""Who started this process, and which rank it is: torchrun, Slurm or nobody.
+"""Who started this process, and which rank it is: `--nproc`, torchrun, Slurm or nobody.
 
 Reads environments that are handed in; knows no torch.
 """
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from packcast.errors import RendezvousError
+from packcast.group.addresses import says_loopback
+from packcast.group.handover import HANDOVER_VARIABLE
 from packcast.settings import is_host
 
 # From here on Slurm's step ids are no steps of `srun` but the pending, extern, batch and
@@ -22,13 +24,17 @@ _SLURM_PORTS = range(20_000, 30_000)  # below every usual range of ephemeral por
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """This process's place: its rank of `world_size`, and among those of its host."""
+    """This process's place: its rank of `world_size`, and among those of its host.
 
-    kind: Literal["torchrun", "slurm", "none"]
+    `is_one_host`: it is certain that all ranks are on this one. All ranks agree about that.
+    """
+
+    kind: Literal["nproc", "torchrun", "slurm", "none"]
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
+    is_one_host: bool = False
 
 
 ALONE = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -37,7 +43,7 @@ ALONE = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
 def detect_launch(environ: Mapping[str, str]) -> Launch:
     """The launcher, from its variables; raises RendezvousError where they make no sense."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        return _torchrun(environ)
+        return _nproc(environ) if HANDOVER_VARIABLE in environ else _torchrun(environ)
     if "SLURM_PROCID" in environ and _is_srun_step(environ):
         launch = _slurm(environ)
         # `srun --pty bash` is a step of one task: a place to type in, not a launch.
@@ -91,6 +97,11 @@ def meeting_address(
     return host, port
 
 
+def _nproc(environ: Mapping[str, str]) -> Launch:
+    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
+    return _checked(Launch("nproc", rank, world_size, rank, world_size, is_one_host=True))
+
+
 def _torchrun(environ: Mapping[str, str]) -> Launch:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environ.get(name):
@@ -99,14 +110,18 @@ def _torchrun(environ: Mapping[str, str]) -> Launch:
                 hint="start packcast with torchrun, or unset RANK and WORLD_SIZE",
             )
     rank = _number(environ, "RANK")
+    world_size = _number(environ, "WORLD_SIZE")
     local_rank = _number(environ, "LOCAL_RANK", rank)  # absent where people set these by hand
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", local_rank + 1)
+    are_all_here = "LOCAL_WORLD_SIZE" in environ and local_world_size == world_size
     return _checked(
         Launch(
             "torchrun",
             rank=rank,
-            world_size=_number(environ, "WORLD_SIZE"),
+            world_size=world_size,
             local_rank=local_rank,
-            local_world_size=_number(environ, "LOCAL_WORLD_SIZE", local_rank + 1),
+            local_world_size=local_world_size,
+            is_one_host=are_all_here or says_loopback(environ["MASTER_ADDR"].strip("[]")),
         )
     )
 
@@ -118,14 +133,17 @@ def _is_srun_step(environ: Mapping[str, str]) -> bool:
 def _slurm(environ: Mapping[str, str]) -> Launch:
     # The step's own count first: SLURM_NTASKS can be the whole job's.
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    world_size = _number(environ, tasks)
     local_rank = _number(environ, "SLURM_LOCALID", 0)
+    tasks_here = _tasks_here(environ)
     return _checked(
         Launch(
             "slurm",
             rank=_number(environ, "SLURM_PROCID"),
-            world_size=_number(environ, tasks),
+            world_size=world_size,
             local_rank=local_rank,
-            local_world_size=max(_tasks_here(environ), local_rank + 1),
+            local_world_size=max(tasks_here, local_rank + 1),
+            is_one_host=tasks_here == world_size,
         )
     )
 

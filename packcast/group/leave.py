@@ -20,6 +20,7 @@ from contextlib import suppress
 from typing import NoReturn, Protocol
 
 from packcast.errors import Interrupted, PackcastError
+from packcast.group.handover import received
 
 # To remove a checkpoint's files may take seconds; who stops processes by a signal (torchrun, Slurm,
 # Kubernetes) kills them after thirty.
@@ -205,7 +206,12 @@ def record_failure(error: PackcastError) -> None:
     errors/error_handler.py), with the sentence as the "call stack", since that is the part that
     torchrun prints, and with the exit code, which torchrun flattens. A signal from outside is no
     failure of this rank, and torchrun sends one to all victims: it is not recorded.
+    `--nproc` knows its victims, and is told in any case.
     """
+    handover = received()
+    if handover is not None:
+        handover.record_failure(error)
+        return
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path or isinstance(error, Interrupted):
         return
@@ -230,12 +236,12 @@ def ignored_signals(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
     return {number for number in numbers if signal.getsignal(number) is signal.SIG_IGN}
 
 
-def watch_signals(leaver: Leaver, *, ignored: Iterable[int] = (), patient: bool = False) -> None:
+def watch_signals(leaver: Leaver, *, patient: bool = False) -> None:
     """Take SIGINT, SIGTERM and SIGHUP on a thread of its own, from now on.
 
-    What was ignored when the process started stays so, and so do the `ignored` numbers. The first
-    signal ends the process by `leave`, the second one waits for that and says so, the third one
-    ends it at once; but where `patient` all wait, as in ranks whose launcher sends them on.
+    What was ignored when the process started stays so. The first signal ends the process by
+    `leave`, the second one waits for that and says so, the third one ends it at once; but where
+    `patient` all wait, as in ranks of `--nproc`, which counts the signals and sends on the first.
 
     Python's handlers run in the main thread only, which may be waiting inside a collective. Call
     this from the main thread before any other thread is started: threads inherit the mask, and
@@ -243,8 +249,6 @@ def watch_signals(leaver: Leaver, *, ignored: Iterable[int] = (), patient: bool 
     SIGTERM: one that is started later must unblock these signals itself.
     """
     assert threading.current_thread() is threading.main_thread()
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
     # A signal that is blocked is kept for sigwait although it is ignored.
     watched = _SIGNALS - ignored_signals(_SIGNALS)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS - watched)
@@ -279,7 +283,10 @@ def _take_signals(leaver: Leaver, watched: set[signal.Signals], patient: bool) -
         count += 1
         # On a thread of its own: each of these may hang, as a terminal can.
         if patient or count == 1:
-            threading.Thread(target=_leave_on, args=(leaver, number), daemon=True).start()
+            # torchrun sends SIGTERM to all as soon as one rank has failed: the cause, which comes
+            # over the control channel at the same time, is the better answer. --nproc has waited.
+            wait_s = _VERDICT_WAIT_S if number == signal.SIGTERM and not patient else 0.0
+            threading.Thread(target=_leave_on, args=(leaver, number, wait_s), daemon=True).start()
         elif count == 2:
             threading.Thread(target=leaver.ask_for_patience, daemon=True).start()
         else:
@@ -291,12 +298,8 @@ def _interrupted(number: int) -> Interrupted:
     return Interrupted(f"interrupted by {name}", signal_number=number)
 
 
-def _leave_on(leaver: Leaver, number: int) -> None:
-    # torchrun sends SIGTERM to all as soon as one rank has failed: the cause, which comes over
-    # the control channel at the same time, is the better answer.
-    if number == signal.SIGTERM and leaver.wait_leaving(_VERDICT_WAIT_S):
-        return
-    if leaver.is_shielded:
+def _leave_on(leaver: Leaver, number: int, wait_s: float) -> None:
+    if leaver.wait_leaving(wait_s) or leaver.is_shielded:
         return
     leaver.leave(_interrupted(number))
 

@@ -9,21 +9,27 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from packcast.errors import PackcastError, RendezvousError, error_from_code
 from packcast.group.addresses import (
     host_and_port,
     interface_of,
+    is_literal,
     is_loopback,
+    resolve,
+    source_towards,
     text_of,
     with_interface,
 )
+from packcast.group.handover import LOOPBACK
 from packcast.group.launch import Launch, meeting_address
+from packcast.group.secret import Keys, SignedKeys, launch_context
 from packcast.group.store import GRACE_S, answer_in, await_listener, connect_store, host_store
 from packcast.units import format_duration
 
@@ -35,16 +41,6 @@ T = TypeVar("T")
 _SLOWEST_POLL_S = 0.2
 _MAX_NAMED_RANKS = 8
 _NO_ANSWER = "the launcher's store does not answer"
-
-
-class Keys(Protocol):
-    """What is needed of a store."""
-
-    def check(self, keys: list[str], /) -> bool: ...
-
-    def get(self, key: str, /) -> bytes: ...
-
-    def set(self, key: str, value: str, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +62,24 @@ class Meeting:
     Either the launcher's own, or one that rank 0 hosts at the launcher's address, for so long only:
     a trainer's own init_process_group wants that port afterwards. Who calls holds this object and
     not the store in it, since the frames of an exception would keep the port taken.
+
+    Where keys are signed, those that this rank has set are set again if a stranger has changed
+    them.
     """
 
     def __init__(
         self,
-        store: Store,
+        store: SignedKeys,
         address: tuple[str, int],
         link: socket.socket | None,
         *,
         is_agents: bool = False,
     ) -> None:
-        self._store: Store | None = store
+        self._store: SignedKeys | None = store
         self._link = link
+        self._mine: dict[str, str] = {}
+        self._over = threading.Event()
+        self._keeper: threading.Thread | None = None
         self.is_agents = is_agents
         self.host = address[0]
         self.here = None if link is None else text_of(link.getsockname())
@@ -97,7 +99,25 @@ class Meeting:
         return self._open().get(key)
 
     def set(self, key: str, value: str, /) -> None:
-        self._open().set(key, value)
+        store = self._open()
+        store.set(key, value)
+        self._mine[key] = value
+        if store.is_signed and self._keeper is None:
+            self._keeper = threading.Thread(target=self._keep, name="packcast-meeting", daemon=True)
+            self._keeper.start()
+
+    def announce(self, rank: int) -> None:
+        self._open().announce(rank)
+
+    def is_announced(self, rank: int) -> bool:
+        return self._open().is_announced(rank)
+
+    def _keep(self) -> None:
+        while not self._over.wait(_SLOWEST_POLL_S):
+            with contextlib.suppress(RuntimeError, PackcastError):  # the store has gone
+                for key, value in list(self._mine.items()):
+                    if self._open().is_foreign(key) or not self._open().check([key]):
+                        self._open().set(key, value)
 
     def hosts_of(self, sender: Whereabouts) -> list[str]:
         """The addresses at which this rank may reach the sender, the likeliest first."""
@@ -113,6 +133,9 @@ class Meeting:
         Elsewhere wait for that, at most `wait_s`. Nobody needs to where all ranks are told to go on
         only once rank 0 has closed.
         """
+        self._over.set()
+        if self._keeper is not None:
+            self._keeper.join(GRACE_S)
         self._store = None
         link, self._link = self._link, None
         if link is None:
@@ -128,7 +151,7 @@ class Meeting:
 
         return self.is_agents or dist.is_initialized()
 
-    def _open(self) -> Store:
+    def _open(self) -> SignedKeys:
         if self._store is None:
             raise RuntimeError("the meeting is over")
         return self._store
@@ -140,9 +163,10 @@ def open_meeting(
     timeout_s: float,
     port: int | None = None,
     *,
+    secret: bytes | None = None,
     call: int = 0,
 ) -> Meeting:
-    """Every rank of a launch calls this first.
+    """Every rank of a launch calls this first; what they say there is signed with the `secret`.
 
     Does not wait for the other ranks, only (up to `timeout_s`) for the store's host. `port` goes
     before the one derived from the Slurm step; `call` counts the transfers of this launch, each of
@@ -150,30 +174,50 @@ def open_meeting(
     answer.
     """
     address = meeting_address(launch, environ, port)
+    context = launch_context(launch, environ, call)
+
+    def signed(store: Store) -> SignedKeys:
+        return SignedKeys(_of_this_call(store, environ, call), secret, context)
+
     if launch.kind == "torchrun" and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _joined(launch, environ, address, timeout_s, call, agents=True)
+        return _joined(launch, address, timeout_s, signed, agents=True)
+    if launch.is_one_host and not (is_literal(address[0]) and is_loopback(address[0])):
+        address = (LOOPBACK, address[1])
     if launch.rank:
-        return _joined(launch, environ, address, timeout_s, call)
+        return _joined(launch, address, timeout_s, signed)
     import torch.distributed as dist
 
     option = "--port" if launch.kind == "slurm" else "--master-port (MASTER_PORT)"
+    on = _address_here(address[0])
     try:
-        # Its own way there is loopback: its name may not be known yet, or be another host's.
-        store, _ = host_store("", "127.0.0.1", address[1], timeout_s, option=option)
+        # Its own way there: its name may not be known yet, or be another host's.
+        store, _ = host_store(on, on or LOOPBACK, address[1], timeout_s, option=option)
     except RendezvousError:
         if not dist.is_initialized():
             raise
         # The port is most likely taken by the default group's own store, which serves as well.
-        return _joined(launch, environ, address, timeout_s, call)
-    return Meeting(_of_this_call(store, environ, call), address, None)
+        return _joined(launch, address, timeout_s, signed)
+    return Meeting(signed(store), address, None)
+
+
+def _address_here(host: str) -> str:
+    """This host's address by that name; "", every one, where it is not certain that others reach
+    it: many systems give a host's own name a loopback address."""
+    if is_literal(host):
+        return host if source_towards(host) == host else ""
+    try:
+        found = {text_of(address) for *_, address in resolve(host, 0)}
+    except OSError:
+        return ""
+    here = [each for each in found if not is_loopback(each) and source_towards(each) == each]
+    return here[0] if len(here) == 1 else ""
 
 
 def _joined(
     launch: Launch,
-    environ: Mapping[str, str],
     address: tuple[str, int],
     timeout_s: float,
-    call: int,
+    signed: Callable[[Store], SignedKeys],
     *,
     agents: bool = False,
 ) -> Meeting:
@@ -184,7 +228,7 @@ def _joined(
         store = (
             _agents_store(launch, address, left_s) if agents else connect_store(*address, left_s)
         )
-        return Meeting(_of_this_call(store, environ, call), address, link, is_agents=agents)
+        return Meeting(signed(store), address, link, is_agents=agents)
     except BaseException:
         link.close()
         raise
@@ -212,22 +256,50 @@ def settle_sender(
             hint="one launch must run `packcast send CKPT`, the others `packcast recv`",
         )
 
-    def nobody() -> str:
-        missing = [rank for rank in ranks if not store.check([_role_key(rank)])]
-        named = ", ".join(map(str, missing[:_MAX_NAMED_RANKS]))
-        more = len(missing) - _MAX_NAMED_RANKS
-        verb = "has" if len(missing) == 1 else "have"
-        return (
-            f"{'rank' if len(missing) == 1 else 'ranks'} {named}"
-            f"{f' and {more} more' if more > 0 else ''} {verb} not joined"
-            f" within {format_duration(timeout_s)}"
-        )
-
     def post_and_settle() -> int:
+        if isinstance(store, Meeting):
+            store.announce(launch.rank)
         store.set(_role_key(launch.rank), role)
-        return _poll(store, settled, nobody, timeout_s)
+        return _poll(store, settled, lambda: _missing(store, launch, timeout_s), timeout_s)
 
     return answer_in(timeout_s, _NO_ANSWER, post_and_settle)
+
+
+def _missing(store: Keys, launch: Launch, timeout_s: float) -> str:
+    """Who has not come, where the time to join is over."""
+    missing = [rank for rank in range(launch.world_size) if not store.check([_role_key(rank)])]
+    named = ", ".join(map(str, missing[:_MAX_NAMED_RANKS]))
+    more = len(missing) - _MAX_NAMED_RANKS
+    verb = "has" if len(missing) == 1 else "have"
+    is_foreign = isinstance(store, Meeting) and any(map(store.is_announced, missing))
+    return (
+        f"{'rank' if len(missing) == 1 else 'ranks'} {named}"
+        f"{f' and {more} more' if more > 0 else ''} {verb} not joined"
+        f" within {format_duration(timeout_s)}"
+        f"{', or not with the same token as this rank' if is_foreign else ''}"
+    )
+
+
+def tell_way(meeting: Meeting, launch: Launch) -> None:
+    """Every rank but where all are on one host: by which address it has reached the store."""
+    way = meeting.there or LOOPBACK
+    answer_in(GRACE_S, _NO_ANSWER, lambda: meeting.set(_way_key(launch.rank), way))
+
+
+def await_ways(store: Keys, launch: Launch, timeout_s: float) -> set[str]:
+    """By which addresses the ranks have reached the store, once all have come."""
+
+    def ways() -> set[str] | None:
+        keys = [_way_key(rank) for rank in range(launch.world_size)]
+        if not store.check(keys):
+            return None
+        return {store.get(key).decode(errors="replace") for key in keys}
+
+    return answer_in(
+        timeout_s,
+        _NO_ANSWER,
+        lambda: _poll(store, ways, lambda: _missing(store, launch, timeout_s), timeout_s),
+    )
 
 
 def publish_address(store: Keys, address: Whereabouts) -> None:
@@ -279,9 +351,12 @@ def await_address(store: Keys, timeout_s: float) -> Whereabouts:
     def published() -> Whereabouts | None:
         if not store.check([_ADDRESS_KEY]):
             return None
-        address = json.loads(store.get(_ADDRESS_KEY))
-        hosts = tuple(map(str, address["hosts"]))
-        return Whereabouts(hosts, int(address["port"]), address["beside_store"] is True)
+        try:
+            told = json.loads(store.get(_ADDRESS_KEY))
+            hosts = tuple(map(str, told["hosts"]))
+            return Whereabouts(hosts, int(told["port"]), told["beside_store"] is True)
+        except (ValueError, KeyError, TypeError):
+            return None  # without a token anybody may have set it
 
     def silence() -> str:
         return f"the sender has not said where it listens within {format_duration(timeout_s)}"
@@ -295,6 +370,10 @@ def await_address(store: Keys, timeout_s: float) -> Whereabouts:
 
 _ADDRESS_KEY = "address"
 _FAILURE_KEY = "failure"
+
+
+def _way_key(rank: int) -> str:
+    return f"way/{rank}"
 
 
 def _role_key(rank: int) -> str:
@@ -335,9 +414,8 @@ def _poll(
     deadline = time.monotonic() + timeout_s
     pause_s = 0.005
     while True:
-        if store.check([_FAILURE_KEY]):
-            failure = json.loads(store.get(_FAILURE_KEY))
-            raise error_from_code(failure["code"], failure["message"], failure["hint"])
+        if store.check([_FAILURE_KEY]) and (failure := _failure(store)) is not None:
+            raise failure
         value = found()
         if value is not None:
             return value
@@ -345,3 +423,11 @@ def _poll(
             raise RendezvousError(silence())
         time.sleep(pause_s)
         pause_s = min(1.5 * pause_s, _SLOWEST_POLL_S)
+
+
+def _failure(store: Keys) -> PackcastError | None:
+    try:
+        told = json.loads(store.get(_FAILURE_KEY))
+        return error_from_code(int(told["code"]), str(told["message"]), told["hint"])
+    except (ValueError, KeyError, TypeError):
+        return None  # as above

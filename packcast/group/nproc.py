@@ -1,47 +1,36 @@
-"""`--nproc`: all ranks on this machine, started and watched by torch's elastic launcher.
+"""`--nproc`: all ranks on this machine, started and watched by a process that is none of them.
 
-Runs in a process of its own that takes no part in the transfer. What the launcher does not do is
-done here: the root cause's exit code, no noise, no rank left behind.
+The ranks are plain processes. The launcher answers signals, ends the ranks that are left where one
+has failed, and returns the root cause's own exit code. It imports no torch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import select
 import signal
 import socket
+import subprocess
 import sys
-import tempfile
-import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from packcast.errors import RendezvousError, TransferError
+from packcast.group.handover import HANDOVER_VARIABLE, LOOPBACK, Handover, new_token
 from packcast.group.leave import CLEAN_UP_LIMIT_S, ignored_signals
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
-# Where a rank finds the process that started it, to die with it even if that is gone already.
-LAUNCHER_PID_VARIABLE = "PACKCAST_LAUNCHER_PID"
-# And a file in which the ranks note what they have said, so that one of them says it for all.
-SAID_VARIABLE = "PACKCAST_SAID_FILE"
-# And the numbers of the signals that this process was started with ignored, as by nohup.
-IGNORED_VARIABLE = "PACKCAST_IGNORED_SIGNALS"
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-_NOISY_LOGGERS = ("torch.distributed.elastic", "torch.distributed.launcher")
-# A rank has cleaned up by then, or is stuck; the launcher itself would wait for thirty seconds.
+_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+_ERROR = "packcast: error: "
+# Ranks that lose another one have its reason from the control channel by then.
+_VERDICT_LIMIT_S = 1.5
+# A rank takes a signal at once, whatever else it does, unless it is frozen or its disk is dead.
+_REACT_LIMIT_S = 3.0
+# One that took it has cleaned up by then, or is stuck.
 _STOP_LIMIT_S = CLEAN_UP_LIMIT_S + 5.0
 _KILL_LIMIT_S = 2.0  # for the kernel to end them; one that waits for a dead disk stays
-_LOOK_S = 0.02
-_PROC = Path("/proc")
-_LOOPBACK = "127.0.0.1"
+_LOOK_S = 0.05
 _LOOPBACK_LIMIT_S = 5.0
 # Without the current directory on the path (-P), which may be a checkpoint from anywhere. Where
 # packcast itself was only found by way of that directory, its own is the last to be searched.
@@ -56,286 +45,226 @@ def run_nproc(
     nproc: int,
     *,
     command: Sequence[str] = COMMAND,
-    verbose: bool = False,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
     look_after: Callable[[bool], None] = lambda _patient: None,
 ) -> int:
     """Run `command + argv` as `nproc` ranks and return the exit code of the whole.
 
-    Main thread only, signals not blocked (the ranks would inherit that). Output passes through.
+    Main thread only. Output passes through; signals that are ignored stay so, also in the ranks.
     0 if all succeeded; the root cause's own code where ranks failed; 5 where a signal killed it;
     128 plus the number of a signal that ended this process. No rank outlives the call, nor this
-    process if the ranks call `die_with_parent`. `say` gets the one sentence that no rank can say:
-    that it was killed. `verbose` lets the launcher's own log through. Once no rank is left of a run
-    that failed, `look_after` is called: False if nobody wants to wait for it.
+    process if the ranks call `die_with_parent`. `say` gets what no rank can say: that one was
+    killed, or this process interrupted. Once no rank is left of a run that failed, `look_after`
+    is called: False if nobody wants to wait for it.
     """
     _check_loopback()
-    code, is_hurried = _launch(argv, nproc, command, say, verbose=verbose)
+    with _signal_numbers() as signals:
+        ranks = _Ranks([*command, *argv], nproc)
+        try:
+            ranks.watch(signals, say)
+        finally:
+            ranks.kill()
+    code = ranks.exit_code(say)
     if code != 0:
-        look_after(not is_hurried)
+        look_after(not ranks.is_hurried)
     return code
 
 
-def _launch(
-    argv: Sequence[str],
-    nproc: int,
-    command: Sequence[str],
-    say: Callable[[str], None],
-    *,
-    verbose: bool,
-) -> tuple[int, bool]:
-    import torch.distributed.launcher.api as launcher
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+class _Ranks:
+    """The processes, from their start to the end of the last one."""
 
-    with (
-        tempfile.TemporaryDirectory(prefix="packcast-nproc-") as log_dir,
-        _no_child_left(say) as ending,
-        _environment(LAUNCHER_PID_VARIABLE, str(os.getpid())),
-        _environment(SAID_VARIABLE, os.path.join(log_dir, "said")),
-        # As torchrun does: or each rank's torch has threads for all cores, which get in the way.
-        _environment("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1")),
-        contextlib.nullcontext() if verbose else _silence(_NOISY_LOGGERS),
-    ):
-        config = launcher.LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=nproc,
-            run_id=uuid.uuid4().hex,
-            # As torchrun --standalone, but on loopback whatever the host's name resolves to.
-            rdzv_backend="c10d",
-            rdzv_endpoint=f"{_LOOPBACK}:0",
-            local_addr=_LOOPBACK,
-            max_restarts=0,
-            logs_specs=DefaultLogsSpecs(log_dir=log_dir),
-        )
-        entrypoint, *arguments = [*command, *argv]
-        # The launcher fills in $local_rank and halves every $$; no shell and no path means that.
-        escaped = [argument.replace("$", "$$") for argument in arguments]
-        code = 0
+    def __init__(self, command: Sequence[str], nproc: int) -> None:
+        self.is_hurried = False
+        self._interrupted: int | None = None
+        self._failed_at: float | None = None
+        self._asked: tuple[int, float] | None = None  # to end: by which signal, and when
+        # Until they were asked to end: who has said that it failed, in this order, and its code...
+        self._told: list[tuple[int, int]] = []
+        self._ended: dict[int, int] = {}  # ... and who has ended.
+        self._processes: list[subprocess.Popen[bytes]] = []
+        ports, (self._failures, failures) = os.pipe(), os.pipe()
+        os.set_blocking(self._failures, False)
+        said = os.memfd_create("packcast-said")
+        token, pid = new_token(), os.getpid()
         try:
-            launcher.elastic_launch(config, entrypoint)(*escaped)
-        except ChildFailedError as failed:
-            code = _exit_code(failed.failures, say)
-        except SignalException as stopped:
-            code = 128 + (ending.first_signal or stopped.sigval)
-        except KeyboardInterrupt:  # before the launcher had its handlers
-            code = 128 + signal.SIGINT
-    return code, ending.is_hurried
+            for rank in range(nproc):
+                handover = Handover(
+                    rank=rank,
+                    launcher_pid=pid,
+                    token=token,
+                    port_fd=ports[rank == 0],
+                    failures_fd=failures,
+                    said_fd=said,
+                )
+                self._processes.append(_start(command, handover, nproc))
+        except OSError as error:
+            self.kill()
+            raise RendezvousError(f"rank {rank} cannot be started: {error.strerror}") from error
+        finally:
+            for fd in (*ports, failures, said):
+                os.close(fd)
+
+    def watch(self, signals: int, say: Callable[[str], None]) -> None:
+        """Until all have ended, or time is up; `signals` is where signals' numbers are read."""
+        num_signals = 0
+        while self._tend():
+            is_calm = self._failed_at is None and self._asked is None
+            if not select.select([signals], [], [], None if is_calm else _LOOK_S)[0]:
+                continue
+            for number in os.read(signals, 256):
+                if number == signal.SIGCHLD:
+                    continue
+                num_signals += 1
+                if num_signals == 1:
+                    self._interrupted = number
+                    self._ask(number)
+                elif num_signals == 2:
+                    limit = f"at most {_STOP_LIMIT_S:g} s"
+                    say(f"still cleaning up, {limit}; one more signal kills the ranks")
+                else:
+                    self.is_hurried = True
+                    return
+
+    def kill(self) -> None:
+        """End those that are left, each with what it has started: each leads a session."""
+        running = [process for process in self._processes if process.poll() is None]
+        for process in running:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        for process in running:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_KILL_LIMIT_S)
+
+    def exit_code(self, say: Callable[[str], None]) -> int:
+        """The root cause's, after `watch` and `kill`."""
+        if self._asked is None:
+            self._listen()
+        codes = dict(enumerate(process.returncode for process in self._processes))
+        if not any(codes.values()):
+            return 0
+        if self._interrupted is not None:
+            say(f"{_ERROR}interrupted by {signal.Signals(self._interrupted).name}")
+            return 128 + self._interrupted
+        told = {rank for rank, _ in self._told}
+        for rank, code in self._ended.items():  # it failed before it could tell, on its own
+            if code > 0 and rank not in told:
+                return code
+        if self._told:
+            return self._told[0][1]
+        killed = {rank: code for rank, code in self._ended.items() if code < 0}
+        if -signal.SIGTERM in killed.values():
+            return 128 + signal.SIGTERM
+        if killed:  # what the surviving ranks would say of it; perhaps none had met it yet
+            rank, code = next(iter(killed.items()))
+            what = f"was killed by {signal.Signals(-code).name}"
+        else:  # it had to be ended, and all others were done
+            rank, what = next(rank for rank, code in codes.items() if code != 0), "did not go on"
+        say(f"{_ERROR}rank {rank} (pid {self._processes[rank].pid}) {what}")
+        return TransferError.exit_code
+
+    def _tend(self) -> bool:
+        """Do what it is time for; whether there is more to wait for."""
+        running = [process for process in self._processes if process.poll() is None]
+        now = time.monotonic()
+        if self._asked is None:
+            self._listen()
+            are_stuck = self._ended and all(_is_stopped(process.pid) for process in running)
+            if self._failed_at is None and (any(self._ended.values()) or are_stuck):
+                self._failed_at = now
+            if self._failed_at is not None and now >= self._failed_at + _VERDICT_LIMIT_S:
+                self._ask(signal.SIGTERM)
+            return bool(running)
+        number, asked_at = self._asked
+        if now >= asked_at + _REACT_LIMIT_S:
+            for process in running:
+                if _is_pending(process.pid, number):
+                    process.kill()
+        return bool(running) and now < asked_at + _STOP_LIMIT_S
+
+    def _listen(self) -> None:
+        """Which ranks have failed or ended."""
+        with suppress(BlockingIOError):
+            lines = os.read(self._failures, 1 << 16).decode().splitlines()
+            self._told += [(int(rank), int(code)) for rank, code in map(str.split, lines)]
+        for rank, process in enumerate(self._processes):
+            if process.returncode is not None:
+                self._ended.setdefault(rank, process.returncode)
+
+    def _ask(self, number: int) -> None:
+        """Have all end that are left, by a signal; who was stopped goes on, to clean up."""
+        self._asked = (number, time.monotonic())
+        for process in self._processes:
+            process.send_signal(number)
+            process.send_signal(signal.SIGCONT)
+
+
+def _start(command: Sequence[str], handover: Handover, nproc: int) -> subprocess.Popen[bytes]:
+    place = {"RANK": handover.rank, "LOCAL_RANK": handover.rank}
+    place |= {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
+    fd = handover.write()
+    # As torchrun does: or each rank's torch has threads for all cores, which get in the way.
+    environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
+    environment |= {name: str(value) for name, value in place.items()}
+    try:
+        return subprocess.Popen(
+            command,
+            env=environment | {HANDOVER_VARIABLE: str(fd)},
+            pass_fds=(fd, *handover.descriptors),
+            start_new_session=True,  # Ctrl-C is for the launcher, which passes it on
+        )
+    finally:
+        os.close(fd)
 
 
 def _check_loopback() -> None:
     """Ranks meet there; torch would tell of its absence in sixty lines of C++."""
     try:
-        with socket.create_server((_LOOPBACK, 0)) as server:
+        with socket.create_server((LOOPBACK, 0)) as server:
             socket.create_connection(server.getsockname(), timeout=_LOOPBACK_LIMIT_S).close()
     except OSError as error:
         raise RendezvousError(
-            f"--nproc needs the loopback interface: {_LOOPBACK}: {error.strerror or error}",
+            f"--nproc needs the loopback interface: {LOOPBACK}: {error.strerror or error}",
             hint="bring it up, as with `ip link set lo up`",
         ) from None
 
 
-def _exit_code(failures: Mapping[int, ProcessFailure], say: Callable[[str], None]) -> int:
-    rank, root = min(failures.items(), key=lambda item: _suspicion(item[1]))
-    if root.exitcode >= 0:
-        return root.exitcode
-    if root.exitcode == -signal.SIGTERM:
-        return 128 + signal.SIGTERM
-    # What the surviving ranks would say of it; perhaps none of them had met it yet.
-    say(f"rank {rank} (pid {root.pid}) was killed by {signal.Signals(-root.exitcode).name}")
-    return TransferError.exit_code
+@contextmanager
+def _signal_numbers() -> Iterator[int]:
+    """A descriptor from which the numbers of signals to this process are read, SIGCHLD too.
 
-
-def _suspicion(failure: ProcessFailure) -> tuple[int, float]:
-    """Sorts the root cause first. The launcher ends all others with SIGTERM, later SIGKILL.
-
-    A code without a record is a rank that failed before it took part, on its own. Records are
-    ordered by our own time in them: torch's is in whole seconds, and files' times in few
-    milliseconds.
+    Those that are ignored stay so, and handlers come back at the end.
     """
-    if failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        return 3, failure.timestamp
-    if failure.exitcode < 0:
-        return 2, failure.timestamp
-    if not os.path.exists(failure.error_file):
-        return 0, failure.timestamp
-    with contextlib.suppress(KeyError, TypeError):  # another program's record
-        return 1, float(failure.error_file_data["message"]["extraInfo"]["time"])
-    return 1, failure.timestamp
-
-
-class _Ending:
-    """How long the ranks may take to end, once something has asked them to.
-
-    A signal to this process is counted behind the launcher's back, through the descriptor to which
-    Python writes signals' numbers: the launcher answers each by waiting half a minute anew. After
-    the first one the ranks have `_STOP_LIMIT_S` to clean up; the second one is told so; the third
-    one kills them.
-    """
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.first_signal: int | None = None
-        self.is_hurried = False
-        self._say = say
-        self._before = _children()
-        self._deadline: float | None = None
-        self._over = threading.Event()
-
-    def ranks(self) -> set[int]:
-        """Those that have not ended."""
-        return {pid for pid in _children() - self._before if not _has_ended(pid)}
-
-    def watch(self, signals: int) -> None:
-        """For a thread: `signals` is where their numbers are read."""
-        count = 0
-        while True:
-            left_s = None if self._deadline is None else self._deadline - time.monotonic()
-            if left_s is not None and left_s <= 0:
-                break
-            if not select.select([signals], [], [], left_s)[0]:
-                break
-            numbers = os.read(signals, 1)
-            if not numbers:
-                return
-            count += 1
-            if count == 1:
-                self.first_signal = numbers[0]
-                self.ask()
-            elif count == 2:
-                limit = f"at most {_STOP_LIMIT_S:g} s"
-                self._say(f"still cleaning up, {limit}; one more signal kills the ranks")
-            else:
-                self.is_hurried = True
-                break
-        _kill(_children() - self._before)
-        self._over.set()
-
-    def ask(self) -> None:
-        """From now on the ranks' time counts."""
-        if self._deadline is None:
-            self._deadline = time.monotonic() + _STOP_LIMIT_S
-
-    def stop_ranks(self) -> None:
-        """Have all ranks end that are still there, and wait for them to clean up.
-
-        The launcher loses those that it is starting when a signal comes, and leaves all as they are
-        when a second one does.
-        """
-        remaining = self.ranks()
-        for pid in remaining:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        self.ask()
-        assert self._deadline is not None
-        while self.ranks() and time.monotonic() < self._deadline and not self._over.is_set():
-            time.sleep(_LOOK_S)
-        # Each rank leads a session of its own, so its process group goes with it.
-        _kill(_children() - self._before)
-        killed_at = time.monotonic()
-        while self.ranks() and time.monotonic() < killed_at + _KILL_LIMIT_S:
-            time.sleep(_LOOK_S)
-
-
-@contextlib.contextmanager
-def _no_child_left(say: Callable[[str], None]) -> Iterator[_Ending]:
-    """On the way out end the ranks that are still there, and give the signals back.
-
-    Signals that were ignored stay so, also for the ranks, whatever the launcher installs: they are
-    blocked meanwhile, and the ranks, which inherit that, ignore them by `IGNORED_VARIABLE`.
-    """
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    ignored = ignored_signals(_SIGNALS)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ignored)
-    ending = _Ending(say)
-    if not _PROC.joinpath("self").exists():
-        say(f"packcast: warning: {_PROC} is not mounted here, so a stuck rank may be left behind")
-    try:
-        with (
-            _environment(IGNORED_VARIABLE, " ".join(str(int(number)) for number in ignored)),
-            _signals_watched(ending),
-        ):
-            try:
-                yield ending
-            finally:
-                for number in _SIGNALS:  # counted, and nothing else
-                    signal.signal(number, lambda _number, _frame: None)
-                ending.stop_ranks()
-    finally:
-        for number, handler in handlers.items():
-            # None: a handler that is not Python's own, which cannot be given back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextlib.contextmanager
-def _signals_watched(ending: _Ending) -> Iterator[None]:
+    watched = {*(_SIGNALS - ignored_signals(_SIGNALS)), signal.SIGCHLD}
+    before = {number: signal.getsignal(number) for number in watched}
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    watcher = threading.Thread(
-        target=ending.watch, args=(reader,), name="packcast-nproc", daemon=True
-    )
     earlier = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher.start()
     try:
-        yield
+        for number in watched:
+            signal.signal(number, lambda _number, _frame: None)
+        yield reader
     finally:
         signal.set_wakeup_fd(earlier)
-        os.close(writer)  # which the watcher sees as an end of file
-        watcher.join()
+        for number, handler in before.items():
+            # None: a handler that is not Python's own, which cannot be given back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.close(reader)
+        os.close(writer)
 
 
-def _has_ended(pid: int) -> bool:
-    """Whether a child has, without taking its exit status from the launcher."""
+def _is_stopped(pid: int) -> bool:
+    return any(line.startswith(("State:\tT", "State:\tt")) for line in _status(pid))
+
+
+def _is_pending(pid: int, number: int) -> bool:
+    """Whether the process has not taken a signal that it was sent."""
+    masks = [line.split()[1] for line in _status(pid) if line.startswith(("SigPnd:", "ShdPnd:"))]
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
+def _status(pid: int) -> list[str]:
+    """What the kernel says; nothing where /proc is not mounted, or the process has gone."""
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:
-        return True
-
-
-def _kill(pids: set[int]) -> None:
-    for pid in pids:
-        for kill in (os.kill, os.killpg):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                kill(pid, signal.SIGKILL)
-
-
-def _children() -> set[int]:
-    """This process's children, from /proc; zombies too, whom nothing hurts."""
-    children = set()
-    for stat in _PROC.glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            # pid (name, which may hold anything) state ppid ...
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                children.add(int(stat.parent.name))
-    return children
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _silence(names: Sequence[str]) -> Iterator[None]:
-    """Keep loggers and those below them from reaching any handler."""
-    loggers = [logging.getLogger(name) for name in names]
-    nowhere = logging.NullHandler()
-    for logger in loggers:
-        logger.addHandler(nowhere)
-        logger.propagate = False
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeHandler(nowhere)
-            logger.propagate = True
+        return Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return []

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from packcast.errors import UsageError, error_from_code
-from packcast.group import asking
+from packcast.group import launch_checks
 from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
 from packcast.packed.plan import check_ring
 from packcast.report import Report
@@ -25,7 +25,6 @@ from packcast.settings import (
     DEFAULT_NUM_BUFFERS,
     DEFAULT_STAGING,
     DEFAULT_STALL_TIMEOUT_S,
-    MAX_TOKEN_NBYTES,
     Backend,
     Settings,
     SinkKind,
@@ -34,6 +33,7 @@ from packcast.settings import (
     check_seconds,
     check_size,
     check_template,
+    check_token,
     is_host,
 )
 from packcast.transfer.caller import Caller, HandOut
@@ -87,7 +87,7 @@ def send_checkpoint(
 
         from packcast import send_checkpoint
 
-        report = send_checkpoint("model", workers=2, listen=("node1", 29400), token="secret")
+        report = send_checkpoint("model", workers=2, listen=("node1", 29400), token="7b1f09c4d2a8")
         print(report.num_tensors, "tensors at", report.bytes_per_second / 1e9, "GB/s")
 
     The arguments are the options of `packcast send`: sizes in bytes (`buffer_size` goes by the
@@ -153,13 +153,13 @@ def send_checkpoint(
         workers=workers,
         address=_address("listen", listen),
         port=port,
-        token=_token(token),
+        token=_token(token, view),
         join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    launch = asking.launch_of(os.environ, by_address=settings.by_address)
-    asking.check_send(settings, launch, "{}=".format, nproc=None, ways=_WAYS)
+    launch = launch_checks.launch_of(os.environ, by_address=settings.by_address)
+    launch_checks.check_send(settings, launch, "{}=".format, nproc=None, hint=_WAYS)
     if workers is not None and settings.token is None and view is None:
         raise UsageError(
             "workers= needs token=, which the workers give too",
@@ -208,7 +208,7 @@ def receive_checkpoint(
 
         from packcast import receive_checkpoint
 
-        receive_checkpoint(("node1", 29400), token="secret", into=model.state_dict())
+        receive_checkpoint(("node1", 29400), token="7b1f09c4d2a8", into=model.state_dict())
 
     `device` is auto, cpu, cuda or cuda:N; with `into` auto means the tensors' own. Every tensor is
     proven before `on_tensor` has it: on a CPU by the digests that the reader took of the file's
@@ -248,14 +248,14 @@ def receive_checkpoint(
         device=check_device("device", device),
         address=_address("address", address),
         port=port,
-        token=_token(token),
+        token=_token(token, view),
         rank=rank,
         join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    launch = asking.launch_of(os.environ, by_address=settings.by_address)
-    asking.check_recv(settings, launch, "{}=".format, ways=_WHERE)
+    launch = launch_checks.launch_of(os.environ, by_address=settings.by_address)
+    launch_checks.check_recv(settings, launch, "{}=".format, hint=_WHERE)
     caller = Caller()
 
     def make_shelf(device: str, waiting_nbytes: int) -> Shelf:
@@ -315,12 +315,16 @@ def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | N
     return host, port
 
 
-def _token(token: str | bytes | None) -> bytes | None:
+def _token(token: str | bytes | None, view: View | None) -> bytes | None:
+    where = "token"
     if token is None:
-        return os.fsencode(os.environ.get("PACKCAST_TOKEN", "")) or None
+        where, token = "PACKCAST_TOKEN", os.fsencode(os.environ.get("PACKCAST_TOKEN", ""))
+        if not token:
+            return None
     secret = token.encode() if isinstance(token, str) else token
-    if not 0 < len(secret) <= MAX_TOKEN_NBYTES:
-        raise UsageError(f"token: from 1 to {MAX_TOKEN_NBYTES} bytes, not {len(secret)}")
+    warning = check_token(where, secret)
+    if warning and view is not None:
+        view.warn(warning)
     return secret
 
 

@@ -28,21 +28,25 @@ from packcast.group.addresses import (
     source_towards,
     text_of,
 )
-from packcast.group.asking import launch_of
 from packcast.group.devices import boot_id, host_name, visible_gpus
+from packcast.group.handover import LOOPBACK, received
 from packcast.group.launch import Launch
+from packcast.group.launch_checks import launch_of
 from packcast.group.leave import WayOut
 from packcast.group.meeting import (
     Meeting,
     Whereabouts,
     await_address,
+    await_ways,
     leave_last,
     open_meeting,
     publish_address,
     publish_failure,
     settle_sender,
+    tell_way,
 )
 from packcast.group.rank_info import MAX_PATH_LENGTH, RankInfo, printable
+from packcast.group.secret import OPEN_LAUNCH, launch_context, launch_secret
 from packcast.settings import Settings
 from packcast.view import View
 
@@ -97,12 +101,22 @@ def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> S
             "the group has one rank, so there is nobody to send to",
             hint="start at least two, as with torchrun --nproc-per-node 2",
         )
+    if launch.kind == "nproc":
+        me = _introduce(settings, launch, checkpoint)
+        return _sit_with_nproc(settings, launch, me, (checkpoint, files, fault), view, leaver)
+    secret = launch_secret(
+        launch, os.environ, settings.token, launch_context(launch, os.environ, call)
+    )
+    if secret is None and launch.rank == 0:
+        view.warn(OPEN_LAUNCH)
     me = _introduce(settings, launch, checkpoint)
     deadline = time.monotonic() + settings.join_timeout_s + _GRACE_S
-    meeting = open_meeting(launch, os.environ, settings.join_timeout_s, settings.port, call=call)
+    meeting = open_meeting(
+        launch, os.environ, settings.join_timeout_s, settings.port, secret=secret, call=call
+    )
     try:
         return _sit_with_launcher(
-            settings, launch, me, meeting, (checkpoint, files, fault), view, leaver
+            settings, launch, me, meeting, secret, (checkpoint, files, fault), view, leaver
         )
     except PackcastError:
         leave_last(meeting, launch, max(0.0, deadline - time.monotonic()))
@@ -112,31 +126,58 @@ def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> S
         raise
 
 
+def _sit_with_nproc(
+    settings: Settings, launch: Launch, me: RankInfo, opened: Opened, view: View, leaver: WayOut
+) -> Seat:
+    """The ranks need no store: what they have to know of each other they were handed."""
+    checkpoint, files, fault = opened
+    handed = received()
+    if handed is None:
+        raise RendezvousError(
+            "this process has the environment of a rank that `--nproc` starts, but is none",
+            hint="unset PACKCAST_LAUNCH_FD",
+        )
+    view.placed(launch.rank, is_sender=launch.rank == 0)
+    token = handed.token.encode()
+    if launch.rank != 0:
+        port = handed.await_port(settings.join_timeout_s)
+        client = _connect(settings, [LOOPBACK], port, token, me, view, leaver)
+        return _seat(launch, client, client.transfer_id, None, checkpoint, files)
+    if fault:
+        raise fault
+    transfer_id = uuid.uuid4().hex
+    expected = frozenset(range(launch.world_size))
+    server = _listen(expected, (LOOPBACK, 0), settings, me, transfer_id, token, view, leaver)
+    handed.publish_port(server.address[1], launch.world_size - 1)
+    return _seat(launch, server, transfer_id, None, checkpoint, files)
+
+
 def _sit_with_launcher(
     settings: Settings,
     launch: Launch,
     me: RankInfo,
     meeting: Meeting,
+    secret: bytes | None,
     opened: Opened,
     view: View,
     leaver: WayOut,
 ) -> Seat:
     checkpoint, files, fault = opened
+    if not launch.is_one_host:
+        tell_way(meeting, launch)
     sender = settle_sender(meeting, launch, settings.command, settings.join_timeout_s)
     view.placed(launch.rank, is_sender=sender == launch.rank)
     if sender != launch.rank:
         told = await_address(meeting, settings.join_timeout_s)
-        client = _connect(settings, meeting.hosts_of(told), told.port, me, view, leaver)
+        client = _connect(settings, meeting.hosts_of(told), told.port, secret, me, view, leaver)
         return _seat(launch, client, client.transfer_id, meeting, checkpoint, files)
     transfer_id = uuid.uuid4().hex
     try:
         if fault:
             raise fault
-        host = _host_to_listen_on(meeting)
+        host = _host_to_listen_on(meeting, launch, settings, view)
         expected = frozenset(range(launch.world_size))
-        server = _listen(
-            expected, (host, 0), settings, me, transfer_id, settings.token, view, leaver
-        )
+        server = _listen(expected, (host, 0), settings, me, transfer_id, secret, view, leaver)
     except PackcastError as error:
         publish_failure(meeting, error)
         raise
@@ -145,19 +186,29 @@ def _sit_with_launcher(
     return _seat(launch, server, transfer_id, meeting, checkpoint, files)
 
 
-def _host_to_listen_on(meeting: Meeting) -> str:
-    """One address of this host, if it is certain that the others reach it; "" is every one.
+def _host_to_listen_on(meeting: Meeting, launch: Launch, settings: Settings, view: View) -> str:
+    """The one address of this host at which the others reach it.
 
     They have reached the launcher's store. If that is on another host, this one's address on the
     way there will do. If it is here, then what they call it counts: an address is the same
-    everywhere, but a name can be another address, even loopback, on its own host.
+    everywhere, but a name can be another address, even loopback, on its own host. "" is every
+    address: where they reach this host at several.
     """
-    host = meeting.host
-    if says_loopback(host):
-        return meeting.there or "127.0.0.1"
+    if launch.is_one_host:
+        return LOOPBACK
     if not meeting.is_here and meeting.here is not None:
         return meeting.here
-    return host if is_literal(host) and source_towards(host) == host else ""
+    host = meeting.host
+    if is_literal(host) and source_towards(host) == host:
+        return host
+    ways = await_ways(meeting, launch, settings.join_timeout_s)
+    others = [way for way in ways if is_literal(way) and not is_loopback(way)]
+    here = [way for way in others if source_towards(way) == way]
+    if len(here) > 1:
+        view.note(f"ranks reach this host at {', '.join(sorted(here))}: listening everywhere")
+    if not others:
+        return LOOPBACK
+    return here[0] if len(here) == 1 else ""
 
 
 def _sit_without_launcher(
@@ -172,7 +223,7 @@ def _sit_without_launcher(
     assert settings.address is not None, "the command line asks for it"
     if settings.command == "recv":
         host, port = settings.address
-        client = _connect(settings, [host], port, me, view, leaver)
+        client = _connect(settings, [host], port, settings.token, me, view, leaver)
         return _seat(launch, client, client.transfer_id, None, None, ())
     assert settings.workers is not None, "the command line asks for it"
     token = settings.token or secrets.token_urlsafe(18).encode()
@@ -264,13 +315,19 @@ def _listen(
 
 
 def _connect(
-    settings: Settings, hosts: Sequence[str], port: int, me: RankInfo, view: View, leaver: WayOut
+    settings: Settings,
+    hosts: Sequence[str],
+    port: int,
+    token: bytes | None,
+    me: RankInfo,
+    view: View,
+    leaver: WayOut,
 ) -> ControlClient:
     return ControlClient.connect(
         hosts,
         port,
         me=me,
-        token=settings.token,
+        token=token,
         join_timeout_s=settings.join_timeout_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,
         on_failure=leaver.leave,

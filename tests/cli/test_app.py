@@ -19,6 +19,7 @@ from packcast.errors import RendezvousError, TransferError
 from packcast.report import Report
 from packcast.settings import Settings
 from packcast.view import View
+from tests.helpers.handovers import hand_over
 
 from .conftest import FakeTransfer, snapshot_of, start_of
 
@@ -64,7 +65,7 @@ def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: 
 def test_recv_hands_its_options_to_the_transfer(
     transfer: FakeTransfer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PACKCAST_TOKEN", "secret")
+    monkeypatch.setenv("PACKCAST_TOKEN", "a long secret")
     assert run(["recv", "[::1]:29400", "--verify", "c", "--rank", "2", "--device", "cuda:1"]) == 0
     assert transfer.settings == [
         Settings(
@@ -73,7 +74,7 @@ def test_recv_hands_its_options_to_the_transfer(
             target="c",
             device="cuda:1",
             address=("::1", 29400),
-            token=b"secret",
+            token=b"a long secret",
             rank=2,
         )
     ]
@@ -210,8 +211,20 @@ def test_a_failure_that_was_survived_is_told_in_full(
     assert (result["exit_code"], result["checkpoint"]["bytes"]) == (6, 9)
 
 
+def test_a_token_that_nobody_would_see_is_not_made(
+    transfer: FakeTransfer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run([*SEND, "--workers", "3", "-q"]) == 2
+    assert "-q does not show the token" in capsys.readouterr().err
+    monkeypatch.setenv("PACKCAST_TOKEN", "a secret")
+    assert run([*SEND, "--workers", "3", "-q"]) == 0
+    assert capsys.readouterr().err == ""
+    assert run([*SEND, "--workers", "3"]) == 0
+    assert "warning: PACKCAST_TOKEN: a token of fewer than 16 bytes" in capsys.readouterr().err
+
+
 def test_a_good_end_is_one_line_for_people_and_nothing_on_standard_output(
-    transfer: FakeTransfer, capsys: Capture
+    transfer: FakeTransfer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def succeed(settings: Settings, view: View) -> Report:
         view.started(start_of(), lambda: snapshot_of(1))
@@ -222,6 +235,7 @@ def test_a_good_end_is_one_line_for_people_and_nothing_on_standard_output(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines()[-1].startswith("sent 2 files")
+    monkeypatch.setenv("PACKCAST_TOKEN", "a long secret")
     assert run([*SEND, "--workers", "3", "-q"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -247,7 +261,7 @@ def test_a_rank_dies_with_its_launcher(
     assert transfer.parents == []
     torchrun(1)
     run(["send", "c"])
-    monkeypatch.setenv("PACKCAST_LAUNCHER_PID", "4711")
+    hand_over(monkeypatch, launcher_pid=4711)
     run(["send", "c"])
     assert transfer.parents == [None, 4711]
 

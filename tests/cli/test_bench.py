@@ -22,6 +22,7 @@ from packcast.cli.benchview import PlainBenchDisplay
 from packcast.errors import TransferError
 from packcast.units import GIB, MIB
 from tests.bench.samples import ENVIRONMENT, a_bench, case, measured, show
+from tests.helpers.handovers import hand_over
 
 from .conftest import FakeLeaver
 
@@ -333,7 +334,7 @@ def test_without_a_launcher_ranks_are_started_that_agree_on_what_was_not_said(
 def test_the_command_is_told_as_it_was_typed(
     ranks: FakeBench, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setenv("PACKCAST_LAUNCHER_PID", "4711")
+    hand_over(monkeypatch)
     assert run(["bench", "a b", "-q"]) == 0
     assert capsys.readouterr().out.startswith("packcast bench 'a b' -q --nproc 4\n")
 

@@ -83,11 +83,13 @@ def test_the_row_that_is_kept_is_of_what_send_is_mostly_used_for() -> None:
 def test_send_takes_its_defaults_from_the_profile_and_says_so(
     saved: Path, transfer: FakeTransfer, capsys: Capture
 ) -> None:
+    token = saved.with_name("token")
+    token.write_text("a long secret")
     assert run([*SEND]) == 0
     assert sent(transfer) == (8 * MIB, 3)
     said = f"using --buffer-size 8MiB --num-buffers 3 from profile {saved}\n"
     assert capsys.readouterr().err == said
-    run([*SEND, "-q"])
+    run([*SEND, "-q", "--token-file", str(token)])
     assert sent(transfer) == (8 * MIB, 3)
     assert capsys.readouterr().err == ""
 

@@ -90,9 +90,9 @@ def test_there_is_one_destination() -> None:
 
 def test_the_token_file_wins_over_the_variable(tmp_path: Path) -> None:
     file = tmp_path / "token"
-    file.write_text(" secret\n")
-    assert given.token(str(file), {"PACKCAST_TOKEN": "other"}) == b"secret"
-    assert given.token(None, {"PACKCAST_TOKEN": "other"}) == b"other"
+    file.write_text(" of the file \n")
+    assert given.token(str(file), {"PACKCAST_TOKEN": "of the variable"}) == b"of the file"
+    assert given.token(None, {"PACKCAST_TOKEN": "of the variable"}) == b"of the variable"
     assert given.token(None, {}) is None
     assert given.token(None, {"PACKCAST_TOKEN": ""}) is None
 
@@ -102,6 +102,34 @@ def test_a_token_file_without_a_token_is_refused(tmp_path: Path) -> None:
     for name in ("empty", "missing"):
         with pytest.raises(UsageError, match=name):
             given.token(str(tmp_path / name), {})
+
+
+def test_a_token_that_is_soon_guessed_is_refused_and_a_short_one_warned_about(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "token"
+    file.touch(0o600)
+    for length, code in ((1, 2), (7, 2), (8, 0), (15, 0), (16, None), (4096, None), (4097, 2)):
+        warnings: list[str] = []
+        file.write_text("x" * length)
+        for path, environ in ((str(file), {}), (None, {"PACKCAST_TOKEN": "x" * length})):
+            if code == 2:
+                with pytest.raises(UsageError, match="from 8 to 4096 bytes"):
+                    given.token(path, environ, warnings.append)
+            else:
+                assert given.token(path, environ, warnings.append) == b"x" * length
+        assert len(warnings) == (2 if code == 0 else 0)
+
+
+def test_a_token_file_that_all_may_read_is_warned_about(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("x" * 32)
+    for mode, count in ((0o644, 1), (0o604, 1), (0o640, 0), (0o600, 0)):
+        warnings: list[str] = []
+        file.chmod(mode)
+        given.token(str(file), {}, warnings.append)
+        assert len(warnings) == count
+        assert all("every user of this host may read" in warning for warning in warnings)
 
 
 def test_a_result_that_could_not_be_written_is_found_before_the_transfer(tmp_path: Path) -> None:

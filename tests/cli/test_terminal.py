@@ -11,7 +11,7 @@ import pytest
 from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say_once
 from packcast.errors import PackcastError
-from packcast.group.nproc import SAID_VARIABLE
+from tests.helpers.handovers import hand_over
 
 
 def test_of_many_that_say_the_same_at_once_one_is_heard_and_no_other_is_lost(
@@ -45,13 +45,12 @@ def test_who_cannot_know_what_others_said_says_it(
 
 @pytest.mark.parametrize(("verbose", "times"), [(False, 1), (True, 2)])
 def test_two_ranks_say_one_error_but_where_each_has_a_traceback(
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     verbose: bool,
     times: int,
 ) -> None:
-    monkeypatch.setenv(SAID_VARIABLE, str(tmp_path / "said"))
+    hand_over(monkeypatch)
     for _ in range(2):
         Outcome(verbose=verbose).failed(PackcastError("gone", hint="look elsewhere"))
     said = capsys.readouterr().err

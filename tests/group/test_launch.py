@@ -67,6 +67,35 @@ def test_torchrun_is_recognised_by_its_variables() -> None:
     assert detect_launch(TORCHRUN) == expected
 
 
+@pytest.mark.parametrize(
+    ("environ", "is_one_host"),
+    [
+        (TORCHRUN, False),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, True),
+        (TORCHRUN | {"MASTER_ADDR": "127.0.0.1"}, True),  # several torchruns on this host
+        (TORCHRUN | {"MASTER_ADDR": "[::1]"}, True),
+        (TORCHRUN | {"MASTER_ADDR": "localhost"}, True),
+        # Set by hand: the highest rank must not think that its host has all of them.
+        (
+            {n: TORCHRUN[n] for n in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")} | {"RANK": "7"},
+            False,
+        ),
+        (SLURM, False),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "7", "SLURM_NODEID": "0"}, True),
+        (TORCHRUN | {"PACKCAST_LAUNCH_FD": "9"}, True),
+    ],
+)
+def test_it_is_known_where_all_ranks_are_on_one_host(
+    environ: dict[str, str], is_one_host: bool
+) -> None:
+    assert detect_launch(environ).is_one_host == is_one_host
+
+
+def test_ranks_of_nproc_are_known_by_what_they_inherit() -> None:
+    environ = {"RANK": "1", "WORLD_SIZE": "3", "PACKCAST_LAUNCH_FD": "9"}
+    assert detect_launch(environ) == Launch("nproc", 1, 3, 1, 3, is_one_host=True)
+
+
 def test_torchrun_inside_slurm_is_torchrun() -> None:
     assert detect_launch(SLURM | TORCHRUN).kind == "torchrun"
 

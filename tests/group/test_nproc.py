@@ -1,11 +1,7 @@
-"""`--nproc` with small scripts as ranks: exit codes, signals, and nobody left behind.
-
-One process imports torch (seconds) and is forked for each launch.
-"""
+"""`--nproc` with small scripts as ranks: exit codes, signals, and nobody left behind."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +10,6 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -28,12 +23,15 @@ RANK = """
 import os, signal, sys, time
 from pathlib import Path
 from packcast.errors import Interrupted, error_from_code
+from packcast.group.handover import received
 from packcast.group.leave import Leaver, die_with_parent, record_failure, watch_signals
 
-die_with_parent(int(os.environ["PACKCAST_LAUNCHER_PID"]))
+handed = received()
+die_with_parent(handed.launcher_pid)
 here = Path(sys.argv[1])
 actions = sys.argv[2:]
 me = int(os.environ["RANK"])
+assert me == handed.rank
 (here / f"unfinished-{me}").write_text(str(os.getpid()))
 (here / f"unfinished-{me}").rename(here / f"pid-{me}")
 while len(list(here.glob("pid-*"))) < len(actions):
@@ -59,82 +57,72 @@ elif action == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (here / f"stubborn-{me}").touch()
 elif action == "polite":  # as packcast's own ranks
-    watch_signals(Leaver(lambda error: None))
-elif action == "cleaning":  # the same, with something to remove
+    watch_signals(Leaver(lambda error: None), patient=True)
+elif action == "stuck":  # takes no signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+elif action in ("cleaning", "frozen"):  # polite, with something to remove
     leaver = Leaver(lambda error: None)
     leaver.on_leave(lambda: (time.sleep(1), (here / f"cleaned-{me}").touch()))
     watch_signals(leaver, patient=True)
     (here / f"cleaning-{me}").touch()
+    if action == "frozen":
+        os.kill(os.getpid(), signal.SIGSTOP)
 elif action == "deaf":
-    ignored = map(int, os.environ["PACKCAST_IGNORED_SIGNALS"].split())
-    watch_signals(Leaver(lambda error: None), ignored=ignored)
+    watch_signals(Leaver(lambda error: None))
     (here / f"deaf-{me}").touch()
     while not (here / "enough").exists():
         time.sleep(0.01)
-if action in ("sleep", "stubborn", "polite", "cleaning", "kill"):
+elif action == "tell":
+    if me == 0:
+        handed.publish_port(4711, len(actions) - 1)
+    else:
+        (here / f"told-{me}").write_text(f"{handed.await_port(10)} {handed.token}")
+elif action == "look":  # at what others could see of the secret
+    seen = [Path(f"/proc/self/{name}").read_bytes() for name in ("cmdline", "environ")]
+    assert not any(handed.token.encode() in each for each in seen)
+if action in ("sleep", "stubborn", "polite", "cleaning", "kill", "stuck", "frozen"):
     time.sleep(60)
 """
 
-# Reads launches and waits as lines of JSON, and stays without threads so that it may fork.
-FORGE = """
-import json, os, signal, sys
+LAUNCHER = """
+import signal, sys
 from packcast.group.nproc import run_nproc
-import torch.distributed.launcher.api
-rank_script = sys.argv[1]
-print("ready", flush=True)
-for line in sys.stdin:
-    request = json.loads(line)
-    if "wait" in request:
-        _, status = os.waitpid(request["wait"], 0)
-        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        os.setpgid(0, 0)
-        output = os.open(request["output"], os.O_WRONLY | os.O_CREAT)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        if request["ignored"]:
-            signal.signal(request["ignored"], signal.SIG_IGN)
-        code = run_nproc(
-            request["argv"],
-            request["nproc"],
-            command=(sys.executable, rank_script),
-            look_after=lambda patient: (
-                print("looked after, patient:", patient) if "tell" in request else None
-            ),
-        )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    os.setpgid(pid, pid) if os.getpgid(pid) != pid else None
-    print(json.dumps(pid), flush=True)
+rank_script, ignored, tell, here, *actions = sys.argv[1:]
+if int(ignored):
+    signal.signal(int(ignored), signal.SIG_IGN)
+code = run_nproc(
+    [here, *actions],
+    len(actions),
+    command=(sys.executable, rank_script),
+    look_after=lambda patient: print("looked after, patient:", patient) if int(tell) else None,
+)
+assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+sys.stdout.flush()
+sys.exit(code)
 """
 
 
 class Launch:
     """One `run_nproc` in a process of its own."""
 
-    def __init__(
-        self,
-        ask: Callable[[dict[str, object]], Any],
-        here: Path,
-        *actions: str,
-        ignored: int | None = None,
-    ) -> None:
-        self._ask = ask
+    def __init__(self, here: Path, *actions: str, ignored: int = 0) -> None:
         self.here = here
         self.nproc = len(actions)
-        self.ended = False
-        self.pid: int = ask(
-            {
-                "argv": [str(here), *actions],
-                "nproc": self.nproc,
-                "output": str(here / "output"),
-                "ignored": ignored,
-                **({"tell": True} if {"cleaning", "stubborn"} & {*actions} else {}),
-            }
-        )
+        rank_script = here / "rank.py"
+        rank_script.write_text(RANK)
+        tell = bool({"cleaning", "stubborn"} & {*actions})
+        with (here / "output").open("wb") as output:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", LAUNCHER),
+                    *(rank_script, str(int(ignored)), str(int(tell)), here, *actions),
+                ],
+                stdout=output,
+                stderr=output,
+                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                process_group=0,
+            )
+        self.pid = self.process.pid
 
     def wait_for_ranks(self, pattern: str = "pid-*") -> list[int]:
         wait_until(lambda: len(list(self.here.glob(pattern))) == self.nproc)
@@ -144,8 +132,7 @@ class Launch:
         return [int(path.read_text()) for path in sorted(self.here.glob("pid-*"))]
 
     def exit_code(self) -> int:
-        code: int = self._ask({"wait": self.pid})
-        self.ended = True
+        code = self.process.wait(60)
         assert_gone(self.ranks())
         return code
 
@@ -171,46 +158,18 @@ def assert_gone(pids: list[int]) -> None:
     wait_until(lambda: not any(map(alive, pids)), limit_s=10.0)
 
 
-@pytest.fixture(scope="module")
-def forge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[dict[str, object]], Any]]:
-    here = tmp_path_factory.mktemp("forge")
-    (here / "rank.py").write_text(RANK)
-    with subprocess.Popen(
-        [sys.executable, "-c", FORGE, str(here / "rank.py")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TMPDIR": str(here)},
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-
-        def ask(request: dict[str, object]) -> Any:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
-        yield ask
-        process.stdin.close()
-
-
 @pytest.fixture
-def launch(
-    forge: Callable[[dict[str, object]], Any], tmp_path: Path
-) -> Iterator[Callable[..., Launch]]:
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     runs: list[Launch] = []
 
-    def start(*actions: str, ignored: int | None = None) -> Launch:
-        runs.append(Launch(forge, tmp_path, *actions, ignored=ignored))
+    def start(*actions: str, ignored: int = 0) -> Launch:
+        runs.append(Launch(tmp_path, *actions, ignored=ignored))
         return runs[-1]
 
     yield start
     for run in runs:
-        if not run.ended:  # the test has failed: leave nothing behind
-            os.kill(run.pid, signal.SIGKILL)
+        if run.process.poll() is None:  # the test has failed: leave nothing behind
+            run.process.kill()
             run.exit_code()
 
 
@@ -233,7 +192,8 @@ def test_the_root_causes_code_is_returned_and_not_that_of_its_victims(
 def test_the_first_of_several_records_counts_even_within_a_second(
     launch: Callable[..., Launch],
 ) -> None:
-    assert launch("relay:5", "relay:5", "record:6").exit_code() == 6
+    run = launch("relay:5", "relay:5", "record:6")
+    assert run.exit_code() == 6, run.output()
 
 
 def test_a_rank_that_failed_before_it_took_part_goes_before_those_who_lost_it(
@@ -247,7 +207,8 @@ def test_a_rank_killed_by_a_signal_is_a_lost_rank_and_is_named(
 ) -> None:
     run = launch("sleep", "kill:SIGKILL")
     assert run.exit_code() == 5
-    assert run.output() == f"rank 1 (pid {run.ranks()[1]}) was killed by SIGKILL\n"
+    killed = f"rank 1 (pid {run.ranks()[1]}) was killed by SIGKILL"
+    assert run.output() == f"packcast: error: {killed}\n"
 
 
 def test_a_rank_that_somebody_terminates_gives_143(launch: Callable[..., Launch]) -> None:
@@ -264,6 +225,71 @@ def test_a_signal_to_the_parent_alone_ends_all(
     run.wait_for_ranks()
     os.kill(run.pid, number)
     assert run.exit_code() == code
+
+
+@pytest.mark.parametrize("frozen", ["frozen", "polite"])
+def test_a_frozen_rank_is_woken_to_clean_up_where_another_has_failed(
+    launch: Callable[..., Launch], frozen: str
+) -> None:
+    run = launch("record:5", frozen, "relay:5")
+    wait_until(lambda: len(run.ranks()) == 3)
+    started = time.monotonic()
+    assert run.exit_code() == 5
+    assert time.monotonic() - started < 10
+    assert (run.here / "cleaned-1").exists() == (frozen == "frozen")
+
+
+def test_a_rank_that_takes_no_signal_is_killed_within_seconds(
+    launch: Callable[..., Launch],
+) -> None:
+    run = launch("record:7", "stuck")
+    wait_until(lambda: len(run.ranks()) == 2)
+    started = time.monotonic()
+    assert run.exit_code() == 7
+    assert time.monotonic() - started < 10
+
+
+def test_a_rank_that_is_frozen_when_all_others_have_succeeded_is_not_waited_for(
+    launch: Callable[..., Launch],
+) -> None:
+    run = launch("exit:0", "frozen")
+    assert run.exit_code() == 5
+    assert run.output() == f"packcast: error: rank 1 (pid {run.ranks()[1]}) did not go on\n"
+    assert (run.here / "cleaned-1").exists()
+
+
+def test_a_rank_that_is_terminated_ends_the_run_as_143_though_others_call_it_lost(
+    launch: Callable[..., Launch],
+) -> None:
+    run = launch("cleaning", "cleaning")
+    victim = run.wait_for_ranks("cleaning-*")[1]
+    os.kill(victim, signal.SIGTERM)
+    assert run.exit_code() == 143
+
+
+def test_rank_0_tells_the_others_its_port_and_all_have_a_secret_that_nobody_sees(
+    launch: Callable[..., Launch],
+) -> None:
+    run = launch("tell", "tell", "tell", "look")
+    assert run.exit_code() == 0, run.output()
+    (port, token), other = ((run.here / f"told-{rank}").read_text().split() for rank in (1, 2))
+    assert port == "4711"
+    assert len(token) >= 32
+    assert other == [port, token]
+
+
+def test_what_only_has_the_environment_of_a_rank_is_handed_nothing() -> None:
+    program = "from packcast.group.handover import received; print(received())"
+    for number in ("3", "0", "none"):
+        ran = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PACKCAST_LAUNCH_FD": number},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        assert ran.stdout == "None\n", ran.stderr
 
 
 def test_ctrl_c_on_a_terminal_ends_all(launch: Callable[..., Launch]) -> None:
@@ -286,6 +312,7 @@ def test_a_second_signal_waits_until_the_ranks_have_cleaned_up(
     assert run.exit_code() == 128 + numbers[0]
     assert {path.name for path in run.here.glob("cleaned-*")} == {"cleaned-0", "cleaned-1"}
     assert "still cleaning up, at most 20 s; one more signal kills the ranks" in run.output()
+    assert f"error: interrupted by {signal.Signals(numbers[0]).name}\n" in run.output()
     assert run.output().endswith("looked after, patient: True\n")
 
 

@@ -302,6 +302,11 @@ class Commands:
         forks = {c.pid for c in self._commands if c.process.poll() is None}
         return sorted(forks | {pid for pid, _ in _environments(self._mark)})
 
+    def pids(self) -> set[int]:
+        """The same, and some that have ended; for any thread, since nobody is waited for."""
+        forks = {command.pid for command in self._commands}
+        return forks | {pid for pid, _ in _environments(self._mark)}
+
     def _start(
         self,
         argv: Sequence[str | Path],

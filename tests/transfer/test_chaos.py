@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -392,18 +394,68 @@ def test_under_nproc_a_second_signal_leaves_nothing_behind_either(
     assert os.listdir(tmp_path) == []
 
 
-def test_under_nproc_a_third_signal_names_what_a_frozen_rank_leaves(
+@contextmanager
+def kept_frozen(pid: int) -> Iterator[None]:
+    """Whoever wakes it."""
+    over = threading.Event()
+
+    def freeze() -> None:
+        with suppress(ProcessLookupError):
+            while not over.is_set():
+                os.kill(pid, signal.SIGSTOP)
+
+    os.kill(pid, signal.SIGSTOP)
+    thread = threading.Thread(target=freeze)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_under_nproc_a_frozen_rank_is_woken_to_clean_up_once_the_others_have_ended(
     commands: Commands, large: Path, tmp_path: Path
 ) -> None:
     launched = start_launched(commands, large, tmp_path)
     victim = commands.pid_of_rank(2)
     os.kill(victim, signal.SIGSTOP)
-    launched.send_signal(signal.SIGINT)
-    eventually(lambda: len(os.listdir(tmp_path)) == 1, "the clean-up of those that can")
-    launched.send_signal(signal.SIGINT)
-    launched.read_until("still cleaning up, at most 20 s; one more signal kills the ranks")
-    launched.send_signal(signal.SIGINT)
+    started = time.monotonic()
     end = launched.wait(PROMPT_S)
+    print(f"ended {time.monotonic() - started:.1f} s after the freeze")
+    assert end.returncode == 5
+    errors = errors_in(end.stderr)
+    assert errors
+    assert all(f"pid {victim})" in error for error in errors), end.stderr
+    assert commands.alive() == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_under_nproc_a_rank_that_is_terminated_is_143(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    victim = commands.pid_of_rank(1)
+    os.kill(victim, signal.SIGTERM)
+    end = launched.wait(PROMPT_S)
+    assert end.returncode == 143, end.stderr
+    assert f"pid {victim}): interrupted by SIGTERM" in end.stderr
+    assert commands.alive() == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_under_nproc_a_third_signal_names_what_a_frozen_rank_leaves(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    launched = start_launched(commands, large, tmp_path)
+    victim = commands.pid_of_rank(2)
+    with kept_frozen(victim):
+        launched.send_signal(signal.SIGINT)
+        eventually(lambda: len(os.listdir(tmp_path)) == 1, "the clean-up of those that can")
+        launched.send_signal(signal.SIGINT)
+        launched.read_until("still cleaning up, at most 20 s; one more signal kills the ranks")
+        launched.send_signal(signal.SIGINT)
+        end = launched.wait(PROMPT_S)
     assert end.returncode == 130, end.stderr
     (left,) = os.listdir(tmp_path)
     assert left.startswith(".out-2.packcast-")

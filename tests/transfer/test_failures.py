@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -332,7 +333,9 @@ def test_strangers_and_one_too_many_are_told_so_and_stop_nobody(
     )
     line = sender.read_until(r"PACKCAST_TOKEN=(\S+) packcast recv (\S+) --out DIR")
     token = {"PACKCAST_TOKEN": line[1]}
-    wrong = commands.packcast("recv", line[2], "--discard", environment={"PACKCAST_TOKEN": "guess"})
+    wrong = commands.packcast(
+        "recv", line[2], "--discard", environment={"PACKCAST_TOKEN": "a guess at it"}
+    )
     without = commands.packcast("recv", line[2], "--discard")
     ends = wait_all([wrong, without])
     assert codes(ends) == [4, 4]
@@ -376,6 +379,25 @@ def test_a_difference_is_named_and_the_others_publish(
         assert "2 of 9 tensors differ" in end.sentence
     assert "rank 1" in ends[0].sentence
     same_tree(checkpoint, tmp_path / "out")
+
+
+def test_ranks_of_a_launch_with_different_tokens_are_told_so(
+    commands: Commands, checkpoint: Path
+) -> None:
+    port = free_port()
+    ranks = [
+        commands.packcast(
+            *("send", checkpoint, "--join-timeout", limit),
+            environment=rank_environment(rank, 2, port) | {"PACKCAST_TOKEN": f"of rank {rank}"},
+        )
+        for rank, limit in enumerate(("4s", "2s"))  # the store's host leaves last
+    ]
+    sender, worker = wait_all(ranks)
+    assert codes([sender, worker]) == [4, 4]
+    assert re.fullmatch(
+        r"rank 0 has not joined within 2.\d* s, or not with the same token as this rank",
+        worker.sentence,
+    )
 
 
 def test_torchrun_prints_the_root_cause(

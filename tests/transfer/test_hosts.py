@@ -15,14 +15,17 @@ from tests.helpers.commands import (
     Command,
     Commands,
     free_port,
+    rank_environment,
     slurm_task,
     wait_all,
 )
 from tests.helpers.hosts import Host, connect, give_default_route, needs_hosts
+from tests.helpers.sockets import listening
 
 pytestmark = needs_hosts
 
 TOKEN = {"PACKCAST_TOKEN": "between us"}
+TWO_NODES = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
 # Debian and Ubuntu give a host's own name this address, on the host itself.
 OWN_NAME, OTHER_NAME = {"node1": "127.0.1.1"}, {"node1": "10.77.0.1"}
 
@@ -67,11 +70,51 @@ def test_slurms_nodes_need_no_default_route_and_no_name_that_they_know_of_themse
             host,
             *roles[rank != sender],
             *("--port", "29411", "--join-timeout", "20s"),
-            environment=slurm_task("1", rank, 2) | {"SLURM_STEP_NODELIST": "node[1-2]"},
+            environment=slurm_task("1", rank, 2) | TWO_NODES | TOKEN,
         )
         for rank, host in enumerate((two.node1, two.node2))
     ]
     assert_arrived(checkpoint, tmp_path / "copy", *tasks)
+
+
+@pytest.mark.parametrize("sender", [0, 1])
+@pytest.mark.parametrize("token", [TOKEN, {}])
+def test_in_a_launch_one_address_is_listened_on_and_an_open_one_is_warned_about(
+    commands: Commands,
+    two: Two,
+    large: Path,
+    tmp_path: Path,
+    sender: int,
+    token: dict[str, str],
+) -> None:
+    give_default_route(two.node1, "172.31.7.1/24")
+    disk = commands.held_disk()
+    roles = [["send", large], ["recv", "--out", tmp_path / "copy"]]
+    ranks = [
+        two.start(
+            host,
+            *roles[rank != sender],
+            environment=rank_environment(rank, 2, 29412)
+            | {"MASTER_ADDR": "node1"}
+            | token
+            | (disk.environment() if rank == sender else {}),
+        )
+        for rank, host in enumerate((two.node1, two.node2))
+    ]
+    commands.await_reached(disk)
+    addresses = {each.address for each in listening([ranks[sender].pid])}
+    assert addresses == {f"10.77.0.{sender + 1}"}
+    disk.release()
+    assert_arrived(large, tmp_path / "copy", *ranks)
+    assert ("warning: this launch has no token" in ranks[0].stderr) == (not token)
+
+
+def test_a_slurm_step_on_several_hosts_needs_a_token(commands: Commands, checkpoint: Path) -> None:
+    task = slurm_task("1", 0, 2) | TWO_NODES
+    end = commands.packcast("send", checkpoint, environment=task).wait()
+    assert end.returncode == 2
+    assert "a Slurm step on several hosts needs a token" in end.error
+    assert "export PACKCAST_TOKEN=" in end.error
 
 
 def test_a_name_that_is_loopback_on_its_own_host_is_listened_for_on_every_address(
