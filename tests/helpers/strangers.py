@@ -31,41 +31,42 @@ _SPOIL_EVERY_S = 1.0
 _OURS = re.compile(r"(.*packcast/\d+/\d+)/")
 _SENTENCE = "a stranger says that this is over"
 
-_MEMBER = {
-    "role": "recv", "rank": 1, "host": "stranger", "boot_id": "x", "pid": 1, "local_rank": 0,
-    "device": "auto", "gpus": [], "checkpoint": None, "fingerprint": None,
-}  # fmt: skip
+_CHALLENGE, _PROOF, _ACCEPTED, _HEARTBEAT = 1, 2, 3, 5  # kinds of fixed layout
+_MESSAGES = range(16, 40)  # kinds of messages in JSON
 
 
-def frame(**message: object) -> bytes:
-    body = json.dumps(message, separators=(",", ":")).encode()
-    return len(body).to_bytes(4, "big") + body
+def frame(kind: int, body: bytes) -> bytes:
+    return len(body).to_bytes(4, "big") + bytes([kind]) + body
+
+
+def said(kind: int, **message: object) -> bytes:
+    return frame(kind, json.dumps(message, separators=(",", ":")).encode())
 
 
 def first_words() -> list[bytes]:
     """What strangers say: one thing on each connection."""
-    hello = {"kind": "HELLO", "nonce": "00" * 32, "member": _MEMBER}
-    abort = {"kind": "ABORT", "code": 5, "message": _SENTENCE, "hint": None}
+    info = {"role": "recv", "rank": 1, "host": "stranger", "boot_id": "x", "pid": 1}
+    wrong = {n: frame(_PROOF, n.to_bytes(2, "big") + os.urandom(64)) for n in (0, 1, 3, 4, 5, 99)}
+    anything = {
+        "info": info, "heartbeat_timeout_s": 3.0, "code": 5, "message": _SENTENCE, "hint": None,
+    }  # fmt: skip
     return [
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500),  # TLS
         os.urandom(4096),
-        b"\xff\xff\xff\xff" + bytes(65536),  # a frame of 4 GiB
-        (1 << 30).to_bytes(4, "big") + b'{"kind":"OFFER"' + bytes(65536),
+        b"\xff\xff\xff\xff\xff" + bytes(65536),  # a frame of 4 GiB
+        (1 << 30).to_bytes(4, "big") + bytes([_PROOF]) + bytes(65536),
         (0).to_bytes(4, "big"),
-        frame(),
-        frame(kind="HEARTBEAT"),
-        frame(**abort),
-        frame(kind="BYE"),
-        frame(kind="PUBLISHED", ok=True),
-        *(
-            frame(**hello, protocol=protocol, **proof)
-            for protocol in (1, 2, 3, 4, 5, 99, "x", None)
-            for proof in ({}, {"proof": "11" * 32}, {"proof": None})
-        ),
-        frame(**hello, protocol=3, proof="11" * 32) + frame(**abort),
+        frame(_PROOF, b""),
+        frame(_PROOF, bytes(65)),
+        frame(_CHALLENGE, b"packcast" + bytes(40)),
+        frame(_ACCEPTED, bytes(32)),
+        frame(_HEARTBEAT, bytes(20)),
+        *wrong.values(),
+        *(said(kind, **anything) for kind in _MESSAGES),
+        *(wrong[4] + said(kind, **anything) for kind in _MESSAGES),
         b"[" * 10_000,
-        len(b"[" * 10_000).to_bytes(4, "big") + b"[" * 10_000,
+        frame(_MESSAGES[0], b"[" * 10_000),
     ]
 
 
@@ -216,9 +217,9 @@ class Strangers:
 
 
 def _speaks_frames(door: Listening) -> bool:
-    """Whether it greets as the control channel does: with a frame that has a kind."""
+    """Whether it greets as the control channel does: with its name."""
     host = "127.0.0.1" if door.address in ("0.0.0.0", "::") else door.address
     with suppress(OSError), socket.create_connection((host, door.port), _CONNECT_S) as sock:
         sock.settimeout(_REPLY_S)
-        return b'"kind"' in sock.recv(64)
+        return b"packcast" in sock.recv(64)
     return False
