@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from packcast.cli.options import LAUNCH, OUTPUT, TUNING, option
+from packcast.cli.options import LAUNCH, OUTPUT, option
 
 WEIGHTS = "What is measured"
 SWEEP = "Sweep"
@@ -134,14 +134,6 @@ Warmup = Annotated[
         help="Runs before them that do not.",
     ),
 ]
-NoCheck = Annotated[
-    bool,
-    option(
-        "--no-check",
-        panel=SWEEP,
-        help="Do not check that the right bytes arrived.",
-    ),
-]
 NoBaselines = Annotated[
     bool,
     option(
@@ -169,23 +161,13 @@ Nproc = Annotated[
         help="Start N ranks on this machine. \\[default without a launcher: one per GPU, or 2]",
     ),
 ]
-Staging = Annotated[
-    str,
-    option(
-        "--staging",
-        metavar="SIZE",
-        panel=TUNING,
-        help="Most pinned host memory between files and buffers.",
-    ),
-]
-
 ExportJson = Annotated[
     str | None,
     option(
         "--export-json",
         metavar="FILE|-",
         panel=OUTPUT,
-        help="Write everything as JSON, every run of every rank too; again after each case.",
+        help="Write everything as JSON, every run of every rank too; again after each row.",
     ),
 ]
 ExportCsv = Annotated[
@@ -203,7 +185,7 @@ ExportMarkdown = Annotated[
         "--export-markdown",
         metavar="FILE|-",
         panel=OUTPUT,
-        help="Write the tables for a web page.",
+        help="Write the table for a web page.",
     ),
 ]
 Plot = Annotated[
@@ -222,23 +204,6 @@ MinBandwidth = Annotated[
         metavar="RATE",
         panel=OUTPUT,
         help="Exit 5 unless the best row of each table reaches it, as in 10GB/s.",
-    ),
-]
-SaveProfile = Annotated[
-    bool,
-    option(
-        "--save-profile",
-        panel=OUTPUT,
-        help="Keep the best buffers; `send` then uses them, and says so.",
-    ),
-]
-ProfileFile = Annotated[
-    str | None,
-    option(
-        "--profile",
-        metavar="FILE",
-        panel=OUTPUT,
-        help="Where --save-profile keeps them. \\[default: ~/.config/packcast/profile.json]",
     ),
 ]
 Quiet = Annotated[
