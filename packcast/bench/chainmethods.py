@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Sequence
 
 import torch
 
 from packcast.bench.check import sums_of, wrong_tensors
 from packcast.bench.methods import Job, MethodRun, check_room, fill_with_poison
 from packcast.bench.model import SENDER
-from packcast.packed.chain import Chain, Passed, chain_order
+from packcast.packed.chain import Chain, Passed
 from packcast.packed.tensors import as_bytes
 
 
@@ -64,27 +64,13 @@ class ChainMethod(ChunksMethod):
 
     def connect(self) -> None:
         super().connect()
-        ranks = self.job.ranks
-        order = chain_order([str(host) for host in ranks.hosts])
-        before, after = ranks.open_hops(self.job.run_id, order)
-        self._chain = Chain(before, after, rank=ranks.rank, order=order, check=self._check_ranks)
+        self._chain = self.job.ranks.open_chain((SENDER,), self.job.run_id)
 
     def run(self) -> None:
-        """With as many chunks begun or under way at a time as there are buffers."""
-        chain, chunks = self._chain, self._chunks()
-        assert chain is not None, "connect comes first"
-        ahead = max(1, self.job.case.num_buffers - 1)
-        passing: deque[Passed] = deque()
-        for chunk in chunks[:ahead]:
-            chain.begin(chunk, SENDER)
-        for index, chunk in enumerate(chunks):
-            passing.append(chain.carry(chunk, SENDER))
-            if len(passing) == self.job.case.num_buffers:
-                passing.popleft().synchronize()
-            if index + ahead < len(chunks):
-                chain.begin(chunks[index + ahead], SENDER)
-        chain.finish()
-        self.sent_nbytes = chain.sent_nbytes
+        assert self._chain is not None, "connect comes first"
+        calls = [(chunk, SENDER) for chunk in self._chunks()]
+        carry_all(self._chain, calls, self.job.case.num_buffers)
+        self.sent_nbytes = self._chain.sent_nbytes
 
     def close(self) -> None:
         if self._chain is not None:
@@ -92,7 +78,17 @@ class ChainMethod(ChunksMethod):
             self._chain = None
         super().close()
 
-    def _check_ranks(self) -> None:
-        verdict = self.job.ranks.channel.verdict
-        if verdict is not None:
-            raise verdict
+
+def carry_all(chain: Chain, calls: Sequence[tuple[torch.Tensor, int]], num_buffers: int) -> None:
+    """Each memory from its root along the chain; call i + num_buffers may use that of call i."""
+    passing: list[Passed] = []
+    begun, ahead = 0, max(1, num_buffers - 1)
+    for i, (memory, root) in enumerate(calls):
+        while begun < min(i + ahead, len(calls)):
+            if begun >= num_buffers:
+                passing[begun - num_buffers].synchronize()
+            chain.begin(*calls[begun])
+            begun += 1
+        passing.append(chain.carry(memory, root))
+    for mark in passing[-num_buffers:]:
+        mark.synchronize()

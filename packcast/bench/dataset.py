@@ -30,6 +30,7 @@ from packcast.errors import (
 )
 from packcast.io.sinks.shelf import torch_dtype
 from packcast.io.source import FileReader
+from packcast.packed.chain_order import chain_order
 from packcast.packed.layout import TensorSpec
 from packcast.packed.plan import plan_chunks, plan_digest
 from packcast.transfer.offer import Offer, Place, Selection
@@ -176,6 +177,7 @@ def _share_offer(data: Dataset, settings: BenchSettings, ranks: Ranks) -> Offer:
             num_buffers=settings.num_buffers[0],
             staging=settings.staging,
             readers=(SENDER,),
+            chain=tuple(chain_order([str(host) for host in ranks.hosts])),
             plan=plan_digest(sizes, buffer_size, plan_chunks(sizes, buffer_size, (SENDER,))),
             selection=Selection((), ()),
             samples=(),

@@ -20,6 +20,7 @@ from packcast.io.sinks.tensors import TensorSink
 from packcast.io.sinks.verify import VerifySink
 from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
+from packcast.packed.chain import Chain
 from packcast.packed.plan import check_buffers, check_staging
 from packcast.transfer.moving import Mover
 
@@ -37,6 +38,7 @@ class FileMethod(MethodRun):
         self._write_folder = write_folder
         self._sink: FileSink | None = None
         self._mover: Mover | None = None
+        self._chain: Chain | None = None
         self._incomplete = False
         self._landed: dict[str, torch.Tensor] = {}  # a worker's own tensors
 
@@ -64,6 +66,11 @@ class FileMethod(MethodRun):
         if case.sink in ("land", "discard") and job.ranks.on_gpu:
             self._mover.prove_by_sums()
 
+    def connect(self) -> None:
+        """Over gloo chunks go along a chain of ranks, as in a transfer."""
+        if not self.job.ranks.on_gpu:
+            self._chain = self.job.ranks.open_chain(self.job.readers, self.job.run_id)
+
     def poison(self) -> None:
         fill_with_poison(*self._landed.values())
         self._made().overwrite_buffers(random.randrange(256))
@@ -72,7 +79,9 @@ class FileMethod(MethodRun):
         """The moment of the last byte: buffers that are unpinned afterwards are no part of it."""
         mover, ranks = self._made(), self.job.ranks
         mover.read_ahead()
-        moved = mover.run(ranks.group, ranks.channel)
+        moved = mover.run(self._chain or ranks.group, ranks.channel)
+        if self._chain is not None:
+            self.sent_nbytes = self._chain.sent_nbytes
         self.pinned_nbytes = moved.pinned_nbytes
         if self._sink is None:
             return moved.ended
@@ -105,6 +114,9 @@ class FileMethod(MethodRun):
         return wrong
 
     def close(self) -> None:
+        if self._chain is not None:
+            self._chain.close()
+            self._chain = None
         if self._mover is not None:
             self._mover.close()
             self._mover = None

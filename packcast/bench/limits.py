@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from packcast.bench.chainmethods import carry_all
 from packcast.bench.dataset import offer_of_case
 from packcast.bench.methods import Job, MethodRun, RunFailed, check_room, fill_with_poison
 from packcast.bench.model import SENDER
@@ -30,6 +31,7 @@ from packcast.io.pinned import PinnedMemory
 from packcast.io.pool import CLOSE_LIMIT_S, start_pool
 from packcast.io.schedule import IN_MEMORY, Span, SpansOf, make_schedule
 from packcast.io.work import Pool, PoolStopped, Task, Work, make_differences, make_digests
+from packcast.packed.chain import Chain
 from packcast.packed.plan import PAGE, Chunk, Extent, staging_count, unit_nbytes
 from packcast.transfer.offer import Offer
 from packcast.transfer.share import num_io_threads, staging_bound
@@ -57,6 +59,7 @@ class LimitMethod(MethodRun):
         self._folder = write_folder
         self._ending = ExitStack()
         self._active: _Active | None = None
+        self._chain: Chain | None = None
 
     def prepare(self) -> None:
         case, ranks = self.job.case, self.job.ranks
@@ -87,6 +90,13 @@ class LimitMethod(MethodRun):
             threads = num_io_threads(offer.place.ranks_on_host)
             self._start(Task.WRITE, offer.chunks(), _spans_in(active.target), array("i"), threads)
 
+    def connect(self) -> None:
+        """Over gloo every other run is a bare chain of ranks: what is faster is the limit."""
+        job = self.job
+        if not job.ranks.on_gpu and self._has("broadcast") and job.turn % 2 == 0:
+            roots = job.readers if job.case.source == "file" else (SENDER,)
+            self._chain = job.ranks.open_chain(roots, job.run_id)
+
     def poison(self) -> None:
         """And have every page of the memory there, as packcast's is."""
         active = self._prepared()
@@ -100,6 +110,8 @@ class LimitMethod(MethodRun):
             pool.allow(num_units)
         if self.job.ranks.on_gpu:
             self._copy_and_broadcast(active)
+        elif self._chain is not None:
+            carry_all(self._chain, list(self._calls(active.memory)), self.job.case.num_buffers)
         elif self._has("broadcast"):
             for slot, root in self._calls(active.memory):
                 self.job.ranks.broadcast(slot, root)
@@ -122,6 +134,9 @@ class LimitMethod(MethodRun):
         return 0
 
     def close(self) -> None:
+        if self._chain is not None:
+            self._chain.close()
+            self._chain = None
         self._ending.close()
         self._active = None
 

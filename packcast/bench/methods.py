@@ -17,12 +17,13 @@ from packcast.packed.counters import Counters
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One run of one case on one rank. `run_id` is unique."""
+    """One run of one case on one rank, the `turn`-th. `run_id` is unique."""
 
     case: Case
     ranks: Ranks
     data: Dataset
     run_id: str
+    turn: int
     nbytes: int
     cold: bool
 

@@ -18,6 +18,7 @@ from packcast.group import processgroup
 from packcast.group.hub import Hub
 from packcast.group.line import Line
 from packcast.group.processgroup import Group
+from packcast.packed.chain import Chain
 
 T = TypeVar("T")
 
@@ -38,7 +39,8 @@ class Ranks:
     """This rank among the others. `hosts` tells for each rank which host it is on, from 0.
 
     It is what engines call a communicator, too: the library's functions and the original's take it.
-    `open_hops` connects this rank to its neighbours in a chain; gloo only.
+    `open_chain` connects this rank to its neighbours in the chains from some roots, under a name of
+    their own; gloo only.
     """
 
     rank: int
@@ -46,7 +48,7 @@ class Ranks:
     device: torch.device
     group: Group
     channel: Hub | Line
-    open_hops: Callable[[str, Sequence[int]], Any]
+    open_chain: Callable[[Sequence[int], str], Chain]
     _broadcast: Callable[[torch.Tensor, int], None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TypeVar
 
 from packcast.bench.chainmethods import ChainMethod, GlooBroadcastMethod
 from packcast.bench.dataset import (
@@ -52,8 +51,6 @@ from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.errors import PackcastError, TransferError, VerificationError
 from packcast.packed.counters import Counters
 
-T = TypeVar("T")
-
 
 class Runner:
     """One rank's side of a bench, from the first table to the last."""
@@ -80,12 +77,12 @@ class Runner:
         self._name = f"packcast-bench-{ranks.share(_new_name())}"
         self._write_folder = settings.write_directory / self._name / f"rank-{ranks.rank}"
         if settings.cold and "file" in settings.sources:
-            self._agree(lambda: check_can_be_cold(settings.checkpoint or settings.directory))
+            ranks.attempt(lambda: check_can_be_cold(settings.checkpoint or settings.directory))
         sizes = {shape: self._nbytes_of(shape) for shape in self._shapes()}
         plan = plan_cases(settings, sizes, world_size=ranks.world_size, on_gpu=ranks.on_gpu)
         if settings.checkpoint is None:
             for shape, cases in plan.items():
-                self._agree(partial(self._check_space, shape, cases))
+                ranks.attempt(partial(self._check_space, shape, cases))
         num_cases = sum(map(len, plan.values()))
         environment = environment_of(settings, ranks)
         self._tell(environment=environment, num_cases=num_cases)
@@ -142,7 +139,7 @@ class Runner:
         path, ranks = self._settings.checkpoint, self._ranks
         if path is None:
             return sum(weight.nbytes for weight in self._weights(shape))
-        mine = self._agree(lambda: open_checkpoint(path).nbytes if ranks.is_sender else 0)
+        mine = ranks.attempt(lambda: open_checkpoint(path).nbytes if ranks.is_sender else 0)
         return int(ranks.share(mine))
 
     def _check_space(self, shape: str, cases: Sequence[Case]) -> None:
@@ -207,13 +204,10 @@ class Runner:
             path = folder if self._host_needs_files(cases) else None
             # One rank of each host writes them.
             if path is not None and ranks.hosts.index(ranks.hosts[ranks.rank]) == ranks.rank:
-                self._agree(lambda: self._data.write(folder, self._weights(shape), self._beat))
+                ranks.attempt(lambda: self._data.write(folder, self._weights(shape), self._beat))
             else:
-                self._agree(lambda: None)
-        try:
-            share_files(self._data, settings, ranks, path)
-        except StepFailed as error:
-            raise error.first from error
+                ranks.attempt(lambda: None)
+        share_files(self._data, settings, ranks, path)
         self._share_truth("file", cases)
 
     def _share_truth(self, source: SourceKind, cases: Sequence[Case]) -> None:
@@ -248,7 +242,7 @@ class Runner:
         )
         self._num_runs += 1
         try:
-            parts = self._run_once(case, row.nbytes)
+            parts = self._run_once(case, turn, row.nbytes)
         except StepFailed as error:
             row = replace(row, failure=error.message, is_complete=True)
         else:
@@ -261,7 +255,7 @@ class Runner:
         known = with_limits(rows)
         self._tell(known[index] if row.is_complete else None, rows=known)
 
-    def _run_once(self, case: Case, nbytes: int) -> tuple[RankRun, ...]:
+    def _run_once(self, case: Case, turn: int, nbytes: int) -> tuple[RankRun, ...]:
         """Raises StepFailed on all ranks where the row cannot be measured on one of them."""
         ranks, settings = self._ranks, self._settings
         if case.source == "file" and case.readers > len(self._data.able):
@@ -273,6 +267,7 @@ class Runner:
             ranks=ranks,
             data=self._data,
             run_id=f"{self._name}-{self._num_runs}",
+            turn=turn,
             nbytes=nbytes,
             cold=settings.cold,
         )
@@ -330,13 +325,6 @@ class Runner:
     def _tell(self, news: Row | None = None, **changes: object) -> None:
         self._results = replace(self._results, **changes)  # type: ignore[arg-type]
         self._view.found(self._results, news)
-
-    def _agree(self, step: Callable[[], T]) -> T:
-        """As `attempt`, where a failure on any rank is the end of the bench."""
-        try:
-            return self._ranks.attempt(step)
-        except StepFailed as error:
-            raise error.first from error
 
     def _beat(self) -> None:
         now = time.perf_counter()

@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from packcast.bench.model import SENDER, BenchSettings, BenchView
-from packcast.bench.ranks import Ranks
+from packcast.bench.ranks import Ranks, StepFailed
 from packcast.bench.runner import Runner
 from packcast.errors import (
     PackcastError,
@@ -25,7 +25,7 @@ from packcast.errors import (
 )
 from packcast.group.addresses import interface_towards
 from packcast.group.devices import assign_devices
-from packcast.group.hops import open_hops
+from packcast.group.hops import open_chain
 from packcast.group.hub import Hub
 from packcast.group.launch import detect_launch
 from packcast.group.leave import Leaver
@@ -33,6 +33,8 @@ from packcast.group.line import Line
 from packcast.group.processgroup import begin_close, open_process_group
 from packcast.group.store import connect_store, serve_store
 from packcast.group.wire import Message
+from packcast.packed.chain import Chain
+from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import check_buffers
 from packcast.settings import Settings
 from packcast.transfer.agreement import rank_of
@@ -68,12 +70,17 @@ def run(settings: BenchSettings, view: BenchView, leaver: Leaver) -> int:
     seat = take_seat(_as_transfer(settings), View(), leaver, call=0)
     channel = seat.channel
     leaver.on_leave(lambda: channel.abort(leaver.error or TransferError("it left")))
+    agreed: PackcastError | None = None
+    code = 0
     try:
         ranks, warning = _open(settings, seat)
-        code = _sweep(settings, ranks, warning, view if ranks.is_sender else BenchView(), leaver)
+        try:
+            told = view if ranks.is_sender else BenchView()
+            code = _sweep(settings, ranks, warning, told, leaver)
+        except StepFailed as failed:  # all know of it, and say the same
+            agreed = failed.first
         leaver.shield()
         _leave(channel)
-        return code
     except PackcastError as error:
         channel.abort(error)
         raise
@@ -85,6 +92,9 @@ def run(settings: BenchSettings, view: BenchView, leaver: Leaver) -> int:
         raise cause from error
     finally:
         seat.leave()
+    if agreed is not None:
+        raise agreed
+    return code
 
 
 def _sweep(
@@ -189,25 +199,32 @@ def _connect(
     except RendezvousError as error:
         raise channel.wait_verdict(_CAUSE_LIMIT_S) or error from error
 
-    def hops(name: str, order: Sequence[int]) -> Any:
+    hosts: list[int] = told["hosts"]
+
+    def check() -> None:
+        if channel.verdict:
+            raise channel.verdict
+
+    def open_chain_of(roots: Sequence[int], name: str) -> Chain:
         from torch._C._distributed_c10d import PrefixStore
 
-        return open_hops(
-            order,
-            (SENDER,),
+        return open_chain(
+            chain_order([str(host) for host in hosts]),
+            roots,
             rank=rank,
             store=PrefixStore(name, store),
-            timeout_s=_GROUP_TIMEOUT_S,
+            timeout_s=settings.stall_timeout_s + _PATIENCE_S,
             interface=interface,
+            check=check,
         )
 
     return Ranks(
         rank=rank,
-        hosts=tuple(told["hosts"]),
+        hosts=tuple(hosts),
         device=device,
         group=group,
         channel=channel,
-        open_hops=hops,
+        open_chain=open_chain_of,
     )
 
 
