@@ -58,6 +58,7 @@ class LimitMethod(MethodRun):
         super().__init__(job)
         self._folder = write_folder
         self._ending = ExitStack()
+        self._is_idle = True
         self._active: _Active | None = None
         self._chain: Chain | None = None
 
@@ -74,7 +75,7 @@ class LimitMethod(MethodRun):
         if ranks.on_gpu:
             num_units = staging_count(case.buffer_size, staging_bound(offer))
             staging = PinnedMemory(num_units * unit_nbytes(case.buffer_size))
-            self._ending.callback(lambda: staging.close(is_idle=True))
+            self._ending.callback(lambda: staging.close(is_idle=self._is_idle))
             active.host = staging.tensor
         sink = "discard" if ranks.is_sender else case.sink
         if self._has("land") and sink == "land":
@@ -164,7 +165,10 @@ class LimitMethod(MethodRun):
             stages.append("d2h")
         if active.target is not None:
             stages.append("land")
-        streams = {stage: torch.cuda.Stream(ranks.device) for stage in stages}
+        streams = {
+            stage: torch.cuda.Stream(ranks.device, priority=-(stage == "broadcast"))
+            for stage in stages
+        }
         under_way: deque[torch.cuda.Event] = deque()
         landed = 0
         for slot, root in self._calls(active.memory):
@@ -236,8 +240,12 @@ class LimitMethod(MethodRun):
             hashed=False,
         )
         pool = start_pool(work, num_threads)
-        self._ending.callback(pool.close, CLOSE_LIMIT_S)
+        self._ending.callback(self._close_pool, pool)
         active.pools.append((pool, len(schedule.units)))
+
+    def _close_pool(self, pool: Pool) -> None:
+        """A thread that is stuck in a system call may still use the memory."""
+        self._is_idle = pool.close(CLOSE_LIMIT_S) and self._is_idle
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

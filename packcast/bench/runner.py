@@ -174,7 +174,7 @@ class Runner:
         if self._settings.checkpoint is None:
             data.specs = specs_of(self._weights(shape))
         from_files = [case for case in cases if case.source == "file"]
-        if from_files:
+        if from_files or self._settings.checkpoint is not None:
             self._make_files(shape, from_files)
             for table in _tables(from_files):
                 self._measure_table(table, data.offered().nbytes)
@@ -213,8 +213,9 @@ class Runner:
     def _share_truth(self, source: SourceKind, cases: Sequence[Case]) -> None:
         self._doing = "computing what is right"
         blocks = source == "file" and any(case.method == "packcast" for case in cases)
-        loads = [case for case in cases if case.method != "packcast" or case.sink == "land"]
-        sums = source == "resident" or (bool(loads) and self._data.specs_fault is None)
+        loading = ("original", "load_file")
+        loads = any(case.sink == "land" or case.method in loading for case in cases)
+        sums = source == "resident" or (loads and self._data.specs_fault is None)
         share_truth(self._data, self._ranks, source, blocks=blocks, sums=sums)
         self._beat()
 

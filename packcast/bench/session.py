@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -245,17 +247,9 @@ def _as_transfer(settings: BenchSettings) -> Settings:
 
 def _digest(settings: BenchSettings) -> str:
     """Equal on two ranks iff they were asked for the same; where files lie may differ."""
-    asked = (
-        settings.shapes,
-        settings.size,
-        settings.sources,
-        settings.sinks,
-        settings.readers,
-        settings.buffer_sizes,
-        settings.num_buffers,
-        settings.runs,
-        settings.warmup,
-        settings.checkpoint is None,
-        (settings.cold, settings.baselines, settings.limits, settings.staging),
+    here = Path()
+    checkpoint = None if settings.checkpoint is None else here
+    same = replace(
+        settings, checkpoint=checkpoint, directory=here, write_directory=here, device="", token=None
     )
-    return xxhash.xxh3_128_hexdigest(repr(asked).encode())
+    return xxhash.xxh3_128_hexdigest(repr(same).encode())

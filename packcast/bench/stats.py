@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from packcast.bench.model import OURS, SENDER, Case, Limit, LimitStage, RankRun, Row, Run
+from packcast.bench.model import OURS, SENDER, Case, Limit, LimitStage, Row, Run
 from packcast.packed.counters import Stage, StageTotal
 from packcast.units import GIB, format_rate
 
@@ -305,15 +305,3 @@ def limits_of(rows: Iterable[Row]) -> list[Limit]:
             if known is None or limit.bytes_per_second > known.bytes_per_second:
                 best[limit.label] = limit
     return sorted(best.values(), key=lambda limit: _LIMITS.index(limit.stage))
-
-
-def slowest_rank(row: Row) -> int | None:
-    """The rank with the largest median time."""
-    runs: Sequence[Run] = steady(row.runs)
-    if not runs:
-        return None
-
-    def median(part: RankRun) -> float:
-        return statistics.median(run.ranks[part.rank].seconds for run in runs)
-
-    return max(runs[0].ranks, key=median).rank

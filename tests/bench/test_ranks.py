@@ -249,3 +249,11 @@ def test_a_given_checkpoint_may_hold_what_others_cannot_carry(bench: Bench, tmp_
             assert row["failure"] is None
             assert [part["wrong"] for part in rank_runs(row)] == [0, 0]
     assert (tmp_path / "given" / "model.safetensors").is_file()
+
+
+def test_a_given_checkpoints_tensors_can_be_resident(bench: Bench, tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "given.safetensors", {"large": ("F32", (MIB // 2,))})
+    path = str(tmp_path / "given.safetensors")
+    found = bench.run(sources=["resident"], sinks=["land"], checkpoint=path, shapes=[])
+    (row,) = found["rows"]
+    assert (row["nbytes"], row["failure"]) == (2 * MIB, None)
