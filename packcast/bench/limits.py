@@ -30,7 +30,15 @@ from packcast.io import syscalls
 from packcast.io.pinned import PinnedMemory
 from packcast.io.pool import CLOSE_LIMIT_S, start_pool
 from packcast.io.schedule import IN_MEMORY, Span, SpansOf, make_schedule
-from packcast.io.work import Pool, PoolStopped, Task, Work, make_differences, make_digests
+from packcast.io.work import (
+    FailureKind,
+    Pool,
+    PoolStopped,
+    Task,
+    Work,
+    make_differences,
+    make_digests,
+)
 from packcast.packed.chain import Chain
 from packcast.packed.plan import PAGE, Chunk, Extent, staging_count, unit_nbytes
 from packcast.transfer.offer import Offer
@@ -125,7 +133,9 @@ class LimitMethod(MethodRun):
             with ThreadPoolExecutor(_NUM_SYNC_THREADS) as threads:
                 list(threads.map(os.fsync, active.written))
         except PoolStopped as stopped:
-            reason = stopped.failure.reason if stopped.failure else "stopped"
+            failure = stopped.failure
+            ended = failure is not None and failure.kind is FailureKind.END_OF_FILE
+            reason = "a file has ended early" if ended else failure.reason if failure else "stopped"
             raise RunFailed(f"an I/O thread failed: {reason}") from stopped
         except OSError as error:
             raise RunFailed(f"cannot write {self._folder}: {error.strerror}") from error

@@ -128,7 +128,15 @@ def _limits(ours: list[Case], on_gpu: bool, known: set[tuple[object, ...]]) -> I
     large = GIB if on_gpu else 64 * MIB
     sizes = dict.fromkeys([*(case.buffer_size for case in ours), large])
     largest = max(case.buffer_size for case in ours)
-    found = [make(limit="broadcast", buffer_size=size) for size in sizes]
+    found = [
+        # Of large ones on a GPU one will do: they follow each other anyway.
+        make(
+            limit="broadcast",
+            buffer_size=size,
+            num_buffers=1 if on_gpu and size == large else most,
+        )
+        for size in sizes
+    ]
     if first.source == "file":
         for readers in dict.fromkeys(case.readers for case in ours):
             stages: list[LimitStage] = ["read", "h2d"] if on_gpu else ["read"]
