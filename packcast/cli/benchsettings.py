@@ -24,6 +24,7 @@ from packcast.units import GIB, MIB, format_exact_size, parse_size
 T = TypeVar("T")
 
 SIZE_ON_CPUS, SIZE_ON_GPUS = 256 * MIB, 8 * GIB
+MAX_SIZE = 4096 * GIB  # whoever has so much memory or disk learns nothing more
 MAX_POINTS = 256  # in one list; who wants more has mistyped a factor
 SHAPES: tuple[ShapeKind, ...] = get_args(ShapeKind)
 SOURCES: tuple[SourceKind, ...] = get_args(SourceKind)
@@ -130,7 +131,10 @@ def check_what(settings: BenchSettings, *, shape: str | None, size: str | None) 
 def size_of_weights(text: str | None, backend: Backend, device: str) -> int:
     """Bytes of generated weights: as typed, else small where there is no GPU."""
     if text is not None:
-        return given.size("--size", text)
+        nbytes = given.size("--size", text)
+        if nbytes > MAX_SIZE:
+            raise UsageError(f"--size: {text} is more than {format_exact_size(MAX_SIZE)}")
+        return nbytes
     on_gpus = backend == "nccl" or (backend == "auto" and device != "cpu" and has_gpu_driver())
     return SIZE_ON_GPUS if on_gpus else SIZE_ON_CPUS
 

@@ -155,6 +155,7 @@ def test_a_checkpoint_takes_the_place_of_shapes(ranks: FakeBench) -> None:
         ("ckpt --shape dense", "--shape is for generated weights"),
         ("ckpt --size 1GiB", "--size is for generated weights"),
         ("--size lots", "--size: 'lots'"),
+        ("--size 100000GiB", "--size: 100000GiB is more than 4096GiB"),
         ("--runs 0", "--runs"),
         ("--nproc 3", "--nproc is for use without a launcher"),
         ("--port 5", "--port is for Slurm"),
