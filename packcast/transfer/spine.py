@@ -108,6 +108,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
     leaver.on_abandon(mover.abandon)
     mover.read_ahead()
+    mover.arm(hub)
     sums = _await_ready(hub, offer, settings.join_timeout_s)
 
     view.phase("start")
@@ -183,6 +184,7 @@ def receive(
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
         leaver.on_abandon(mover.abandon)
         mover.read_ahead()
+        mover.arm(line)
         line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
         line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
 
