@@ -26,14 +26,7 @@ BenchSink = Literal["discard", "land", "write", "verify"]
 # `chain` and `gloo broadcast` move chunk after chunk over CPUs and do nothing else.
 # `limit` is the hardware's, of the stage or stages that `Case.limit` names.
 Method = Literal[
-    "packcast",
-    "compat",
-    "chain",
-    "gloo broadcast",
-    "original",
-    "per-tensor",
-    "load_file",
-    "limit",
+    "packcast", "compat", "chain", "gloo broadcast", "original", "per-tensor", "load_file", "limit"
 ]
 OURS: tuple[Method, ...] = ("packcast", "compat")
 LimitStage = Literal["read", "h2d", "broadcast", "d2h", "write", "together"]

@@ -14,12 +14,7 @@ from dataclasses import asdict, replace
 from functools import partial
 
 from packcast.bench.chainmethods import ChainMethod, GlooBroadcastMethod
-from packcast.bench.dataset import (
-    Dataset,
-    make_resident,
-    share_files,
-    share_truth,
-)
+from packcast.bench.dataset import Dataset, make_resident, share_files, share_truth
 from packcast.bench.environment import environment_of
 from packcast.bench.filemethod import FileMethod
 from packcast.bench.limits import LimitMethod
@@ -40,12 +35,7 @@ from packcast.bench.pagecache import check_can_be_cold
 from packcast.bench.ranks import Ranks, StepFailed
 from packcast.bench.stats import busy_of, shown, waiting_of, with_limits, wrong_of
 from packcast.bench.sweep import plan_cases, reads_everywhere
-from packcast.bench.tensormethods import (
-    LoadFileMethod,
-    OneByOneMethod,
-    PackedMethod,
-    ReplayMethod,
-)
+from packcast.bench.tensormethods import LoadFileMethod, OneByOneMethod, PackedMethod, ReplayMethod
 from packcast.bench.weights import Weight, check_space, make_layout, specs_of
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.errors import PackcastError, TransferError, VerificationError

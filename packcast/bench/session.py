@@ -19,12 +19,7 @@ import xxhash
 from packcast.bench.model import SENDER, BenchSettings, BenchView
 from packcast.bench.ranks import Ranks, StepFailed
 from packcast.bench.runner import Runner
-from packcast.errors import (
-    PackcastError,
-    RendezvousError,
-    TransferError,
-    UsageError,
-)
+from packcast.errors import PackcastError, RendezvousError, TransferError, UsageError
 from packcast.group.addresses import interface_towards
 from packcast.group.devices import assign_devices
 from packcast.group.hops import open_chain

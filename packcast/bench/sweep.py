@@ -131,9 +131,7 @@ def _limits(ours: list[Case], on_gpu: bool, known: set[tuple[object, ...]]) -> I
     found = [
         # Of large ones on a GPU one will do: they follow each other anyway.
         make(
-            limit="broadcast",
-            buffer_size=size,
-            num_buffers=1 if on_gpu and size == large else most,
+            limit="broadcast", buffer_size=size, num_buffers=1 if on_gpu and size == large else most
         )
         for size in sizes
     ]

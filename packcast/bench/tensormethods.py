@@ -61,11 +61,7 @@ class ReplayMethod(ResidentMethod):
         ranks, case, resident = self.job.ranks, self.job.case, self.job.data.resident
         if ranks.is_sender:
             self._pair = ReplaySender(
-                resident,
-                ranks,
-                SENDER,
-                buffer_size=case.buffer_size,
-                num_buffers=case.num_buffers,
+                resident, ranks, SENDER, buffer_size=case.buffer_size, num_buffers=case.num_buffers
             )
         else:
             self._pair = ReplayReceiver(ranks, SENDER, resident)

@@ -95,13 +95,7 @@ BufferSizes = Annotated[
     ),
 ]
 BufferCounts = Annotated[
-    str,
-    option(
-        "--num-buffers",
-        metavar="LIST",
-        panel=SWEEP,
-        help="Buffers on each device.",
-    ),
+    str, option("--num-buffers", metavar="LIST", panel=SWEEP, help="Buffers on each device.")
 ]
 Readers = Annotated[
     str,
@@ -115,40 +109,20 @@ Readers = Annotated[
 Runs = Annotated[
     int,
     option(
-        "--runs",
-        metavar="N",
-        min=1,
-        max=10_000,
-        panel=SWEEP,
-        help="Runs that count, of each case.",
+        "--runs", metavar="N", min=1, max=10_000, panel=SWEEP, help="Runs that count, of each case."
     ),
 ]
 Warmup = Annotated[
     int,
     option(
-        "--warmup",
-        metavar="N",
-        min=0,
-        max=1000,
-        panel=SWEEP,
-        help="Runs before them that do not.",
+        "--warmup", metavar="N", min=0, max=1000, panel=SWEEP, help="Runs before them that do not."
     ),
 ]
 NoBaselines = Annotated[
-    bool,
-    option(
-        "--no-baselines",
-        panel=SWEEP,
-        help="Only packcast: nothing to compare with.",
-    ),
+    bool, option("--no-baselines", panel=SWEEP, help="Only packcast: nothing to compare with.")
 ]
 NoLimits = Annotated[
-    bool,
-    option(
-        "--no-limits",
-        panel=SWEEP,
-        help="Do not measure what the hardware can do.",
-    ),
+    bool, option("--no-limits", panel=SWEEP, help="Do not measure what the hardware can do.")
 ]
 
 Nproc = Annotated[
@@ -171,21 +145,12 @@ ExportJson = Annotated[
     ),
 ]
 ExportCsv = Annotated[
-    str | None,
-    option(
-        "--export-csv",
-        metavar="FILE|-",
-        panel=OUTPUT,
-        help="Write a line per row.",
-    ),
+    str | None, option("--export-csv", metavar="FILE|-", panel=OUTPUT, help="Write a line per row.")
 ]
 ExportMarkdown = Annotated[
     str | None,
     option(
-        "--export-markdown",
-        metavar="FILE|-",
-        panel=OUTPUT,
-        help="Write the table for a web page.",
+        "--export-markdown", metavar="FILE|-", panel=OUTPUT, help="Write the table for a web page."
     ),
 ]
 Plot = Annotated[
@@ -207,11 +172,5 @@ MinBandwidth = Annotated[
     ),
 ]
 Quiet = Annotated[
-    bool,
-    option(
-        "--quiet",
-        "-q",
-        panel=OUTPUT,
-        help="Only errors, and the table at the end.",
-    ),
+    bool, option("--quiet", "-q", panel=OUTPUT, help="Only errors, and the table at the end.")
 ]

@@ -126,13 +126,7 @@ def measure(
         data = Dataset("x", checkpoint=found, files=files, offer=offer, able=(0, 1, 2))
         one = case(sink=sink, readers=readers, limit="together", buffer_size=2 * MIB, num_buffers=2)
         job = Job(
-            case=one,
-            ranks=ranks,
-            data=data,
-            run_id="run",
-            turn=1,
-            nbytes=offer.nbytes,
-            cold=False,
+            case=one, ranks=ranks, data=data, run_id="run", turn=1, nbytes=offer.nbytes, cold=False
         )
         method = LimitMethod(job, folder / f"rank-{rank}")
         try:

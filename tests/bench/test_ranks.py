@@ -11,14 +11,7 @@ import pytest
 
 from packcast.io.pool import pool_kind
 from packcast.units import GIB, MIB
-from tests.bench.launch import (
-    EVERY_WAY,
-    OVER_GLOO,
-    Bench,
-    label,
-    rank_runs,
-    rows_of,
-)
+from tests.bench.launch import EVERY_WAY, OVER_GLOO, Bench, label, rank_runs, rows_of
 from tests.helpers.checkpoints import write_safetensors
 from tests.helpers.commands import Commands, eventually, wait_all
 

@@ -138,11 +138,7 @@ def test_the_defaults_are_told_against_the_best_row() -> None:
 def test_waiting_for_a_collective_is_nobodys_alone() -> None:
     late = row(case(), [1.0], waiting="read")
     assert str(waiting_on(late)) == "read, rank 1"
-    together = Row(
-        case=case(),
-        nbytes=1,
-        runs=(run(1.0, 1.0, broadcast=0.4),),
-    )
+    together = Row(case=case(), nbytes=1, runs=(run(1.0, 1.0, broadcast=0.4),))
     found = waiting_on(together)
     assert found is not None
     assert (str(found), found.share) == ("broadcast", pytest.approx(0.001))
