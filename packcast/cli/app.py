@@ -106,6 +106,7 @@ def send(
     in_place: opt.InPlace = False,
     no_sidecars: opt.NoSidecars = False,
     all_files: opt.AllFiles = False,
+    follow_links: opt.FollowLinks = False,
     exclude_files: opt.ExcludeFiles = None,
     include: opt.Include = None,
     exclude: opt.Exclude = None,
@@ -140,6 +141,7 @@ def send(
         in_place=given.in_place(in_place, sink),
         sidecars=not no_sidecars,
         all_files=all_files,
+        follow_links=follow_links,
         exclude_files=tuple(exclude_files or ()),
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
@@ -212,6 +214,7 @@ def inspect(
     checkpoint: opt.Checkpoint,
     tensors: opt.Tensors = False,
     all_files: opt.AllFiles = False,
+    follow_links: opt.FollowLinks = False,
     exclude_files: opt.ExcludeFiles = None,
     json: opt.InspectJson = None,
     quiet: opt.Quiet = False,
@@ -224,6 +227,7 @@ def inspect(
     listing = listing_of(
         Path(checkpoint),
         all_files=all_files,
+        follow_links=follow_links,
         exclude_files=tuple(exclude_files or ()),
         tensors=tensors,
     )

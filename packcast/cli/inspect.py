@@ -13,10 +13,17 @@ from packcast.units import format_size
 
 
 def inspect(
-    path: Path, *, all_files: bool, tensors: bool, exclude_files: Sequence[str] = ()
+    path: Path,
+    *,
+    all_files: bool,
+    tensors: bool,
+    exclude_files: Sequence[str] = (),
+    follow_links: bool = False,
 ) -> Listing:
     """List the files, with `tensors` every tensor too; raises CheckpointError."""
-    checkpoint = open_checkpoint(path, all_files=all_files, exclude_files=exclude_files)
+    checkpoint = open_checkpoint(
+        path, all_files=all_files, exclude_files=exclude_files, follow_links=follow_links
+    )
     blocks = [_files_table(checkpoint), _totals(checkpoint)]
     if tensors:
         blocks.insert(0, _tensors_table(checkpoint))

@@ -134,6 +134,14 @@ AllFiles = Annotated[
         help="Every .safetensors file, whatever the index says.",
     ),
 ]
+FollowLinks = Annotated[
+    bool,
+    option(
+        "--follow-links",
+        panel=SELECTION,
+        help="Symlinks that lead out of the checkpoint, too.",
+    ),
+]
 ExcludeFiles = Annotated[
     list[str] | None,
     option(

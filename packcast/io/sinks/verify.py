@@ -6,6 +6,7 @@ Knows local files and the offered headers; not where the bytes come from.
 from __future__ import annotations
 
 import os
+import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
-from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.checkpoint.reading import FileState
+from packcast.checkpoint.reading import FileState, unreadable
+from packcast.checkpoint.tensors import Tensor
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly
 from packcast.io.schedule import Schedule, Span
@@ -229,9 +230,15 @@ def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
     Headers are not parsed: a damaged copy must come out as different, not as unreadable. Shards
     beside them that were not offered are listed too. Raises CheckpointError where nothing is.
     """
-    if path.is_file():
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+    if stat.S_ISREG(mode):
         return Checkpoint(path, (_local_file(path.name, path),), ())
-    if not path.is_dir():
+    if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{path}: there is nothing to compare with")
     offered = {spec.name for spec in files}
     folders = {str(PurePosixPath(name).parent) for name in offered}
