@@ -66,6 +66,7 @@ bench: $(READY) ## the README's tables for CPUs: ranks over gloo, into .bench/ (
 	$(BIN)/packcast bench --nproc 2 --backend gloo --runs 5 --num-buffers 2,4 --buffer-size 4MiB,16MiB,64MiB $(call into,cpu-2-ranks)
 	$(BIN)/packcast bench --nproc 2 $(ON_CPUS) --shape moe,tiny --source file,resident --sink land --buffer-size 16MiB $(call into,cpu-moe-tiny)
 	$(BIN)/packcast bench --nproc 3 --backend gloo --runs 5 --num-buffers 4 --buffer-size 16MiB,64MiB $(call into,cpu-3-ranks)
+	$(BIN)/packcast bench --nproc 4 $(ON_CPUS) --runs 5 --source resident --sink land --buffer-size 16MiB $(call into,cpu-chain)
 
 # Files lie in memory. Baselines take most of the time.
 ON_GPUS = --nproc $(GPUS) --backend nccl --runs 5
@@ -76,7 +77,7 @@ bench-gpu: $(READY) ## the README's tables for GPUs: GPUS=2 of them, into .bench
 	$(BIN)/packcast bench $(ON_GPUS) --shape dense,moe,tiny --size 8GiB --source resident --sink discard --buffer-size 1GiB --num-buffers 2 $(call into,gpu-compat)
 	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink discard --buffer-size 16MiB,32MiB,64MiB,128MiB $(call into,gpu-file)
 	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape moe,tiny --size 2GiB --sink discard --buffer-size 64MiB --no-limits $(call into,gpu-moe-tiny)
-	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink land --readers 1,all --buffer-size 64MiB --heartbeat-timeout 25s $(call into,gpu-land)
+	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 8GiB --sink land --readers 1,all --buffer-size 64MiB $(call into,gpu-land)
 	$(BIN)/packcast bench $(FILE_ON_GPUS) --shape dense --size 4GiB --sink write --buffer-size 64MiB $(call into,gpu-write)
 
 # A folder on the disk that is to be measured.

@@ -228,7 +228,7 @@ def test_command_lines_are_understood(line: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 @pytest.mark.parametrize(
-    ("target", "ranks"), [("bench", [2, 2, 3]), ("bench-gpu", [2] * 6), ("bench-disk", [2] * 2)]
+    ("target", "ranks"), [("bench", [2, 2, 3, 4]), ("bench-gpu", [2] * 6), ("bench-disk", [2] * 2)]
 )
 def test_the_benches_of_the_makefile_can_be_meant(
     target: str, ranks: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -241,7 +241,7 @@ def test_the_benches_of_the_makefile_can_be_meant(
     lines = re.findall(r"^\S*/packcast (bench .*)$", said, re.MULTILINE)
     started: list[int] = []
     monkeypatch.setattr(bench_command, "start_ranks", lambda _, n: started.append(n) or 0)
-    monkeypatch.setattr(bench_command, "pin_defaults", lambda *_: None)
+    monkeypatch.setattr(bench_command.read, "pin_defaults", lambda *_: None)
     monkeypatch.setattr(bench_command, "_plotter", lambda text: None)  # wants matplotlib
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)

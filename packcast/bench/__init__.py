@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run(settings: BenchSettings, view: BenchView, leaver: Leaver) -> int:
-    """Take part in a bench; every rank calls this. See packcast/bench/spine.py."""
-    from packcast.bench.spine import run as run_bench
+    """Take part in a bench; every rank calls this. See packcast/bench/session.py."""
+    from packcast.bench.session import run as run_bench
 
     return run_bench(settings, view, leaver)

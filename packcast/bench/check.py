@@ -5,7 +5,7 @@ Runs outside the timed part. Knows bytes and tensors, not how they travelled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from packcast.packed.tensors import as_bytes
 _NUM_THREADS = 8
 _PIECE_NBYTES = 8 * BLOCK
 _ROW_WORDS = 1 << 18  # of 32 bits: 1 MiB
-_BATCH_NBYTES = 16 << 20
+_ROWS_AT_ONCE = {"cpu": 1, "cuda": 16}
 _WORD_NBYTES = 4
 
 ReadAt = Callable[[int, int, memoryview], object]  # file, offset, into
@@ -79,49 +79,26 @@ def wrong_tensors(found: Sequence[int], truth: Sequence[int]) -> int:
 def sums_of(tensors: Iterable[torch.Tensor]) -> list[int]:
     """A 64-bit sum of each tensor's bytes, on its device, that depends on their places.
 
-    32-bit words times odd 64-bit multipliers, so that neither swaps nor flipped signs cancel.
-    Finds accidents: it is no signature. Device memory: some 100 MiB for a moment.
+    32-bit words times odd 64-bit multipliers, so that neither swaps nor flipped signs cancel: rows
+    of 1 MiB first, then their sums as if they were words. Finds accidents: it is no signature.
     """
     sums: list[torch.Tensor] = []
     multipliers: torch.Tensor | None = None
-    for batch in _batches(tensors):
-        if multipliers is None or multipliers.device != batch[0].device:
-            multipliers = _multipliers(batch[0].device)
-        if len(batch) > 1:
-            sums.append(_weigh(torch.stack(batch), multipliers) * multipliers[0])
-        else:
-            sums.append(_sum_of_one(batch[0], multipliers))
-    return [value for part in sums for value in part.tolist()]
-
-
-def _sum_of_one(words: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
-    """Rows of 1 MiB first, then their sums as if they were words."""
-    num_whole = words.numel() // _ROW_WORDS
-    rows = words[: num_whole * _ROW_WORDS].view(num_whole, _ROW_WORDS)
-    at_once = _BATCH_NBYTES // (_ROW_WORDS * _WORD_NBYTES) if words.is_cuda else 1
-    parts = [_weigh(few, multipliers) for few in rows.split(at_once)] if num_whole else []
-    parts.append(_weigh(words[num_whole * _ROW_WORDS :].view(1, -1), multipliers))
-    of_rows = torch.cat(parts)
-    return (of_rows * multipliers[: of_rows.numel()]).sum().view(1)
+    for tensor in tensors:
+        words = _words_of(tensor)
+        if multipliers is None or multipliers.device != words.device:
+            multipliers = _multipliers(words.device)
+        whole = words.numel() // _ROW_WORDS * _ROW_WORDS
+        rows = [words[:whole].view(-1, _ROW_WORDS), words[whole:].view(1, -1)]
+        at_once = _ROWS_AT_ONCE[words.device.type]
+        parts = [_weigh(few, multipliers) for some in rows for few in some.split(at_once)]
+        of_rows = torch.cat(parts)
+        sums.append((of_rows * multipliers[: of_rows.numel()]).sum())
+    return [int(value) for value in torch.stack(sums).tolist()] if sums else []
 
 
 def _weigh(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
     return (rows.to(torch.int64) * multipliers[: rows.shape[1]]).sum(1)
-
-
-def _batches(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Each tensor as 32-bit words; small neighbours of one size together, to be weighed at once."""
-    batch: list[torch.Tensor] = []
-    for tensor in tensors:
-        words = _words_of(tensor)
-        small = words.numel() <= _ROW_WORDS
-        full = len(batch) * words.numel() * _WORD_NBYTES >= _BATCH_NBYTES
-        if batch and (full or not small or batch[0].shape != words.shape):
-            yield batch
-            batch = []
-        batch.append(words)
-    if batch:
-        yield batch
 
 
 def _words_of(tensor: torch.Tensor) -> torch.Tensor:

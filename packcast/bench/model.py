@@ -1,6 +1,6 @@
-"""What a bench is asked, what it measures and what it finds: plain data, no torch.
+"""What a bench is asked and what it finds: plain data, no torch.
 
-Between the command line (which makes BenchSettings and shows a BenchReport) and the ranks.
+Between the command line (which makes BenchSettings and shows Results) and the ranks.
 """
 
 from __future__ import annotations
@@ -17,22 +17,20 @@ from packcast.settings import (
     DEFAULT_STALL_TIMEOUT_S,
     Backend,
 )
+from packcast.units import format_exact_size
 
 ShapeKind = Literal["dense", "moe", "tiny"]
 SourceKind = Literal["file", "resident"]
 BenchSink = Literal["discard", "land", "write", "verify"]
-# `packcast` is `send` for a file and a replay for resident weights; `compat` the library functions.
+# `packcast` is `send` for a file and a replay for resident weights; `compat` the library functions;
+# `chain` and `gloo broadcast` move chunk after chunk over CPUs and do nothing else.
+# `limit` is the hardware's, of the stage or stages that `Case.limit` names.
 Method = Literal[
-    "packcast",
-    "compat",
-    "original",
-    "per-tensor",
-    "load_file",
-    "instanttensor",
-    "fastsafetensors",
+    "packcast", "compat", "chain", "gloo broadcast", "original", "per-tensor", "load_file", "limit"
 ]
-# `together`: all stages of a row from files at the same time, which share a machine.
+OURS: tuple[Method, ...] = ("packcast", "compat")
 LimitStage = Literal["read", "h2d", "broadcast", "d2h", "write", "together"]
+SENDER = 0  # every rank runs the same command, so the lowest one sends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +39,8 @@ class BenchSettings:
 
     The sweep is the product of shapes (or the checkpoint), sources, sinks, readers, buffer sizes
     and counts, as far as they go together. `directory` is where generated checkpoints are made and
-    the `write` sink writes, in directories of the bench's own, which it removes again.
+    `write_directory` where the `write` sink writes, in directories of the bench's own, which it
+    removes again.
     """
 
     checkpoint: Path | None
@@ -57,7 +56,6 @@ class BenchSettings:
     directory: Path
     write_directory: Path
     cold: bool = False
-    check: bool = True
     baselines: bool = True
     limits: bool = True
     staging: int = DEFAULT_STAGING
@@ -72,33 +70,56 @@ class BenchSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One row to measure: a method over one combination of the sweep."""
+    """One row to measure: a method over one combination of the sweep.
+
+    `is_default`: what somebody gets who says nothing of buffers and readers.
+    """
 
     method: Method
     shape: str  # a ShapeKind, or the checkpoint's name
     source: SourceKind
     sink: BenchSink
-    readers: int  # already counted: `all` is the world size
-    buffer_size: int
-    num_buffers: int
+    readers: int = 1  # already counted: `all` is the world size
+    buffer_size: int = 0
+    num_buffers: int = 0
+    is_default: bool = False
+    limit: LimitStage | None = None
+
+    @property
+    def combination(self) -> tuple[str, str, str]:
+        """Rows of one combination are compared with each other."""
+        return self.shape, self.source, self.sink
+
+    @property
+    def buffers(self) -> str:
+        """`64MiB x 4`, or a dash."""
+        if not self.num_buffers:
+            return "-"
+        return f"{format_exact_size(self.buffer_size)} x {self.num_buffers}"
+
+    def __str__(self) -> str:
+        readers = f", {self.readers} readers" if self.readers > 1 else ""
+        buffers = f" {self.buffers}" if self.num_buffers else ""
+        method = f"limit of {self.limit}," if self.limit else self.method
+        return f"{method} {self.shape} {self.source}->{self.sink}{buffers}{readers}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankRun:
     """One rank's part in one run. `seconds` from the common start until this rank was done.
 
-    `waiting` is how long its loop stood still for each stage, `busy` each stage's first beginning
-    to its last end. With resident weights the loop never waits beside a GPU: there `waiting` is how
-    long the lanes were busy with each stage, and `busy` is empty. `loop_seconds` is the CPU time of
-    the loop's thread. `wrong` counts blocks (files) or tensors that are not the sender's.
+    `waiting` is how long its loop stood still for each stage; with resident weights, whose loop
+    never waits beside a GPU, how long each stage was busy. `loop_seconds` is the CPU time of the
+    loop's thread. `sent_nbytes` are the bytes that this rank gave to others, where that is known.
+    `wrong` counts blocks (files) or tensors that are not the sender's.
     """
 
     rank: int
     seconds: float
     wrong: int = 0
     waiting: Mapping[str, float] = field(default_factory=dict)
-    busy: Mapping[str, float] = field(default_factory=dict)
     loop_seconds: float = 0.0
+    sent_nbytes: int | None = None
     peak_device_nbytes: int = 0
     peak_pinned_nbytes: int = 0
 
@@ -118,7 +139,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """What the hardware does without packcast, measured on the same ranks at the same time.
+    """What the hardware does without packcast, measured on the same ranks in the same bench.
 
     `bytes_per_second` is of the checkpoint's bytes: with two readers at once, what both read
     together. `detail` says how it was reached ("16 threads").
@@ -127,25 +148,37 @@ class Limit:
     stage: LimitStage
     bytes_per_second: float
     detail: str = ""
-    buffer_size: int | None = None  # of a broadcast in calls of this size; None: 1 GiB per call
+    buffer_size: int | None = None  # of a broadcast in calls of this size
     readers: int | None = None
-    sink: BenchSink | None = None  # of `together`
-    per_rank: Mapping[int, float] = field(default_factory=dict)
+    sink: BenchSink | None = None  # of `together`, as is `shape`
+    shape: str | None = None
+
+    @property
+    def label(self) -> str:
+        """`broadcast, 64MiB per call`, `read, 2 readers`."""
+        words: list[str] = [self.stage]
+        if self.sink is not None:
+            words.append(f"{self.shape}, file to {self.sink}")
+        if self.buffer_size is not None:
+            words.append(f"{format_exact_size(self.buffer_size)} per call")
+        if self.readers is not None and self.readers > 1:
+            words.append(f"{self.readers} readers")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """What the ranks give for a case: its runs, or why there are none.
+class Row:
+    """A case with its runs so far, or with the `failure` that kept it from being measured.
 
-    `nbytes` is the checkpoint's or the weights' size. `limits` are those that bear on this case.
+    `nbytes` is the size of the checkpoint or the weights. `limit` is the one that binds it.
     """
 
     case: Case
     nbytes: int
     runs: tuple[Run, ...] = ()
-    limits: tuple[Limit, ...] = ()
-    sender: int = 0
-    failure: str | None = None  # as "no room for 4 buffers of 16 GiB"; the sweep goes on
+    failure: str | None = None
+    limit: Limit | None = None
+    is_complete: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,27 +188,28 @@ class Environment:
     versions: Mapping[str, str]  # packcast, python, torch, nccl, cuda, kernel, ...
     backend: str
     world_size: int
-    ranks: tuple[Mapping[str, object], ...]  # rank, host, device, gpu name, cores
-    file_systems: Mapping[str, str] = field(default_factory=dict)  # directory -> tmpfs, ext4, ...
+    ranks: tuple[Mapping[str, object], ...]  # rank, host, device, GPU's name, cores, I/O threads
+    file_systems: Mapping[str, str]  # directory -> tmpfs, ext4, ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """All that was found so far. `exit_code` is None while the bench runs."""
+
+    command_line: str = ""
+    environment: Environment | None = None
+    num_cases: int = 0
+    rows: tuple[Row, ...] = ()
+    warnings: tuple[str, ...] = ()
+    exit_code: int | None = None
+    error: str | None = None
 
 
 class BenchView:
-    """What a bench tells whoever watches it, on the sender only; this one shows nothing."""
+    """Whoever watches a bench, on the sender only; this one shows nothing."""
 
-    def environment(self, environment: Environment, num_cases: int) -> None:
-        """All ranks are there; this many cases will be measured."""
+    def doing(self, text: str, share_done: float) -> None:
+        """What is measured now, and how much of the sweep is over (0 to 1)."""
 
-    def limit(self, limit: Limit) -> None:
-        """One limit is known."""
-
-    def begun(self, case: Case, run: int, runs: int) -> None:
-        """A run of a case begins; `run` counts from 0, warm-up included in `runs`."""
-
-    def measured(self, measured: Measured) -> None:
-        """A case is over, or was found impossible."""
-
-    def warn(self, text: str) -> None:
-        """Something to know that stops nothing."""
-
-    def close(self) -> None:
-        """Nothing more will come; restore the terminal. Idempotent, from any thread."""
+    def found(self, results: Results, news: Row | None = None) -> None:
+        """All that is known by now; `news` is the row that is complete now."""

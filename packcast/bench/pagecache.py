@@ -1,13 +1,11 @@
-"""Whether a file's pages are in memory, and how to get them out: what `--cold` stands on.
-
-Knows paths and the kernel; nothing of checkpoints or ranks.
-"""
+"""Whether a file's pages are in memory, and how to get them out: what `--cold` stands on."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import os
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,20 +17,12 @@ _TRIES = 3
 # Read-ahead and others' reads may bring a page back; the bench measures gigabytes.
 _TOLERATED_FRACTION = 0.01
 
+_size, _pointer, _int = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
-_MOUNTS = Path("/proc/self/mountinfo")
-_MAP_FAILED = ctypes.c_void_p(-1).value
+_libc.mmap.restype = _pointer
+_libc.mmap.argtypes = [_pointer, _size, _int, _int, _int, ctypes.c_int64]
+_libc.munmap.argtypes = [_pointer, _size]
+_libc.mincore.argtypes = [_pointer, _size, ctypes.c_char_p]
 
 
 def file_system_of(path: Path) -> str:
@@ -40,32 +30,19 @@ def file_system_of(path: Path) -> str:
     there = path.absolute()
     while not there.exists():
         there = there.parent
-    real = str(there.resolve())
-    best, kind = -1, "unknown"
+    argv = ["stat", "--file-system", "--format=%T", "--", str(there)]
     try:
-        mounts = _MOUNTS.read_text().splitlines()
-    except OSError:  # a sandbox without /proc
-        return kind
-    for line in mounts:
-        # id parent major:minor root mount-point options [optional fields] - type source options
-        mounted, _, rest = line.partition(" - ")
-        point = _unescaped(mounted.split()[4])
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= best:  # the newest of several at one place hides the others
-            best, kind = len(point), rest.split()[0]
-    return kind
-
-
-def is_in_memory_only(path: Path) -> bool:
-    """Is there no disk below its page cache?"""
-    return file_system_of(path) in _IN_MEMORY_ONLY
+        return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def check_can_be_cold(path: Path) -> None:
     """Raise UsageError where the files are nowhere but in memory."""
-    if is_in_memory_only(path):
+    kind = file_system_of(path)
+    if kind in _IN_MEMORY_ONLY:
         raise UsageError(
-            f"--cold: {path} is on {file_system_of(path)}, whose files are always in memory",
+            f"--cold: {path} is on {kind}, whose files are always in memory",
             hint="choose a directory on a disk with --dir",
         )
 
@@ -93,7 +70,7 @@ def cached_nbytes(descriptor: int, nbytes: int) -> int:
     if not nbytes:
         return 0
     address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    if address == _MAP_FAILED:
+    if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     try:
         pages = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
@@ -103,9 +80,3 @@ def cached_nbytes(descriptor: int, nbytes: int) -> int:
         _libc.munmap(address, nbytes)
     resident = sum(page & 1 for page in pages.raw)  # the other bits mean nothing yet
     return min(nbytes, resident * mmap.PAGESIZE)
-
-
-def _unescaped(point: str) -> str:
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        point = point.replace(code, character)
-    return point

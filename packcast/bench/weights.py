@@ -20,6 +20,7 @@ import torch
 
 from packcast.bench.model import ShapeKind
 from packcast.errors import DestinationError
+from packcast.packed.layout import TensorSpec
 from packcast.packed.plan import PAGE, align_up
 from packcast.packed.ring import host_view
 from packcast.units import KIB, MIB, format_size
@@ -72,13 +73,8 @@ def write_weights(
     """Write shards and index into `folder`, an empty one; every 1 MiB of them is different.
 
     On disk when this returns. `written(nbytes)` is called now and then, from threads. Raises
-    DestinationError where there is no room, OSError for what the file system says.
+    OSError for what the file system says.
     """
-    room = os.statvfs(folder)
-    needed = needed_nbytes(weights)
-    if needed > room.f_bavail * room.f_frsize:
-        free = format_size(room.f_bavail * room.f_frsize)
-        raise DestinationError(f"{folder}: {format_size(needed)} needed, {free} free")
     shards = in_shards(weights)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     pattern = torch.frombuffer(
@@ -184,7 +180,31 @@ def _until(weights: Iterator[Weight], nbytes: int) -> Iterator[Weight]:
         yield weight
 
 
-def needed_nbytes(weights: Sequence[Weight]) -> int:
-    """Room for the files, headers and all."""
+def check_space(
+    weights: Sequence[Weight],
+    directory: Path,
+    write_directory: Path,
+    *,
+    is_written: bool,
+    copies: int,
+) -> None:
+    """Raise DestinationError unless there is room for the files, if they are written on this host,
+    and for as many copies of them."""
     headers_and_index = 300 * len(weights) + 2 * PAGE * NUM_SHARDS
-    return align_up(sum(weight.nbytes for weight in weights) + headers_and_index, MIB)
+    each = align_up(sum(weight.nbytes for weight in weights) + headers_and_index, MIB)
+    needed: dict[int, tuple[Path, int]] = {}
+    for folder, count in ((directory, int(is_written)), (write_directory, copies)):
+        device = os.stat(folder).st_dev
+        path, nbytes = needed.get(device, (folder, 0))
+        needed[device] = path, nbytes + count * each
+    for path, nbytes in needed.values():
+        room = os.statvfs(path)
+        free = room.f_bavail * room.f_frsize
+        if nbytes > free:
+            text = f"{path}: {format_size(nbytes)} needed, {format_size(free)} free"
+            raise DestinationError(text, hint="choose a smaller --size, or other places with --dir")
+
+
+def specs_of(weights: Sequence[Weight]) -> tuple[TensorSpec, ...]:
+    """What the weights are as tensors."""
+    return tuple(TensorSpec(w.name, w.shape, torch.bfloat16) for w in weights)

@@ -28,7 +28,6 @@ from packcast.cli.helps import (
     STALL_TIMEOUT,
 )
 from packcast.cli.outcome import Outcome, command_failure
-from packcast.cli.profile import profiled
 from packcast.cli.progress import make_view
 from packcast.cli.start import (
     be_a_rank,
@@ -37,7 +36,6 @@ from packcast.cli.start import (
     name_variables,
     start_ranks,
     warner,
-    was_given,
 )
 from packcast.cli.streams import flush_streams
 from packcast.cli.tables import Listing
@@ -122,8 +120,6 @@ def send(
     readers: opt.Readers = "1",
     buffer_size: opt.BufferSize = None,
     num_buffers: opt.NumBuffers = DEFAULT_NUM_BUFFERS,
-    profile: opt.Profile = None,
-    no_profile: opt.NoProfile = False,
     staging: opt.Staging = STAGING,
     backend: opt.BackendChoice = "auto",
     device: opt.Device = "auto",
@@ -137,11 +133,6 @@ def send(
 ) -> int:
     outcome = begin(context, "send", json=json, verbose=verbose)
     sink, target = given.destination(out, verify)
-    ring = given.buffers(buffer_size, num_buffers, staging)
-    if not no_profile and not was_given(context, "buffer_size", "num_buffers"):
-        starts_ranks = nproc is not None and not dry_run
-        says = not quiet and not starts_ranks and outcome.launch.rank == 0
-        ring = profiled(ring, profile, backend, device, os.environ, say if says else None)
     outcome.settings = Settings(
         command="send",
         checkpoint=Path(checkpoint),
@@ -156,7 +147,7 @@ def send(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         readers=given.readers(readers),
-        **ring,
+        **given.buffers(buffer_size, num_buffers, staging),
         backend=backend,
         device=given.device(device),
         workers=workers,

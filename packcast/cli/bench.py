@@ -1,4 +1,4 @@
-"""`packcast bench`: options in, ranks at work, a table out; then the gate and the profile.
+"""`packcast bench`: options in, ranks at work, a table out; then the verdict.
 
 Nothing here imports torch but what starts the ranks, or is one.
 """
@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from packcast.bench.results import Results, best_rows, case_label
-from packcast.bench.rows import Row, grouped
+from packcast.bench.model import OURS, BenchSettings, Results, Row
+from packcast.bench.stats import best_rows, grouped, rate_of, shown, wrong_of
 from packcast.bench.targets import Target, export_targets
 from packcast.cli import benchoptions as bo
+from packcast.cli import benchsettings as read
 from packcast.cli import options as opt
-from packcast.cli.benchsettings import bench_settings, default_nproc, least_rate, pin_defaults
+from packcast.cli import settings as given
 from packcast.cli.helps import HEARTBEAT_TIMEOUT, JOIN_TIMEOUT, STAGING, STALL_TIMEOUT
 from packcast.cli.outcome import Outcome, command_failure
-from packcast.cli.profile import choose, profile_path, save_profile
 from packcast.cli.start import be_a_rank, begin, start_ranks
-from packcast.cli.terminal import say
 from packcast.errors import (
     PackcastError,
     TransferError,
@@ -31,10 +30,11 @@ from packcast.errors import (
     VerificationError,
     error_from_code,
 )
-from packcast.units import format_exact_size, format_rate
+from packcast.group.launch_checks import check_port
+from packcast.packed.plan import check_staging
+from packcast.units import format_rate, parse_rate
 
 if TYPE_CHECKING:
-    from packcast.bench.model import BenchSettings
     from packcast.cli.benchview import BenchDisplay
 
 
@@ -53,13 +53,12 @@ def bench(
     readers: bo.Readers = "1",
     runs: bo.Runs = 3,
     warmup: bo.Warmup = 1,
-    no_check: bo.NoCheck = False,
     no_baselines: bo.NoBaselines = False,
     no_limits: bo.NoLimits = False,
     nproc: bo.Nproc = None,
     port: opt.Port = None,
     token_file: opt.TokenFile = None,
-    staging: bo.Staging = STAGING,
+    staging: opt.Staging = STAGING,
     backend: opt.BackendChoice = "auto",
     device: opt.Device = "auto",
     join_timeout: opt.JoinTimeout = JOIN_TIMEOUT,
@@ -70,62 +69,72 @@ def bench(
     export_markdown: bo.ExportMarkdown = None,
     plot: bo.Plot = None,
     min_bandwidth: bo.MinBandwidth = None,
-    save_profile_wanted: bo.SaveProfile = False,
-    profile: bo.ProfileFile = None,
     progress: opt.Progress = "auto",
     quiet: bo.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
     outcome = begin(context, "bench", json=None, verbose=verbose)
-    least = least_rate(min_bandwidth) if min_bandwidth is not None else None
+    least = None
+    if min_bandwidth is not None:
+        least = given.parsed("--min-bandwidth", min_bandwidth, parse_rate)
     alone = outcome.launch.kind == "none"
+    nbytes = read.size_of_weights(size, backend, device)
+    sources = read.choices("--source", source, read.SOURCES)
+    sinks = read.choices("--sink", sink, read.SINKS) if sink else read.default_sinks(sources)
+    check_port(port, outcome.launch, given.option)
 
     def num_ranks() -> int:
         if not alone:
             return outcome.launch.local_world_size
-        return nproc or default_nproc(backend, device)
+        return nproc or read.default_nproc(backend, device)
 
-    settings = bench_settings(
-        checkpoint=checkpoint,
-        shape=shape,
-        size=size,
-        source=source,
-        sink=sink,
-        cold=cold,
-        directory=directory,
-        write_directory=write_directory,
-        buffer_size=buffer_size,
-        num_buffers=num_buffers,
-        readers=readers,
+    if directory:
+        where = read.directory("--dir", directory)
+    else:  # counting ranks may mean counting GPUs, which takes torch seconds
+        where = read.default_directory(
+            nbytes, write_too="write" in sinks, num_ranks=num_ranks(), cold=cold
+        )
+    settings = BenchSettings(
+        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        shapes=() if checkpoint else read.choices("--shape", shape or "dense", read.SHAPES),
+        size=nbytes,
+        sources=sources,
+        sinks=sinks,
+        readers=read.readers("--readers", readers),
+        buffer_sizes=read.buffer_sizes("--buffer-size", buffer_size),
+        num_buffers=read.buffer_counts("--num-buffers", num_buffers),
         runs=runs,
         warmup=warmup,
-        no_check=no_check,
-        no_baselines=no_baselines,
-        no_limits=no_limits,
-        port=port,
-        token_file=token_file,
-        staging=staging,
+        directory=where,
+        write_directory=read.directory("--write-dir", write_directory)
+        if write_directory
+        else where,
+        cold=cold,
+        baselines=not no_baselines,
+        limits=not no_limits,
+        staging=given.size("--staging", staging),
         backend=backend,
-        device=device,
-        join_timeout=join_timeout,
-        heartbeat_timeout=heartbeat_timeout,
-        stall_timeout=stall_timeout,
-        launch=outcome.launch,
-        num_ranks=num_ranks,
-        environ=os.environ,
+        device=given.device(device),
+        port=port,
+        token=given.token(token_file, os.environ),
+        **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
+    read.check_what(settings, shape=shape, size=size)
+    for one in settings.buffer_sizes:
+        check_staging(one, settings.staging)
     exports: tuple[Target, ...] = ()
     draw = None
     if outcome.launch.rank == 0:  # other hosts need not have the directories
-        paths = {
-            "--export-json": export_json,
-            "--export-csv": export_csv,
-            "--export-markdown": export_markdown,
-        }
-        exports = export_targets(paths)
+        exports = export_targets(
+            {
+                "--export-json": export_json,
+                "--export-csv": export_csv,
+                "--export-markdown": export_markdown,
+            }
+        )
         draw = _plotter(plot) if plot is not None else None
     if alone:
-        pin_defaults(settings, os.environ)
+        read.pin_defaults(settings, os.environ)
         return start_ranks(outcome, num_ranks())
     if nproc is not None:
         raise UsageError(
@@ -135,18 +144,11 @@ def bench(
     from packcast.cli.benchview import make_bench_display  # rich, which --help does without
 
     display = make_bench_display(progress, _command_line(outcome), exports, draw, quiet=quiet)
-    save_to = profile_path(profile, os.environ) if save_profile_wanted else None
-    return _measure(outcome, settings, display, least, save_to, quiet=quiet)
+    return _measure(outcome, settings, display, least)
 
 
 def _measure(
-    outcome: Outcome,
-    settings: BenchSettings,
-    display: BenchDisplay,
-    least: float | None,
-    save_to: Path | None,
-    *,
-    quiet: bool,
+    outcome: Outcome, settings: BenchSettings, display: BenchDisplay, least: float | None
 ) -> int:
     """Be one of the ranks; the sender's display is told everything, the others' nothing."""
     outcome.before_error = display.end  # the rows so far, also where a signal ends it
@@ -166,49 +168,34 @@ def _measure(
     display.end(missed)
     if missed:
         raise missed
-    if save_to:
-        _save(save_to, results, quiet=quiet)
     return 0
 
 
 def verdict(rows: Sequence[Row], least: float | None) -> PackcastError | None:
     """What makes a bench that ran to its end a failure: wrong bytes, no row, a slow best row.
 
-    `least` is --min-bandwidth in bytes per second: each combination's best row must reach it.
+    `least` is --min-bandwidth in bytes per second: each table's best row must reach it.
     """
-    ours = [row for row in rows if row.is_ours]
-    wrong = [row for row in ours if row.wrong]
+    ours = [row for row in shown(rows) if row.case.method in OURS]
+    wrong = [row for row in ours if wrong_of(row)]
     if wrong:
         more = f" and {len(wrong) - 1} more rows" if len(wrong) > 1 else ""
         return VerificationError(
-            f"wrong bytes arrived: {wrong[0].wrong} blocks or tensors in "
-            f"{case_label(wrong[0].case)}{more}",
+            f"wrong bytes arrived: {wrong_of(wrong[0])} blocks or tensors in {wrong[0].case}{more}",
             hint="--export-json has the numbers of every run and rank",
         )
-    best = {row.combination: row for row in best_rows(rows)}
     for combination, group in grouped(ours).items():
         name = "{}, {} to {}".format(*combination)
-        if combination not in best:
+        best = best_rows(group)
+        if not best:
             return TransferError(f"nothing could be measured of {name}: {group[0].failure}")
-        rate = best[combination].bytes_per_second or 0.0
+        rate = rate_of(best[0]) or 0.0
         if least is not None and rate < least:
             return TransferError(
                 f"{name} reached {format_rate(rate)}, less than --min-bandwidth "
                 f"{format_rate(least)}"
             )
     return None
-
-
-def _save(path: Path, results: Results, *, quiet: bool) -> None:
-    assert results.environment is not None
-    row = choose(results.rows)
-    if row is None:
-        say("packcast: warning: no profile is saved: no row is of --source file, as in `send`")
-        return
-    save_profile(path, results.environment.backend, row)
-    if not quiet:
-        buffers = f"{format_exact_size(row.case.buffer_size)} x {row.case.num_buffers}"
-        say(f"{results.environment.backend}: {buffers} saved as profile in {path}")
 
 
 def _plotter(text: str) -> Callable[[Results], None]:

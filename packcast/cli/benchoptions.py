@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from packcast.cli.options import LAUNCH, OUTPUT, TUNING, option
+from packcast.cli.options import LAUNCH, OUTPUT, option
 
 WEIGHTS = "What is measured"
 SWEEP = "Sweep"
@@ -95,13 +95,7 @@ BufferSizes = Annotated[
     ),
 ]
 BufferCounts = Annotated[
-    str,
-    option(
-        "--num-buffers",
-        metavar="LIST",
-        panel=SWEEP,
-        help="Buffers on each device.",
-    ),
+    str, option("--num-buffers", metavar="LIST", panel=SWEEP, help="Buffers on each device.")
 ]
 Readers = Annotated[
     str,
@@ -115,48 +109,20 @@ Readers = Annotated[
 Runs = Annotated[
     int,
     option(
-        "--runs",
-        metavar="N",
-        min=1,
-        max=10_000,
-        panel=SWEEP,
-        help="Runs that count, of each case.",
+        "--runs", metavar="N", min=1, max=10_000, panel=SWEEP, help="Runs that count, of each case."
     ),
 ]
 Warmup = Annotated[
     int,
     option(
-        "--warmup",
-        metavar="N",
-        min=0,
-        max=1000,
-        panel=SWEEP,
-        help="Runs before them that do not.",
-    ),
-]
-NoCheck = Annotated[
-    bool,
-    option(
-        "--no-check",
-        panel=SWEEP,
-        help="Do not check that the right bytes arrived.",
+        "--warmup", metavar="N", min=0, max=1000, panel=SWEEP, help="Runs before them that do not."
     ),
 ]
 NoBaselines = Annotated[
-    bool,
-    option(
-        "--no-baselines",
-        panel=SWEEP,
-        help="Only packcast: nothing to compare with.",
-    ),
+    bool, option("--no-baselines", panel=SWEEP, help="Only packcast: nothing to compare with.")
 ]
 NoLimits = Annotated[
-    bool,
-    option(
-        "--no-limits",
-        panel=SWEEP,
-        help="Do not measure what the hardware can do.",
-    ),
+    bool, option("--no-limits", panel=SWEEP, help="Do not measure what the hardware can do.")
 ]
 
 Nproc = Annotated[
@@ -169,41 +135,22 @@ Nproc = Annotated[
         help="Start N ranks on this machine. \\[default without a launcher: one per GPU, or 2]",
     ),
 ]
-Staging = Annotated[
-    str,
-    option(
-        "--staging",
-        metavar="SIZE",
-        panel=TUNING,
-        help="Most pinned host memory between files and buffers.",
-    ),
-]
-
 ExportJson = Annotated[
     str | None,
     option(
         "--export-json",
         metavar="FILE|-",
         panel=OUTPUT,
-        help="Write everything as JSON, every run of every rank too; again after each case.",
+        help="Write everything as JSON, every run of every rank too; again after each row.",
     ),
 ]
 ExportCsv = Annotated[
-    str | None,
-    option(
-        "--export-csv",
-        metavar="FILE|-",
-        panel=OUTPUT,
-        help="Write a line per row.",
-    ),
+    str | None, option("--export-csv", metavar="FILE|-", panel=OUTPUT, help="Write a line per row.")
 ]
 ExportMarkdown = Annotated[
     str | None,
     option(
-        "--export-markdown",
-        metavar="FILE|-",
-        panel=OUTPUT,
-        help="Write the tables for a web page.",
+        "--export-markdown", metavar="FILE|-", panel=OUTPUT, help="Write the table for a web page."
     ),
 ]
 Plot = Annotated[
@@ -224,29 +171,6 @@ MinBandwidth = Annotated[
         help="Exit 5 unless the best row of each table reaches it, as in 10GB/s.",
     ),
 ]
-SaveProfile = Annotated[
-    bool,
-    option(
-        "--save-profile",
-        panel=OUTPUT,
-        help="Keep the best buffers; `send` then uses them, and says so.",
-    ),
-]
-ProfileFile = Annotated[
-    str | None,
-    option(
-        "--profile",
-        metavar="FILE",
-        panel=OUTPUT,
-        help="Where --save-profile keeps them. \\[default: ~/.config/packcast/profile.json]",
-    ),
-]
 Quiet = Annotated[
-    bool,
-    option(
-        "--quiet",
-        "-q",
-        panel=OUTPUT,
-        help="Only errors, and the table at the end.",
-    ),
+    bool, option("--quiet", "-q", panel=OUTPUT, help="Only errors, and the table at the end.")
 ]

@@ -6,152 +6,142 @@ And the defaults that depend on the machine: how many ranks, how many bytes, in 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
-from packcast.bench import grammar
 from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
 from packcast.cli import settings as given
-from packcast.cli.profile import backend_expected
 from packcast.errors import UsageError
-from packcast.group.launch import Launch
-from packcast.group.launch_checks import check_port
+from packcast.group.devices import has_gpu_driver
 from packcast.io.memory import available_nbytes
-from packcast.packed.plan import check_staging
+from packcast.packed.plan import BLOCK, check_buffers
 from packcast.settings import Backend
-from packcast.units import GIB, MIB, format_exact_size, parse_rate
+from packcast.units import GIB, MIB, format_exact_size, parse_size
+
+T = TypeVar("T")
 
 SIZE_ON_CPUS, SIZE_ON_GPUS = 256 * MIB, 8 * GIB
-_SHAPES: tuple[ShapeKind, ...] = get_args(ShapeKind)
-_SOURCES: tuple[SourceKind, ...] = get_args(SourceKind)
-_SINKS: tuple[BenchSink, ...] = get_args(BenchSink)
+MAX_SIZE = 4096 * GIB  # whoever has so much memory or disk learns nothing more
+MAX_POINTS = 256  # in one list; who wants more has mistyped a factor
+SHAPES: tuple[ShapeKind, ...] = get_args(ShapeKind)
+SOURCES: tuple[SourceKind, ...] = get_args(SourceKind)
+SINKS: tuple[BenchSink, ...] = get_args(BenchSink)
 # What is done with weights that never were a file.
 _RESIDENT_SINKS: tuple[BenchSink, ...] = ("discard", "land")
 _MEMORY = Path("/dev/shm")
+_RANGE = re.compile(r"(.+?)\.\.([^:]+):x([0-9]{1,6})")
 
 
-def what(
-    checkpoint: str | None,
-    shape: str | None,
-    size: str | None,
-    source: str,
-    sink: str | None,
-) -> tuple[tuple[ShapeKind, ...], tuple[SourceKind, ...], tuple[BenchSink, ...]]:
-    """Shapes, sources and sinks, if some of them go together."""
-    if checkpoint is not None:
+def choices(option: str, text: str, allowed: Sequence[T]) -> tuple[T, ...]:
+    """Some of a few words, as in `file,resident`. Raises UsageError."""
+    known = {str(word): word for word in allowed}
+    for part in _parts(option, text):
+        if part not in known:
+            raise UsageError(f"{option}: {part!r} is none of {', '.join(known)}")
+    return _distinct(known[part] for part in _parts(option, text))
+
+
+def buffer_sizes(option: str, text: str) -> tuple[int, ...]:
+    """`16MiB,64MiB`, `16MiB..1GiB:x4`, or a mix; in bytes. Raises UsageError."""
+    return _points(option, text, parse_size, lambda nbytes: check_buffers(nbytes, 1))
+
+
+def buffer_counts(option: str, text: str) -> tuple[int, ...]:
+    """`1,2,4`, `1..8:x2`, or a mix. Raises UsageError."""
+    return _points(option, text, _count, lambda count: check_buffers(BLOCK, count))
+
+
+def readers(option: str, text: str) -> tuple[int | None, ...]:
+    """`1,2,all`; `all` is None. Raises UsageError."""
+    return _distinct(given.readers(part) for part in _parts(option, text))
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise UsageError(f"{text!r} is not a count")
+    return int(text)
+
+
+def _points(
+    option: str, text: str, read: Callable[[str], int], check: Callable[[int], object]
+) -> tuple[int, ...]:
+    def number(word: str) -> int:
+        value = given.parsed(option, word.strip(), read)
+        try:
+            check(value)
+        except UsageError as error:
+            raise UsageError(f"{option}: {error.message}") from None
+        return value
+
+    points: list[int] = []
+    for part in _parts(option, text):
+        match = _RANGE.fullmatch(part)
+        if ".." in part and not match:
+            raise UsageError(
+                f"{option}: {part!r} is not a range", hint=f"as in {option} FIRST..LAST:x2"
+            )
+        if not match:
+            points.append(number(part))
+            continue
+        value, last, factor = number(match[1]), number(match[2]), int(match[3])
+        if factor < 2 or last < value:
+            raise UsageError(f"{option}: {part!r} does not lead upwards")
+        while value <= last:
+            points.append(value)
+            value *= factor
+    if len(points) > MAX_POINTS:
+        raise UsageError(f"{option}: {text!r} makes {len(points)} values; most are {MAX_POINTS}")
+    return _distinct(points)
+
+
+def _parts(option: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"{option}: {text!r} has an empty part", hint="write lists as a,b,c")
+    return parts
+
+
+def _distinct(values: Iterable[T]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def default_sinks(sources: Sequence[SourceKind]) -> tuple[BenchSink, ...]:
+    """Where bytes go if nothing is said."""
+    if "file" not in sources:
+        return _RESIDENT_SINKS
+    return ("discard", "write", "land") if "resident" in sources else ("discard", "write")
+
+
+def check_what(settings: BenchSettings, *, shape: str | None, size: str | None) -> None:
+    """Raise UsageError where what is measured does not go together."""
+    if settings.checkpoint is not None:
         for option, value in (("--shape", shape), ("--size", size)):
             if value is not None:
                 raise UsageError(f"{option} is for generated weights, but a CKPT is given")
-        shapes: tuple[ShapeKind, ...] = ()
-    else:
-        shapes = grammar.choices("--shape", shape or "dense", _SHAPES)
-    sources = grammar.choices("--source", source, _SOURCES)
-    if sink is not None:
-        sinks = grammar.choices("--sink", sink, _SINKS)
-    elif "file" not in sources:
-        sinks = _RESIDENT_SINKS
-    else:
-        sinks = ("discard", "write", *(("land",) if "resident" in sources else ()))
-    if "file" not in sources and not set(sinks) & set(_RESIDENT_SINKS):
+    if "file" not in settings.sources and not set(settings.sinks) & set(_RESIDENT_SINKS):
         raise UsageError(
-            f"--sink {','.join(sinks)} does not go with --source resident",
+            f"--sink {','.join(settings.sinks)} does not go with --source resident",
             hint="resident weights go to discard or land",
         )
-    return shapes, sources, sinks
 
 
-def size_of_weights(text: str | None, backend: str, device: str) -> int:
+def size_of_weights(text: str | None, backend: Backend, device: str) -> int:
     """Bytes of generated weights: as typed, else small where there is no GPU."""
     if text is not None:
-        return given.size("--size", text)
-    on_gpus = backend_expected(backend, device) == "nccl"
+        nbytes = given.size("--size", text)
+        if nbytes > MAX_SIZE:
+            raise UsageError(f"--size: {text} is more than {format_exact_size(MAX_SIZE)}")
+        return nbytes
+    on_gpus = backend == "nccl" or (backend == "auto" and device != "cpu" and has_gpu_driver())
     return SIZE_ON_GPUS if on_gpus else SIZE_ON_CPUS
 
 
-def bench_settings(
-    *,
-    checkpoint: str | None,
-    shape: str | None,
-    size: str | None,
-    source: str,
-    sink: str | None,
-    cold: bool,
-    directory: str | None,
-    write_directory: str | None,
-    buffer_size: str,
-    num_buffers: str,
-    readers: str,
-    runs: int,
-    warmup: int,
-    no_check: bool,
-    no_baselines: bool,
-    no_limits: bool,
-    port: int | None,
-    token_file: str | None,
-    staging: str,
-    backend: Backend,
-    device: str,
-    join_timeout: str,
-    heartbeat_timeout: str,
-    stall_timeout: str,
-    launch: Launch,
-    num_ranks: Callable[[], int],
-    environ: Mapping[str, str],
-) -> BenchSettings:
-    """Everything, checked; raises UsageError. Touches nothing, makes nothing.
-
-    `num_ranks`, those on this host, is asked for only where no directory is given.
-    """
-    shapes, sources, sinks = what(checkpoint, shape, size, source, sink)
-    nbytes = size_of_weights(size, backend, device)
-    sizes = grammar.buffer_sizes("--buffer-size", buffer_size)
-    pinned = given.size("--staging", staging)
-    for one in sizes:
-        check_staging(one, pinned)
-    check_port(port, launch, given.option)
-    readers_of = grammar.readers("--readers", readers)
-    counts = grammar.buffer_counts("--num-buffers", num_buffers)
-    if directory:
-        where = _directory("--dir", directory)
-    else:  # last, since counting ranks may mean counting GPUs, which takes torch seconds
-        where = default_directory(
-            nbytes, write_too="write" in sinks, num_ranks=num_ranks(), cold=cold
-        )
-    return BenchSettings(
-        checkpoint=Path(checkpoint) if checkpoint is not None else None,
-        shapes=shapes,
-        size=nbytes,
-        sources=sources,
-        sinks=sinks,
-        readers=readers_of,
-        buffer_sizes=sizes,
-        num_buffers=counts,
-        runs=runs,
-        warmup=warmup,
-        directory=where,
-        write_directory=_directory("--write-dir", write_directory) if write_directory else where,
-        cold=cold,
-        check=not no_check,
-        baselines=not no_baselines,
-        limits=not no_limits,
-        staging=pinned,
-        backend=backend,
-        device=given.device(device),
-        port=port,
-        token=given.token(token_file, environ),
-        **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
-    )
-
-
-def least_rate(text: str) -> float:
-    """--min-bandwidth, in bytes per second."""
-    return given.parsed("--min-bandwidth", text, parse_rate)
-
-
-def _directory(option: str, text: str) -> Path:
-    path = Path(os.path.abspath(text))
+def directory(option: str, text: str) -> Path:
+    """One that may be written."""
+    path = Path(os.path.abspath(os.path.expanduser(text)))
     if not path.is_dir():
         raise UsageError(f"{option}: {text} is not a directory")
     if not os.access(path, os.W_OK | os.X_OK):
@@ -164,7 +154,6 @@ def default_directory(nbytes: int, *, write_too: bool, num_ranks: int, cold: boo
 
     tmpfs has no page cache beneath it that could be cold.
     """
-    # The original's baseline writes its own copies in turn, never beside ours.
     needed = nbytes * (max(num_ranks, 2) if write_too else 1)
     if not cold and _free_memory_for_files() > 1.25 * needed and os.access(_MEMORY, os.W_OK):
         return _MEMORY
@@ -188,7 +177,7 @@ def pin_defaults(settings: BenchSettings, environ: MutableMapping[str, str]) -> 
         environ["PACKCAST_SIZE"] = format_exact_size(settings.size)
 
 
-def default_nproc(backend: str, device: str) -> int:
+def default_nproc(backend: Backend, device: str) -> int:
     """A rank for each GPU of this machine, two where there are not two GPUs to use."""
     if backend == "gloo" or device == "cpu":
         return 2

@@ -8,33 +8,35 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from packcast.bench.model import BenchView, Case, Environment, Limit, Measured
-from packcast.bench.results import Results, case_label, facts, limit_label
-from packcast.bench.rows import make_rows
-from packcast.bench.targets import Target, write_targets
-from packcast.cli.benchtable import (
-    Line,
-    all_lines,
-    header_lines,
-    limit_lines,
-    row_lines,
-    short_line,
+from packcast.bench.model import BenchView, Results, Row
+from packcast.bench.stats import limit_of, rate_of, waiting_on, wrong_of
+from packcast.bench.table import (
+    LIMIT_TITLES,
+    ROW_TITLES,
+    closing_lines,
+    environment_lines,
+    limit_cells,
+    row_cells,
+    without_empty,
 )
+from packcast.bench.targets import Target, write_targets
 from packcast.cli.options import ProgressMode
 from packcast.cli.terminal import can_draw, printable, say
 from packcast.errors import DestinationError, PackcastError
 from packcast.units import format_duration, format_rate
 
-REFRESH_PER_SECOND = 4
+_REFRESH_PER_SECOND = 4
+_LEAST_SHARE = 0.05  # of the sweep, before anybody guesses how long the rest takes
+_WIDTH_OF_FILES = 240  # where the table goes to no terminal: nothing is cut off or wrapped
 
 
 class BenchDisplay(BenchView):
@@ -46,7 +48,7 @@ class BenchDisplay(BenchView):
     def __init__(
         self,
         command_line: str,
-        targets: tuple[Target, ...] = (),
+        targets: Sequence[Target] = (),
         plot: Callable[[Results], None] | None = None,
         *,
         quiet: bool = False,
@@ -55,36 +57,25 @@ class BenchDisplay(BenchView):
         self._targets = targets
         self._plot = plot
         self._quiet = quiet
-        self._measured: list[Measured] = []
         self._lock = threading.RLock()
         self._is_over = False
-        self._is_sender = False
         self._said_unwritable = False
+        self._num_told = 0  # warnings
 
-    def environment(self, environment: Environment, num_cases: int) -> None:
-        self._is_sender = True
-        self._update(replace(self.results, environment=environment, num_cases=num_cases))
-
-    def limit(self, limit: Limit) -> None:
-        self._update(replace(self.results, limits=(*self.results.limits, limit)))
-
-    def measured(self, measured: Measured) -> None:
+    def found(self, results: Results, news: Row | None = None) -> None:
         with self._lock:
-            self._measured.append(measured)
-            self._update(replace(self.results, rows=make_rows(self._measured)))
             if self._is_over:
                 return
-            try:
-                write_targets(self._targets, self.results)
-            except DestinationError as error:  # the directory has gone: the end will say so again
-                if not self._said_unwritable:
-                    self.warn(error.message)
-                self._said_unwritable = True
-
-    def warn(self, text: str) -> None:
-        self._update(replace(self.results, warnings=(*self.results.warnings, text)))
-        if not self._quiet:
-            self._print(f"packcast: warning: {text}")
+            first = self.results.environment is None and results.environment is not None
+            self.results = replace(results, command_line=self.results.command_line)
+            if first:
+                self._begin()
+            for text in results.warnings[self._num_told :]:
+                self._say(f"packcast: warning: {text}")
+            self._num_told = len(results.warnings)
+            if news is not None:
+                self._tell_news(news)
+                self._export()
 
     def end(self, error: PackcastError | None) -> None:
         """Tell everything that was found, once: exports, the table, the plot.
@@ -95,155 +86,163 @@ class BenchDisplay(BenchView):
             if self._is_over:
                 return
             self._is_over = True
-        self.close()
-        if not self._is_sender:
+        self._close()
+        if self.results.environment is None:
             return
-        code = error.exit_code if error else 0
-        message = error.message if error else None
+        code, message = (error.exit_code, error.message) if error else (0, None)
         self.results = replace(self.results, exit_code=code, error=message)
-        self._tell()
+        self._tell_all()
         write_targets(self._targets, self.results)
         if self._plot and self.results.rows:
             self._plot(self.results)
 
-    def _tell(self) -> None:
+    def _begin(self) -> None:
+        """The environment is known."""
+
+    def _tell_news(self, news: Row) -> None:
+        """A row is known."""
+
+    def _close(self) -> None:
+        """Nothing more will come; restore the terminal."""
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            say(text)
+
+    def _export(self) -> None:
+        try:
+            write_targets(self._targets, self.results)
+        except DestinationError as error:  # the directory has gone: the end will say so again
+            if not self._said_unwritable:
+                self._say(f"packcast: warning: {error.message}")
+            self._said_unwritable = True
+
+    def _tell_all(self) -> None:
         """The table; on standard error where an export takes standard output."""
         to_stdout = all(target.path is not None for target in self._targets)
         if not to_stdout and self._quiet:
             return
-        stream = sys.stdout if to_stdout else sys.stderr
         try:
-            is_terminal = stream.isatty()
-            console = _console(stderr=not to_stdout) if is_terminal else None
-            for line in all_lines(self.results, console.width if console else None):
-                if console:
-                    console.print(styled(line), soft_wrap=True)
-                else:
-                    stream.write(line.text + "\n")
-            stream.flush()
+            console = _console(stderr=not to_stdout)
+            for part in all_parts(self.results):
+                console.print(part)
         except OSError:
             pass  # `packcast bench | head`: the exports still want to be written
-
-    def _update(self, results: Results) -> None:
-        with self._lock:
-            self.results = results
-
-    def _print(self, text: str) -> None:
-        say(text)
 
 
 class PlainBenchDisplay(BenchDisplay):
     """A line for each thing that becomes known, for a log file."""
 
-    def environment(self, environment: Environment, num_cases: int) -> None:
-        super().environment(environment, num_cases)
-        for what, words in facts(environment):
-            self._print(f"{what}: {words}")
-        self._print(f"{num_cases} cases to measure")
+    def _begin(self) -> None:
+        assert self.results.environment is not None, "it is known"
+        for what, words in environment_lines(self.results.environment):
+            self._say(f"{what}: {words}")
+        self._say(f"{self.results.num_cases} cases to measure")
 
-    def limit(self, limit: Limit) -> None:
-        super().limit(limit)
-        detail = f" ({limit.detail})" if limit.detail else ""
-        self._print(f"limit: {limit_label(limit)}: {format_rate(limit.bytes_per_second)}{detail}")
-
-    def measured(self, measured: Measured) -> None:
-        super().measured(measured)
-        if self._is_over:  # a signal was faster
-            return
-        (row,) = make_rows([measured])
-        place = f"[{len(self.results.rows)}/{self.results.num_cases}]"
-        self._print(f"{place} {case_label(measured.case)}: {short_line(row)}")
+    def _tell_news(self, news: Row) -> None:
+        done = sum(row.is_complete for row in self.results.rows)
+        self._say(f"[{done}/{self.results.num_cases}] {news.case}: {_in_short(news)}")
 
 
 class RichBenchDisplay(BenchDisplay):
     """The table as it grows, and what runs now; gone when the final one is printed."""
 
-    def __init__(
-        self,
-        command_line: str,
-        targets: tuple[Target, ...] = (),
-        plot: Callable[[Results], None] | None = None,
-    ) -> None:
-        super().__init__(command_line, targets, plot)
-        self._console = _console(stderr=True)
-        self._live: Live | None = None
-        self._now = "measuring the limits"
-        self._runs_of: dict[Case, int] = {}
-        self._done = self._runs_each = 0
-        self._began = time.monotonic()
+    _live: Live | None = None
+    _now, _share = "measuring the limits", 0.0
 
-    def environment(self, environment: Environment, num_cases: int) -> None:
-        super().environment(environment, num_cases)
+    def _begin(self) -> None:
+        self._began = time.monotonic()
         self._live = Live(
-            console=self._console,
+            console=_console(stderr=True),
             get_renderable=self._frame,
-            refresh_per_second=REFRESH_PER_SECOND,
+            refresh_per_second=_REFRESH_PER_SECOND,
             redirect_stdout=False,
             redirect_stderr=False,
             transient=True,
         )
         self._live.start()
 
-    def begun(self, case: Case, run: int, runs: int) -> None:
-        self._runs_each = runs
-        self._count(case, run)
-        self._now = f"{case_label(case)}, run {run + 1} of {runs}"
+    def doing(self, text: str, share_done: float) -> None:
+        self._now, self._share = text, share_done
 
-    def measured(self, measured: Measured) -> None:
-        self._count(measured.case, self._runs_each)
-        super().measured(measured)
-
-    def _count(self, case: Case, runs_done: int) -> None:
-        self._done += runs_done - self._runs_of.get(case, 0)
-        self._runs_of[case] = runs_done
-
-    def close(self) -> None:
+    def _close(self) -> None:
         live, self._live = self._live, None
         if live:
             live.stop()
 
     def _frame(self) -> RenderableType:
         # Without our lock: rich holds its own here, and takes it when we print under ours.
-        results, now, done = self.results, self._now, self._done
-        total = results.num_cases * self._runs_each
-        width, height = self._console.size
-        room = max(1, height - 4)
-        lines = [*header_lines(results), *limit_lines(results), *row_lines(results, width)]
-        if len(lines) > room:
-            lines = row_lines(results, width)[-room:]
-        shown: list[RenderableType] = [_one_line(line) for line in lines]
-        status = Table.grid(expand=True, padding=(0, 1, 0, 0))
-        status.add_column(no_wrap=True, overflow="ellipsis", ratio=3)
-        status.add_column(ratio=1, min_width=8)
-        status.add_column(justify="right", no_wrap=True)
-        bar = ProgressBar(total=max(total, 1), completed=done)
-        spent = format_duration(time.monotonic() - self._began)
-        status.add_row(printable(now), bar, f"{done}/{total} runs, {spent}")
-        return Group(*shown, Text(), status)
+        spent = time.monotonic() - self._began
+        status = f"{printable(self._now)} ({self._share:.0%} of the runs, {format_duration(spent)}"
+        if self._share > _LEAST_SHARE:
+            left = spent / self._share * (1 - self._share)
+            status += f", about {format_duration(left)} left"
+        table = _table(ROW_TITLES, row_cells(self.results.rows))
+        line = Text(status + ")", no_wrap=True)
+        return Group(table, Text(), line) if table else line
 
-    def _print(self, text: str) -> None:
-        self._console.print(Text(printable(text)), soft_wrap=True)
+    def _say(self, text: str) -> None:
+        if self._live:
+            self._live.console.print(Text(printable(text)))
+        else:
+            super()._say(text)
 
 
-def styled(line: Line) -> Text:
-    """The line with its styles."""
-    return Text.assemble(*((text, style) for text, style in line.spans if text))
+def all_parts(results: Results) -> list[RenderableType]:
+    """Everything, from the command line to the warnings."""
+    parts: list[RenderableType] = [Text(printable(results.command_line), style="bold")]
+    if results.environment:
+        lines = environment_lines(results.environment)
+        parts += [Text(f"{what:<9} {printable(words)}", style="dim") for what, words in lines]
+    for titles, cells in (
+        (LIMIT_TITLES, limit_cells(results)),
+        (ROW_TITLES, row_cells(results.rows)),
+    ):
+        if table := _table(titles, cells):
+            parts += ["", table]
+    return [*parts, "", *(Text(printable(line)) for line in closing_lines(results))]
 
 
-def _one_line(line: Line) -> Text:
-    text = styled(line)
-    text.no_wrap, text.overflow = True, "crop"
-    return text
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table | None:
+    """A title that begins with `>` aligns to the right; the marked rows are bold."""
+    if not rows:
+        return None
+    kept, cells = without_empty(titles, rows)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in kept:
+        right = title.startswith(">")
+        text = title.removeprefix(">")
+        table.add_column(text, justify="right" if right else "left", no_wrap=text != "how")
+    for row in cells:
+        style = "bold" if row[0] in ("*", "~") else ""
+        table.add_row(*(Text(printable(cell)) for cell in row), style=style)
+    return table
+
+
+def _in_short(row: Row) -> str:
+    rate = rate_of(row)
+    if limit := limit_of(row):
+        return f"{format_rate(limit.bytes_per_second)} at best"
+    if rate is None:
+        return f"left out: {row.failure}"
+    words = [format_rate(rate)]
+    if waiting := waiting_on(row):
+        words.append(f"waiting on {waiting}")
+    if wrong := wrong_of(row):
+        words.append(f"{wrong} WRONG")
+    return ", ".join(words)
 
 
 def _console(*, stderr: bool) -> Console:
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _WIDTH_OF_FILES
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 def make_bench_display(
     mode: ProgressMode,
     command_line: str,
-    targets: tuple[Target, ...],
+    targets: Sequence[Target],
     plot: Callable[[Results], None] | None,
     *,
     quiet: bool,

@@ -50,13 +50,13 @@ Every rank runs this command: with torchrun, Slurm or --nproc; without any of th
 a rank for each GPU of this machine, or two on its CPUs. Without CKPT random weights are made \
 and removed again. The table goes to standard output.
 
-Lists are written 16MiB,64MiB; ranges 16MiB..1GiB:x4 or 16MiB..64MiB:+16MiB. \
-All combinations are measured, as far as they go together."""
+Lists are written 16MiB,64MiB; ranges 16MiB..1GiB:x4. All combinations are measured, \
+as far as they go together, and what `send` takes where nothing is said."""
 BENCH_EXAMPLES = f"""Example, a first look at this machine: packcast bench
 
 Example, which buffers for this checkpoint to disk: \
-packcast bench CKPT --sink write --dir /local --buffer-size 4MiB..256MiB:x4 --num-buffers 2,4,8 \
---save-profile
+packcast bench CKPT --sink write --write-dir /local --buffer-size 4MiB..256MiB:x4 \
+--num-buffers 2,4,8
 
 Example, four GPUs, weights on the device: \
 torchrun --no-python --nproc-per-node 4 packcast bench --shape dense,moe,tiny \

@@ -273,24 +273,6 @@ NumBuffers = Annotated[
         help="Buffers on each device.",
     ),
 ]
-Profile = Annotated[
-    str | None,
-    option(
-        "--profile",
-        metavar="FILE",
-        panel=TUNING,
-        help="What `bench --save-profile` found best; used where no buffers are given. "
-        "\\[default: ~/.config/packcast/profile.json]",
-    ),
-]
-NoProfile = Annotated[
-    bool,
-    option(
-        "--no-profile",
-        panel=TUNING,
-        help="Use no profile.",
-    ),
-]
 Staging = Annotated[
     str,
     option(

@@ -63,12 +63,6 @@ def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[s
     error.message = _OPTION.sub(with_variable, error.message)
 
 
-def was_given(context: typer.Context, *names: str) -> bool:
-    """Whether any of these options was typed, or set in the environment."""
-    sources = map(context.get_parameter_source, names)
-    return any(source is not None and source.name != "DEFAULT" for source in sources)
-
-
 def start_ranks(outcome: Outcome, nproc: int) -> int:
     """Be the parent of `nproc` ranks that run the same command; the exit code of the whole."""
     os.environ.pop("PACKCAST_NPROC", None)  # or every rank would start ranks of its own

@@ -1,12 +1,13 @@
 """A rank of a bench, started as a process of its own: `python -m tests.bench.entry SETTINGS`.
 
 SETTINGS is JSON; the last argument is a file for what the sender finds. `fault` in SETTINGS makes
-this process do something wrong or slowly, below packcast, where any of its ways would meet it.
+this process do something wrong or slowly, below packcast, where any of its methods would meet it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -17,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from packcast import bench
-from packcast.bench.model import BenchSettings, BenchView, Case, Environment, Limit, Measured
+from packcast.bench.export import to_json
+from packcast.bench.model import BenchSettings, BenchView, Results, Row
 from packcast.errors import PackcastError
 from packcast.group.leave import Leaver, watch_signals
 from packcast.units import KIB
 
-Broadcast = Callable[[Any, int], None]
+Change = Callable[[Any, int], None]  # a broadcast's memory, its root
 
 
 class Recorder(BenchView):
@@ -30,27 +32,16 @@ class Recorder(BenchView):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._found: dict[str, Any] = {"limits": [], "measured": [], "begun": [], "warnings": []}
+        self._doing: list[str] = []
 
-    def environment(self, environment: Environment, num_cases: int) -> None:
-        self._found["environment"] = dataclasses.asdict(environment)
-        self._found["num_cases"] = num_cases
+    def doing(self, text: str, share_done: float) -> None:
+        self._doing.append(text)
 
-    def limit(self, limit: Limit) -> None:
-        self._keep("limits", dataclasses.asdict(limit))
-
-    def begun(self, case: Case, run: int, runs: int) -> None:
-        self._keep("begun", [case.method, case.source, case.sink, case.buffer_size, run, runs])
-
-    def measured(self, measured: Measured) -> None:
-        self._keep("measured", dataclasses.asdict(measured))
-
-    def warn(self, text: str) -> None:
-        self._keep("warnings", text)
-
-    def _keep(self, what: str, item: object) -> None:
-        self._found[what].append(item)
-        self._path.write_text(json.dumps(self._found))
+    def found(self, results: Results, news: Row | None = None) -> None:
+        found = json.loads(to_json(results)) | {"doing": self._doing}
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(found))
+        new.rename(self._path)
 
 
 def main(argv: list[str]) -> int:
@@ -74,60 +65,55 @@ def main(argv: list[str]) -> int:
         leaver.leave(error)
 
 
-def damage_broadcasts(rank: int, at_least: int = 64 * KIB) -> None:
-    """On one rank, a byte within every larger broadcast comes out wrong."""
+def damage(rank: int, at_least: int = 64 * KIB) -> None:
+    """On one rank, a byte within everything large that is received comes out wrong."""
     import torch
 
-    def damaged(broadcast: Broadcast, tensor: torch.Tensor, root: int) -> None:
-        broadcast(tensor, root)
+    def change(tensor: Any, root: int) -> None:
         data = tensor.view(-1).view(torch.uint8) if tensor.is_contiguous() else tensor
-        if os.environ["RANK"] == str(rank) and data.numel() >= at_least:
-            # Neither in a trailer nor in what a limit's check looks at.
-            data[data.numel() // 3] ^= 0x40
+        if os.environ["RANK"] == str(rank) and root != rank and data.numel() >= at_least:
+            data[data.numel() // 3] ^= 0x40  # not in a trailer
 
-    change_broadcasts(damaged)
-
-
-def change_broadcasts(instead: Callable[[Broadcast, Any, int], None]) -> None:
-    """In this process, what `instead` does with the true one is done for every broadcast."""
-    from packcast.group import processgroup
-    from packcast.transfer import moving
-
-    true_one = processgroup.broadcast_over
-
-    def changed(*args: Any) -> Broadcast:
-        return partial(instead, true_one(*args))
-
-    for module in (processgroup, moving):
-        patched: Any = module
-        patched.broadcast_over = changed
-
-
-def slow_reads(seconds: float) -> None:
-    """Every read of a source file takes a while longer."""
-    slow_tasks({"READ"}, seconds)
+    after_broadcasts(change)
 
 
 def slow_broadcasts(seconds: float) -> None:
     """Every broadcast takes a while longer, on all ranks."""
-
-    def slowly(broadcast: Broadcast, tensor: Any, root: int) -> None:
-        time.sleep(seconds)
-        broadcast(tensor, root)
-
-    change_broadcasts(slowly)
+    after_broadcasts(lambda tensor, root: time.sleep(seconds))
 
 
-def slow_sinks(rank: int, seconds: float) -> None:
-    """On one rank, every sink takes a while longer for each run of bytes."""
-    if os.environ["RANK"] == str(rank):
-        slow_tasks({"WRITE", "COMPARE"}, seconds)
+def after_broadcasts(change: Change) -> None:
+    """In this process, something is done after every broadcast, along a chain or not."""
+    from packcast.group import processgroup
+    from packcast.packed.chain import Chain
+    from packcast.transfer import moving
+
+    true_one, true_carry = processgroup.broadcast_over, Chain.carry
+
+    def changed(*args: Any) -> Change:
+        def broadcast(tensor: Any, root: int) -> None:
+            true_broadcast(tensor, root)
+            change(tensor, root)
+
+        true_broadcast = true_one(*args)
+        return broadcast
+
+    def carry(chain: Chain, memory: Any, root: int) -> Any:
+        passed = true_carry(chain, memory, root)
+        change(memory, root)
+        return passed
+
+    patched: list[Any] = [processgroup, moving, Chain]
+    patched[0].broadcast_over = patched[1].broadcast_over = changed
+    patched[2].carry = carry
 
 
-def slow_tasks(names: set[str], seconds: float) -> None:
-    """In this process, every grain of host I/O of these kinds takes a while longer."""
+def slow_tasks(names: list[str], seconds: float, rank: int | None = None) -> None:
+    """On one rank or all, every grain of host I/O of these kinds takes a while longer."""
     from packcast.io.threads import ThreadPool
 
+    if rank is not None and os.environ["RANK"] != str(rank):
+        return
     os.environ["PACKCAST_POOL"] = "python"
     really_do = ThreadPool._do_grain
 
@@ -140,35 +126,48 @@ def slow_tasks(names: set[str], seconds: float) -> None:
     patched._do_grain = slowly
 
 
-def stand_ins(fails_on: int | None = None, no_group_on: int | None = None) -> None:
-    """Others' loaders are there, also without GPUs; on one rank one of them fails in mid load.
+def full_disk(rank: int) -> None:
+    """On one rank no space can be reserved."""
+    from packcast.io import syscalls
 
-    With `no_group_on` that rank has a default group of its own already, which none can make twice.
-    """
-    import torch.distributed as dist
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    from packcast.bench import lead
-
-    sys.path.insert(0, str(Path(__file__).parent / "stand_ins"))
-    if fails_on is not None:
-        os.environ["STAND_IN_FAILS"] = str(fails_on)
-    if os.environ["RANK"] == str(no_group_on):
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    patched: Any = lead
-    patched.plan_series = partial(with_foreign_loaders, patched.plan_series)
+    if os.environ["RANK"] == str(rank):
+        patched: Any = syscalls
+        patched.fallocate = refuse
 
 
-def with_foreign_loaders(plan: Callable[..., Any], *args: Any, **where: Any) -> Any:
-    """The plan of a machine with GPUs."""
-    return plan(*args, **where | {"on_gpu": True})
+def no_memory(rank: int) -> None:
+    """On one rank there is no memory for a ring."""
+    from packcast.transfer import moving
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    if os.environ["RANK"] == str(rank):
+        patched: Any = moving
+        patched.Ring = refuse
 
 
-FAULTS = {
-    "stand ins": stand_ins,
-    "damage": damage_broadcasts,
-    "slow reads": slow_reads,
+def other_settings(rank: int) -> None:
+    """One rank was asked for something else."""
+    from packcast import bench as module
+
+    run = module.run
+    if os.environ["RANK"] == str(rank):
+        patched: Any = module
+        patched.run = lambda settings, *rest: run(dataclasses.replace(settings, runs=7), *rest)
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    "damage": damage,
     "slow broadcasts": slow_broadcasts,
-    "slow sinks": slow_sinks,
+    "slow reads": partial(slow_tasks, ["READ"]),
+    "slow sinks": partial(slow_tasks, ["WRITE", "COMPARE"]),
+    "full disk": full_disk,
+    "no memory": no_memory,
+    "other settings": other_settings,
 }
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ EVERY_WAY = {
     ("original", "resident", "land"),
     ("per-tensor", "resident", "land"),
 }
+OVER_GLOO = {("chain", "resident", "land"), ("gloo broadcast", "resident", "land")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +81,26 @@ class Bench:
         found: dict[str, Any] = json.loads(self.found_path.read_text())
         return found
 
+    def num_turns(self) -> int:
+        """How many runs have begun."""
+        try:
+            return sum("run" in text for text in self.found()["doing"])
+        except FileNotFoundError:
+            return 0
+
     def assert_nothing_left(self) -> None:
         assert list(self.directory.iterdir()) == []
 
 
-def rank_runs(measured: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """Without those that are limits."""
+    return [row for row in found["rows"] if row["limit"] is None]
+
+
+def rank_runs(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every rank's part in every run of a row."""
-    return (part for run in measured["runs"] for part in run["ranks"])
+    return (part for run in row["runs"] for part in run["ranks"])
 
 
-def label(measured: dict[str, Any]) -> tuple[str, str, str]:
-    case = measured["case"]
-    return case["method"], case["source"], case["sink"]
-
-
-def longest_waiting(measured: dict[str, Any]) -> tuple[str, int]:
-    """The stage that was waited for longest in the last run, and the rank that waited."""
-    ranks = measured["runs"][-1]["ranks"]
-    waits = [(s, stage, part["rank"]) for part in ranks for stage, s in part["waiting"].items()]
-    _, stage, rank = max(waits)
-    return stage, rank
+def label(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["method"], row["source"], row["sink"]

@@ -1,110 +1,166 @@
-"""Claims about exported results: what they hold, and that they stay as they are."""
+"""What results become: JSON, CSV, a table for people, a picture; and the files that they go to."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from packcast.bench.export import to_csv, to_json, to_markdown
-from packcast.bench.results import Results
-from packcast.bench.rows import make_rows
+from packcast.bench.model import Results
+from packcast.bench.plot import check_plot, write_plot
+from packcast.bench.table import closing_lines, row_cells
+from packcast.bench.targets import export_targets, write_file, write_targets
+from packcast.errors import DestinationError, UsageError
 from packcast.units import GIB, MIB
-
-from .samples import ENVIRONMENT, LIMITS, a_bench, case, measured
-
-GOLDEN = Path(__file__).parent / "golden"
-RESULTS = Results(
-    command_line="packcast bench --sink discard,write",
-    environment=ENVIRONMENT,
-    num_cases=11,
-    limits=LIMITS,
-    rows=make_rows(a_bench()),
-    warnings=("the GPUs are shared",),
-    exit_code=0,
-)
-FEW = replace(RESULTS, rows=(RESULTS.rows[3], RESULTS.rows[6], RESULTS.rows[7]))
-EXPORTED = {
-    "bench.json": to_json(FEW),
-    "bench.csv": to_csv(RESULTS),
-    "bench.md": to_markdown(RESULTS),
-}
+from tests.bench.samples import a_bench, case, row
 
 
-@pytest.mark.parametrize("name", EXPORTED)
-def test_an_export_is_as_it_was(name: str) -> None:
-    """What others have written programs for. A change here is one of the schema: look twice."""
-    assert EXPORTED[name] == (GOLDEN / name).read_text()
+def test_json_has_the_environment_and_every_run_of_every_rank() -> None:
+    results = replace(a_bench(), exit_code=0)
+    found = json.loads(to_json(results))
+    assert (found["schema"], found["ok"], found["command_line"]) == (2, True, "packcast bench")
+    assert found["environment"]["versions"]["torch"] == "2.11.0"
+    assert [rank["gpu"] for rank in found["environment"]["ranks"]] == ["NVIDIA H100"] * 2
+    assert len(found["rows"]) == len(results.rows) == found["num_cases"]
+    best = next(one for one in found["rows"] if one["buffer_size"] == 16 * MIB)
+    best = found["rows"][3]
+    assert (best["buffer_size"], best["num_buffers"], best["nbytes"]) == (16 * MIB, 4, 8 * GIB)
+    assert best["bytes_per_second"] == pytest.approx(43.6e9)
+    assert (best["limit_stage"], best["ratio_to"]) == ("read", "original")
+    assert best["limit_bytes_per_second"] == pytest.approx(44e9)
+    assert best["ratio"] == pytest.approx(10.38, rel=1e-2)
+    assert best["seconds_median"] == pytest.approx(8 * GIB / 43.6e9)
+    assert best["loop_seconds_per_gib"] == pytest.approx(0.005)
+    assert best["wrong"] == 0
+    assert [one["is_warmup"] for one in best["runs"]] == [True, False, False, False]
+    assert [part["rank"] for part in best["runs"][1]["ranks"]] == [0, 1]
+    assert {limit["stage"] for limit in found["limits"]} == {"read", "broadcast", "together"}
+    failed = found["rows"][6]
+    assert failed["failure"] == "rank 1: no room for 4 buffers of 16GiB"
+    assert failed["seconds_median"] is None
+    assert found["defaults"]
+    assert len(found["warnings"]) == 1
 
 
-def test_json_has_every_field_that_the_schema_promises() -> None:
-    document = json.loads(to_json(RESULTS))
-    assert (document["schema"], document["command"], document["ok"]) == (1, "bench", True)
-    assert document["environment"]["ranks"][1]["device"] == "cuda:1"
-    assert [limit["stage"] for limit in document["limits"]].count("broadcast") == 2
-    row = document["rows"][3]
-    promised = """method shape source sink readers buffer_size num_buffers nbytes seconds
-        bytes_per_second limit ratio_to_original wrong waiting_on peak_device_bytes
-        peak_pinned_bytes runs"""
-    assert set(promised.split()) <= set(row)
-    assert set(row["seconds"]) == {"median", "min", "max", "p95", "cv"}
-    assert set(row["limit"]) == {"stage", "bytes_per_second", "fraction"}
-    assert row["buffer_size"] == 16 * MIB
-    assert row["seconds"]["median"] == pytest.approx(8 * GIB / 43.6e9)
-    assert row["waiting_on"] == "read, rank 1"
-    assert [run["is_warmup"] for run in row["runs"]] == [True, False, False, False]
-    assert [part["rank"] for part in row["runs"][0]["ranks"]] == [0, 1]
-    failed = document["rows"][6]
-    assert (failed["seconds"], failed["limit"], failed["runs"]) == (None, None, [])
-    assert "no room" in failed["failure"]
+def test_json_before_the_end_says_so() -> None:
+    found = json.loads(to_json(Results(command_line="packcast bench")))
+    assert (found["ok"], found["exit_code"], found["rows"]) == (None, None, [])
 
 
-def test_json_says_whether_the_bench_is_over_and_how_it_ended() -> None:
-    running = json.loads(to_json(replace(RESULTS, exit_code=None)))
-    assert (running["ok"], running["exit_code"]) == (None, None)
-    ended = json.loads(to_json(replace(RESULTS, exit_code=130, error="interrupted")))
-    assert (ended["ok"], ended["exit_code"], ended["error"]) == (False, 130, "interrupted")
+def test_csv_has_a_line_for_each_row_with_the_same_names() -> None:
+    results = a_bench()
+    lines = list(csv.DictReader(io.StringIO(to_csv(results))))
+    rows = json.loads(to_json(results))["rows"]
+    assert [line["method"] for line in lines] == [one["method"] for one in rows]
+    assert set(lines[0]) == set(rows[0]) - {"runs"}
+    assert lines[6]["bytes_per_second"] == ""
+    assert to_csv(Results()) == ""
 
 
-def test_csv_is_a_line_per_row_with_the_same_names_and_numbers() -> None:
-    lines = list(csv.DictReader(io.StringIO(to_csv(RESULTS))))
-    assert len(lines) == len(RESULTS.rows)
-    best = [line for line in lines if line["best"] == "1"]
-    assert [line["buffer_size"] for line in best] == [str(16 * MIB)] * 2
-    assert float(best[0]["bytes_per_second"]) == pytest.approx(43.6e9)
-    assert lines[6]["seconds_median"] == ""
-    assert lines[6]["wrong"] == ""
+def test_the_table_has_no_limits_and_marks_the_fastest_of_each() -> None:
+    cells = row_cells(a_bench().rows)
+    assert len(cells) == 11
+    assert [line[4] for line in cells if line[0] == "*"] == ["16MiB x 4", "64MiB x 4"]
+    best = next(line for line in cells if line[0] == "*")
+    assert best[1:] == [
+        "packcast",
+        "dense file",
+        "discard",
+        "16MiB x 4",
+        "43.6",
+        "3%",
+        "99% read",
+        "10.38",
+        "0",
+        "read, rank 1 (50%)",
+        "260 MiB",
+        "512 MiB",
+    ]
+    assert [line[4] for line in cells if "default" in line[4]] == ["64MiB x 4 (default)"]
+    failed = next(line for line in cells if "16GiB" in line[4])
+    assert failed[5:8] == ["-", "", "rank 1: no room for 4 buffers of 16GiB"]
 
 
-def test_csv_without_rows_still_names_its_columns() -> None:
-    assert to_csv(replace(RESULTS, rows=())).startswith("method,shape,source,sink,readers,")
+def test_equal_rows_and_single_runs_are_marked_as_what_they_are() -> None:
+    rows = [row(case(num_buffers=n), [40.0, 40.1]) for n in (2, 4)]
+    rows.append(replace(row(case(num_buffers=8), [9.0]), runs=row(case(), [9.0]).runs[1:]))
+    cells = row_cells(rows)
+    assert [line[0] for line in cells] == ["~", "~", ""]
+    assert cells[2][6] == "-"  # one run has no spread
 
 
-def test_every_line_of_a_markdown_table_has_as_many_cells() -> None:
-    nasty = case(shape="a|b\nc\x1b[31m")
-    rows = make_rows([measured(nasty, [1.0]), measured(nasty, [], failure="x|y\nz")])
-    text = to_markdown(replace(RESULTS, rows=rows))
-    assert "\x1b" not in text
-    tables = [line for line in text.splitlines() if line.startswith("| ")]
-    cells = {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "GB/s | min" not in line}
-    assert cells == {4, 14}
+def test_the_words_of_the_table_are_explained_below_it() -> None:
+    lines = closing_lines(a_bench())
+    for word in ("* the fastest", "~ not", "of limit:", "x: times", "`original`", "wrong:"):
+        assert any(word in line for line in lines), word
+    assert any(line.startswith("without options dense, file to discard") for line in lines)
+    partial = replace(a_bench(), num_cases=99)
+    assert "14 of 99 cases were measured" in closing_lines(partial)
 
 
-def test_no_buffers_are_dashes_for_people_and_zeros_for_programs() -> None:
-    without = case("per-tensor", source="resident", sink="land", buffer_size=0, num_buffers=0)
-    results = replace(RESULTS, rows=make_rows([measured(without, [4.0])]))
-    assert "| per-tensor | 1 | - | - | 4.00 |" in to_markdown(results)
-    assert json.loads(to_json(results))["rows"][0]["num_buffers"] == 0
-    (line,) = csv.DictReader(io.StringIO(to_csv(results)))
-    assert (line["buffer_size"], line["num_buffers"]) == ("0", "0")
+def test_markdown_is_safe_and_complete() -> None:
+    text = to_markdown(replace(a_bench(), error="it | broke"))
+    assert "node\\|1" in text
+    assert "It failed: it \\| broke" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert any("| 43.6 |" in line and "| \\* |" in line for line in table)
+    assert len({line.replace("\\|", "").count("|") for line in table}) == 2  # two tables
 
 
-def test_markdown_says_where_it_is_not_complete() -> None:
-    text = to_markdown(replace(RESULTS, exit_code=130, error="interrupted", num_cases=20))
-    assert text.endswith("11 of 20 rows were measured.\n\nIt failed: interrupted\n")
-    assert "rows were measured" not in to_markdown(RESULTS)
+def test_targets_are_checked_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="would both write to -"):
+        export_targets({"--export-json": "-", "--export-csv": "-"})
+    with pytest.raises(UsageError, match="is a directory"):
+        export_targets({"--export-json": str(tmp_path)})
+    with pytest.raises(UsageError, match="does not exist"):
+        export_targets({"--export-json": str(tmp_path / "none" / "r.json")})
+    with pytest.raises(UsageError, match="the path is empty"):
+        export_targets({"--export-json": ""})
+    assert export_targets({"--export-json": None}) == ()
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    path, link = tmp_path / "r.json", tmp_path / "link"
+    link.symlink_to(path)
+    write_file(path, b"old")
+    write_file(link, b"new")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"new"
+    write_file(Path("/dev/null"), b"gone")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "r.json"]
+
+
+def test_all_targets_are_written_and_standard_output_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    targets = export_targets(
+        {
+            "--export-json": str(tmp_path / "gone" / "r.json"),
+            "--export-csv": "-",
+            "--export-markdown": str(tmp_path / "r.md"),
+        }
+    )
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(DestinationError, match="--export-json"):
+        write_targets(targets, a_bench())
+    assert (tmp_path / "r.md").exists()
+    assert capsys.readouterr().out == ""
+    write_targets(targets[1:], replace(a_bench(), exit_code=0))
+    assert capsys.readouterr().out.startswith("method,")
+
+
+def test_a_plot_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        path = check_plot("--plot", str(tmp_path / f"p{suffix}"))
+        write_plot(path, a_bench())
+        assert path.read_bytes().startswith(magic)
+    write_plot(path, Results())
+    with pytest.raises(UsageError, match=r"must end in \.png or \.svg"):
+        check_plot("--plot", str(tmp_path / "p.jpg"))

@@ -1,133 +1,200 @@
-"""Claims about the numbers that are made of runs."""
+"""What is made of runs: medians, ratios, limits, stars, and what is odd."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from packcast.bench.model import RankRun, Run
+from packcast.bench.model import Row
 from packcast.bench.stats import (
-    advise,
-    nearest_rank,
-    ratio,
-    slowest_rank,
-    steady,
-    summarize,
+    best_rows,
+    default_lines,
+    fraction_of,
+    limits_of,
+    loop_seconds_per_gib,
+    rate_of,
+    ratio_of,
+    reference_of,
+    seconds_of,
     waiting_on,
+    warnings_of,
+    with_limits,
+    wrong_of,
 )
-
-from .samples import run
-
-
-def test_a_summary_is_computed_by_hand() -> None:
-    found = summarize([4.0, 1.0, 3.0, 2.0])
-    assert (found.median, found.min, found.max, found.p95) == (2.5, 1.0, 4.0, 4.0)
-    assert found.cv == pytest.approx(math.sqrt(5 / 3) / 2.5)
+from packcast.packed.counters import StageTotal
+from packcast.units import GIB, MIB
+from tests.bench.samples import a_bench, case, row, run
 
 
-def test_one_run_has_no_spread() -> None:
-    assert summarize([3.0]).cv == 0.0
+def test_the_median_run_counts_and_the_warm_up_does_not() -> None:
+    seconds = seconds_of(row(case(), [8.0, 4.0, 2.0], nbytes=8 * 10**9))
+    assert seconds is not None
+    assert (seconds.median, seconds.min, seconds.max) == pytest.approx((2, 1, 4))
+    assert seconds.cv == pytest.approx(0.6547, rel=1e-3)
+    assert rate_of(row(case(), [8.0, 4.0, 2.0])) == pytest.approx(4e9)
+    assert seconds_of(row(case(), [])) is None
+    assert seconds_of(row(case(), [1.0], failure="no room")) is None
 
 
-def test_p95_is_a_time_that_was_measured_within_which_95_of_100_were_done() -> None:
-    times = [float(n) for n in range(1, 101)]
-    assert nearest_rank(times[::-1], 0.95) == 95.0
-    assert nearest_rank(times[:20], 0.95) == 19.0
-    assert nearest_rank(times[:19], 0.95) == 19.0
-    assert nearest_rank([7.0], 0.95) == 7.0
+def test_a_run_is_as_long_as_its_slowest_rank() -> None:
+    assert run(1.0, 3.0, 2.0).seconds == 3.0
 
 
-@settings(deadline=None)
-@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=60))
-def test_a_summary_is_in_order(times: list[float]) -> None:
-    found = summarize(times)
-    assert found.min <= found.median <= found.p95 <= found.max
-    assert sum(time <= found.p95 for time in times) >= 0.95 * len(times)
-    assert sum(time < found.p95 for time in times) < 0.95 * len(times)
+def test_ratios_are_taken_run_by_run_and_of_as_many_bytes() -> None:
+    ours, theirs = row(case(), [8.0, 2.0, 6.0]), row(case("original"), [4.0, 1.0, 1.0])
+    assert ratio_of(ours, theirs) == pytest.approx(2.0)
+    assert ratio_of(theirs, theirs) == pytest.approx(1.0)
+    larger = row(case(), [4.0], nbytes=16 * GIB)
+    assert ratio_of(larger, theirs) == pytest.approx(1.0)
+    assert ratio_of(ours, None) is None
 
 
-def test_ratios_are_of_pairs_so_that_a_disturbance_of_both_falls_out() -> None:
-    # A slow second half for both: the ratio of medians would be 3.
-    assert ratio([2.0, 3.0, 30.0, 20.0], [1.0, 1.5, 15.0, 10.0]) == 2.0
-    assert ratio([2.0, 4.0, 9.0], [1.0, 1.0]) == 3.0
-    assert ratio([], [1.0]) is None
+def test_a_row_is_compared_with_the_original_of_its_table_and_a_chain_with_gloo() -> None:
+    rows = [
+        row(case(sink="land", source="resident"), [1.0]),
+        row(case("original"), [1.0]),
+        row(case("original", sink="land", source="resident", num_buffers=2), [1.0]),
+        row(case("chain", sink="land", source="resident"), [1.0]),
+        row(case("gloo broadcast", sink="land", source="resident", num_buffers=2), [1.0]),
+        row(case("gloo broadcast", sink="land", source="resident"), [1.0]),
+    ]
+    assert reference_of(rows[0], rows) is rows[2]
+    assert reference_of(rows[3], rows) is rows[5]
+    assert reference_of(row(case(sink="verify"), [1.0]), rows) is None
 
 
-def test_the_warm_up_is_not_counted() -> None:
-    runs = (run(9.0, warmup=True), run(1.0), run(2.0))
-    assert [one.seconds for one in steady(runs)] == [1.0, 2.0]
+def test_the_limit_of_a_row_is_what_its_stages_reach_at_once() -> None:
+    rows = with_limits(
+        [
+            row(case(sink="write"), [4.0]),
+            row(case(sink="write", readers=2), [4.0]),
+            row(case("original", sink="write"), [2.0]),
+            row(case(source="resident", sink="land"), [90.0]),
+            row(case("load_file", sink="land"), [2.0]),
+            row(case(limit="broadcast", buffer_size=MIB), [50.0]),
+            row(case(limit="broadcast"), [99.0, 100.0]),
+            row(case(limit="read"), [3.0]),
+            row(case(limit="together", sink="write"), [5.0, 8.0, 6.0]),
+            row(case(limit="together", sink="write", buffer_size=MIB), [7.0]),
+            row(case(limit="together", sink="discard"), [1.0]),
+            row(case(limit="together", sink="write", shape="moe"), [1.0]),
+        ]
+    )
+    assert [one.limit and one.limit.stage for one in rows[:5]] == [
+        "together",
+        "broadcast",
+        "together",
+        "broadcast",
+        None,
+    ]
+    assert fraction_of(rows[0]) == pytest.approx(0.5)
+    assert fraction_of(rows[3]) == pytest.approx(0.9)
+    best = {limit.label: limit.bytes_per_second / 1e9 for limit in limits_of(rows)}
+    assert best == pytest.approx(
+        {
+            "read": 3.0,
+            "broadcast, 1MiB per call": 50.0,
+            "broadcast, 64MiB per call": 100.0,
+            "together, dense, file to write": 8.0,
+            "together, dense, file to discard": 1.0,
+            "together, moe, file to write": 1.0,
+        }
+    )
 
 
-def test_the_slowest_rank_is_so_by_its_median_not_by_one_bad_run() -> None:
-    assert slowest_rank([run(1.0, 2.0), run(9.0, 2.0), run(1.0, 2.0)]) == 1
-    assert slowest_rank([run(2.0, 2.0)]) == 0
-    assert slowest_rank([]) is None
+def test_without_stages_at_once_the_slowest_stage_is_the_limit() -> None:
+    found, *_ = with_limits(
+        [row(case(), [4.0]), row(case(limit="read"), [8.0]), row(case(limit="broadcast"), [9.0])]
+    )
+    assert found.limit is not None
+    assert (found.limit.stage, fraction_of(found)) == ("read", pytest.approx(0.5))
 
 
-def waits(*ranks: dict[str, float]) -> Run:
-    return Run(tuple(RankRun(rank=rank, seconds=10.0, waiting=w) for rank, w in enumerate(ranks)))
+def fastest(*rows: Row) -> list[int]:
+    return [[id(one) for one in rows].index(id(one)) for one in best_rows(rows)]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "name"),
-    [
-        # A slow disk of the reader: the workers wait for the broadcast even a little longer.
-        (({"read": 8.0, "broadcast": 0.1}, {"broadcast": 8.2}, {"broadcast": 8.3}), "read, rank 0"),
-        # A slow disk of one worker: it never waits for the broadcast, all others do.
-        (
-            ({"broadcast": 7.9}, {"broadcast": 7.8, "write": 0.1}, {"write": 7.5}),
-            "write, rank 2",
-        ),
-        (({"verify": 1.0}, {"verify": 3.0}), "verify, rank 1"),
-        # A slow network: everybody waits for it.
-        (({"read": 0.5, "broadcast": 7.0}, {"broadcast": 7.2, "write": 0.3}), "broadcast"),
-        # Where the sender counts no waiting at all, the workers' word is taken.
-        (({}, {"broadcast": 2.0}), "broadcast"),
-        (({"h2d": 3.0, "read": 2.0}, {"d2h": 1.0}), "h2d, rank 0"),
-    ],
-)
-def test_the_stage_that_holds_all_back_is_named_with_its_rank(
-    ranks: tuple[dict[str, float], ...], name: str
-) -> None:
-    assert str(waiting_on([waits(*ranks), waits(*ranks)])) == name
+def test_a_star_is_for_who_is_faster_than_the_noise() -> None:
+    steady = row(case(), [10.0, 10.0, 10.0])
+    near = row(case(num_buffers=2), [9.95, 9.95, 9.95])
+    noisy = row(case(num_buffers=3), [7.0, 9.0, 11.0])
+    slower = row(case(num_buffers=5), [8.0, 8.0, 8.0])
+    assert fastest(slower, steady) == [1]
+    assert fastest(slower, steady, near) == [1, 2]
+    assert fastest(slower, steady, noisy) == [1, 2]
+    wrong = row(case(num_buffers=6), [20.0] * 3, wrong=1)
+    assert fastest(wrong, row(case("original"), [30.0]), steady) == [2]
+    assert fastest(row(case(), [], failure="no room")) == []
 
 
-def test_waiting_is_a_share_of_all_runs() -> None:
-    found = waiting_on([waits({"read": 4.0}), waits({"read": 0.0})])
+def test_the_defaults_are_told_against_the_best_row() -> None:
+    (line,) = default_lines(a_bench().rows)
+    assert line == (
+        "without options dense, file to discard, takes 64MiB x 4, one reader: 37.0 GB/s,"
+        " 0.85 of the best row"
+    )
+    assert list(default_lines([row(case(is_default=True), [4.0])])) == []  # there was no choice
+
+
+def test_waiting_for_a_collective_is_nobodys_alone() -> None:
+    late = row(case(), [1.0], waiting="read")
+    assert str(waiting_on(late)) == "read, rank 1"
+    together = Row(case=case(), nbytes=1, runs=(run(1.0, 1.0, broadcast=0.4),))
+    found = waiting_on(together)
     assert found is not None
-    assert found.share == pytest.approx(0.2)
+    assert (str(found), found.share) == ("broadcast", pytest.approx(0.001))
+    assert waiting_on(Row(case=case(), nbytes=1, runs=(run(1.0),))) is not None
+    assert waiting_on(Row(case=case(), nbytes=1)) is None
 
 
-def test_without_waiting_nothing_is_blamed() -> None:
-    assert waiting_on([waits({}, {"read": 0.0})]) is None
-    assert waiting_on([]) is None
+def test_a_rank_that_holds_the_others_up_is_blamed_under_its_own_stage() -> None:
+    parts = run(1.0, 1.0, write=0.8, broadcast=0.1)
+    waiting = {"broadcast": 0.85}  # rank 0 stands in the broadcast until rank 1 comes
+    first = parts.ranks[0].__class__(rank=0, seconds=1.0, waiting=waiting)
+    held = Row(case=case(), nbytes=1, runs=(parts.__class__((first, parts.ranks[1])),))
+    assert str(waiting_on(held)) == "write, rank 1"
 
 
-def kinds(*runs: Run, wrong: int = 0, fraction: float | None = 0.9) -> list[str]:
-    return [one.kind for one in advise(runs, wrong=wrong, fraction=fraction)]
+def test_the_loops_time_is_the_senders_for_each_gib() -> None:
+    assert loop_seconds_per_gib(row(case(), [4.0, 4.0])) == pytest.approx(0.04 / 8)
+    assert loop_seconds_per_gib(row(case(), [])) is None
 
 
-def test_a_slow_first_run_is_told_but_not_where_it_was_a_warm_up() -> None:
-    rest = (run(1.0), run(1.01), run(0.99))
-    assert kinds(run(2.0), *rest) == ["first-run-slow"]
-    assert kinds(run(2.0, warmup=True), *rest) == []
-    assert kinds(run(1.1), *rest) == []
-    (found,) = advise((run(2.0), *rest), wrong=0, fraction=None)
-    assert "2.0 times" in found.text
-    assert "--warmup" in found.advice
+def test_what_is_odd_is_said_once_for_all_rows_of_a_kind() -> None:
+    rows = with_limits(
+        [
+            row(case(), [1.0, 9.0, 4.0]),
+            row(case(num_buffers=2), [1.0, 9.0, 4.0]),
+            row(case(num_buffers=3), [4.0], wrong=3),
+            row(case(num_buffers=5), [], failure="no room"),
+            row(case(num_buffers=6), [40.0]),
+            row(case(limit="together"), [20.0]),
+            row(case(limit="read"), [], failure="no file"),
+        ]
+    )
+    said = list(warnings_of(rows))
+    assert [text.partition(": ")[0] for text in said] == [
+        "packcast dense file->discard 64MiB x 5",
+        "limit of read, dense file->discard 64MiB x 4",
+        "packcast dense file->discard 64MiB x 3",
+        "packcast dense file->discard 64MiB x 4 (and 1 more rows)",
+        "packcast dense file->discard 64MiB x 6",
+    ]
+    for text, words in zip(
+        said,
+        ("no room", "no file", "3 blocks or tensors", "spread", "200% of its limit"),
+        strict=True,
+    ):
+        assert words in text
+    assert wrong_of(rows[2]) == 3
 
 
-def test_a_wide_spread_is_told_where_there_are_runs_enough_to_tell() -> None:
-    assert kinds(run(1.0), run(1.0), run(2.0)) == ["wide-spread"]
-    assert kinds(run(1.0), run(2.0)) == []
-    assert kinds(run(1.0), run(1.05), run(1.1)) == []
+def test_copies_that_are_faster_than_broadcasts_did_not_hold_up() -> None:
+    from packcast.bench.stats import busy_of, waiting_of
 
-
-def test_wrong_bytes_and_a_limit_that_is_none_are_told() -> None:
-    assert kinds(run(1.0), wrong=2) == ["wrong-bytes"]
-    assert kinds(run(1.0), fraction=1.06) == ["above-limit"]
-    assert kinds(run(1.0), fraction=1.05) == []
-    assert kinds(run(1.0), fraction=None) == []
+    totals = {
+        "h2d": StageTotal(1, busy_s=1.0, waiting_s=2.0, first_begin=0.0, last_end=3.0),
+        "broadcast": StageTotal(1, busy_s=3.0, waiting_s=0.5, first_begin=1.0, last_end=4.0),
+    }
+    assert waiting_of(totals) == {"broadcast": 2.5}  # type: ignore[arg-type]
+    assert busy_of(totals, 8.0) == {"h2d": 2.0, "broadcast": 6.0}  # type: ignore[arg-type]
+    assert busy_of({}, 8.0) == {}

@@ -58,9 +58,7 @@ class FakeLeaver:
 
 
 @pytest.fixture(autouse=True)
-def _no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nor a profile of whoever runs the tests."""
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
         if name.startswith(("PACKCAST_", "SLURM_")) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)

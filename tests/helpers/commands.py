@@ -47,7 +47,7 @@ _NOISE = re.compile(
 def clean_environment() -> dict[str, str]:
     """Whoever's runs the tests, without what would change them."""
     kept = {name: value for name, value in os.environ.items() if not _LEFTOVERS.fullmatch(name)}
-    return kept | {"OMP_NUM_THREADS": "1", "PACKCAST_NO_PROFILE": "1"}
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 # Of the process that is forked; not of a test, or each would have such a process of its own.

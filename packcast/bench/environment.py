@@ -1,26 +1,38 @@
-"""Where a bench runs: versions, hosts, devices, file systems; what its header says.
-
-Asks the machine once; measures nothing.
-"""
+"""Where a bench runs: versions, hosts, devices, file systems; what its header says."""
 
 from __future__ import annotations
 
 import os
 import platform
-import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 import packcast
+from packcast.bench.model import BenchSettings, Environment
 from packcast.bench.pagecache import file_system_of
+from packcast.bench.ranks import Ranks
 from packcast.group.devices import host_name
-from packcast.io.memory import available_nbytes
 from packcast.io.pool import pool_kind
 
 
-def versions(backend: str) -> dict[str, str]:
+def environment_of(settings: BenchSettings, ranks: Ranks) -> Environment:
+    """All ranks call this, and all get the same."""
+    directories = [settings.checkpoint or settings.directory]
+    if "write" in settings.sinks:
+        directories.append(settings.write_directory)
+    systems = {str(directory): file_system_of(directory) for directory in directories}
+    versions, systems = ranks.share((_versions(on_gpu=ranks.on_gpu), systems))
+    return Environment(
+        versions=versions,
+        backend="nccl" if ranks.on_gpu else "gloo",
+        world_size=ranks.world_size,
+        ranks=tuple(ranks.gather(_facts(ranks.rank, ranks.device))),
+        file_systems=systems,
+    )
+
+
+def _versions(*, on_gpu: bool) -> dict[str, str]:
     """Of everything that the numbers depend on."""
     found = {
         "packcast": packcast.__version__,
@@ -28,17 +40,15 @@ def versions(backend: str) -> dict[str, str]:
         "torch": str(torch.__version__),
         "kernel": platform.release(),
     }
-    if backend == "nccl":
+    if on_gpu:
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         found["cuda"] = str(torch.version.cuda)
-        driver = _driver()
-        if driver:
+        if driver := _driver():
             found["driver"] = driver
     return found
 
 
-def facts_of_rank(rank: int, device: torch.device) -> dict[str, object]:
-    """One rank's place, small enough for the control channel."""
+def _facts(rank: int, device: torch.device) -> dict[str, object]:
     facts: dict[str, object] = {
         "rank": rank,
         "host": host_name(),
@@ -49,19 +59,6 @@ def facts_of_rank(rank: int, device: torch.device) -> dict[str, object]:
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
     return facts
-
-
-def file_systems(directories: Iterable[Path]) -> dict[str, str]:
-    """Directory -> tmpfs, ext4, ..."""
-    return {str(directory): file_system_of(directory) for directory in directories}
-
-
-def free_device_nbytes(device: torch.device) -> int:
-    """What could be allocated there now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = available_nbytes()
-    return sys.maxsize if available is None else available
 
 
 def _driver() -> str | None:
