@@ -5,7 +5,8 @@ Knows no torch, and not how it will be shown.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -72,9 +73,31 @@ class Report:
     digests: Mapping[str, str] = field(default_factory=dict)
     workers: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    total_seconds: float = 0.0  # of the whole command, with its start; 0 in a library call
     ends_cleanly: bool = True  # False: a thread is stuck in torch; leave by os._exit
 
     @property
     def bytes_per_second(self) -> float:
         """Of the whole checkpoint, once, over the whole time; zero where nothing was measured."""
         return self.nbytes / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def digest(self) -> str | None:
+        """One for the whole checkpoint: SHA-256 over the names and digests of its files."""
+        if not self.digests:
+            return None
+        lines = (f"{digest}  {name}\n" for name, digest in sorted(self.digests.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 1-8, 11`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    one = len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"rank {text}" if one else f"ranks {text}"

@@ -278,6 +278,7 @@ def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet
     outcome.display.verbose = outcome.verbose
     leaver = be_a_rank(outcome)
     try:
+        outcome.display.phase("load")
         from packcast import transfer
 
         report = transfer.run(settings, outcome.display, leaver)

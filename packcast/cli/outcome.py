@@ -8,13 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from packcast.cli.progress import Display
-from packcast.cli.report import end_line, report_document, to_json
+from packcast.cli.report import report_document, to_json
+from packcast.cli.summary import end_lines
 from packcast.cli.terminal import say, say_once
 from packcast.errors import (
     DestinationError,
@@ -56,6 +58,7 @@ class Outcome:
     """What is known, while a command runs, of how its end must be told."""
 
     argv: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
     command: str = ""
     verbose: bool = False
     json: str | None = None
@@ -86,10 +89,11 @@ class Outcome:
 
     def finished(self, report: Report) -> int:
         """Tell the result, which may be a failure that was survived; returns the exit code."""
+        report = replace(report, total_seconds=time.monotonic() - self.began)
         if self.display:
             self.display.close()
             if report.ok:
-                self.display.ended(end_line(report))
+                self.display.ended("\n".join(end_lines(report)))
         if not report.ok:
             error = error_from_code(report.exit_code, report.error or "failed", report.hint)
             record_failure(error)

@@ -1,11 +1,10 @@
-"""A Report for machines (JSON, schema 1) and for people (one line). Pure functions."""
+"""A Report for machines: JSON, schema 1. Pure functions."""
 
 from __future__ import annotations
 
 import json
 
 from packcast.report import RankReport, Report, StageReport
-from packcast.units import format_duration, format_rate, format_size
 
 SCHEMA = 1
 
@@ -41,7 +40,9 @@ def report_document(report: Report) -> dict[str, object]:
             "staging": report.staging,
         },
         "pool": report.pool,
+        "digest": report.digest,
         "seconds": report.seconds,
+        "total_seconds": report.total_seconds,
         "bytes_per_second": report.bytes_per_second,
         "stages": {name: _stage(stage) for name, stage in report.stages.items()},
         "peak_device_bytes": report.peak_device_nbytes,
@@ -75,12 +76,3 @@ def _stage(stage: StageReport) -> dict[str, object]:
 def count(number: int, noun: str, nouns: str | None = None) -> str:
     """`1 file`, `3 files`; `nouns` where it is more than an s."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {nouns or noun + 's'}"
-
-
-def end_line(report: Report) -> str:
-    """What a person reads when all went well."""
-    what = f"{count(report.num_files, 'file')}, {format_size(report.nbytes)}"
-    took = f"{format_duration(report.seconds)}, {format_rate(report.bytes_per_second)}"
-    if report.is_sender and report.world_size:
-        return f"sent {what} to {count(report.world_size - 1, 'worker')} in {took}"
-    return f"received {what} in {took}"

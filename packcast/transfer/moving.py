@@ -41,7 +41,7 @@ from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
 from packcast.transfer.share import num_io_threads, staging_bound
 from packcast.units import format_exact_size, format_size
-from packcast.view import Snapshot
+from packcast.view import Snapshot, WorkerState
 
 # Backstops only: the control channel is faster in every case it was made for, and the stall watch
 # in all others. But what is left behind in a library's process ends by it.
@@ -329,16 +329,22 @@ class Mover:
         done = format_size(newest.offset + newest.nbytes)
         return f"{spec.name}, {done} of {format_size(spec.nbytes)}"
 
-    def snapshot(self, workers: dict[int, int]) -> Snapshot:
-        """Where this rank is; `workers` are the bytes that each worker has done, if known."""
+    def snapshot(self, workers: dict[int, WorkerState]) -> Snapshot:
+        """Where this rank is; on the sender `workers` are what their heartbeats said."""
         newest = self.counters.newest
+        done = min((worker.nbytes for worker in workers.values()), default=self.nbytes_done())
         return Snapshot(
-            nbytes_done=self.nbytes_done(),
+            nbytes_done=done,
             nbytes_total=self._offer.nbytes,
             stages={name: total.nbytes for name, total in self.counters.totals().items()},
             workers=workers,
             at="" if newest is None else self._offer.files[newest.file].name,
+            stage=self.counters.standing or "",
         )
+
+    def heartbeat(self) -> dict[str, object]:
+        """What a worker tells of itself while it receives; `worker_states` reads it."""
+        return {"nbytes": self.nbytes_done(), "stage": self.counters.standing}
 
     def nbytes_done(self) -> int:
         """Bytes that are where they belong on this rank; what its heartbeats carry."""

@@ -17,7 +17,6 @@ from packcast.group.line import Line
 from packcast.group.member import Member
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
-from packcast.io.pool import pool_kind
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.shelf import Shelf
 from packcast.io.sinks.tensors import TensorSink
@@ -27,7 +26,7 @@ from packcast.io.source import FileReader
 from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
-from packcast.transfer.agreement import make_offers, same_files_as_offered
+from packcast.transfer.agreement import make_offers, rank_of, same_files_as_offered
 from packcast.transfer.go import Go
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
@@ -43,7 +42,8 @@ from packcast.transfer.results import (
 )
 from packcast.transfer.seat import Seat, take_seat
 from packcast.transfer.stall import StallWatch
-from packcast.view import Start, View
+from packcast.transfer.telling import start_of, told_who_joins, worker_states
+from packcast.view import View
 
 # Of a device and how many bytes of finished tensors may wait: where tensors are received.
 MakeShelf = Callable[[str, int], Shelf]
@@ -90,11 +90,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     for warning in checkpoint.warnings:
         view.warn(warning)
 
-    members = hub.join(
-        seat.expected,
-        settings.join_timeout_s,
-        lambda member, joined, wanted: view.joined(member.label, joined, wanted),
-    )
+    members = hub.join(seat.expected, settings.join_timeout_s, told_who_joins(settings, seat, view))
     seat.have_joined()
     offers = make_offers(settings, checkpoint, files, members, members[seat.launch.rank])
     offer = offers[seat.launch.rank]
@@ -114,7 +110,10 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     host = hub.host_met()
     store, port = serve_store(host, settings.join_timeout_s)
     hub.broadcast(Go(host, port, sums).to_json())
-    view.started(_start_of(offer, is_sender=True), lambda: mover.snapshot(_done_by_worker(hub)))
+    hosts = {rank_of(member): member.host for member in members}
+    view.started(
+        start_of(offer, is_sender=True, hosts=hosts), lambda: mover.snapshot(worker_states(hub))
+    )
 
     with StallWatch(mover, hub, leaver, settings.stall_timeout_s):
         view.phase("data")
@@ -170,6 +169,7 @@ def receive(
 ) -> Report:
     """A worker's side, which may read too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
+    view.note(f"joined {line.sender.label}, waiting for the other workers")
     me, world_size = line.await_joined(patience_s)
     seat.have_joined()
 
@@ -183,14 +183,14 @@ def receive(
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
         leaver.on_abandon(mover.abandon)
         mover.read_ahead()
-        line.set_progress(lambda: {"nbytes": mover.nbytes_done()})
+        line.set_progress(mover.heartbeat)
         line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
 
         go = Go.from_json(line.expect("GO", patience_s))
         view.phase("start")
         host = line.host_told(go.host)
         store = connect_store(host, go.port, settings.join_timeout_s)
-        view.started(_start_of(offer, is_sender=False), lambda: mover.snapshot({}))
+        view.started(start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
         with StallWatch(mover, line, leaver, settings.stall_timeout_s):
             view.phase("data")
@@ -206,7 +206,9 @@ def receive(
             line.expect("CLOSE", None)
         view.phase("finish")
         close = mover.begin_close()
+        mover.counters.standing = "sync"
         sink.finish()
+        mover.counters.standing = None
         seconds = since(moved.began)
         proof = proof_of(offer, moved, mover.counters, sink, seconds)
         line.send(proof)
@@ -319,29 +321,3 @@ def _await_ready(hub: Hub, offer: Offer, timeout_s: float) -> bool:
         if ready.get("plan") != offer.plan:
             raise TransferError(f"rank {rank} makes another plan of the offer")
     return any(ready.get("sums") is True for ready in answers.values())
-
-
-def _done_by_worker(hub: Hub) -> dict[int, int]:
-    """How many bytes each worker has where they belong, by its newest heartbeat."""
-    told = {rank: progress.get("nbytes") for rank, progress in hub.progress().items()}
-    return {rank: nbytes if isinstance(nbytes, int) else 0 for rank, nbytes in told.items()}
-
-
-def _start_of(offer: Offer, *, is_sender: bool) -> Start:
-    return Start(
-        rank=offer.rank,
-        is_sender=is_sender,
-        num_files=len(offer.files),
-        num_tensors=offer.num_tensors,
-        nbytes=offer.nbytes,
-        world_size=offer.world_size,
-        readers=offer.readers,
-        backend=offer.backend,
-        device=offer.device,
-        reason=offer.reason,
-        loud=offer.loud,
-        buffer_size=offer.buffer_size,
-        num_buffers=offer.num_buffers,
-        staging=offer.staging,
-        pool=pool_kind(),
-    )
