@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from packcast.comparison import Comparison
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
@@ -72,6 +74,7 @@ class Report:
     peak_pinned_nbytes: int = 0
     digests: Mapping[str, str] = field(default_factory=dict)
     workers: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    comparison: Comparison | None = None  # of a worker that has compared
     warnings: tuple[str, ...] = ()
     total_seconds: float = 0.0  # of the whole command, with its start; 0 in a library call
     ends_cleanly: bool = True  # False: a thread is stuck in torch; leave by os._exit

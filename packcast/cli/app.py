@@ -14,6 +14,7 @@ import typer
 import packcast
 from packcast.cli import options as opt
 from packcast.cli import settings as given
+from packcast.cli.afterwards import Afterwards
 from packcast.cli.bench import bench
 from packcast.cli.helps import (
     BENCH_EXAMPLES,
@@ -26,6 +27,8 @@ from packcast.cli.helps import (
     SEND_HELP,
     STAGING,
     STALL_TIMEOUT,
+    VERIFY_EXAMPLES,
+    VERIFY_HELP,
 )
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.profile import profiled
@@ -46,7 +49,7 @@ from packcast.group.leave import record_failure
 from packcast.io.pool import pool_kind
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 
-COMMANDS = ("send", "recv", "bench", "inspect", "clean")
+COMMANDS = ("send", "recv", "bench", "inspect", "verify", "clean")
 
 app = typer.Typer(
     name="packcast",
@@ -128,6 +131,9 @@ def send(
     join_timeout: opt.JoinTimeout = JOIN_TIMEOUT,
     heartbeat_timeout: opt.HeartbeatTimeout = HEARTBEAT_TIMEOUT,
     stall_timeout: opt.StallTimeout = STALL_TIMEOUT,
+    manifest: opt.Manifest = None,
+    digest: opt.DigestChoice = "xxh128",
+    report: opt.FileReport = None,
     json: opt.Json = None,
     progress: opt.Progress = "auto",
     quiet: opt.Quiet = False,
@@ -167,9 +173,11 @@ def send(
 
         return _show(outcome, dry_run_of(outcome.settings), quiet=quiet)
     given.check_send(outcome.settings, outcome.launch, nproc=nproc)
+    wanted = Afterwards(manifest, digest, report)
+    wanted.check(outcome.settings, (nproc or outcome.launch.local_world_size) - 1)
     if nproc is not None:
         return start_ranks(outcome, nproc)
-    return _move(outcome, outcome.settings, progress, quiet=quiet)
+    return _move(outcome, outcome.settings, wanted, progress, quiet=quiet)
 
 
 @app.command(help=RECV_HELP, epilog=RECV_EXAMPLES)
@@ -188,6 +196,9 @@ def recv(
     join_timeout: opt.JoinTimeout = JOIN_TIMEOUT,
     heartbeat_timeout: opt.HeartbeatTimeout = HEARTBEAT_TIMEOUT,
     stall_timeout: opt.StallTimeout = STALL_TIMEOUT,
+    manifest: opt.Manifest = None,
+    digest: opt.DigestChoice = "xxh128",
+    report: opt.FileReport = None,
     json: opt.Json = None,
     progress: opt.Progress = "auto",
     quiet: opt.Quiet = False,
@@ -209,7 +220,9 @@ def recv(
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
     given.check_recv(outcome.settings, outcome.launch, json=json)
-    return _move(outcome, outcome.settings, progress, quiet=quiet)
+    wanted = Afterwards(manifest, digest, report)
+    wanted.check(outcome.settings, outcome.launch.local_world_size)
+    return _move(outcome, outcome.settings, wanted, progress, quiet=quiet)
 
 
 app.command(help=BENCH_HELP, epilog=BENCH_EXAMPLES)(bench)
@@ -253,11 +266,49 @@ def clean(
 
     outcome = begin(context, "clean", json=json, verbose=verbose)
     listing, failure = cleaned(Path(folder), yes=yes)
+    return _show_all(outcome, listing, failure, quiet=quiet)
+
+
+@app.command(help=VERIFY_HELP, epilog=VERIFY_EXAMPLES)
+def verify(
+    context: typer.Context,
+    directories: opt.Directories,
+    against: opt.Against = None,
+    manifest: opt.Manifest = None,
+    digest: opt.DigestChoice = "xxh128",
+    report: opt.FileReport = None,
+    all_files: opt.AllFiles = False,
+    exclude_files: opt.ExcludeFiles = None,
+    json: opt.InspectJson = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    from packcast.cli.verify import VerifyOptions
+    from packcast.cli.verify import verify as verified
+
+    outcome = begin(context, "verify", json=json, verbose=verbose)
+    options = VerifyOptions(
+        directories=tuple(map(given.path, directories)),
+        against=given.path(against) if against else None,
+        manifest=given.path(manifest) if manifest else None,
+        digest=digest,
+        report=given.path(report) if report else None,
+        all_files=all_files,
+        exclude_files=tuple(exclude_files or ()),
+    )
+    listing, failure = verified(options, quiet=quiet)
+    return _show_all(outcome, listing, failure, quiet=quiet)
+
+
+def _show_all(
+    outcome: Outcome, listing: Listing, failure: PackcastError | None, *, quiet: bool
+) -> int:
+    """What was found, then what is wrong with it; the exit code."""
     _show(outcome, listing, quiet=quiet)
-    if failure is not None:
-        say(f"packcast: error: {failure.message}")
-        return failure.exit_code
-    return 0
+    if failure is None:
+        return 0
+    say(f"packcast: error: {failure.message}")
+    return failure.exit_code
 
 
 def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
@@ -271,7 +322,14 @@ def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
     return 0
 
 
-def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet: bool) -> int:
+def _move(
+    outcome: Outcome,
+    settings: Settings,
+    wanted: Afterwards,
+    mode: opt.ProgressMode,
+    *,
+    quiet: bool,
+) -> int:
     """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
@@ -282,6 +340,7 @@ def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet
         from packcast import transfer
 
         report = transfer.run(settings, outcome.display, leaver)
+        report = wanted.write(report, outcome.launch)
     except (Exception, KeyboardInterrupt) as error:
         leaver.leave(command_failure(error))
     code = outcome.finished(report)

@@ -101,6 +101,50 @@ InPlace = Annotated[
         "not in one step.",
     ),
 ]
+Directories = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DIR [DIR]...",
+        help="Copies. The first is what the others are compared with, if there are several.",
+        show_default=False,
+    ),
+]
+Against = Annotated[
+    str | None,
+    option(
+        "--against",
+        metavar="FILE",
+        panel=SELECTION,
+        help="A manifest to compare with. \\[default: DIR.xxh128 or DIR.sha256, for one DIR]",
+    ),
+]
+Manifest = Annotated[
+    str | None,
+    option(
+        "--manifest",
+        metavar="FILE",
+        panel=OUTPUT,
+        help="Write the hashes of the copy's files, for `xxhsum -c` or `sha256sum -c`. It is read "
+        "again for that. {rank}, {local_rank} and {host} are filled in.",
+    ),
+]
+DigestChoice = Annotated[
+    Literal["xxh128", "sha256"],
+    option(
+        "--digest",
+        panel=OUTPUT,
+        help="Of --manifest: XXH3 with 128 bits, or SHA-256, which takes longer.",
+    ),
+]
+FileReport = Annotated[
+    str | None,
+    option(
+        "--report",
+        metavar="FILE",
+        panel=OUTPUT,
+        help="Write a line for each file and tensor: = same, * differs, - missing, + new, ! error.",
+    ),
+]
 Folder = Annotated[
     str,
     typer.Argument(

@@ -97,7 +97,9 @@ class Outcome:
         if not report.ok:
             error = error_from_code(report.exit_code, report.error or "failed", report.hint)
             record_failure(error)
-            self._say_error(error)
+            # With --nproc the sender says on the same terminal what each worker has found.
+            if report.is_sender or self.verbose or SAID_VARIABLE not in os.environ:
+                self._say_error(error)
         self._write_report(report)
         return report.exit_code
 

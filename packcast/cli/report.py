@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from packcast.comparison import Comparison
 from packcast.report import RankReport, Report, StageReport
 
 SCHEMA = 1
@@ -48,6 +49,7 @@ def report_document(report: Report) -> dict[str, object]:
         "peak_device_bytes": report.peak_device_nbytes,
         "peak_pinned_bytes": report.peak_pinned_nbytes,
         "digests": dict(report.digests),
+        "comparison": report.comparison and comparison_document(report.comparison),
         "workers": {str(rank): dict(facts) for rank, facts in report.workers.items()},
         "warnings": list(report.warnings),
     }
@@ -70,6 +72,28 @@ def _stage(stage: StageReport) -> dict[str, object]:
         "seconds": stage.seconds,
         "bytes_per_second": stage.bytes_per_second,
         "waiting_seconds": stage.waiting_seconds,
+    }
+
+
+def comparison_document(comparison: Comparison) -> dict[str, object]:
+    """One copy, with all that differs."""
+    return {
+        "path": comparison.path,
+        "against": comparison.against,
+        "equal": comparison.equal,
+        "files": len(comparison.files),
+        "missing": [file.name for file in comparison.marked("-")],
+        "extra": [file.name for file in comparison.marked("+")],
+        "differing": [
+            {
+                "file": file.name,
+                "offset": file.offset,
+                "reason": file.reason,
+                "tensors": file.tensors_marked("*", "-", "+"),
+            }
+            for file in comparison.marked("*")
+        ],
+        "unreadable": {file.name: file.reason for file in comparison.marked("!")},
     }
 
 

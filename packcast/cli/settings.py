@@ -46,6 +46,11 @@ def option(name: str) -> str:
     return "HOST:PORT" if name == "address" else f"--{name.replace('_', '-')}"
 
 
+def path(text: str) -> Path:
+    """`~` is the home directory, also where no shell has said so: `--out=~/x`, quotes, a file."""
+    return Path(text).expanduser() if text.startswith("~") else Path(text)
+
+
 def size(option: str, text: str) -> int:
     """Bytes; at least one block of digests, 1 MiB."""
     return check_size(option, parsed(option, text, parse_size), text)

@@ -35,7 +35,7 @@ def begin(context: typer.Context, command: str, *, json: str | None, verbose: bo
     outcome = context.obj
     assert isinstance(outcome, Outcome)
     outcome.command, outcome.verbose = command, verbose
-    if command not in ("inspect", "clean"):
+    if command in ("send", "recv", "bench"):
         by_address = any(context.params.get(name) for name in _BY_ADDRESS)
         outcome.launch = launch_of(os.environ, by_address=by_address)
     outcome.json = given.json_target(json)

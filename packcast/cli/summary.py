@@ -73,7 +73,8 @@ def outcome_of(facts: Mapping[str, object]) -> str:
     if sink == "write":
         if facts.get("wrote") is False:
             return f"checked; another rank has written {target}"
-        return f"written to {target}"
+        also = f", manifest {facts['manifest']}" if facts.get("manifest") else ""
+        return f"written to {target}{also}"
     if sink == "verify":
         copy = facts.get("checkpoint")
         return f"identical to {copy}" if facts.get("equal") else f"differs from {copy}"

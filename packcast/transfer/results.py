@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+from packcast.comparison import Comparison
 from packcast.errors import PackcastError, TransferError, VerificationError
 from packcast.group.member import Member
 from packcast.group.wire import error_of
 from packcast.io.landing import Sink
 from packcast.io.pool import pool_kind
 from packcast.packed.counters import Counters
-from packcast.report import RankReport, Report, StageReport
+from packcast.report import RankReport, Report, StageReport, ranks_text
 from packcast.settings import Settings
 from packcast.transfer.agreement import rank_of
 from packcast.transfer.moving import Moved
 from packcast.transfer.offer import Offer
 
+_MAX_SENTENCES = 8
 _MAX_SENTENCE = 2000  # characters; a tensor's name may be absurdly long
 
 
@@ -126,6 +128,7 @@ def make_report(
     warnings: Sequence[str],
     failures: Mapping[int, PackcastError],
     ends_cleanly: bool,
+    comparison: Comparison | None = None,
 ) -> Report:
     """This rank's report of a transfer that reached its end.
 
@@ -133,10 +136,10 @@ def make_report(
     """
     worst = min(failures, key=lambda rank: (failures[rank].exit_code == 6, rank), default=None)
     exit_code = 0 if worst is None else failures[worst].exit_code
-    said = [_said(rank, fault) for rank, fault in failures.items()]
-    done = [str(report.rank) for report in ranks if report.role == "worker" and report.ok]
+    said = _said(failures)
+    done = [report.rank for report in ranks if report.role == "worker" and report.ok]
     if done and exit_code not in (0, VerificationError.exit_code):
-        said.append(f"complete on rank{'s' * (len(done) > 1)} {', '.join(done)}")
+        said.append(f"complete on {ranks_text(done)}")
     error = "; ".join(said)
     return Report(
         command=settings.command,
@@ -163,14 +166,23 @@ def make_report(
         peak_pinned_nbytes=moved.pinned_nbytes,
         digests=dict(digests),
         workers=workers,
+        comparison=comparison,
         warnings=tuple(warnings),
         ends_cleanly=ends_cleanly,
     )
 
 
-def _said(rank: int, fault: PackcastError) -> str:
-    """The failure's sentence; one about a lost rank names it already."""
-    return fault.message if fault.message.startswith("lost ") else f"rank {rank}: {fault.message}"
+def _said(failures: Mapping[int, PackcastError]) -> list[str]:
+    """The failures' sentences, each with its ranks; one about a lost rank names it already."""
+    by_sentence: dict[str, list[int]] = {}
+    for rank, fault in failures.items():
+        by_sentence.setdefault(fault.message, []).append(rank)
+    said = [
+        sentence if sentence.startswith("lost ") else f"{ranks_text(ranks)}: {sentence}"
+        for sentence, ranks in by_sentence.items()
+    ]
+    more = len(said) - _MAX_SENTENCES
+    return [*said[:_MAX_SENTENCES], f"and {more} more"] if more > 1 else said
 
 
 def rank_reports(

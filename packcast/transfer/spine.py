@@ -226,7 +226,7 @@ def receive(
         view.warn(f"{line.lost}, after this rank had published")
     line.close()
     for note in sink.notes:
-        view.warn(note)
+        view.warn(f"rank {offer.rank}: {note}")
 
     view.phase("done")
     rank = offer.rank
@@ -243,6 +243,7 @@ def receive(
         warnings=sink.notes,
         failures=failures,
         ends_cleanly=closed,
+        comparison=sink.comparison() if isinstance(sink, VerifySink) else None,
     )
 
 

@@ -86,6 +86,7 @@ def test_the_json_result_is_schema_one() -> None:
         "peak_device_bytes": 5,
         "peak_pinned_bytes": 6,
         "digests": {"m.safetensors": "ab"},
+        "comparison": None,
         "workers": {"1": {"path": "/d"}},
         "warnings": ["w"],
     }

@@ -152,7 +152,19 @@ def test_a_missing_file_is_a_difference_and_its_tensors_too(sent: Path, here: Pa
     assert sink.sentence() == f"{TWO} is missing here; 3 of 6 tensors differ"
     (here / "config.json").unlink()
     sink = compared(sent, here)
-    assert sink.sentence() == "config.json is missing here; 3 of 6 tensors differ"
+    assert sink.sentence() == f"config.json, {TWO} are missing here; 3 of 6 tensors differ"
+    assert sink.result()["missing"] == ["config.json", TWO]
+    assert [file.mark for file in sink.comparison().files] == ["-", "=", "-"]
+
+
+def test_what_is_missing_hides_no_damage_beside_it(sent: Path, here: Path) -> None:
+    (here / "config.json").unlink()
+    damage(here / TWO, -1)
+    sink = compared(sent, here)
+    assert str(sink.sentence()).startswith(f"config.json is missing here; {TWO} differs at byte ")
+    assert (sink.result()["missing"], sink.result()["differing"]) == (["config.json"], [TWO])
+    assert [file.name for file in sink.comparison().marked("*")] == [TWO]
+    assert len(sink.comparison().marked("*")[0].tensors_marked("*")) == 1
 
 
 def test_a_file_of_another_size_is_a_difference(sent: Path, here: Path) -> None:
@@ -171,6 +183,11 @@ def test_an_extra_local_shard_is_a_note(sent: Path, here: Path) -> None:
     sink = compared(sent, here)
     assert sink.difference is None
     assert sink.notes == [f"{here} also has model-00003-of-00003.safetensors, not compared"]
+    (here / "extra.json").write_text("{}")
+    sink = compared(sent, here)
+    extra = ["extra.json", "model-00003-of-00003.safetensors"]
+    assert sink.notes == [f"{here} also has {', '.join(extra)}, not compared"]
+    assert sink.result()["extra"] == extra
 
 
 def test_a_single_file_is_compared_whatever_its_name(tmp_path: Path) -> None:

@@ -8,21 +8,26 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
 from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.reading import FileState
+from packcast.checkpoint.walk import Kind, walk
+from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly
 from packcast.io.schedule import Schedule, Span
 from packcast.io.work import Failure, FailureKind, Task
 from packcast.packed.plan import Extent
 
+_MAX_NAMED = 20
+_MAX_NAMES_NBYTES = 8 << 10
 _FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 
@@ -52,15 +57,15 @@ class VerifySink:
         self._files = tuple(files)
         self._locals = _counterparts(local, self._files)
         self.notes: list[str] = []
-        self._first: tuple[int, Difference] | None = None
-        self._differing_files: set[int] = set()
+        self._extra: list[str] = []
+        self._found: dict[int, Difference] = {}  # the first of each file that differs
         self._differing_tensors: set[tuple[int, int]] = set()
         self._table = FileTable(len(self._files), self._open, close_quietly)
 
     @property
     def difference(self) -> Difference | None:
         """The first difference known, in the order of the files and of their bytes."""
-        return self._first[1] if self._first else None
+        return self._found[min(self._found)] if self._found else None
 
     @property
     def differing_tensors(self) -> int:
@@ -68,7 +73,7 @@ class VerifySink:
 
     @property
     def differing_files(self) -> int:
-        return len(self._differing_files)
+        return len(self._found)
 
     def prepare(self) -> None:
         """Record what sizes tell already: files that are missing here, longer or shorter."""
@@ -76,14 +81,10 @@ class VerifySink:
             if local is None or local.nbytes != spec.nbytes:
                 self._record_size(index, spec, local)
         matched = {local.name for local in self._locals if local is not None}
-        extra = [
-            file.name
-            for file in self._checkpoint.files
-            if file.name.endswith(".safetensors") and file.name not in matched
-        ]
-        if extra:
-            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            self.notes.append(f"{self._checkpoint.path} also has {extra[0]}{more}, not compared")
+        self._extra = [it.name for it in self._checkpoint.files if it.name not in matched]
+        if self._extra:
+            also = _listed(self._extra)
+            self.notes.append(f"{self._checkpoint.path} also has {also}, not compared")
 
     def spans(self, extent: Extent) -> Iterator[Span]:
         """The local bytes to compare with, cut where tensors begin and end."""
@@ -135,18 +136,23 @@ class VerifySink:
 
     def sentence(self) -> str | None:
         """What differs, for people: the first difference and how many tensors or files do."""
-        found = self.difference
-        if found is None:
+        if not self._found:
             return None
+        missing = self._missing()
+        others = [self._found[index] for index in sorted(self._found) if index not in missing]
+        said = [f"{others[0].file} {others[0].reason}"] if others else []
+        if missing:
+            names = [self._files[index].name for index in missing]
+            said.insert(0, f"{_listed(names)} {'is' if len(names) == 1 else 'are'} missing here")
         num_tensors = sum(len(spec.header.tensors) for spec in self._files if spec.header)
         if self._differing_tensors:
-            count = _count(self.differing_tensors, num_tensors, "tensor")
+            said.append(_count(self.differing_tensors, num_tensors, "tensor"))
         else:
-            count = _count(self.differing_files, len(self._files), "file")
-        return f"{found.file} {found.reason}; {count}"
+            said.append(_count(self.differing_files, len(self._files), "file"))
+        return "; ".join(said)
 
     def result(self) -> dict[str, object]:
-        found = self.difference
+        found, missing = self.difference, self._missing()
         return {
             "sink": "verify",
             "checkpoint": str(self._checkpoint.path),
@@ -157,8 +163,35 @@ class VerifySink:
             "sentence": self.sentence(),
             "differing_tensors": self.differing_tensors,
             "differing_files": self.differing_files,
+            "missing": _bounded([self._files[index].name for index in missing]),
+            "differing": _bounded(
+                [self._files[index].name for index in sorted(self._found) if index not in missing]
+            ),
+            "extra": _bounded(self._extra),
             "notes": list(self.notes),
         }
+
+    def comparison(self) -> Comparison:
+        """Every file and tensor with what became of it; after finish."""
+        files = [self._compared(index, spec) for index, spec in enumerate(self._files)]
+        files += [ComparedFile(name, "+", reason="is extra") for name in self._extra]
+        path = str(self._checkpoint.path)
+        return Comparison(path, "the sender's checkpoint", tuple(files), extra_counts=False)
+
+    def _compared(self, index: int, spec: FileSpec) -> ComparedFile:
+        is_missing = self._locals[index] is None
+        wrong: Mark = "-" if is_missing else "*"
+        tensors = tuple(
+            (tensor.name, wrong if (index, position) in self._differing_tensors else "=")
+            for position, tensor in enumerate(spec.header.tensors if spec.header else ())
+        )
+        found = self._found.get(index)
+        if found is None:
+            return ComparedFile(spec.name, "=", tensors)
+        return ComparedFile(spec.name, wrong, tensors, found.offset, found.reason)
+
+    def _missing(self) -> list[int]:
+        return [index for index, local in enumerate(self._locals) if local is None]
 
     def _path_of(self, file: int) -> Path | None:
         local = self._locals[file]
@@ -204,10 +237,9 @@ class VerifySink:
     def _record(
         self, file: int, offset: int, tensors: set[tuple[int, int]], reason: str | None
     ) -> None:
-        self._differing_files.add(file)
         self._differing_tensors |= tensors
-        if self._first is None or (file, offset) < (self._first[0], self._first[1].offset):
-            self._first = file, self._describe(file, offset, reason)
+        if file not in self._found or offset < self._found[file].offset:
+            self._found[file] = self._describe(file, offset, reason)
 
     def _describe(self, file: int, offset: int, reason: str | None) -> Difference:
         spec, local = self._files[file], self._locals[file]
@@ -226,20 +258,19 @@ class VerifySink:
 def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
     """What is at `path` of the offered files, by name and size only.
 
-    Headers are not parsed: a damaged copy must come out as different, not as unreadable. Shards
-    beside them that were not offered are listed too. Raises CheckpointError where nothing is.
+    Headers are not parsed: a damaged copy must come out as different, not as unreadable. Files
+    beside them that were not offered are listed too, but for weights in other formats. Raises
+    CheckpointError where nothing is.
     """
     if path.is_file():
         return Checkpoint(path, (_local_file(path.name, path),), ())
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is nothing to compare with")
     offered = {spec.name for spec in files}
-    folders = {str(PurePosixPath(name).parent) for name in offered}
-    beside = {
-        str(found.relative_to(path))
-        for folder in folders
-        for found in (path / folder).glob("*.safetensors")
-    }
+    beside: set[str] = set()
+    with suppress(CheckpointError):  # too many to be a copy; that is not what is asked here
+        entries, _ = walk(path)
+        beside = {it.name for it in entries if it.kind is not Kind.OTHER_WEIGHTS}
     found_files = (
         _local_file(name, path / name)
         for name in sorted(offered | beside)
@@ -278,6 +309,23 @@ def _check_unchanged(local: SourceFile, found: os.stat_result) -> None:
 
 def _end_of(tensor: Tensor) -> int:
     return tensor.end
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def _bounded(names: Sequence[str]) -> list[str]:
+    """As many as a message to the sender holds."""
+    kept: list[str] = []
+    left = _MAX_NAMES_NBYTES
+    for name in names:
+        left -= len(name.encode()) + 4
+        if left < 0:
+            break
+        kept.append(name)
+    return kept
 
 
 def _count(number: int, total: int, noun: str) -> str:
