@@ -171,7 +171,7 @@ def send(
     if dry_run:
         from packcast.cli.dryrun import dry_run as dry_run_of
 
-        return _show(outcome, dry_run_of(outcome.settings), quiet=quiet)
+        return _show(outcome, dry_run_of(outcome.settings, nproc), quiet=quiet)
     given.check_send(outcome.settings, outcome.launch, nproc=nproc)
     wanted = Afterwards(manifest, digest, report)
     wanted.check(outcome.settings, (nproc or outcome.launch.local_world_size) - 1)
