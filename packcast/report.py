@@ -57,6 +57,7 @@ class Report:
     exit_code: int = 0
     error: str | None = None
     hint: str | None = None
+    checkpoint: str | None = None  # where it is, on a rank that sends it
     num_files: int = 0
     num_tensors: int = 0
     nbytes: int = 0

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from packcast.cli.progress import Display
@@ -59,6 +60,7 @@ class Outcome:
 
     argv: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
     command: str = ""
     verbose: bool = False
     json: str | None = None
@@ -136,7 +138,8 @@ class Outcome:
         # A file without {rank} in its name is the sender's, or belongs to a lone `recv`.
         lone_recv = report.command == "recv" and self.launch.kind == "none"
         if report.is_sender or lone_recv or (self.json and "{rank}" in self.json):
-            self.write_document(report_document(report), report.rank)
+            started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
+            self.write_document({"started": started, **report_document(report)}, report.rank)
 
     def _write_failure(self, error: PackcastError) -> None:
         if self.settings:
@@ -157,6 +160,7 @@ def failure_report(
     """The result of a run that ended in `error`, as far as the display was told of it."""
     report = Report(
         command=settings.command,
+        checkpoint=None if settings.checkpoint is None else os.path.abspath(settings.checkpoint),
         is_sender=display.is_sender if display else settings.command == "send",
         rank=settings.rank if launch.kind == "none" else launch.rank,
         ok=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import packcast
 from packcast.comparison import Comparison
 from packcast.report import RankReport, Report, StageReport
 
@@ -12,7 +13,8 @@ SCHEMA = 1
 
 def to_json(document: dict[str, object]) -> str:
     """One JSON document, ended by a line feed. Names that are no text become escapes."""
-    return json.dumps({"schema": SCHEMA, **document}, indent=2, allow_nan=False) + "\n"
+    head = {"schema": SCHEMA, "version": packcast.__version__}
+    return json.dumps({**head, **document}, indent=2, allow_nan=False) + "\n"
 
 
 def report_document(report: Report) -> dict[str, object]:
@@ -25,6 +27,7 @@ def report_document(report: Report) -> dict[str, object]:
         "hint": report.hint,
         "rank": report.rank,
         "checkpoint": {
+            "path": report.checkpoint,
             "files": report.num_files,
             "tensors": report.num_tensors,
             "bytes": report.nbytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 
@@ -149,6 +150,7 @@ def make_report(
         exit_code=exit_code,
         error=error or None,
         hint=None if worst is None else failures[worst].hint,
+        checkpoint=None if settings.checkpoint is None else os.path.abspath(settings.checkpoint),
         num_files=len(offer.files),
         num_tensors=offer.num_tensors,
         nbytes=offer.nbytes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import packcast
 from packcast.cli.report import report_document, to_json
 from packcast.report import RankReport, Report, StageReport
 
@@ -39,13 +40,14 @@ FULL = Report(
 def test_the_json_result_is_schema_one() -> None:
     assert json.loads(to_json(report_document(FULL))) == {
         "schema": 1,
+        "version": packcast.__version__,
         "command": "send",
         "ok": True,
         "exit_code": 0,
         "error": None,
         "hint": None,
         "rank": 0,
-        "checkpoint": {"files": 2, "tensors": 7, "bytes": 2_000_000_000},
+        "checkpoint": {"path": None, "files": 2, "tensors": 7, "bytes": 2_000_000_000},
         "group": {
             "backend": "gloo",
             "reason": "no GPU",

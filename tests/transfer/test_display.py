@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
+from packcast.cli.documents import AnyResult, Transferred
+from packcast.io.manifest import read_manifest
 from tests.helpers.commands import Commands, free_port, rank_environment
 
 WATCHING_SENDER = """
@@ -43,3 +46,38 @@ def test_the_sender_names_the_worker_whose_disk_is_slow(
     assert found[1] == "[0, 1, 2]"
     disk.release()
     assert [it.wait().returncode for it in (sender, *others)] == [0, 0, 0]
+
+
+def test_every_ranks_json_is_as_the_schema_says(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(large, tmp_path / "copy")
+    (copy / "config.json").write_text("[]")
+    (copy / "extra.json").write_text("{}")
+    json = ("--json", tmp_path / "{rank}.json")
+    ends = [
+        rank.wait()
+        for rank in commands.start_ranks(
+            ("send", large, *json),
+            ("recv", "--out", tmp_path / "out", "--manifest", tmp_path / "out.sha256", *json),
+            ("recv", "--verify", copy, "--report", tmp_path / "report", *json),
+        )
+    ]
+    assert [end.returncode for end in ends] == [6, 0, 6], ends
+    results = [
+        AnyResult.model_validate_json((tmp_path / f"{rank}.json").read_text()).root
+        for rank in range(3)
+    ]
+    sent, written, compared = results
+    assert isinstance(sent, Transferred)
+    assert isinstance(written, Transferred)
+    assert isinstance(compared, Transferred)
+    assert sent.checkpoint.path == str(large)
+    assert sent.workers["2"].differing == ["config.json"]
+    assert written.workers["1"].manifest == str(tmp_path / "out.sha256")
+    assert compared.comparison is not None
+    assert compared.comparison.extra == ["extra.json"]
+    assert "*\tconfig.json\n" in (tmp_path / "report").read_text()
+    assert read_manifest(tmp_path / "out.sha256")[0] == "xxh128"
+    assert "rank 2: " in ends[2].stderr
+    assert ends[2].stderr.count("extra.json, not compared") == 1
