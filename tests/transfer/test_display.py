@@ -60,7 +60,7 @@ def test_every_ranks_json_is_as_the_schema_says(
         for rank in commands.start_ranks(
             ("send", large, *json),
             ("recv", "--out", tmp_path / "out", "--manifest", tmp_path / "out.sha256", *json),
-            ("recv", "--verify", copy, "--report", tmp_path / "report", *json),
+            ("recv", "--verify", copy, "--report", tmp_path / "report-{rank}", *json),
         )
     ]
     assert [end.returncode for end in ends] == [6, 0, 6], ends
@@ -77,7 +77,7 @@ def test_every_ranks_json_is_as_the_schema_says(
     assert written.workers["1"].manifest == str(tmp_path / "out.sha256")
     assert compared.comparison is not None
     assert compared.comparison.extra == ["extra.json"]
-    assert "*\tconfig.json\n" in (tmp_path / "report").read_text()
+    assert "*\tconfig.json\n" in (tmp_path / "report-2").read_text()
     assert read_manifest(tmp_path / "out.sha256")[0] == "xxh128"
     assert "rank 2: " in ends[2].stderr
     assert ends[2].stderr.count("extra.json, not compared") == 1
