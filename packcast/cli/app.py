@@ -30,6 +30,7 @@ from packcast.cli.helps import (
     VERIFY_EXAMPLES,
     VERIFY_HELP,
 )
+from packcast.cli.hub import checkpoint_path
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.profile import profiled
 from packcast.cli.progress import make_view
@@ -114,6 +115,7 @@ def send(
     exclude_files: opt.ExcludeFiles = None,
     include: opt.Include = None,
     exclude: opt.Exclude = None,
+    download: opt.Download = False,
     dry_run: opt.DryRun = False,
     nproc: opt.Nproc = None,
     workers: opt.Workers = None,
@@ -148,7 +150,9 @@ def send(
         ring = profiled(ring, profile, backend, device, os.environ, say if says else None)
     outcome.settings = Settings(
         command="send",
-        checkpoint=Path(checkpoint),
+        checkpoint=checkpoint_path(
+            checkpoint, download=download and outcome.launch.rank == 0, say=None if quiet else say
+        ),
         sink=sink,
         target=target,
         force=force,
@@ -244,7 +248,7 @@ def inspect(
 
     outcome = begin(context, "inspect", json=json, verbose=verbose)
     listing = listing_of(
-        Path(checkpoint),
+        checkpoint_path(checkpoint),
         all_files=all_files,
         exclude_files=tuple(exclude_files or ()),
         tensors=tensors,
@@ -288,7 +292,7 @@ def verify(
 
     outcome = begin(context, "verify", json=json, verbose=verbose)
     options = VerifyOptions(
-        directories=tuple(map(given.path, directories)),
+        directories=tuple(map(checkpoint_path, directories)),
         against=given.path(against) if against else None,
         manifest=given.path(manifest) if manifest else None,
         digest=digest,

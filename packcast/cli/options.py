@@ -53,7 +53,8 @@ Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="CKPT",
-        help="A .safetensors file, or a directory of shards, index and sidecars.",
+        help="A .safetensors file, or a directory of shards, index and sidecars; or a model in the "
+        "Hugging Face cache, as org/name or org/name@revision.",
         show_default=False,
     ),
 ]
@@ -203,6 +204,14 @@ Exclude = Annotated[
         metavar="GLOB",
         panel=SELECTION,
         help="Not the tensors whose names match. May be repeated.",
+    ),
+]
+Download = Annotated[
+    bool,
+    option(
+        "--download",
+        panel=SELECTION,
+        help="A model that is not in the Hugging Face cache is downloaded into it first.",
     ),
 ]
 DryRun = Annotated[
