@@ -53,6 +53,10 @@ Example: packcast verify /shared/model --manifest /shared/model.xxh128
 
 {EVERY_OPTION}"""
 
+DOCTOR_EXAMPLES = f"""Example: packcast doctor /local --reach node1:29400
+
+{EVERY_OPTION}"""
+
 BENCH_HELP = """Measure how fast weights go from one rank to the others, beside what the hardware \
 can do.
 

@@ -49,6 +49,11 @@ def option(
     )
 
 
+def flag(*names: str, panel: str, help: str) -> Any:
+    """An option without a value, which the help is not to ask for."""
+    return option(*names, panel=panel, help=help, metavar="")
+
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
@@ -78,7 +83,7 @@ Verify = Annotated[
 ]
 Discard = Annotated[
     bool,
-    option(
+    flag(
         "--discard",
         panel=DESTINATION,
         help="Check what comes and drop it.",
@@ -86,37 +91,21 @@ Discard = Annotated[
 ]
 Force = Annotated[
     bool,
-    option(
+    flag(
         "--force",
         panel=DESTINATION,
-        help="Replace an earlier copy in DIR. A directory that holds anything else is left alone.",
+        help="Replace an earlier copy in DIR, or files of the same names as those that are sent. "
+        "A directory that holds anything else is left alone.",
     ),
 ]
 
 InPlace = Annotated[
     bool,
-    option(
+    flag(
         "--in-place",
         panel=DESTINATION,
         help="Fill DIR itself, as where a container has it mounted: file by file, the index last, "
         "not in one step.",
-    ),
-]
-Directories = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="DIR [DIR]...",
-        help="Copies. The first is what the others are compared with, if there are several.",
-        show_default=False,
-    ),
-]
-Against = Annotated[
-    str | None,
-    option(
-        "--against",
-        metavar="FILE",
-        panel=SELECTION,
-        help="A manifest to compare with. \\[default: DIR.xxh128 or DIR.sha256, for one DIR]",
     ),
 ]
 Manifest = Annotated[
@@ -146,26 +135,9 @@ FileReport = Annotated[
         help="Write a line for each file and tensor: = same, * differs, - missing, + new, ! error.",
     ),
 ]
-Folder = Annotated[
-    str,
-    typer.Argument(
-        metavar="DIR",
-        help="A directory that copies were written into, or the one that holds it.",
-        show_default=False,
-    ),
-]
-Yes = Annotated[
-    bool,
-    option(
-        "--yes",
-        panel=DESTINATION,
-        help="Remove those that nobody uses any more.",
-    ),
-]
-
 NoSidecars = Annotated[
     bool,
-    option(
+    flag(
         "--no-sidecars",
         panel=SELECTION,
         help="Only shards and their index: no config, no tokenizer.",
@@ -173,7 +145,7 @@ NoSidecars = Annotated[
 ]
 AllFiles = Annotated[
     bool,
-    option(
+    flag(
         "--all-files",
         panel=SELECTION,
         help="Every .safetensors file, whatever the index says.",
@@ -208,7 +180,7 @@ Exclude = Annotated[
 ]
 Download = Annotated[
     bool,
-    option(
+    flag(
         "--download",
         panel=SELECTION,
         help="A model that is not in the Hugging Face cache is downloaded into it first.",
@@ -216,7 +188,7 @@ Download = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    option(
+    flag(
         "--dry-run",
         panel=SELECTION,
         help="Show what would be sent and the memory it needs, then stop.",
@@ -330,7 +302,7 @@ Profile = Annotated[
 ]
 NoProfile = Annotated[
     bool,
-    option(
+    flag(
         "--no-profile",
         panel=TUNING,
         help="Use no profile.",
@@ -400,43 +372,26 @@ Json = Annotated[
         help="Write the result as JSON. With {rank} in FILE every rank writes its own.",
     ),
 ]
-InspectJson = Annotated[
-    str | None,
-    option(
-        "--json",
-        metavar="FILE|-",
-        panel=OUTPUT,
-        help="Write the listing as JSON, instead of the table.",
-    ),
-]
-Tensors = Annotated[
-    bool,
-    option(
-        "--tensors",
-        panel=OUTPUT,
-        help="List every tensor.",
-    ),
-]
 Progress = Annotated[
     ProgressMode,
     option(
         "--progress",
         panel=OUTPUT,
-        help="auto: rich on a terminal, else plain lines.",
+        help="auto: rich on a terminal, else plain lines. none: warnings, errors and the summary.",
     ),
 ]
 Quiet = Annotated[
     bool,
-    option(
+    flag(
         "--quiet",
         "-q",
         panel=OUTPUT,
-        help="Only errors (and the line to run on the workers).",
+        help="Only errors, and what cannot be done without.",
     ),
 ]
 Verbose = Annotated[
     bool,
-    option(
+    flag(
         "--verbose",
         "-v",
         panel=OUTPUT,

@@ -6,7 +6,7 @@ Every complaint is a UsageError that names the option. Knows no torch, and does 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
@@ -29,6 +29,8 @@ from packcast.settings import (
 from packcast.units import parse_duration, parse_size
 
 T = TypeVar("T")
+
+_WORKERS_OWN = ("out", "verify", "force", "in_place", "manifest", "report")
 
 LISTENING_SENDER = "`packcast send --workers N --listen HOST:PORT` prints the line to run"
 
@@ -132,9 +134,9 @@ def destination(
     choices = list(asked) if required else ["--out", "--verify"]
     check_destinations(given, choices, required=required, hint="see --help for what each does")
     if out is not None:
-        return "write", check_template("--out", out)
+        return "write", str(path(check_template("--out", out)))
     if verify is not None:
-        return "verify", check_template("--verify", verify)
+        return "verify", str(path(check_template("--verify", verify)))
     return "discard", None
 
 
@@ -150,7 +152,7 @@ def token(file: str | None, environ: Mapping[str, str]) -> bytes | None:
     if file is None:
         return os.fsencode(environ.get("PACKCAST_TOKEN", "")) or None
     try:
-        with open(file, "rb") as stream:
+        with path(file).open("rb") as stream:
             secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
     except OSError as error:
         raise UsageError(f"--token-file: {file}: {error.strerror}") from None
@@ -165,15 +167,15 @@ def json_target(text: str | None) -> str | None:
     """Where the result goes; checked now, not when the transfer is over."""
     if text is None or text == "-":
         return text
-    path = Path(check_template("--json", text))
-    if path.is_dir():
+    file = path(check_template("--json", text))
+    if file.is_dir():
         raise UsageError(f"--json: {text} is a directory")
-    if not any(name in str(path.parent) for name in PLACEHOLDERS):
-        if not path.parent.is_dir():
-            raise UsageError(f"--json: the directory {path.parent} does not exist")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not any(name in str(file.parent) for name in PLACEHOLDERS):
+        if not file.parent.is_dir():
+            raise UsageError(f"--json: the directory {file.parent} does not exist")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise UsageError(f"--json: {text} may not be written")
-    return text
+    return str(file)
 
 
 def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None:
@@ -188,6 +190,27 @@ def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
             "--json: the ranks would all write one file", hint="put {rank} in its name"
         )
     asking.check_recv(settings, launch, option, ways=LISTENING_SENDER)
+
+
+def refuse_unused(
+    typed: Collection[str], *, without_launcher: bool, writes: bool, has_manifest: bool
+) -> None:
+    """Raise UsageError for an option that was typed and would change nothing: whoever did expects
+    that it does. `without_launcher` is a sender that waits for others, with options of their own.
+
+    What is in the environment may be meant for the commands of a whole host.
+    """
+    for name in _WORKERS_OWN:
+        if name in typed and without_launcher:
+            raise UsageError(
+                f"{option(name)} is for ranks that write or compare, and with --workers those are"
+                " others",
+                hint=f"say it there: `packcast recv HOST:PORT {option(name)} ...`",
+            )
+    if "force" in typed and not writes:
+        raise UsageError("--force goes with --out")
+    if "digest" in typed and not has_manifest:
+        raise UsageError("--digest goes with --manifest")
 
 
 def without_nproc(argv: list[str]) -> list[str]:

@@ -25,6 +25,19 @@ from packcast.io.sinks.partial import partials_of, remove_if_unused
 from packcast.settings import Settings, fill_in
 
 _BY_ADDRESS = ("workers", "listen", "address")  # options that say who takes part
+_PLAIN = [
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (r"Invalid value for '([^']+)': ", r"\1: "),
+        (r"Value error, ", ""),
+        (r"(\w.*) is not one of (.*)", r"\1 is none of \2"),
+        (r"Input should be a valid integer.*", "must be a whole number"),
+        (r"Input should be a valid boolean.*", "must be true or false"),
+        (r"Input should be greater than or equal to (\S+)", r"must be at least \1"),
+        (r"Input should be less than or equal to (\S+)", r"must be at most \1"),
+        (r"Missing argument '?(\[?[A-Z].*?\]?)'?$", r"\1 is missing"),
+    )
+]
 _OPTION = re.compile(r"'?(--[a-z][a-z-]*)'?")
 # What Kubernetes sets in every pod beside a service called packcast: PACKCAST_PORT=tcp://10.0.0.1:80
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")
@@ -62,10 +75,23 @@ def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[s
     error.message = _OPTION.sub(with_variable, error.message)
 
 
+def plain_words(message: str) -> str:
+    """What the parser says of a value that it cannot take, in our words."""
+    for pattern, words in _PLAIN:
+        message = pattern.sub(words, message)
+    return message
+
+
 def was_given(context: typer.Context, *names: str) -> bool:
     """Whether any of these options was typed, or set in the environment."""
     sources = map(context.get_parameter_source, names)
     return any(source is not None and source.name != "DEFAULT" for source in sources)
+
+
+def typed_options(context: typer.Context) -> set[str]:
+    """The parameters that were given on the command line itself."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def start_ranks(outcome: Outcome, nproc: int) -> int:

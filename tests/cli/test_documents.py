@@ -43,6 +43,7 @@ def test_the_schema_in_the_package_is_the_models() -> None:
         (["verify", "{ckpt}", "{other}"], "Verified", 6),
         (["verify", "{ckpt}", "--manifest", "{ckpt}.xxh128"], "Verified", 0),
         (["clean", "{ckpt}"], "Cleaned", 0),
+        (["doctor", "{ckpt}", "--no-test"], "Examined", 0),
         (["inspect", "{ckpt}/none"], "Failed", 3),
         (["recv", "{nonsense}", "--discard"], "Failed", 2),
     ],
