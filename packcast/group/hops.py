@@ -1,8 +1,8 @@
-"""The hops of a chain of ranks: a gloo group of two ranks for each, made where a chunk passes."""
+"""A chain of ranks is connected hop by hop: a gloo group of two ranks where a chunk passes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,29 @@ from packcast.packed.unfinished import release_ended
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-    from packcast.packed.chain import Hop
+    from packcast.packed.chain import Chain, Hop
+
+
+def open_chain(
+    order: Sequence[int],
+    roots: Collection[int],
+    *,
+    rank: int,
+    store: Store,
+    timeout_s: float,
+    interface: str | None,
+    check: Callable[[], object],
+) -> Chain:
+    """A chain over hops of its own; as `open_hops`, and `check` raises what has ended the others.
+
+    One connection for each hop: two are not faster on loopback.
+    """
+    from packcast.packed.chain import Chain
+
+    before, after = open_hops(
+        order, roots, rank=rank, store=store, timeout_s=timeout_s, interface=interface
+    )
+    return Chain(before, after, rank=rank, order=order, check=check)
 
 
 def open_hops(
@@ -35,7 +57,8 @@ def open_hops(
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore
 
-    from packcast.packed.chain import Hop, hops_of
+    from packcast.packed.chain import Hop
+    from packcast.packed.chain_order import hops_of
 
     release_ended()
     gloo: Any = dist.ProcessGroupGloo

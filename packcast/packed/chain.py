@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch._C._distributed_c10d import BroadcastOptions, Work
 
+from packcast.packed.chain_order import neighbours
 from packcast.packed.plan import PAGE, align_up
 from packcast.packed.unfinished import keep, release_ended
 
@@ -30,45 +31,6 @@ PIECE_NBYTES = 16 << 20
 _LOOK_UP_EVERY_S = 0.1
 _GRACE_S = 0.5
 _CUT_LIMIT_S = 0.2
-
-
-def chain_order(hosts_by_rank: Sequence[str]) -> list[int]:
-    """All ranks in the order of the chain: those of one host adjacent, else by rank."""
-    first: dict[str, int] = {}
-    for rank, host in enumerate(hosts_by_rank):
-        first.setdefault(host, rank)
-    return sorted(range(len(hosts_by_rank)), key=lambda rank: (first[hosts_by_rank[rank]], rank))
-
-
-def neighbours(order: Sequence[int], root: int, rank: int) -> tuple[int | None, int | None]:
-    """Whom `rank` receives from and whom it passes on to, in the rotation that begins at `root`."""
-    place = order.index(rank)
-    before, after = order[place - 1], order[(place + 1) % len(order)]
-    return (None if rank == root else before), (None if after == root else after)
-
-
-def hops_of(order: Sequence[int], roots: Iterable[int]) -> list[tuple[int, int]]:
-    """The pairs (upstream, downstream) that some chunk passes, in the order to connect them in.
-
-    That order does not make all ranks wait in a circle, nor one after the other.
-    """
-    num_ranks = len(order)
-    if num_ranks == 1:
-        return []
-    only = set(roots)
-    hops = [(rank, order[(place + 1) % num_ranks]) for place, rank in enumerate(order)]
-    last = [hops.pop()] if num_ranks % 2 else []  # it meets the first one, which is even too
-    return [hop for hop in (*hops[::2], *hops[1::2], *last) if only != {hop[1]}]
-
-
-def chain_seconds(nbytes: int, piece_nbytes: int, hosts: int, hop_bytes_per_second: float) -> float:
-    """How long a chain of `hosts` takes, its root included, where the hops bind."""
-    return (nbytes + (hosts - 2) * min(piece_nbytes, nbytes)) / hop_bytes_per_second
-
-
-def tree_seconds(nbytes: int, hosts: int, hop_bytes_per_second: float) -> float:
-    """How long gloo's broadcast takes at least: its root sends everything log2(hosts) times."""
-    return nbytes * (hosts - 1).bit_length() / hop_bytes_per_second
 
 
 class PairGroup(Protocol):
@@ -109,6 +71,9 @@ class Hop:
 
 class Passed:
     """The mark of a chunk on its way to the next rank: once it has passed, its memory is free."""
+
+    event = None
+    passed_at = 0.0
 
     def __init__(self, works: list[Work], wait: Callable[[Work, float], bool]) -> None:
         self._works = works
@@ -192,12 +157,6 @@ class Chain:
                 leaving.append(self._start(self._after, piece))
                 self.sent_nbytes += piece.numel()
         return Passed(leaving, self._ends_within)
-
-    def finish(self) -> None:
-        """Block until everything has been passed on; after the last chunk."""
-        while self._under_way:
-            self._await(self._under_way[0][0])
-            self._under_way.popleft()
 
     def close(self) -> None:
         """Give up what is under way, which is so after a failure only; idempotent, any thread.

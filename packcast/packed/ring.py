@@ -18,8 +18,9 @@ from packcast.packed.counters import Counters
 from packcast.packed.lanes import Lane, LaneClock, Mark, Passage
 from packcast.packed.plan import align_up
 
-# broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank.
-Broadcast = Callable[[torch.Tensor, int], object]
+# broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank. It
+# may return a mark: the tensor may be read before that has been passed, but written only after.
+Broadcast = Callable[[torch.Tensor, int], Passage | None]
 
 _MAX_DRY = 16  # broadcasts under way
 
@@ -68,6 +69,7 @@ class Slot:
         self.filled: Passage | None = None
         self.arrived: Passage | None = None
         self.drained: Passage | None = None
+        self.sent: Passage | None = None  # to the next rank, where a broadcast is a chain
 
     def is_free(self) -> bool:
         """Has everyone done with the slot? Never blocks."""
@@ -80,7 +82,7 @@ class Slot:
                 mark.synchronize()
 
     def _marks(self) -> tuple[Passage | None, ...]:
-        return self.filled, self.arrived, self.drained
+        return self.filled, self.arrived, self.drained, self.sent
 
 
 class Ring:
@@ -150,7 +152,7 @@ class Ring:
         with self.comm, self.counters.waiting_on("broadcast"):
             begin = self.comm.begin()
             memory = slot.memory[: chunk.wire_nbytes] if chunk.own is None else chunk.own
-            broadcast(memory, chunk.root)
+            slot.sent = broadcast(memory, chunk.root)
             self.num_broadcast += 1
             slot.arrived = self.comm.mark()
         self.clock.span("broadcast", chunk.index, chunk.nbytes, begin, slot.arrived)
@@ -206,6 +208,9 @@ class Ring:
         """Block until all lanes are empty and every stage on them is counted."""
         for lane in (self.fill, self.comm, self.drain):
             lane.synchronize()
+        for slot in self._slots:
+            if slot.sent is not None:
+                slot.sent.synchronize()
         self.clock.collect(wait=True)
 
     def is_idle(self) -> bool:

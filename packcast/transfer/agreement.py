@@ -15,6 +15,7 @@ from packcast.errors import RendezvousError
 from packcast.group.devices import assign_devices
 from packcast.group.member import Member
 from packcast.io.source import FileReader
+from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.offer import Offer, Place, Sample, Selection
@@ -80,6 +81,7 @@ def make_offers(
     buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
     chunks = plan_chunks(sizes, buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
+    order = tuple(chain_order([member.boot_id for member in members]))
     ranks_on = Counter(member.boot_id for member in members)
     readers_on = Counter(member.boot_id for member in members if member.rank in readers)
     offer = Offer(
@@ -88,6 +90,7 @@ def make_offers(
         num_buffers=settings.num_buffers,
         staging=settings.staging,
         readers=readers,
+        chain=() if order == tuple(range(len(members))) else order,
         plan=plan_digest(sizes, buffer_size, chunks),
         selection=Selection(settings.include, settings.exclude),
         samples=samples,

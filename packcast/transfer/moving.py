@@ -17,6 +17,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from packcast.errors import PackcastError, RendezvousError, TransferError
+from packcast.group.hops import open_chain
 from packcast.group.hub import Hub
 from packcast.group.line import Line
 from packcast.group.processgroup import (
@@ -33,6 +34,7 @@ from packcast.io.sinks.tensors import TensorSink
 from packcast.io.source import FileReader, FileSource
 from packcast.io.staging import Buffers
 from packcast.io.summed import Summed
+from packcast.packed.chain import Chain
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
@@ -88,7 +90,7 @@ class Mover:
         self._survives = False
         self._outside = threading.Event()  # of the loop
         self._outside.set()
-        self._group: Group | None = None
+        self._group: Group | Chain | None = None
         self._offer = offer
         self._sink = sink
         self._chunks = chunks
@@ -164,7 +166,8 @@ class Mover:
             self.close()
             raise
         channel.arm(self.position)
-        self._connect(self._group, channel)
+        if not isinstance(self._group, Chain):
+            self._connect(self._group, channel)
         return self.run(self._group, channel)
 
     def prove_by_sums(self) -> None:
@@ -173,9 +176,10 @@ class Mover:
             with self._room_told():
                 self._summed = Summed(self._source, self._buffers)
 
-    def run(self, group: Group, channel: Hub | Line) -> Moved:
+    def run(self, group: Group | Chain, channel: Hub | Line) -> Moved:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
-        with self._cause_told(channel), self._inside():
+        self._group = group
+        with self._closed_on_error(group, channel), self._cause_told(channel), self._inside():
             began = time.perf_counter()
             ended = run_pipeline(
                 self._chunks,
@@ -214,9 +218,13 @@ class Mover:
         """On a CPU: the chunk has its slot, ahead of its turn."""
         if self._source is not None and chunk.root == self._offer.rank:
             self._source.begin(chunk)
+        if isinstance(self._group, Chain):
+            self._group.begin(slot.memory[: chunk.wire_nbytes], chunk.root)
 
-    def _broadcast(self, group: Group, channel: Hub | Line) -> Broadcast:
+    def _broadcast(self, group: Group | Chain, channel: Hub | Line) -> Broadcast:
         """The group's, which raises the verdict once there is one; see `_run_dry`."""
+        if isinstance(group, Chain):
+            return group.carry
         broadcast = broadcast_over(group, lambda: channel.verdict)
         if not self._survives:
             return broadcast
@@ -228,11 +236,11 @@ class Mover:
 
         return broadcast_until_verdict
 
-    def _run_dry(self, group: Group, channel: Hub | Line, error: BaseException) -> None:
+    def _run_dry(self, group: Group | Chain, channel: Hub | Line, error: BaseException) -> None:
         """This rank has failed, or heard that another has, and its process will go on: nobody's
         memory may go while others' GPUs still read it. Whoever hears of it does the same."""
-        cause = error if isinstance(error, PackcastError) else TransferError(repr(error))
-        channel.abort(cause)
+        assert not isinstance(group, Chain), "no GPU passes chunks on along a chain"
+        channel.abort(error if isinstance(error, PackcastError) else _bug(error))
         with suppress(RuntimeError):
             self._ring.run_dry(
                 self._chunks,
@@ -253,7 +261,9 @@ class Mover:
                 break  # it is stuck on the GPU, and the abort frees it
             num_dry = self._ring.num_dry
         group, self._group = self._group, None
-        if group is not None and not begin_abort(group, self._device).wait(_ABORT_LIMIT_S):
+        if isinstance(group, Chain):
+            group.close()
+        elif group is not None and not begin_abort(group, self._device).wait(_ABORT_LIMIT_S):
             _left_behind.append(self)
         self.close()
 
@@ -269,19 +279,38 @@ class Mover:
 
         Call what is returned to wait for its end; False: the process must leave by os._exit.
         """
-        assert self._group is not None, "close comes after move"
-        closed = begin_close(self._group, self._device)
-        self._group = None  # gloo's is gone with whoever holds it last
+        group, self._group = self._group, None
+        assert group is not None, "close comes after move"
+        if isinstance(group, Chain):
+            group.close()  # nothing is under way any more
+            return lambda: True
+        closed = begin_close(group, self._device)
         return lambda: closed.wait(_CLOSE_LIMIT_S)
 
     def _open_group(
         self, store: Store, interface: str | None, channel: Hub | Line, timeout_s: float
-    ) -> Group:
+    ) -> Group | Chain:
+        offer = self._offer
+
+        def check() -> None:
+            if channel.verdict:
+                raise channel.verdict
+
         try:
+            if offer.backend == "gloo":
+                return open_chain(
+                    offer.order,
+                    offer.readers,
+                    rank=offer.rank,
+                    store=store,
+                    timeout_s=timeout_s,
+                    interface=interface,
+                    check=check,
+                )
             return open_process_group(
-                "nccl" if self._offer.backend == "nccl" else "gloo",
-                rank=self._offer.rank,
-                world_size=self._offer.world_size,
+                "nccl",
+                rank=offer.rank,
+                world_size=offer.world_size,
                 store=store,
                 device=self._device,
                 timeout_s=timeout_s,
@@ -304,6 +333,17 @@ class Mover:
             yield
         finally:
             self._outside.set()
+
+    @contextmanager
+    def _closed_on_error(self, group: Group | Chain, channel: Hub | Line) -> Iterator[None]:
+        """A chain's neighbours fail where it is closed: they are told why before."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(group, Chain):
+                channel.abort(error if isinstance(error, PackcastError) else _bug(error))
+                group.close()
+            raise
 
     @contextmanager
     def _cause_told(self, channel: Hub | Line) -> Iterator[None]:
@@ -392,3 +432,7 @@ class Mover:
                 f" {format_exact_size(offer.buffer_size)}",
                 hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
             ) from error
+
+
+def _bug(error: BaseException) -> PackcastError:
+    return TransferError(repr(error))

@@ -73,6 +73,7 @@ class Offer:
     num_buffers: int
     staging: int
     readers: tuple[int, ...]
+    chain: tuple[int, ...]  # see `order`
     plan: str
     selection: Selection
     samples: tuple[Sample, ...]
@@ -91,6 +92,11 @@ class Offer:
     def device(self) -> str:
         """The addressee's."""
         return self.place.device
+
+    @property
+    def order(self) -> Sequence[int]:
+        """The ranks in the order in which they pass chunks on, over gloo: `chain`, or by rank."""
+        return self.chain or range(self.world_size)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +125,7 @@ class Offer:
             "num_buffers": self.num_buffers,
             "staging": self.staging,
             "readers": list(self.readers),
+            "chain": list(self.chain),
             "plan": self.plan,
             "digest": "xxh3_128",
             "selection": {
@@ -171,6 +178,7 @@ def _checked(message: Mapping[str, object], place: Mapping[str, object]) -> Offe
         num_buffers=num_buffers,
         staging=_count(message["staging"], MAX_NBYTES),
         readers=readers,
+        chain=_chain(message["chain"], world_size),
         plan=_text(message["plan"]),
         selection=_selection(message["selection"]),
         samples=tuple(_sample(entry, files) for entry in _list(message["samples"], MAX_SAMPLES)),
@@ -180,6 +188,13 @@ def _checked(message: Mapping[str, object], place: Mapping[str, object]) -> Offe
         loud=_flag(message["loud"]),
         place=_place(place, world_size, str(message["backend"])),
     )
+
+
+def _chain(value: object, world_size: int) -> tuple[int, ...]:
+    ranks = tuple(_count(rank, world_size - 1) for rank in _list(value, world_size))
+    if ranks and sorted(ranks) != list(range(world_size)):
+        raise ValueError("its chain does not have every rank once")
+    return ranks
 
 
 def _place(message: Mapping[str, object], world_size: int, backend: str) -> Place:

@@ -85,6 +85,11 @@ class Ring:
         self._marks[index % self._case.num_buffers] = mark
         return memory
 
+    def finish(self) -> None:
+        for mark in self._marks:
+            if mark is not None:
+                mark.synchronize()
+
     def memory(self, index: int) -> torch.Tensor:
         return self._slots[index % self._case.num_buffers, : self._case.chunks[index][1]]
 
@@ -110,7 +115,7 @@ def carry_all(case: Case, rank: int, chain: Chain, outcome: Outcome) -> None:
             raise TransferError("its own error")
         if not torch.equal(ring.carry(index), content(index, case.chunks[index][1])):
             outcome.wrong.append(index)
-    chain.finish()
+    ring.finish()
     outcome.sent_nbytes = chain.sent_nbytes
 
 

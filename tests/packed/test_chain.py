@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from packcast.packed.chain import (
-    Chain,
+from packcast.packed.chain import Chain
+from packcast.packed.chain_order import (
     chain_order,
     chain_seconds,
     hops_of,

@@ -268,3 +268,17 @@ def test_a_reader_whose_file_changes_meanwhile_says_so(tmp_path: Path) -> None:
 
 def test_rank_of_is_the_rank() -> None:
     assert rank_of(member(7)) == 7
+
+
+def test_the_chain_goes_from_host_to_host_and_is_not_told_where_it_is_by_rank(
+    checkpoint: Checkpoint, files: tuple[OutgoingFile, ...]
+) -> None:
+    settings = Settings(command="send", checkpoint=checkpoint.path)
+
+    def offer(hosts: str) -> Offer:
+        members = [member(rank, host=host) for rank, host in enumerate(hosts)]
+        return make_offers(settings, checkpoint, files, members, members[0])[0]
+
+    assert offer("ababa").chain == (0, 2, 4, 1, 3)
+    assert offer("aabbc").chain == ()
+    assert list(offer("aabbc").order) == [0, 1, 2, 3, 4]

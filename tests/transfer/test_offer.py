@@ -50,6 +50,7 @@ OTHERS: dict[str, Any] = {  # for each field of an offer another value than `val
     "num_buffers": 1,
     "staging": 0,
     "readers": (0,),
+    "chain": (3, 1, 0, 2),
     "plan": "another",
     "selection": Selection((), ()),
     "samples": (),
@@ -101,6 +102,8 @@ def test_the_other_values_cover_every_field() -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_field_travels(name: str) -> None:
     other: dict[str, Any] = {name: OTHERS[name]}
+    if name == "world_size":
+        other["chain"] = ()
     if name == "backend":
         other["place"] = Place(3, "cuda:7", 2, 1)
     if name == "files":
@@ -305,6 +308,11 @@ def test_a_sample_past_the_end_or_of_no_file_is_refused(sample: list[object]) ->
 )
 def test_readers_that_are_no_list_of_ranks_are_refused(readers: list[object]) -> None:
     refused_with(readers=readers)
+
+
+@pytest.mark.parametrize("chain", [[0, 1, 2], [0, 1, 2, 2], [0, 1, 2, 4], [0, 1, 2, 3, 3], [True]])
+def test_a_chain_without_every_rank_once_is_refused(chain: list[object]) -> None:
+    refused_with(chain=chain)
 
 
 @pytest.mark.parametrize("world_size", [0, -1, MAX_RANKS + 1, 2])
