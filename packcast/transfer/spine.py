@@ -18,9 +18,10 @@ from packcast.group.member import Member
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
 from packcast.io.sinks.discard import DiscardSink
+from packcast.io.sinks.localcopy import local_copy
 from packcast.io.sinks.shelf import Shelf
 from packcast.io.sinks.tensors import TensorSink
-from packcast.io.sinks.verify import VerifySink, local_copy
+from packcast.io.sinks.verify import VerifySink
 from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
 from packcast.packed.plan import check_ring
@@ -265,7 +266,9 @@ def _make_sink(
         settings.target, rank=offer.rank, local_rank=seat.launch.local_rank, host=me.host
     )
     if settings.sink == "verify":
-        return VerifySink(local_copy(Path(where), offer.files), offer.files)
+        # In a single launch this rank has the sender's own options.
+        selection = bool(settings.include or settings.exclude)
+        return VerifySink(local_copy(Path(where), offer.files), offer.files, selection=selection)
     return WriteSink(
         Path(where),
         offer.files,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,13 +15,14 @@ from typing import Final
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
 from packcast.checkpoint.header import Tensor
+from packcast.checkpoint.index import is_index
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.checkpoint.reading import FileState
-from packcast.checkpoint.walk import Kind, walk
 from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly
 from packcast.io.schedule import Schedule, Span
+from packcast.io.sinks.chosen import ChosenTensors, chosen_tensors
+from packcast.io.sinks.localcopy import check_unchanged, counterparts
 from packcast.io.work import Failure, FailureKind, Task
 from packcast.packed.plan import Extent
 
@@ -46,16 +46,21 @@ class VerifySink:
 
     Calls as a sink's: prepare, spans and open_files, compared, finish, publish; abort at any time.
     A difference is never raised; CheckpointError is, where the local checkpoint cannot be read or
-    changes meanwhile. Read `difference` after finish.
+    changes meanwhile. Read `difference` after finish. Of a `selection` of tensors each is compared
+    with the local one of its name, wherever that is in the file of the same name, and no index is.
     """
 
     stage: Final = "verify"
     task: Final = Task.COMPARE
 
-    def __init__(self, local: Checkpoint, files: Sequence[FileSpec]) -> None:
+    def __init__(
+        self, local: Checkpoint, files: Sequence[FileSpec], *, selection: bool = False
+    ) -> None:
+        self._is_selection = selection
+        self._chosen: dict[int, ChosenTensors] = {}
         self._checkpoint = local
         self._files = tuple(files)
-        self._locals = _counterparts(local, self._files)
+        self._locals = counterparts(local, self._files)
         self.notes: list[str] = []
         self._extra: list[str] = []
         self._found: dict[int, Difference] = {}  # the first of each file that differs
@@ -78,6 +83,8 @@ class VerifySink:
     def prepare(self) -> None:
         """Record what sizes tell already: files that are missing here, longer or shorter."""
         for index, (spec, local) in enumerate(zip(self._files, self._locals, strict=True)):
+            if self._is_selection and local is not None and self._choose(index, spec, local):
+                continue
             if local is None or local.nbytes != spec.nbytes:
                 self._record_size(index, spec, local)
         matched = {local.name for local in self._locals if local is not None}
@@ -89,12 +96,41 @@ class VerifySink:
     def spans(self, extent: Extent) -> Iterator[Span]:
         """The local bytes to compare with, cut where tensors begin and end."""
         local = self._locals[extent.file]
+        if index_left_out(self._is_selection, self._files[extent.file].name):
+            return
+        chosen = self._chosen.get(extent.file)
+        if chosen is not None:
+            yield from self._chosen_spans(extent, chosen)
+            return
         if local is None or extent.offset >= local.nbytes:
             return
         end = min(extent.offset + extent.nbytes, local.nbytes)
         cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
         for begin, stop in pairwise(cuts):
             yield Span(extent.file, begin, begin - extent.offset, stop - begin)
+
+    def _chosen_spans(self, extent: Extent, chosen: ChosenTensors) -> Iterator[Span]:
+        end = extent.offset + extent.nbytes
+        cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
+        for begin, stop in pairwise(cuts):
+            there = chosen.local_offset(begin)
+            if there is not None:
+                yield Span(extent.file, there, begin - extent.offset, stop - begin)
+
+    def _choose(self, index: int, spec: FileSpec, local: SourceFile) -> bool:
+        """Whether the file's size says nothing, as it is not compared as a whole."""
+        if index_left_out(self._is_selection, spec.name):
+            return True
+        chosen = chosen_tensors(spec.header, local.path, spec.name) if spec.header else None
+        if chosen is None:
+            return False
+        self._chosen[index] = chosen
+        for position in chosen.absent:
+            tensor = spec.header.tensors[position] if spec.header else None
+            assert tensor is not None
+            reason = f"has no tensor {tensor.name} of that dtype and shape"
+            self._record(index, tensor.begin, {(index, position)}, reason)
+        return True
 
     def open_files(self, schedule: Schedule) -> FileTable:
         """The local files, for I/O threads."""
@@ -111,6 +147,8 @@ class VerifySink:
 
     def compared(self, span: Span, offset: int) -> None:
         """A span differs, first at byte `offset` of the file."""
+        if span.file in self._chosen:
+            offset = self._chosen[span.file].offered_offset(offset)
         header = self._files[span.file].header
         tensors = header.tensors if header else ()
         index = bisect_right(tensors, offset, key=_end_of)
@@ -123,7 +161,7 @@ class VerifySink:
         for local in self._locals:
             if local is not None:
                 try:
-                    _check_unchanged(local, os.stat(local.path))
+                    check_unchanged(local, os.stat(local.path))
                 except OSError as error:
                     raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
 
@@ -205,7 +243,7 @@ class VerifySink:
         except OSError as error:
             raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
         try:
-            _check_unchanged(local, os.fstat(fd))
+            check_unchanged(local, os.fstat(fd))
         except BaseException:
             os.close(fd)
             raise
@@ -250,61 +288,15 @@ class VerifySink:
                 reason += f" (tensor {tensor.name}, its byte {offset - tensor.begin:,})"
             elif spec.header:
                 reason += " (in its header)"
-            if local is not None and local.nbytes != spec.nbytes:
+            is_whole = file not in self._chosen
+            if local is not None and local.nbytes != spec.nbytes and is_whole:
                 reason += f", and has {local.nbytes:,} bytes here, {spec.nbytes:,} in the offer"
         return Difference(spec.name, offset, tensor.name if tensor else None, reason)
 
 
-def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
-    """What is at `path` of the offered files, by name and size only.
-
-    Headers are not parsed: a damaged copy must come out as different, not as unreadable. Files
-    beside them that were not offered are listed too, but for weights in other formats. Raises
-    CheckpointError where nothing is.
-    """
-    if path.is_file():
-        return Checkpoint(path, (_local_file(path.name, path),), ())
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: there is nothing to compare with")
-    offered = {spec.name for spec in files}
-    beside: set[str] = set()
-    with suppress(CheckpointError):  # too many to be a copy; that is not what is asked here
-        entries, _ = walk(path)
-        beside = {it.name for it in entries if it.kind is not Kind.OTHER_WEIGHTS}
-    found_files = (
-        _local_file(name, path / name)
-        for name in sorted(offered | beside)
-        if (path / name).is_file()
-    )
-    return Checkpoint(path, tuple(found_files), ())
-
-
-def _local_file(name: str, path: Path) -> SourceFile:
-    real = path.resolve()
-    status = real.stat()
-    return SourceFile(
-        name=name,
-        path=real,
-        state=FileState.of(status),
-        executable=False,
-        header=None,
-    )
-
-
-def _counterparts(local: Checkpoint, files: Sequence[FileSpec]) -> tuple[SourceFile | None, ...]:
-    """The local file for each offered one: by name, but one single file stands for another."""
-    if len(files) == 1 and len(local.files) == 1 and local.path.is_file():
-        return (local.files[0],)
-    by_name = {file.name: file for file in local.files}
-    return tuple(by_name.get(spec.name) for spec in files)
-
-
-def _check_unchanged(local: SourceFile, found: os.stat_result) -> None:
-    difference = local.state.difference(found)
-    if difference:
-        raise CheckpointError(
-            f"{local.path} was changed while it was compared: {difference}", hint="run it again"
-        )
+def index_left_out(is_selection: bool, name: str) -> bool:
+    """Whether the file is an index of a selection, which no index of the whole can equal."""
+    return is_selection and is_index(name)
 
 
 def _end_of(tensor: Tensor) -> int:
