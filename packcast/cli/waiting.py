@@ -29,6 +29,7 @@ _STATES = {
     "sync": "syncing",
 }
 
+HERE = -1  # in the place of a rank: the one that looks, a worker
 Culprit = tuple[int | None, str]  # rank (None: the network) and stage
 
 
@@ -87,6 +88,8 @@ def culprit_of(snapshot: Snapshot) -> Culprit | None:
     rank = slowest_of(busy)
     if rank is not None:
         return rank, busy[rank].stage
+    if not snapshot.workers and snapshot.stage not in ("", "broadcast"):
+        return HERE, snapshot.stage
     if not snapshot.workers or snapshot.nbytes_done >= total:
         return None
     read, sent = snapshot.stages.get("read", 0), snapshot.stages.get("broadcast", 0)
@@ -121,5 +124,7 @@ class HoldUp:
         rank, stage = self._culprit
         if rank is None:
             return "waiting on the network"
+        if rank == HERE:
+            return f"waiting on this host: {stage}, {now - self._since:.0f} s"
         host = f" ({hosts[rank]})" if rank in hosts else ""
         return f"waiting on rank {rank}{host}: {stage}, {now - self._since:.0f} s"

@@ -57,3 +57,11 @@ def test_another_culprit_begins_anew() -> None:
     for second in range(5, 8):
         hold_up.add((2, "verify"), float(second))
     assert hold_up.line({}, 7.0) == "waiting on rank 2: verify, 2 s"
+
+
+def test_a_worker_says_that_it_waits_for_its_own_disk() -> None:
+    hold_up = HoldUp()
+    for second in range(4):
+        hold_up.add(culprit_of(snapshot_of(20, mine="write")), float(second))
+    assert hold_up.line({}, 3.0) == "waiting on this host: write, 3 s"
+    assert culprit_of(snapshot_of(20, mine="broadcast")) is None
