@@ -77,6 +77,7 @@ class Report:
     workers: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
     comparison: Comparison | None = None  # of a worker that has compared
     warnings: tuple[str, ...] = ()
+    started: str | None = None  # when the command was, as ISO 8601 in UTC; None in a library call
     total_seconds: float = 0.0  # of the whole command, with its start; 0 in a library call
     ends_cleanly: bool = True  # False: a thread is stuck in torch; leave by os._exit
 

@@ -282,7 +282,7 @@ class Transferred(Document):
     """
 
     command: Literal["send", "recv"]
-    started: str = Field(description="when, as ISO 8601 in UTC")
+    started: str | None = Field(description="when, as ISO 8601 in UTC")
     rank: int | None
     checkpoint: SentCheckpoint
     group: GroupResult

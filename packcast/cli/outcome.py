@@ -139,7 +139,8 @@ class Outcome:
         lone_recv = report.command == "recv" and self.launch.kind == "none"
         if report.is_sender or lone_recv or (self.json and "{rank}" in self.json):
             started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
-            self.write_document({"started": started, **report_document(report)}, report.rank)
+            document = report_document(replace(report, started=started))
+            self.write_document(document, report.rank)
 
     def _write_failure(self, error: PackcastError) -> None:
         if self.settings:

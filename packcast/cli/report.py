@@ -21,6 +21,7 @@ def report_document(report: Report) -> dict[str, object]:
     """The result of `send` or `recv`: sizes in bytes, times in seconds."""
     return {
         "command": report.command,
+        "started": report.started,
         "ok": report.ok,
         "exit_code": report.exit_code,
         "error": report.error,

@@ -42,6 +42,7 @@ def test_the_json_result_is_schema_one() -> None:
         "schema": 1,
         "version": packcast.__version__,
         "command": "send",
+        "started": None,
         "ok": True,
         "exit_code": 0,
         "error": None,
