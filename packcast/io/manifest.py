@@ -7,6 +7,7 @@ digests of a transfer are of blocks, and the same pass compares them. Imports no
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ OnBytes = Callable[[int], None]
 
 
 class _Hash(Protocol):
-    def update(self, data: bytes, /) -> None: ...
+    def update(self, data: bytes | memoryview, /) -> None: ...
     def hexdigest(self) -> str: ...
 
 
@@ -42,23 +43,31 @@ def hash_of(kind: DigestKind) -> _Hash:
     return xxhash.xxh3_128() if kind == "xxh128" else hashlib.sha256()
 
 
-def hash_file(path: Path, kind: DigestKind, on_bytes: OnBytes) -> tuple[str, str]:
-    """A file's hash as a whole, and its digest as a transfer reports it; raises OSError."""
-    whole, blocks = hash_of(kind), xxhash.xxh3_128()
+def hash_file(
+    path: Path, kind: DigestKind, on_bytes: OnBytes, *, blocks: bool = False
+) -> tuple[str, str | None]:
+    """A file's hash as a whole, and with `blocks` its digest as a transfer reports it.
+
+    Raises OSError.
+    """
+    whole, digests = hash_of(kind), xxhash.xxh3_128()
+    memory = memoryview(bytearray(_PIECE))
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        rest = b""
-        while piece := file.read(_PIECE):
-            on_bytes(len(piece))
-            whole.update(piece)
-            rest += piece
-            full = len(rest) - len(rest) % BLOCK
-            for begin in range(0, full, BLOCK):
-                blocks.update(xxhash.xxh3_128_digest(rest[begin : begin + BLOCK]))
-            rest = rest[full:]
-        if rest:
-            blocks.update(xxhash.xxh3_128_digest(rest))
-    return whole.hexdigest(), blocks.hexdigest()
+        while nbytes := _fill(file, memory):
+            on_bytes(nbytes)
+            whole.update(memory[:nbytes])
+            for begin in range(0, nbytes if blocks else 0, BLOCK):
+                digests.update(xxhash.xxh3_128_digest(memory[begin : min(begin + BLOCK, nbytes)]))
+    return whole.hexdigest(), digests.hexdigest() if blocks else None
+
+
+def _fill(file: io.FileIO, memory: memoryview) -> int:
+    """Read until the memory is full, or the file is at its end; how many bytes that were."""
+    nbytes = 0
+    while nbytes < len(memory) and (got := file.readinto(memory[nbytes:])):
+        nbytes += got
+    return nbytes
 
 
 def hash_files(
@@ -75,9 +84,9 @@ def hash_files(
     was received.
     """
 
-    def one(name: str) -> tuple[str, str]:
+    def one(name: str) -> tuple[str, str | None]:
         try:
-            return hash_file(root / name, kind, on_bytes)
+            return hash_file(root / name, kind, on_bytes, blocks=proven is not None)
         except OSError as error:
             raise CheckpointError(f"{root / name}: cannot be read: {error.strerror}") from error
 
