@@ -355,4 +355,6 @@ class Endpoint:
     def _on_loop_end(self) -> None:
         for peer in list(self._peers):
             self._drop(peer)
+        # A channel is a cycle of objects, and what these belong to has large buffers.
+        self._position, self._payload = str, dict
         self._told.set()

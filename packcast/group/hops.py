@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from packcast.packed.chain import Chain, Hop
 
+_LONGEST_PAUSE_S = 0.1
+
 
 def open_chain(
     order: Sequence[int],
@@ -26,14 +29,14 @@ def open_chain(
     interface: str | None,
     check: Callable[[], object],
 ) -> Chain:
-    """A chain over hops of its own; as `open_hops`, and `check` raises what has ended the others.
+    """A chain over hops of its own; as `open_hops`.
 
     One connection for each hop: two are not faster on loopback.
     """
     from packcast.packed.chain import Chain
 
     before, after = open_hops(
-        order, roots, rank=rank, store=store, timeout_s=timeout_s, interface=interface
+        order, roots, rank=rank, store=store, timeout_s=timeout_s, interface=interface, check=check
     )
     return Chain(before, after, rank=rank, order=order, check=check)
 
@@ -46,13 +49,15 @@ def open_hops(
     store: Store,
     timeout_s: float,
     interface: str | None,
+    check: Callable[[], object],
     connections: int = 1,
 ) -> tuple[Hop | None, Hop | None]:
     """Connect this rank to its neighbours in the chains from `roots`: the hop towards it, and from
     it; None where no chunk passes.
 
     All ranks call this with the same arguments and store, and it waits for the neighbours.
-    Raises RendezvousError where they do not connect.
+    Raises RendezvousError where they do not connect, and what `check` raises while it waits: the
+    verdict on the transfer, if there is one.
     """
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore
@@ -69,6 +74,7 @@ def open_hops(
         is_upstream = rank == upstream
         own = PrefixStore(f"hop-{upstream}-{downstream}", store)
         try:
+            _meet(own, rank, downstream if is_upstream else upstream, timeout_s, check)
             options = gloo_options(timedelta(seconds=timeout_s), interface, connections)
             group = gloo(own, int(not is_upstream), 2, options)
         except RuntimeError as error:  # torch's DistError and its kin
@@ -79,3 +85,25 @@ def open_hops(
             ) from error
         ends[is_upstream] = Hop(group, len(options._devices), is_upstream)
     return ends.get(False), ends.get(True)
+
+
+def _meet(
+    store: Store, rank: int, neighbour: int, timeout_s: float, check: Callable[[], object]
+) -> None:
+    """Wait until the neighbour is about to connect, too.
+
+    Who waits for it in gloo's constructor cannot be told that it has died, or that another has;
+    and torch writes to standard error where a wait in a store takes longer than allowed.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.002
+    check()  # or a neighbour who does not know of it yet would connect, and wait
+    store.set(f"here-{rank}", "")
+    while True:
+        check()  # once there is a verdict the store may go with its host
+        if store.check([f"here-{neighbour}"]):
+            return
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {neighbour} has not come within {timeout_s:g} s")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

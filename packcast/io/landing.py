@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Protocol
 
@@ -123,7 +124,7 @@ class Landing:
                 sink.open_files(self._schedule),
                 num_threads=num_threads,
                 counters=self._counters,
-                error_of=self._error_of,
+                error_of=partial(_error_of, sink, files, self._schedule),
                 tolerant=tolerant,
             )
         except BaseException:
@@ -215,21 +216,25 @@ class Landing:
         at = begin * DIGEST_NBYTES
         self._runner.digests[at : at + len(digests)] = digests
 
-    def _error_of(self, failure: Failure) -> PackcastError:
-        if failure.kind is not FailureKind.DAMAGED:
-            return self._sink.error_of(failure, self._schedule.span(failure.span))
-        unit_index, memory, *_ = self._schedule.piece(failure.piece)
-        unit = self._schedule.units[unit_index]
-        at = unit.slot_offset + memory - unit.memory_offset + failure.offset
-        ends = list(accumulate(extent.nbytes for extent in unit.chunk.extents))
-        extent = unit.chunk.extents[bisect_right(ends, at)]
-        end_of_extent = extent.offset + extent.nbytes
-        begin = end_of_extent - (ends[bisect_right(ends, at)] - at)
-        end = min(begin + BLOCK, end_of_extent)
-        spec = self._files[extent.file]
-        tensor = spec.header.tensor_at(begin) if spec.header else None
-        inside = f" (tensor {tensor.name})" if tensor else ""
-        return TransferError(
-            f"{spec.name}: bytes {begin} to {end}{inside} were damaged on the way, "
-            f"chunk {unit.chunk.index}"
-        )
+
+def _error_of(
+    sink: Sink, files: Sequence[FileSpec], schedule: Schedule, failure: Failure
+) -> PackcastError:
+    """What kept a unit from being done. No method: the runner has it, and is the landing's own."""
+    if failure.kind is not FailureKind.DAMAGED:
+        return sink.error_of(failure, schedule.span(failure.span))
+    unit_index, memory, *_ = schedule.piece(failure.piece)
+    unit = schedule.units[unit_index]
+    at = unit.slot_offset + memory - unit.memory_offset + failure.offset
+    ends = list(accumulate(extent.nbytes for extent in unit.chunk.extents))
+    extent = unit.chunk.extents[bisect_right(ends, at)]
+    end_of_extent = extent.offset + extent.nbytes
+    begin = end_of_extent - (ends[bisect_right(ends, at)] - at)
+    end = min(begin + BLOCK, end_of_extent)
+    spec = files[extent.file]
+    tensor = spec.header.tensor_at(begin) if spec.header else None
+    inside = f" (tensor {tensor.name})" if tensor else ""
+    return TransferError(
+        f"{spec.name}: bytes {begin} to {end}{inside} were damaged on the way, "
+        f"chunk {unit.chunk.index}"
+    )

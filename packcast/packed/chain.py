@@ -8,6 +8,7 @@ works cannot be polled, and a `wait` that times out closes all connections of th
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -121,6 +122,7 @@ class Chain:
         self._piece_nbytes = piece_nbytes
         self._arriving: deque[tuple[torch.Tensor, list[Work]]] = deque()
         self._under_way: deque[tuple[Work, Hop, torch.Tensor]] = deque()
+        self._starting = threading.Lock()  # nothing is started once it is closed
         self._is_closed = False
         self.sent_nbytes = 0
 
@@ -131,7 +133,6 @@ class Chain:
         """
         before, _ = neighbours(self._order, root, self._rank)
         if before is not None:
-            assert self._before is not None, "a chunk comes over a hop that was not connected"
             works = [self._start(self._before, piece) for piece in self._pieces(memory)]
             self._arriving.append((memory, works))
 
@@ -153,7 +154,6 @@ class Chain:
             if before is not None:
                 self._await(arriving[i])
             if after is not None:
-                assert self._after is not None, "a chunk leaves over a hop that was not connected"
                 leaving.append(self._start(self._after, piece))
                 self.sent_nbytes += piece.numel()
         return Passed(leaving, self._ends_within)
@@ -165,9 +165,10 @@ class Chain:
         before. A work that does not end is kept with its memory until it does: gloo forgets one
         that is half sent or received when its connection ends, and leaves it to its timeout.
         """
-        if self._is_closed:
-            return
-        self._is_closed = True
+        with self._starting:
+            if self._is_closed:
+                return
+            self._is_closed = True
         release_ended()
         # The halves first, which end by themselves where the neighbours live. What is left then is
         # what one side alone has begun, and the cut ends that.
@@ -178,6 +179,10 @@ class Chain:
             self._have_ended(_CUT_LIMIT_S)
         for work, hop, piece in self._left():
             keep(work, hop, piece)
+        # The connections end here, not with the last slot that has a mark of this chain.
+        self._under_way.clear()
+        self._arriving.clear()
+        self._before = self._after = None
 
     def _left(self) -> list[tuple[Work, Hop, torch.Tensor]]:
         return [entry for entry in list(self._under_way) if not entry[0].is_completed()]
@@ -197,12 +202,14 @@ class Chain:
         pieces: Sequence[torch.Tensor] = memory.split(size)
         return pieces
 
-    def _start(self, hop: Hop, piece: torch.Tensor) -> Work:
-        while self._under_way and self._under_way[0][0].is_completed():
-            self._under_way.popleft()
-        self._check_closed()
-        work = hop.start(piece)
-        self._under_way.append((work, hop, piece))
+    def _start(self, hop: Hop | None, piece: torch.Tensor) -> Work:
+        with self._starting:
+            self._check_closed()
+            assert hop is not None, "a chunk passes over a hop that was not connected"
+            while self._under_way and self._under_way[0][0].is_completed():
+                self._under_way.popleft()
+            work = hop.start(piece)
+            self._under_way.append((work, hop, piece))
         return work
 
     def _check_closed(self) -> None:

@@ -93,6 +93,8 @@ def _with_slots(
     for chunk in chunks:
         while ahead and (len(ahead) == ring.num_slots or not ring.is_free(chunk)):
             yield ahead.popleft()
+        with ring.counters.waiting_on("broadcast"):
+            ring.await_sent(chunk)
         with ring.counters.waiting_on(stage):
             slot = ring.take(chunk)
         if begin is None or not ring.is_host:

@@ -129,6 +129,12 @@ class Ring:
         """Whether `take` would not block; on a CPU."""
         return self._slot_of(chunk).is_free()
 
+    def await_sent(self, chunk: Carried) -> None:
+        """Before `take`: block until the next rank has what was in the chunk's slot before."""
+        sent = self._slot_of(chunk).sent
+        if sent is not None:
+            sent.synchronize()
+
     def take(self, chunk: Carried) -> Slot:
         """The chunk's slot, once its former use is over for the lanes, or on a CPU for the host."""
         slot = self._slot_of(chunk)

@@ -100,6 +100,15 @@ class Caller:
         Raises the error of `leave` where that comes first. Where the calling thread is interrupted,
         or something that it was asked to do raises, the transfer is ended and that is raised.
         """
+        try:
+            return self._run(transfer)
+        finally:
+            # They have the transfer's buffers, and a cycle with this object; and an error that is
+            # raised has this object in its frames, and may be kept for long.
+            self._let_go.clear()
+            self._clean_ups.clear()
+
+    def _run(self, transfer: Callable[[], T]) -> T:
         results: list[T] = []
         faults: list[Exception] = []
 

@@ -165,8 +165,8 @@ class Mover:
         except PackcastError:
             self.close()
             raise
-        channel.arm(self.position)
         if not isinstance(self._group, Chain):
+            channel.arm(self.position)
             self._connect(self._group, channel)
         return self.run(self._group, channel)
 
@@ -188,7 +188,7 @@ class Mover:
                 broadcast=self._broadcast(group, channel),
                 source=self._summed or self._source,
                 drain=self._landing,
-                begin=self._begin,
+                begin=partial(self._begin, group),
                 on_failure=partial(self._run_dry, group, channel) if self._survives else None,
             )
         self._is_moved = True
@@ -205,6 +205,13 @@ class Mover:
         if self._source is not None:
             self._source.read_ahead()
 
+    def arm(self, channel: Hub | Line) -> None:
+        """Before READY: from now on a rank that freezes is lost in time, also while others wait for
+        it to connect. Over NCCL that is so from `move` on, once it has connected: it may hold the
+        interpreter until then."""
+        if self._offer.backend == "gloo":
+            channel.arm(self.position)
+
     def overwrite_buffers(self, byte: int) -> None:
         """Leave nothing of an earlier use in them; before `move` or `run`."""
         self._ring.overwrite(byte)
@@ -214,12 +221,12 @@ class Mover:
         assert self._landing is not None, "this rank takes nothing"
         return self._landing.digests().of_blocks()
 
-    def _begin(self, chunk: Chunk, slot: Slot) -> None:
+    def _begin(self, group: Group | Chain, chunk: Chunk, slot: Slot) -> None:
         """On a CPU: the chunk has its slot, ahead of its turn."""
         if self._source is not None and chunk.root == self._offer.rank:
             self._source.begin(chunk)
-        if isinstance(self._group, Chain):
-            self._group.begin(slot.memory[: chunk.wire_nbytes], chunk.root)
+        if isinstance(group, Chain):
+            group.begin(slot.memory[: chunk.wire_nbytes], chunk.root)
 
     def _broadcast(self, group: Group | Chain, channel: Hub | Line) -> Broadcast:
         """The group's, which raises the verdict once there is one; see `_run_dry`."""
@@ -291,11 +298,6 @@ class Mover:
         self, store: Store, interface: str | None, channel: Hub | Line, timeout_s: float
     ) -> Group | Chain:
         offer = self._offer
-
-        def check() -> None:
-            if channel.verdict:
-                raise channel.verdict
-
         try:
             if offer.backend == "gloo":
                 return open_chain(
@@ -305,7 +307,7 @@ class Mover:
                     store=store,
                     timeout_s=timeout_s,
                     interface=interface,
-                    check=check,
+                    check=partial(_raise_verdict, channel),
                 )
             return open_process_group(
                 "nccl",
@@ -432,6 +434,12 @@ class Mover:
                 f" {format_exact_size(offer.buffer_size)}",
                 hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
             ) from error
+
+
+def _raise_verdict(channel: Hub | Line) -> None:
+    """No closure: the frames of an error keep those, and so channel and buffers, with it."""
+    if channel.verdict:
+        raise channel.verdict
 
 
 def _bug(error: BaseException) -> PackcastError:

@@ -105,6 +105,7 @@ def send(settings: Settings, seat: Seat, hub: Hub, view: View, leaver: WayOut) -
     mover = Mover(offer, offer.chunks(), seat.transfer_id, reader=reader, sink=None)
     leaver.on_abandon(mover.abandon)
     mover.read_ahead()
+    mover.arm(hub)
     sums = _await_ready(hub, offer, settings.join_timeout_s)
 
     view.phase("start")
@@ -184,6 +185,7 @@ def receive(
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
         leaver.on_abandon(mover.abandon)
         mover.read_ahead()
+        mover.arm(line)
         line.set_progress(mover.heartbeat)
         line.send({"kind": "READY", "plan": offer.plan, "sums": mover.needs_sums})
 

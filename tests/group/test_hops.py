@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from packcast.errors import RendezvousError
+from packcast.errors import RendezvousError, TransferError
 from packcast.group.hops import open_hops
 from tests.helpers.hops import open_all
 
@@ -52,4 +52,26 @@ def test_pieces_pass_in_order_over_several_connections_and_a_cut_ends_both_sides
 
 def test_a_neighbour_that_never_comes_is_named() -> None:
     with pytest.raises(RendezvousError, match="rank 0 and rank 1 could not be connected"):
-        open_hops([0, 1], [0], rank=0, store=dist.HashStore(), timeout_s=0.5, interface="lo")
+        open_hops(
+            *([0, 1], [0]),
+            rank=0,
+            store=dist.HashStore(),
+            timeout_s=0.5,
+            interface="lo",
+            check=lambda: None,
+        )
+
+
+def test_who_waits_for_a_neighbour_hears_the_verdict() -> None:
+    def check() -> None:
+        raise TransferError("lost rank 1")
+
+    with pytest.raises(TransferError, match="lost rank 1"):
+        open_hops(
+            *([0, 1], [0]),
+            rank=0,
+            store=dist.HashStore(),
+            timeout_s=60.0,
+            interface="lo",
+            check=check,
+        )

@@ -141,6 +141,7 @@ def run(path: Path, rank: int) -> Outcome:
         store=store,
         timeout_s=60.0,
         interface="lo",
+        check=check,
         connections=case.connections,
     )
     chain = Chain(*hops, rank=rank, order=case.order, check=check, piece_nbytes=case.piece_nbytes)

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+import weakref
 from dataclasses import asdict
 from pathlib import Path
 
@@ -209,6 +210,22 @@ def test_closing_a_chain_wakes_whoever_waits_in_it() -> None:
     last.close()  # once more does nothing
     with pytest.raises(RuntimeError, match="has been closed"):
         last.begin(memory, 0)
+
+
+def test_the_connections_end_with_the_chain_though_a_slot_keeps_a_mark_of_it() -> None:
+    ends = open_all([0, 1], [0])
+    groups = [weakref.ref(hop.group) for pair in ends for hop in pair if hop is not None]
+    memory = torch.arange(1000)
+    chains = [Chain(*ends[rank], rank=rank, order=[0, 1], check=lambda: None) for rank in (0, 1)]
+    del ends
+    chains[1].begin(memory, 0)
+    marks = [chain.carry(memory, 0) for chain in chains]
+    for mark in marks:
+        mark.synchronize()
+    for chain in chains:
+        chain.close()
+    assert [group() for group in groups] == [None, None]
+    assert all(mark.passed() for mark in marks)
 
 
 def test_a_mark_says_when_the_next_rank_has_the_chunk() -> None:

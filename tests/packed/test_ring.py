@@ -9,6 +9,7 @@ import torch
 
 from packcast.errors import TransferError
 from packcast.packed.counters import Counters
+from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import (
     BLOCK,
     PAGE,
@@ -103,6 +104,26 @@ def test_the_trailer_lies_on_the_next_page_and_travels_with_the_payload(nbytes: 
     ring.broadcast(one, slot, lambda t, root: sent.append((t.data_ptr(), t.numel(), root)))
     assert sent == [(slot.memory.data_ptr(), offset + trailer_nbytes(BLOCK), 5)]
     assert sent[0][1] <= slot.memory.numel()
+
+
+def test_a_slot_that_the_next_rank_has_not_yet_is_waited_for_as_a_broadcast() -> None:
+    class Slow(HostMark):
+        def synchronize(self) -> None:
+            if not self.is_passed.wait(0.05):
+                self.is_passed.set()
+
+    counters = Counters()
+    run_pipeline(
+        [chunk(i) for i in range(3)],
+        rank=1,
+        ring=make_ring(1, counters),
+        broadcast=lambda _memory, _root: Slow(),
+        source=None,
+        drain=None,
+    )
+    totals = counters.totals()
+    assert totals["broadcast"].waiting_s > 0.1
+    assert totals["read"].waiting_s < totals["broadcast"].waiting_s / 2
 
 
 def test_a_slot_grows_to_a_chunk_that_turns_out_larger_and_stays_so() -> None:
