@@ -52,6 +52,7 @@ class Settings:
     in_place: bool = False  # the target directory stays the one that it is
     sidecars: bool = True
     all_files: bool = False
+    follow_links: bool = False  # that lead out of the checkpoint
     exclude_files: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

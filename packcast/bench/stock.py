@@ -20,8 +20,8 @@ from packcast.bench.model import SourceKind
 from packcast.bench.team import Team
 from packcast.bench.weights import Weight, write_weights
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.checkpoint.tensors import Tensor
 from packcast.errors import (
     CheckpointError,
     DestinationError,
@@ -71,7 +71,7 @@ class Stock:
         """Every file of the checkpoint on this rank's host."""
         return [file.path for file in self.opened().files]
 
-    def shards(self) -> list[tuple[Path, tuple[Tensor, ...]]]:
+    def shards(self) -> list[tuple[Path, Sequence[Tensor]]]:
         """Each shard with its tensors, in the order of all."""
         files = self.opened().files
         return [(file.path, file.header.tensors) for file in files if file.header]

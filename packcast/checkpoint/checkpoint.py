@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 
 from packcast.checkpoint.cachefolder import refuse_cache_folder
-from packcast.checkpoint.header import Header, read_header
+from packcast.checkpoint.header import Header, header_of
 from packcast.checkpoint.hub import hint_for_missing
 from packcast.checkpoint.index import Index, is_index, read_index
+from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.notours import what_folder_is
 from packcast.checkpoint.reading import (
@@ -36,9 +37,10 @@ from packcast.checkpoint.ruling import (
     roles_of,
     some,
 )
-from packcast.checkpoint.walk import Entry, Kind, leaves_out, walk
+from packcast.checkpoint.walk import Entry, Kind, leaves_out, outside, walk
 from packcast.errors import CheckpointError, PackcastError, UsageError
 
+MAX_INDEXES = 100  # each is held against every shard
 MAX_MTIME_NS = (1 << 63) - 1  # in 2262; an offer has no later time
 
 
@@ -118,13 +120,16 @@ def open_checkpoint(
     sidecars: bool = True,
     all_files: bool = False,
     exclude_files: Sequence[str] = (),
+    follow_links: bool = False,
 ) -> Checkpoint:
     """The checkpoint at `path`: one safetensors file, or a directory of shards.
 
     Without `sidecars` only shards and their indexes belong. With `all_files` every `.safetensors`
     file does, whatever an index beside it says, and an index need not fit. `exclude_files` are
     globs over logical names, as `fnmatch.fnmatchcase` reads them; what lies in a folder that one
-    matches is left out too. Raises CheckpointError, and UsageError where nothing is left.
+    matches is left out too. `path` may be a symlink; one in the directory is followed where it ends
+    in the directory or in the blobs of a Hugging Face cache, and with `follow_links` everywhere.
+    Raises CheckpointError, and UsageError where nothing is left.
     """
     try:
         mode = os.stat(path).st_mode
@@ -135,7 +140,11 @@ def open_checkpoint(
         raise unreadable(str(path), error) from error
     if stat.S_ISDIR(mode):
         return _open_directory(
-            path, sidecars=sidecars, all_files=all_files, exclude_files=exclude_files
+            path,
+            sidecars=sidecars,
+            all_files=all_files,
+            exclude_files=exclude_files,
+            follow_links=follow_links,
         )
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: neither a file nor a directory")
@@ -146,16 +155,21 @@ def open_checkpoint(
     _check_name(path.name)
     if any(leaves_out(glob, path.name) for glob in exclude_files):
         raise UsageError(f"--exclude-files leaves out {path.name}, and there is nothing else")
-    files = (_shard(path.name, path),)
+    files = (_shard(path.name, _resolved(path.name, path), HeaderLimits()),)
     return Checkpoint(path, files, tuple(_clamped_times(files)))
 
 
 def _open_directory(
-    path: Path, *, sidecars: bool, all_files: bool, exclude_files: Sequence[str]
+    path: Path,
+    *,
+    sidecars: bool,
+    all_files: bool,
+    exclude_files: Sequence[str],
+    follow_links: bool,
 ) -> Checkpoint:
     if not all_files:
         refuse_cache_folder(path)
-    entries, warnings = walk(path, exclude_files)
+    entries, warnings = walk(path, exclude_files, follow_links=follow_links)
     of_kind = {kind: [entry for entry in entries if entry.kind is kind] for kind in Kind}
     indexes, more = _read_indexes(of_kind[Kind.INDEX], all_files=all_files)
     warnings += more
@@ -194,6 +208,8 @@ def _open_directory(
 
 
 def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[Index], list[str]]:
+    if len(entries) > MAX_INDEXES:
+        raise CheckpointError(f"{len(entries)} indexes, more than {MAX_INDEXES}")
     indexes, warnings = [], []
     for entry in entries:
         try:
@@ -212,12 +228,12 @@ def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[In
 def _opener(entries: Sequence[Entry]) -> Callable[[str], tuple[SourceFile, frozenset[str]]]:
     """A function from a shard's name to the shard and its tensors' names; opens each once."""
     by_name = {entry.name: entry for entry in entries}
+    limits = HeaderLimits()
 
     @cache
     def open_shard(name: str) -> tuple[SourceFile, frozenset[str]]:
-        file = _shard(name, _checked(by_name[name]))
-        tensors = file.header.tensors if file.header else ()
-        return file, frozenset(tensor.name for tensor in tensors)
+        file = _shard(name, _checked(by_name[name]), limits)
+        return file, frozenset(file.header.tensors.names if file.header else ())
 
     return open_shard
 
@@ -264,6 +280,8 @@ def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
             warnings.append(f"{shown(entry.name)}: the name {fault}: left out")
         elif entry.found and not stat.S_ISREG(entry.found.st_mode):
             warnings.append(f"{entry.name}: not a regular file: left out")
+        elif entry.is_outside:
+            warnings.append(outside(entry.name, "left out"))
         else:
             files.append(_plain(entry.name, _checked(entry)))
     return files, warnings
@@ -310,6 +328,11 @@ def _checked(entry: Entry) -> Path:
             f"{entry.name}: a symlink that leads nowhere: {entry.path}",
             hint=f"{INCOMPLETE}; --exclude-files leaves it out",
         )
+    if entry.is_outside:
+        raise CheckpointError(
+            f"{entry.name}: a link that leads out of the checkpoint, to {entry.path}",
+            hint="--follow-links follows it; --exclude-files leaves it out",
+        )
     return entry.path
 
 
@@ -319,17 +342,15 @@ def _check_name(name: str) -> None:
         raise CheckpointError(f"{shown(name)}: the name {fault}, so it cannot be sent")
 
 
-def _shard(name: str, path: Path) -> SourceFile:
-    resolved = _resolved(name, path)
-    before = _stat(name, resolved)
-    return _source(name, resolved, before, read_header(resolved, name))
+def _shard(name: str, path: Path, limits: HeaderLimits) -> SourceFile:
+    with open_regular(path, name) as (fd, nbytes):
+        before = os.fstat(fd)
+        return _source(name, path, fd, before, header_of(fd, nbytes, name, limits))
 
 
 def _plain(name: str, path: Path) -> SourceFile:
-    resolved = _resolved(name, path)
-    before = _stat(name, resolved)
-    with open_regular(resolved, name):  # unreadable: better said now than in mid stream
-        return _source(name, resolved, before, None)
+    with open_regular(path, name) as (fd, _):  # unreadable: better said now than in mid stream
+        return _source(name, path, fd, os.fstat(fd), None)
 
 
 def _resolved(name: str, path: Path) -> Path:
@@ -339,16 +360,11 @@ def _resolved(name: str, path: Path) -> Path:
         raise CheckpointError(f"{name}: its symlinks lead nowhere") from error
 
 
-def _stat(name: str, resolved: Path) -> os.stat_result:
-    try:
-        return os.stat(resolved)
-    except OSError as error:
-        raise unreadable(name, error) from error
-
-
-def _source(name: str, resolved: Path, before: os.stat_result, header: Header | None) -> SourceFile:
+def _source(
+    name: str, path: Path, fd: int, before: os.stat_result, header: Header | None
+) -> SourceFile:
     executable = bool(before.st_mode & stat.S_IXUSR)
-    file = SourceFile(name, resolved, FileState.of(before), executable, header)
+    file = SourceFile(name, path, FileState.of(before), executable, header)
     # Again, after its header was read: a rewrite in between would be sent under the old header.
-    file.check_unchanged(_stat(name, resolved), "opened", "run it again once it is quiet")
+    file.check_unchanged(os.fstat(fd), "opened", "run it again once it is quiet")
     return file

@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from packcast.checkpoint.limits import MAX_STRICT_MARKS, MAX_TENSORS
 from packcast.checkpoint.names import name_fault
 from packcast.checkpoint.reading import open_regular, read_exactly, shown, strict_json, what_it_is
 from packcast.errors import CheckpointError
 
 SHARD_SUFFIX = ".safetensors"
-MAX_INDEX_NBYTES = 256 << 20
+MAX_INDEX_NBYTES = 32 << 20  # 207,000 tensors have one of 21 MB
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # `model.safetensors.index.json`, `model.fp16.safetensors.index.json` and, as older libraries put
@@ -56,6 +57,8 @@ def read_index(path: Path, name: str) -> Index:
         if nbytes > MAX_INDEX_NBYTES:
             raise CheckpointError(f"{name}: index of more than {MAX_INDEX_NBYTES} bytes")
         data = read_exactly(fd, nbytes, 0, name)
+    if sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_STRICT_MARKS:
+        raise CheckpointError(f"{name}: index that holds more than {MAX_TENSORS:,} tensors need")
     warnings = []
     if data.startswith(_BYTE_ORDER_MARK):
         data = data.removeprefix(_BYTE_ORDER_MARK)

@@ -1,5 +1,10 @@
 """Which logical names may travel: relative, printable, the same on every file system.
 
+A receiver may write to NTFS, exFAT or a network share, where some names that Linux takes are
+another file (`a:b` a hidden stream of `a`, `x.` the file `x`), a device (`CON`), or none at all. So
+they are refused everywhere, as the sender finds them and as a worker is told them. (`dev/null` is a
+file like any other, since a name is relative.)
+
 Pure functions over strings, used by the sender on what it found and by a receiver on what it was
 told; knows no files.
 """
@@ -11,6 +16,12 @@ from collections.abc import Iterable
 
 MAX_COMPONENT_NBYTES = 255
 MAX_DEPTH = 8
+
+_NOT_EVERYWHERE = frozenset('<>:"|?*')
+_DEVICES = frozenset(
+    {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"}
+    | {f"{port}{n}" for port in ("COM", "LPT") for n in "0123456789\u00b9\u00b2\u00b3"}
+)
 
 
 def name_fault(name: str) -> str | None:
@@ -42,6 +53,13 @@ def _component_fault(component: str) -> str | None:
         return "has a character that cannot be printed"
     if not unicodedata.is_normalized("NFC", component):
         return "is not in Unicode's composed form (NFC)"
+    odd = next((char for char in component if char in _NOT_EVERYWHERE), None)
+    if odd:
+        return f"has the character {odd!r}, which some file systems do not take"
+    if component[-1] in ". ":
+        return f"has a part that ends in {component[-1]!r}, which some file systems drop"
+    if component.partition(".")[0].rstrip(" ").upper() in _DEVICES:
+        return f"has a part {component!r}, which is a device on some systems"
     if len(component.encode()) > MAX_COMPONENT_NBYTES:
         return f"has a part of more than {MAX_COMPONENT_NBYTES} bytes"
     return None

@@ -13,15 +13,21 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
-from packcast.checkpoint.header import LENGTH_NBYTES, Header, Tensor, parse_header
+from packcast.checkpoint.header import LENGTH_NBYTES, Header, parse_header
 from packcast.checkpoint.index import is_index, read_index, rewritten
+from packcast.checkpoint.limits import MAX_HEADERS_NBYTES
+from packcast.checkpoint.tensors import Tensor
 from packcast.errors import CheckpointError, UsageError
 
-# What an offer may hold of all files together, as JSON: one header of the largest size the format
-# knows, whatever is in it, or many of the usual ones.
-MAX_OFFERED_NBYTES = 240 << 20
-_MAX_NUMBERS_NBYTES = 80  # of a file's entry in the offer: size, time and what is between
+# What an offer may hold: the outline of its files, as JSON, and the headers. A checkpoint of 163
+# shards has an outline of 30 KB, and every tensor's position twice would be 5 MB.
+MAX_FILES = 10_000
+MAX_OUTLINE_NBYTES = 8 << 20
+MAX_OFFERED_NBYTES = MAX_OUTLINE_NBYTES + MAX_HEADERS_NBYTES
+_MAX_FIELDS_NBYTES = 200  # of a file in the outline, but for its name and positions
+_MAX_SELECTION_NBYTES = 1 << 20
 _HEADER_ALIGNMENT = 8
+_IN_PARTS = "send it in parts: --exclude-files chooses"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ def outgoing_files(
     `include` and `exclude` are globs over tensor names, as `fnmatch.fnmatchcase` reads them; no
     `include` means all. A shard that loses some tensors gets a new header, one that loses all is
     dropped, one that keeps all goes verbatim; indexes follow. Raises UsageError where no tensor
-    is left, CheckpointError where an index can no longer be read or the headers are too large.
+    is left, CheckpointError where an index can no longer be read or there are too many files.
     """
     if include or exclude:
         files = _selection(checkpoint, include, exclude)
@@ -97,24 +103,21 @@ def outgoing_files(
 
 
 def _check_offered(files: Sequence[OutgoingFile]) -> None:
-    nbytes = sum(_offered_nbytes(file.spec) for file in files)
-    if nbytes > MAX_OFFERED_NBYTES:
+    if len(files) > MAX_FILES:
+        raise CheckpointError(f"{len(files):,} files, more than {MAX_FILES:,}", hint=_IN_PARTS)
+    nbytes = sum(_outlined_nbytes(file.spec) for file in files) + _MAX_SELECTION_NBYTES
+    if nbytes > MAX_OUTLINE_NBYTES:
         raise CheckpointError(
-            f"the headers of all files are {nbytes:,} bytes as they are offered to the workers,"
-            f" more than {MAX_OFFERED_NBYTES:,}",
-            hint="send it in parts: --include, --exclude and --exclude-files choose",
+            f"the names of all files, and what the index says of their tensors, are {nbytes:,}"
+            f" bytes, more than {MAX_OUTLINE_NBYTES:,}",
+            hint=_IN_PARTS,
         )
 
 
-def _offered_nbytes(spec: FileSpec) -> int:
-    """The bytes of a file's entry in the offer, at most."""
-    roles = 8 * (len(spec.elsewhere) + len(spec.unlisted))
-    nbytes = _MAX_NUMBERS_NBYTES + roles + 2 * len(spec.name.encode())
-    if spec.header:
-        text = spec.header.json_bytes
-        # As JSON text within JSON text: these take two bytes each, all others as many as here.
-        nbytes += len(text) + sum(map(text.count, (b'"', b"\\", b"\n", b"\r", b"\t")))
-    return nbytes
+def _outlined_nbytes(spec: FileSpec) -> int:
+    """The bytes of a file in the outline, at most."""
+    positions = 7 * (len(spec.elsewhere) + len(spec.unlisted))
+    return _MAX_FIELDS_NBYTES + positions + 2 * len(spec.name.encode())
 
 
 def _selection(
@@ -162,10 +165,10 @@ def _verbatim(source: int, file: SourceFile) -> OutgoingFile:
 
 
 def _spec(file: SourceFile, nbytes: int, header: Header | None) -> FileSpec:
-    tensors = header.tensors if header else ()
+    names = header.tensors.names if header else ()
     elsewhere, unlisted = (
-        frozenset(i for i, tensor in enumerate(tensors) if tensor.name in names)
-        for names in (file.elsewhere, file.unlisted)
+        frozenset(i for i, name in enumerate(names) if name in chosen) if chosen else frozenset()
+        for chosen in (file.elsewhere, file.unlisted)
     )
     return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header, elsewhere, unlisted)
 

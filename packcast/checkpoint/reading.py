@@ -69,12 +69,12 @@ def shown_name(name: str) -> str:
 
 @contextmanager
 def open_regular(path: Path, where: str) -> Iterator[tuple[int, int]]:
-    """The descriptor and size of a regular file; anything else is refused before it is opened."""
+    """The descriptor and size of a regular file; anything else is refused before it is opened.
+
+    No symlink is followed, also none that took the place of a folder since the path was resolved.
+    """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{where}: not a regular file")
-        # O_NONBLOCK: a FIFO that takes the file's place just now must not make us wait.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_without_links(path)
     except OSError as error:
         raise unreadable(where, error) from error
     try:
@@ -82,6 +82,28 @@ def open_regular(path: Path, where: str) -> Iterator[tuple[int, int]]:
         if not stat.S_ISREG(found.st_mode):
             raise CheckpointError(f"{where}: not a regular file")
         yield fd, found.st_size
+    finally:
+        os.close(fd)
+
+
+def open_without_links(path: Path) -> int:
+    """A descriptor to read from, of an absolute path without a symlink; OSError where it has one.
+
+    Each folder is opened in the one above it. What is no regular file is opened as a name only: a
+    FIFO would make us wait, and a device might do something.
+    """
+    folder = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    regular = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    name_only = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+    root, *folders, last = path.parts
+    fd = os.open(root, folder)
+    try:
+        for part in folders:
+            below = os.open(part, folder, dir_fd=fd)
+            os.close(fd)
+            fd = below
+        is_regular = stat.S_ISREG(os.stat(last, dir_fd=fd, follow_symlinks=False).st_mode)
+        return os.open(last, regular if is_regular else name_only, dir_fd=fd)
     finally:
         os.close(fd)
 
@@ -110,7 +132,8 @@ def unreadable(where: str, error: OSError) -> CheckpointError:
 def strict_json(data: bytes, where: str) -> object:
     """JSON as the standard has it: UTF-8, no NaN, and (stricter) no key twice in one object.
 
-    The caller has bounded the size of `data`.
+    `-0` is a float, as other readers have it: no size or offset. The caller has bounded the size
+    of `data`.
     """
 
     def to_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -126,7 +149,10 @@ def strict_json(data: bytes, where: str) -> object:
     try:
         text = data.decode()
         content: object = json.loads(
-            text, object_pairs_hook=to_dict, parse_constant=refuse_constant
+            text,
+            object_pairs_hook=to_dict,
+            parse_constant=refuse_constant,
+            parse_int=_int if "-0" in text else None,
         )
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where}: not valid UTF-8 at byte {error.start}") from error
@@ -137,6 +163,10 @@ def strict_json(data: bytes, where: str) -> object:
     except ValueError as error:  # a number of thousands of digits
         raise CheckpointError(f"{where}: has a number that is too long") from error
     return content
+
+
+def _int(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)
 
 
 def what_it_is(head: bytes) -> tuple[str, str] | None:

@@ -9,6 +9,7 @@ import posixpath
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from functools import cache
 
 from packcast.checkpoint.header import Header
 from packcast.checkpoint.index import Index, whole_file_of
@@ -140,34 +141,29 @@ def roles_of(headers: Mapping[str, Header], indexes: Sequence[Index]) -> dict[st
     The index of a folder rules the folders below it too: what they hold is of another model, or
     of this one again.
     """
-    tensors_in = {name: {t.name for t in header.tensors} for name, header in headers.items()}
-    held = {
-        index.name: {t for t, shard in index.shard_of.items() if t in tensors_in.get(shard, ())}
-        for index in indexes
-    }
+    tensors_in = {name: set(header.tensors.names) for name, header in headers.items()}
     named_by = {index.name: set(index.shard_of.values()) for index in indexes}
+    by_folder: dict[str, list[Index]] = {}
+    for index in indexes:
+        by_folder.setdefault(posixpath.dirname(index.name), []).append(index)
     roles = {}
     for shard, tensors in tensors_in.items():
-        ruling = _above(shard, indexes)
+        # The outermost folder around it that has any.
+        folder = next((f for f in reversed(_folders_around(shard)) if f in by_folder), None)
+        ruling = [] if folder is None else by_folder[folder]
         # Of two variants in one folder each rules its own shards.
         ruling = [index for index in ruling if shard in named_by[index.name]] or ruling
         if ruling:
-            mine = {t for t in tensors if any(index.shard_of.get(t) == shard for index in ruling)}
-            others = tensors - mine
-            elsewhere = others & set().union(*(held[index.name] for index in ruling))
-            unlisted = others - elsewhere - set().union(*(index.shard_of for index in ruling))
-            roles[shard] = Roles(frozenset(elsewhere), frozenset(unlisted))
+            # Of all tensors of the checkpoint, those of this shard alone are looked at.
+            others = {t for t in tensors if all(index.shard_of.get(t) != shard for index in ruling)}
+            listed = {t for t in others if any(t in index.shard_of for index in ruling)}
+            elsewhere = {
+                t
+                for t in listed
+                if any(t in tensors_in.get(index.shard_of.get(t, ""), ()) for index in ruling)
+            }
+            roles[shard] = Roles(frozenset(elsewhere), frozenset(others - listed))
     return roles
-
-
-def _above(shard: str, indexes: Sequence[Index]) -> list[Index]:
-    """The indexes of the outermost folder around the shard that has any."""
-    folders = _folders_around(shard)
-    for folder in reversed(folders):
-        found = [index for index in indexes if posixpath.dirname(index.name) == folder]
-        if found:
-            return found
-    return []
 
 
 def _folders_around(name: str) -> list[str]:
@@ -207,12 +203,13 @@ def _repeated_folders(headers: Mapping[str, Header]) -> list[str]:
     in_folder: dict[str, list[Header]] = {}
     for name, header in headers.items():
         in_folder.setdefault(posixpath.dirname(name), []).append(header)
+    names_in = cache(lambda folder: _names(in_folder[folder]))
     warnings = []
     for folder, inner in sorted(in_folder.items()):
         around = next((up for up in _folders_around(folder) if up in in_folder), None)
         if not folder or around is None:
             continue
-        names, outer_names = _names(inner), _names(in_folder[around])
+        names, outer_names = names_in(folder), names_in(around)
         small, large = sorted((_data_nbytes(inner), _data_nbytes(in_folder[around])))
         if names & outer_names == names or small >= _SIMILAR * large:
             files = "1 file" if len(inner) == 1 else f"{len(inner)} files"
@@ -224,7 +221,7 @@ def _repeated_folders(headers: Mapping[str, Header]) -> list[str]:
 
 
 def _names(headers: Sequence[Header]) -> set[str]:
-    return {tensor.name for header in headers for tensor in header.tensors}
+    return {name for header in headers for name in header.tensors.names}
 
 
 def _data_nbytes(headers: Sequence[Header]) -> int:

@@ -1,6 +1,6 @@
 """What lies in a checkpoint directory: every file that is not hidden, and what its name says it is.
 
-Looks at names and inodes only; opens no file and judges nothing but the walk's own bounds.
+Looks at names, links and inodes only; opens no file and judges nothing but the walk's own bounds.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file met on the walk; `found` is None where it is a symlink that leads nowhere."""
+    """A file met on the walk; `found` is None where it is a symlink that leads nowhere.
+
+    `path` has no symlink left in it, so that it can be opened without following one. A file that
+    `is_outside` was reached by a link that leads out of the checkpoint, and is not to be opened.
+    """
 
     name: str
     path: Path
     kind: Kind
     found: os.stat_result | None
+    is_outside: bool = False
 
 
 def kind_of(name: str) -> Kind:
@@ -60,20 +65,32 @@ def leaves_out(glob: str, name: str) -> bool:
     return False
 
 
-def walk(root: Path, exclude_files: Sequence[str] = ()) -> tuple[list[Entry], list[str]]:
+def _homes_of(root: Path) -> tuple[Path, ...]:
+    """The folders in which a link may end: the checkpoint, and the blobs of a Hugging Face cache
+    if it is a snapshot there. No symlink is left in any of them."""
+    snapshots = next((folder for folder in root.parents if folder.name == "snapshots"), None)
+    return (root,) if snapshots is None else (root, snapshots.parent / "blobs")
+
+
+def walk(
+    root: Path, exclude_files: Sequence[str] = (), *, follow_links: bool = False
+) -> tuple[list[Entry], list[str]]:
     """All files under `root` by logical name, nested folders too, and warnings.
 
-    What a glob of `exclude_files` matches is as if it were not there.
-    Symlinks are followed. A directory that is met again below itself is left with a warning; what
-    then remains is bounded by MAX_ENTRIES, so that no knot of links keeps us for ever. Raises
-    CheckpointError there, and where a directory cannot be read.
+    What a glob of `exclude_files` matches is as if it were not there. Symlinks are followed within
+    the checkpoint and to the blobs of a Hugging Face cache, and elsewhere with `follow_links`; else
+    a folder outside is left with a warning, and a file marked. A directory that is met again below
+    itself is left with a warning; what then remains is bounded by MAX_ENTRIES, so that no knot of
+    links keeps us for ever. Raises CheckpointError there, and where a directory cannot be read.
     """
+    real = root.resolve()
+    homes = _homes_of(real)
     entries: list[Entry] = []
     warnings: list[str] = []
     num_met = 0
     unused = dict.fromkeys(exclude_files)
     above: frozenset[tuple[int, int]] = frozenset()
-    todo = [("", root, above)]
+    todo = [("", real, above)]
     while todo:
         prefix, directory, above = todo.pop()
         identity = _identity(directory, prefix)
@@ -96,13 +113,25 @@ def walk(root: Path, exclude_files: Sequence[str] = ()) -> tuple[list[Entry], li
                     unused.pop(glob, None)
                 continue
             found = _stat(path, name)
-            if found is not None and stat.S_ISDIR(found.st_mode):
-                todo.append((name + "/", path, above | {identity}))
+            is_outside = False
+            if found is not None and path.is_symlink():
+                path = path.resolve()
+                is_outside = not follow_links and not any(map(path.is_relative_to, homes))
+            if found is None or not stat.S_ISDIR(found.st_mode):
+                entries.append(Entry(name, path, kind_of(name), found, is_outside))
+            elif is_outside:
+                warnings.append(outside(name, "left out"))
             else:
-                entries.append(Entry(name, path, kind_of(name), found))
+                todo.append((name + "/", path, above | {identity}))
     entries.sort(key=lambda entry: entry.name)
     warnings += [f"--exclude-files {shown_name(glob)}: matches no file" for glob in unused]
     return entries, sorted(warnings)
+
+
+def outside(name: str, outcome: str) -> str:
+    """What is to be said of a link that is not followed."""
+    what = f"{shown_name(name)}: a link that leads out of the checkpoint: {outcome}"
+    return f"{what} (--follow-links follows it)"
 
 
 def _identity(directory: Path, prefix: str) -> tuple[int, int]:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from packcast.checkpoint.header import Header, Tensor
+from packcast.checkpoint.header import Header
 from packcast.checkpoint.leftout import LeftOut
+from packcast.checkpoint.tensors import Tensor
 from packcast.cli.report import count
 from packcast.cli.tables import exact, table
 from packcast.cli.terminal import printable

@@ -66,6 +66,7 @@ def dry_run(settings: Settings, nproc: int | None) -> Listing:
         sidecars=settings.sidecars,
         all_files=settings.all_files,
         exclude_files=settings.exclude_files,
+        follow_links=settings.follow_links,
     )
     outgoing = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
     files = tuple(file.spec for file in outgoing)

@@ -13,10 +13,17 @@ from packcast.cli.terminal import printable
 
 
 def inspect(
-    path: Path, *, all_files: bool, tensors: bool, exclude_files: Sequence[str] = ()
+    path: Path,
+    *,
+    all_files: bool,
+    tensors: bool,
+    exclude_files: Sequence[str] = (),
+    follow_links: bool = False,
 ) -> Listing:
     """List the files, with `tensors` every tensor too; raises CheckpointError."""
-    checkpoint = open_checkpoint(path, all_files=all_files, exclude_files=exclude_files)
+    checkpoint = open_checkpoint(
+        path, all_files=all_files, exclude_files=exclude_files, follow_links=follow_links
+    )
     contents = Contents(checkpoint.files)
     beside = left_out(path, {file.name for file in checkpoint.files}, exclude_files=exclude_files)
     blocks = [contents.files_table(), contents.totals(), printable(left_out_lines(beside))]

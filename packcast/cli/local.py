@@ -25,6 +25,7 @@ def inspect(
     checkpoint: opt.Checkpoint,
     tensors: local.Tensors = False,
     all_files: opt.AllFiles = False,
+    follow_links: opt.FollowLinks = False,
     exclude_files: opt.ExcludeFiles = None,
     json: local.InspectJson = None,
     quiet: opt.Quiet = False,
@@ -37,6 +38,7 @@ def inspect(
     listing = listing_of(
         checkpoint_path(checkpoint),
         all_files=all_files,
+        follow_links=follow_links,
         exclude_files=tuple(exclude_files or ()),
         tensors=tensors,
     )

@@ -151,6 +151,14 @@ AllFiles = Annotated[
         help="Every .safetensors file, whatever the index says.",
     ),
 ]
+FollowLinks = Annotated[
+    bool,
+    flag(
+        "--follow-links",
+        panel=SELECTION,
+        help="Symlinks that lead out of the checkpoint, too.",
+    ),
+]
 ExcludeFiles = Annotated[
     list[str] | None,
     option(

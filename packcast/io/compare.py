@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from packcast.checkpoint.checkpoint import open_checkpoint
-from packcast.checkpoint.header import Header, Tensor, read_header
+from packcast.checkpoint.header import Header, read_header
 from packcast.checkpoint.reading import unreadable
+from packcast.checkpoint.tensors import Tensor
 from packcast.checkpoint.walk import Kind, walk
 from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, UsageError
@@ -84,7 +85,7 @@ class _Pair:
     other: Path
     one_nbytes: int = 0
     other_nbytes: int = 0
-    tensors: tuple[Tensor, ...] = ()
+    tensors: Sequence[Tensor] = ()
     fixed: dict[str, Mark] = field(default_factory=dict)  # of tensors that headers tell already
     runs: list[_Run] = field(default_factory=list)
     differing: set[int] = field(default_factory=set)

@@ -15,6 +15,7 @@ from itertools import accumulate
 
 from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile, Run
+from packcast.checkpoint.reading import open_without_links
 from packcast.errors import CheckpointError, PackcastError, out_of_descriptors
 from packcast.io.digests import BlockDigests
 from packcast.io.files import FileTable
@@ -102,7 +103,7 @@ class FileReader:
     def _open(self, source: int) -> int:
         known = self._sources[source]
         try:
-            fd = os.open(known.path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_without_links(known.path)
         except OSError as error:
             if ran_out := out_of_descriptors(error):
                 raise ran_out from error

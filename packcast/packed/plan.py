@@ -193,43 +193,44 @@ def plan_chunks(
     )
 
 
-def _in_turns(file_nbytes: Sequence[int]) -> Iterator[Extent]:
-    """Every byte of every file, in the order in which they travel; a file that is through makes
-    room for the next."""
-    waiting: deque[Extent] = deque()  # each with what is left of it
+def _in_turns(file_nbytes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Every byte of every file, as (file, offset, end), in the order in which they travel; a file
+    that is through makes room for the next. There may be a million turns, so no Extents yet."""
+    waiting: deque[tuple[int, int, int]] = deque()  # each with what is left of it
     for file, size in enumerate(file_nbytes):
         if size < MIN_TURNS * TURN:
-            yield Extent(file, 0, size)
+            yield file, 0, size
         else:
-            waiting.append(Extent(file, 0, size))
-    active: deque[Extent] = deque()
+            waiting.append((file, 0, size))
+    active: deque[tuple[int, int, int]] = deque()
     while waiting or active:
         while waiting and len(active) < NUM_INTERLEAVED:
             active.append(waiting.popleft())
-        left = active.popleft()
-        turn = min(TURN, left.nbytes) if active else left.nbytes
-        yield Extent(left.file, left.offset, turn)
-        if turn < left.nbytes:
-            active.append(Extent(left.file, left.offset + turn, left.nbytes - turn))
+        file, offset, end = active.popleft()
+        stop = offset + TURN if active and offset + TURN < end else end
+        yield file, offset, stop
+        if stop < end:
+            active.append((file, stop, end))
 
 
-def _packed(runs: Iterable[Extent], buffer_size: int) -> Iterator[tuple[Extent, ...]]:
+def _packed(runs: Iterable[tuple[int, int, int]], buffer_size: int) -> Iterator[tuple[Extent, ...]]:
     """The runs, one after the other, in as few chunks as whole blocks allow."""
     extents: list[Extent] = []
     in_chunk: set[int] = set()
     used = blocks = 0
-    for run in runs:
-        file, offset, end = run.file, run.offset, run.offset + run.nbytes
+    most_blocks = max_blocks(buffer_size)
+    for file, offset, end in runs:
         if file not in in_chunk and len(in_chunk) == MAX_FILES_PER_CHUNK:
             yield tuple(extents)
             extents, in_chunk, used, blocks = [], set(), 0, 0
         while offset < end:
-            room = min(buffer_size - used, (max_blocks(buffer_size) - blocks) * BLOCK)
-            take = min(end - offset, room)
-            if take < end - offset:
-                take -= take % BLOCK
+            take = end - offset
+            if take > buffer_size - used or blocks + num_blocks(take) > most_blocks:
+                take = min(take, buffer_size - used, (most_blocks - blocks) * BLOCK)
+                if take < end - offset:
+                    take -= take % BLOCK
             if take > 0:
-                _append(extents, Extent(file, offset, take))
+                _append(extents, file, offset, take)
                 in_chunk.add(file)
                 used, blocks, offset = used + take, blocks + num_blocks(take), offset + take
             if take <= 0 or used == buffer_size:
@@ -239,14 +240,14 @@ def _packed(runs: Iterable[Extent], buffer_size: int) -> Iterator[tuple[Extent, 
         yield tuple(extents)
 
 
-def _append(extents: list[Extent], extent: Extent) -> None:
+def _append(extents: list[Extent], file: int, offset: int, nbytes: int) -> None:
     """As one with the last one, where it goes on from there."""
     if extents:
         last = extents[-1]
-        if last.file == extent.file and last.offset + last.nbytes == extent.offset:
-            extents[-1] = Extent(last.file, last.offset, last.nbytes + extent.nbytes)
+        if last.file == file and last.offset + last.nbytes == offset:
+            extents[-1] = Extent(file, last.offset, last.nbytes + nbytes)
             return
-    extents.append(extent)
+    extents.append(Extent(file, offset, nbytes))
 
 
 def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Sequence[Chunk]) -> str:

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 import xxhash
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
-from packcast.errors import RendezvousError
+from packcast.errors import RendezvousError, UsageError
 from packcast.group.devices import assign_devices
 from packcast.group.member import Member
 from packcast.io.source import FileReader
@@ -19,6 +20,7 @@ from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.offer import Offer, Place, Sample, Selection
+from packcast.transfer.outline import amount_fault
 
 NUM_SAMPLES = 16
 
@@ -79,6 +81,9 @@ def make_offers(
     assignment = assign_devices(members, settings.backend)
     sizes = [file.spec.nbytes for file in files]
     buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
+    fault = amount_fault(sum(sizes), buffer_size)
+    if fault:
+        raise UsageError(fault, hint="try a larger --buffer-size, or send it in parts")
     chunks = plan_chunks(sizes, buffer_size, readers)
     samples = take_samples(checkpoint, files) if len(readers) > 1 else ()
     order = tuple(chain_order([member.boot_id for member in members]))
@@ -145,6 +150,18 @@ def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[Outgoin
                 f" at byte {sample.offset} or soon after"
             )
     return files
+
+
+def check_device(offer: Offer) -> None:
+    """Raise RendezvousError where this rank cannot take part with the device it was given."""
+    if offer.backend != "nccl":
+        return
+    index = int(offer.device.removeprefix("cuda:"))
+    if not torch.distributed.is_nccl_available() or index >= torch.cuda.device_count():
+        raise RendezvousError(
+            f"the sender offers nccl on {offer.device}, which this rank's torch does not have",
+            hint="--backend gloo, on the sender, needs no GPU",
+        )
 
 
 def rank_of(member: Member) -> int:

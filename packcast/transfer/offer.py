@@ -1,29 +1,33 @@
 """The sender's description of a transfer, as it travels, and the receiver's distrust of it.
 
-Everything that a worker does follows from an Offer that passed `Offer.from_json`: names stay inside
-the target, counts and sizes are bounded, headers are parsed again, and the plan is made again.
+Everything that a worker does follows from an Offer that passed `Offer.from_bytes`: names stay
+inside the target, counts and sizes are bounded, headers are parsed again, and the plan is made
+again. As bytes it is an outline, one line of JSON (see `outline`), and behind it the shards'
+headers as they are in the files, one after the other, so that each is parsed once.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import base64
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from packcast.checkpoint.checkpoint import MAX_MTIME_NS
 from packcast.checkpoint.header import Header, parse_header
-from packcast.checkpoint.names import clash_of, name_fault
-from packcast.checkpoint.outgoing import FileSpec
-from packcast.checkpoint.reading import shown
+from packcast.checkpoint.limits import HeaderLimits
+from packcast.checkpoint.names import clash_of
+from packcast.checkpoint.outgoing import MAX_OFFERED_NBYTES, FileSpec
 from packcast.errors import PackcastError, TransferError
-from packcast.packed.plan import BLOCK, TURN, Chunk, check_buffers, plan_chunks, plan_digest
-
-MAX_FILES = 100_000
-MAX_NBYTES = 1 << 46
-MAX_CHUNKS = 1 << 20
-MAX_TURNS = 4 * MAX_CHUNKS  # of files, within chunks: 16 TiB
-MAX_RANKS = 1 << 20
-MAX_SAMPLES = 64
+from packcast.packed.plan import Chunk, check_buffers, plan_chunks, plan_digest
+from packcast.transfer.outline import (
+    FileOutline,
+    Outline,
+    Placement,
+    amount_fault,
+    fault_of,
+    read_outline,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +120,9 @@ class Offer:
             raise TransferError("the sender's plan is not the one this rank makes of its offer")
         return chunks
 
-    def to_json(self) -> dict[str, object]:
-        """The OFFER message, without the place: it may be large, and is made once for all."""
-        return {
-            "kind": "OFFER",
+    def to_bytes(self) -> bytes:
+        """The offer without the place: it may be large, and is made once for all ranks."""
+        outline = {
             "files": [_file_to_json(spec) for spec in self.files],
             "buffer_size": self.buffer_size,
             "num_buffers": self.num_buffers,
@@ -128,165 +131,130 @@ class Offer:
             "chain": list(self.chain),
             "plan": self.plan,
             "digest": "xxh3_128",
-            "selection": {
-                "include": list(self.selection.include),
-                "exclude": list(self.selection.exclude),
-            },
+            "include": list(self.selection.include),
+            "exclude": list(self.selection.exclude),
             "samples": [[s.file, s.offset, s.nbytes, s.digest] for s in self.samples],
             "world_size": self.world_size,
             "backend": self.backend,
             "reason": self.reason,
             "loud": self.loud,
         }
+        line = json.dumps(outline, separators=(",", ":"), ensure_ascii=False)
+        headers = (spec.header.json_bytes for spec in self.files if spec.header)
+        return b"".join((line.encode(), b"\n", *headers))
+
+    @staticmethod
+    def from_bytes(data: bytes, place: Mapping[str, object]) -> Offer:
+        """Check an offer and its place, which may be hostile; TransferError says what is wrong."""
+        try:
+            return _checked(data, Placement.model_validate(dict(place)))
+        except PackcastError as error:
+            raise TransferError(f"the sender's offer is refused: {error}") from error
+        except ValueError as error:
+            raise TransferError(f"the sender's offer is refused: {fault_of(error)}") from error
+
+    def to_json(self) -> dict[str, object]:
+        """`to_bytes` as an OFFER message."""
+        packed = zlib.compress(self.to_bytes(), 1)
+        return {"kind": "OFFER", "zlib": base64.b64encode(packed).decode()}
 
     @staticmethod
     def from_json(message: Mapping[str, object], place: Mapping[str, object]) -> Offer:
-        """Check OFFER and PLACE, which may be hostile; TransferError says what is wrong."""
+        """`from_bytes` of an OFFER message."""
         try:
-            return _checked(message, place)
-        except (PackcastError, ValueError, TypeError, KeyError, OverflowError) as error:
+            packed = base64.b64decode(str(message.get("zlib")), validate=True)
+            inflate = zlib.decompressobj()
+            data = inflate.decompress(packed, MAX_OFFERED_NBYTES)
+            if not inflate.eof or inflate.unused_data:
+                raise ValueError("incomplete, or too large")
+        except (ValueError, zlib.error) as error:
             raise TransferError(f"the sender's offer is refused: {error}") from error
+        place = {name: value for name, value in place.items() if name != "kind"}
+        return Offer.from_bytes(data, place)
 
 
-def _file_to_json(spec: FileSpec) -> list[object]:
-    header = spec.header.json_bytes.decode() if spec.header else None
-    roles = [sorted(spec.elsewhere), sorted(spec.unlisted)]
-    return [spec.name, spec.nbytes, spec.mtime_ns, spec.executable, header, *roles]
+def _file_to_json(spec: FileSpec) -> dict[str, object]:
+    return {
+        "name": spec.name,
+        "nbytes": spec.nbytes,
+        "mtime_ns": spec.mtime_ns,
+        "executable": spec.executable,
+        "header": len(spec.header.json_bytes) if spec.header else None,
+        "elsewhere": sorted(spec.elsewhere),
+        "unlisted": sorted(spec.unlisted),
+    }
 
 
-def _checked(message: Mapping[str, object], place: Mapping[str, object]) -> Offer:
-    if message["digest"] != "xxh3_128":
-        raise ValueError("its digests are of an unknown kind")
-    buffer_size = _count(message["buffer_size"], MAX_NBYTES)
-    num_buffers = _count(message["num_buffers"], MAX_CHUNKS)
-    check_buffers(buffer_size, num_buffers)
-    world_size = _count(message["world_size"], MAX_RANKS)
-    files = tuple(_file(entry) for entry in _list(message["files"], MAX_FILES))
-    clash = clash_of(spec.name for spec in files)
+def _checked(data: bytes, place: Placement) -> Offer:
+    outline, begin = read_outline(data)
+    check_buffers(outline.buffer_size, outline.num_buffers)
+    _check_group(outline, place)
+    _check_sizes(outline)
+    clash = clash_of(file.name for file in outline.files)
     if clash:
         raise ValueError(f"two files cannot both be there: {clash[0]!r} and {clash[1]!r}")
-    nbytes = sum(spec.nbytes for spec in files)
-    num_chunks, num_turns = nbytes // buffer_size, nbytes // TURN
-    if nbytes > MAX_NBYTES or num_chunks > MAX_CHUNKS or num_turns > MAX_TURNS:
-        raise ValueError(f"{nbytes} bytes in buffers of {buffer_size} are too many")
-    readers = tuple(_count(rank, world_size - 1) for rank in _list(message["readers"], world_size))
-    if not readers or len(set(readers)) != len(readers):
-        raise ValueError("its readers are not a list of ranks")
+    if begin + sum(file.header or 0 for file in outline.files) != len(data):
+        raise ValueError("its headers are not those that it lists")
     return Offer(
-        files=files,
-        buffer_size=buffer_size,
-        num_buffers=num_buffers,
-        staging=_count(message["staging"], MAX_NBYTES),
-        readers=readers,
-        chain=_chain(message["chain"], world_size),
-        plan=_text(message["plan"]),
-        selection=_selection(message["selection"]),
-        samples=tuple(_sample(entry, files) for entry in _list(message["samples"], MAX_SAMPLES)),
-        world_size=world_size,
-        backend=_one_of(message["backend"], ("nccl", "gloo")),
-        reason=_text(message["reason"]),
-        loud=_flag(message["loud"]),
-        place=_place(place, world_size, str(message["backend"])),
+        files=tuple(_files(data, begin, outline.files)),
+        buffer_size=outline.buffer_size,
+        num_buffers=outline.num_buffers,
+        staging=outline.staging,
+        readers=tuple(outline.readers),
+        chain=tuple(outline.chain),
+        plan=outline.plan,
+        selection=Selection(tuple(outline.include), tuple(outline.exclude)),
+        samples=tuple(_samples(outline)),
+        world_size=outline.world_size,
+        backend=outline.backend,
+        reason=outline.reason,
+        loud=outline.loud,
+        place=Place(place.rank, place.device, place.ranks_on_host, place.readers_on_host),
     )
 
 
-def _chain(value: object, world_size: int) -> tuple[int, ...]:
-    ranks = tuple(_count(rank, world_size - 1) for rank in _list(value, world_size))
-    if ranks and sorted(ranks) != list(range(world_size)):
+def _check_group(outline: Outline, place: Placement) -> None:
+    ranks = (*outline.readers, place.rank)
+    if max(ranks) >= outline.world_size or len(set(outline.readers)) != len(outline.readers):
+        raise ValueError("its readers or its rank are not of its group")
+    if outline.chain and sorted(outline.chain) != list(range(outline.world_size)):
         raise ValueError("its chain does not have every rank once")
-    return ranks
+    if max(place.ranks_on_host, place.readers_on_host) > outline.world_size:
+        raise ValueError("more ranks on a host than there are")
+    if (outline.backend == "nccl") is (place.device == "cpu"):
+        raise ValueError(f"{place.device} is no device for {outline.backend}")
 
 
-def _place(message: Mapping[str, object], world_size: int, backend: str) -> Place:
-    device = _text(message["device"])
-    if not re.fullmatch(r"cuda:(0|[1-9][0-9]?)" if backend == "nccl" else "cpu", device):
-        raise ValueError(f"{device} is no device for {backend}")
-    return Place(
-        rank=_count(message["rank"], world_size - 1),
-        device=device,
-        ranks_on_host=max(1, _count(message["ranks_on_host"], world_size)),
-        readers_on_host=max(1, _count(message["readers_on_host"], world_size)),
-    )
-
-
-def _file(entry: object) -> FileSpec:
-    name, nbytes, mtime_ns, executable, header_text, elsewhere, unlisted = _list(entry, 7)
-    if not isinstance(name, str):
-        raise ValueError("a file's name is not a text")
-    fault = name_fault(name)
+def _check_sizes(outline: Outline) -> None:
+    fault = amount_fault(sum(file.nbytes for file in outline.files), outline.buffer_size)
     if fault:
-        raise ValueError(f"the name {shown(name)}: {fault}")
-    size = _count(nbytes, MAX_NBYTES)
-    header: Header | None = None
-    if header_text is not None:
-        if not isinstance(header_text, str):
-            raise ValueError(f"{name}: its header is not a text")
-        header = parse_header(header_text.encode(), size, name)
-    num_tensors = len(header.tensors) if header else 0
-    return FileSpec(
-        name,
-        size,
-        _time(mtime_ns),
-        _flag(executable),
-        header,
-        _positions(elsewhere, num_tensors),
-        _positions(unlisted, num_tensors),
-    )
+        raise ValueError(fault)
 
 
-def _positions(value: object, num_tensors: int) -> frozenset[int]:
-    return frozenset(_count(at, num_tensors - 1) for at in _list(value, num_tensors))
+def _files(data: bytes, at: int, files: Sequence[FileOutline]) -> Iterator[FileSpec]:
+    limits = HeaderLimits()
+    for file in files:
+        header: Header | None = None
+        if file.header is not None:
+            header = parse_header(data[at : at + file.header], file.nbytes, file.name, limits)
+            at += file.header
+        num_tensors = len(header.tensors) if header else 0
+        for positions in (file.elsewhere, file.unlisted):
+            if len(positions) > num_tensors or max(positions, default=-1) >= num_tensors:
+                raise ValueError(f"{file.name}: it has {num_tensors} tensors")
+        yield FileSpec(
+            file.name,
+            file.nbytes,
+            file.mtime_ns,
+            file.executable,
+            header,
+            frozenset(file.elsewhere),
+            frozenset(file.unlisted),
+        )
 
 
-def _selection(value: object) -> Selection:
-    if not isinstance(value, dict):
-        raise ValueError("its selection is not an object")
-    include, exclude = (
-        tuple(_text(glob) for glob in _list(value[key], MAX_FILES))
-        for key in ("include", "exclude")
-    )
-    return Selection(include, exclude)
-
-
-def _sample(entry: object, files: Sequence[FileSpec]) -> Sample:
-    index, begin, length, digest = _list(entry, 4)
-    file = _count(index, len(files) - 1)
-    offset = _count(begin, files[file].nbytes)
-    nbytes = _count(length, min(BLOCK, files[file].nbytes - offset))
-    return Sample(file, offset, nbytes, _text(digest))
-
-
-def _count(value: object, limit: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= limit:
-        raise ValueError(f"{shown(value)} is not a number from 0 to {limit}")
-    return value
-
-
-def _time(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_MTIME_NS:
-        raise ValueError(f"{shown(value)} is not a time in nanoseconds")
-    return value
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{shown(value)} is neither true nor false")
-    return value
-
-
-def _list(value: object, limit: int) -> list[object]:
-    if not isinstance(value, list) or len(value) > limit:
-        raise ValueError(f"not a list of at most {limit}")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or len(value) > 1000 or not value.isprintable():
-        raise ValueError(f"{shown(value)} is not a short printable text")
-    return value
-
-
-def _one_of(value: object, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{shown(value)} is none of {', '.join(choices)}")
-    return str(value)
+def _samples(outline: Outline) -> Iterator[Sample]:
+    for file, offset, nbytes, digest in outline.samples:
+        if file >= len(outline.files) or offset + nbytes > outline.files[file].nbytes:
+            raise ValueError("a sample is of no file, or past its end")
+        yield Sample(file, offset, nbytes, digest)

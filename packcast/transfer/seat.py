@@ -216,6 +216,7 @@ def _open(settings: Settings) -> Opened:
             sidecars=settings.sidecars,
             all_files=settings.all_files,
             exclude_files=settings.exclude_files,
+            follow_links=settings.follow_links,
         )
         files = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
     except PackcastError as fault:

@@ -27,7 +27,12 @@ from packcast.io.source import FileReader
 from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
-from packcast.transfer.agreement import make_offers, rank_of, same_files_as_offered
+from packcast.transfer.agreement import (
+    check_device,
+    make_offers,
+    rank_of,
+    same_files_as_offered,
+)
 from packcast.transfer.go import Go
 from packcast.transfer.moving import Mover
 from packcast.transfer.offer import Offer
@@ -254,6 +259,7 @@ def _expect_offer(line: Line, me: Member, world_size: int, timeout_s: float) -> 
     offer = Offer.from_json(line.expect("OFFER", timeout_s), line.expect("PLACE", timeout_s))
     if (offer.rank, offer.world_size) != (me.rank, world_size):
         raise TransferError("the sender's offer is for another rank or group")
+    check_device(offer)
     return offer
 
 

@@ -15,6 +15,7 @@ from packcast.checkpoint import checkpoint as checkpoint_module
 from packcast.checkpoint import walk as walk_module
 from packcast.checkpoint.checkpoint import MAX_MTIME_NS, Checkpoint, open_checkpoint
 from packcast.checkpoint.header import Header
+from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.reading import FileState
 from packcast.errors import CheckpointError, PackcastError, UsageError
 from tests.checkpoint.handmade import index, shard, sharded, write
@@ -327,10 +328,10 @@ def test_a_file_that_may_not_be_read_is_an_error(
     write(tmp_path / "config.json")
     real_open: Callable[..., int] = os.open
 
-    def without_permission(path: Path, *args: int) -> int:
+    def without_permission(path: Path, *args: int, **more: int) -> int:
         if Path(path).name == name:
             raise PermissionError(13, "Permission denied")
-        return real_open(path, *args)
+        return real_open(path, *args, **more)
 
     # Not chmod: the tests may run as root, who may read everything.
     monkeypatch.setattr(os, "open", without_permission)
@@ -401,16 +402,16 @@ def test_a_file_that_is_rewritten_while_its_header_is_read_is_an_error(
 ) -> None:
     path = shard(tmp_path / "model.safetensors", "x")
     before, data = path.stat(), path.read_bytes()
-    real_read_header = checkpoint_module.read_header
+    real_header_of = checkpoint_module.header_of
 
-    def rewritten_meanwhile(resolved: Path, where: str) -> Header:
-        header = real_read_header(resolved, where)
+    def rewritten_meanwhile(fd: int, nbytes: int, where: str, limits: HeaderLimits) -> Header:
+        header = real_header_of(fd, nbytes, where, limits)
         path.write_bytes(data[:-1] + b"x")
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         return header
 
     time.sleep(0.02)  # for the change time, which moves in ticks of the kernel
-    monkeypatch.setattr(checkpoint_module, "read_header", rewritten_meanwhile)
+    monkeypatch.setattr(checkpoint_module, "header_of", rewritten_meanwhile)
     assert refused(tmp_path).message.startswith(
         "model.safetensors changed while it was being opened: it was written and its time set back"
     )

@@ -79,3 +79,35 @@ def test_names_that_cannot_live_together_are_found(
     names: list[str], clash: tuple[str, str] | None
 ) -> None:
     assert clash_of(names) == clash
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("CON", "con", "nul.txt", "sub/AUX.json", "Com1", "lpt9.tar.gz", "COM\u00b9", "prn .x"),
+        *("a:b", "a:$DATA", "what?.md", "*.json", "a<b", "a>b", 'a"b', "a|b", "C:"),
+        *("dots.", "a/dots../b", "space ", "space /a"),
+    ],
+)
+def test_a_name_that_some_file_systems_do_not_take_is_refused(name: str) -> None:
+    fault = name_fault(name)
+    assert fault
+    assert "some" in fault
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dev/null",
+        "proc/self/environ",
+        "console",
+        "COM",
+        "COM10",
+        "CONF.json",
+        "a.b.c",
+        "nul_",
+        "a b",
+    ],
+)
+def test_a_name_that_only_looks_special_may_travel(name: str) -> None:
+    assert name_fault(name) is None

@@ -13,7 +13,7 @@ from packcast.cli import clean as cleaning
 from packcast.cli import start
 from packcast.cli.app import run
 from packcast.cli.outcome import Outcome
-from packcast.io.sinks.partial import claim
+from packcast.io.sinks.record import claim
 from packcast.settings import Settings
 
 from .conftest import FakeTransfer

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from packcast.errors import DestinationError
-from packcast.io.sinks import partial
+from packcast.io.sinks import partial, record
 from packcast.io.sinks.owned import RECORD
 from tests.io.sinks import (
     CONTENT,
@@ -139,13 +139,13 @@ def test_two_copies_into_one_directory_that_stays_do_not_mix(tmp_path: Path, sta
 def test_where_locks_prove_nothing_a_process_of_this_boot_must_be_gone(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partial, "is_local", lambda fd: False)
+    monkeypatch.setattr(record, "is_local", lambda fd: False)
     killed(start, tmp_path / "out")
     assert states(tmp_path / "out") == ["unused"]
     rewrite_record(tmp_path / ".out.packcast-t0", pid=os.getpid())  # another process by its start
     assert states(tmp_path / "out") == ["unused"]
     rewrite_record(
-        tmp_path / ".out.packcast-t0", pid=os.getpid(), started=partial._start_of(os.getpid())
+        tmp_path / ".out.packcast-t0", pid=os.getpid(), started=record._start_of(os.getpid())
     )
     assert states(tmp_path / "out") == ["unknown"]
 
@@ -156,7 +156,7 @@ def test_where_locks_prove_nothing_a_process_of_this_boot_must_be_gone(
 def test_on_a_shared_file_system_another_hosts_partial_directory_is_only_named(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch, other: dict[str, object]
 ) -> None:
-    monkeypatch.setattr(partial, "is_local", lambda fd: False)
+    monkeypatch.setattr(record, "is_local", lambda fd: False)
     pid = killed(start, tmp_path / "out")
     rewrite_record(tmp_path / ".out.packcast-t0", host="far", **other)
     sink = copy(tmp_path / "out")

@@ -119,16 +119,20 @@ def test_the_current_directory_is_filled_rather_than_replaced(
     assert "current directory" in sink.notes[0]
 
 
-def test_a_symlink_stands_for_the_directory_it_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("leads_to", ["real", "later", "out"])
+def test_a_target_that_is_a_symlink_is_not_followed(tmp_path: Path, leads_to: str) -> None:
     copy(tmp_path / "real", {"config.json": b"old"})
+    (tmp_path / "out").symlink_to(leads_to)
+    assert "is a symbolic link" in refused(tmp_path / "out")
+    assert tree(tmp_path / "real") == {"config.json": b"old"}
+    assert names_in(tmp_path) == ["out", "real"]
+
+
+def test_a_symlink_above_the_target_is_part_of_the_path(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
-    copy(tmp_path / "link", force=True, transfer_id="t2")
-    assert (tmp_path / "link").is_symlink()
-    assert tree(tmp_path / "real") == CONTENT
-    (tmp_path / "dangling").symlink_to("later")
-    copy(tmp_path / "dangling")
-    assert tree(tmp_path / "later") == CONTENT
-    assert names_in(tmp_path) == ["dangling", "later", "link", "real"]
+    copy(tmp_path / "link" / "out")
+    assert tree(tmp_path / "real" / "out") == CONTENT
 
 
 # -- with --force --------------------------------------------------------------------------------

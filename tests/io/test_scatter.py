@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from packcast.checkpoint.checkpoint import open_checkpoint
-from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import outgoing_files
+from packcast.checkpoint.tensors import Tensor
 from packcast.errors import TransferError
 from packcast.io.device_landing import DeviceLanding
 from packcast.io.sinks import scatter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from packcast.checkpoint.header import Tensor
+from packcast.checkpoint.tensors import Tensor
 from packcast.io.sinks.shelf import GivenTensors, NewTensors
 from packcast.packed.sums import SlotSums
 

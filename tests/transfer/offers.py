@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, replace
 from typing import Literal
 
 from packcast.checkpoint.header import LENGTH_NBYTES, parse_header
@@ -62,6 +63,11 @@ OFFER = Offer(
     place=Place(3, "cpu", 2, 1),
 )
 
+# These stand in a message for JSON that Python does not write.
+DIGITS, NESTED = "@digits@", "@nested@"
+_RAW = {DIGITS: b"9" * 5000, NESTED: b"[" * 100_000 + b"]" * 100_000}
+_FIELDS = ("name", "nbytes", "mtime_ns", "executable", "header", "elsewhere", "unlisted")
+
 # Never what an offer's field may be, but for the flags.
 JUNK: dict[str, object] = {
     "null": None,
@@ -71,7 +77,7 @@ JUNK: dict[str, object] = {
     "NaN": float("nan"),
     "infinity": float("inf"),
     "huge": 10**30,
-    "thousands of digits": 10**5000,
+    "thousands of digits": DIGITS,
     "escape": "\x1b[31m",
     "long text": "x" * 1001,
     "list of lists": [[]],
@@ -107,13 +113,34 @@ def offer_of(files: Sequence[FileSpec], readers: tuple[int, ...] = (0,)) -> Offe
 
 
 def messages(offer: Offer) -> tuple[Message, Message]:
-    """OFFER and PLACE as they come out of the wire."""
-    return as_received(offer.to_json()), as_received(offer.place.to_json())
+    """The offer's outline, in which each shard has the text of its header, and its place."""
+    data = offer.to_bytes()
+    line, _, headers = data.partition(b"\n")
+    outline = json.loads(line)
+    for file in outline["files"]:
+        if file["header"] is not None:
+            nbytes = file["header"]
+            file["header"], headers = headers[:nbytes].decode(), headers[nbytes:]
+    assert not headers
+    return outline, asdict(offer.place)
 
 
-def as_received(message: Mapping[str, object]) -> Message:
-    received: Message = json.loads(json.dumps(message))
-    return received
+def packed(message: object) -> bytes:
+    """The offer of such an outline, whatever is in it; files may be lists of their fields."""
+    outline = deepcopy(message)
+    headers: list[bytes] = []
+    files = outline.get("files") if isinstance(outline, dict) else None
+    for at, file in enumerate(files if isinstance(files, list) else ()):
+        if isinstance(file, list):
+            file = {**dict(zip(_FIELDS, file, strict=False)), **dict.fromkeys(map(str, file[7:]))}
+            files[at] = file
+        if isinstance(file, dict) and isinstance(file.get("header"), str):
+            headers.append(file["header"].encode("utf-8", "surrogatepass"))
+            file["header"] = len(headers[-1])
+    line = json.dumps(outline, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    for name, raw in _RAW.items():
+        line = line.replace(f'"{name}"'.encode(), raw)
+    return b"".join((line, b"\n", *headers))
 
 
 def member(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from packcast.packed.plan import BLOCK
 from packcast.settings import Settings
 from packcast.transfer.agreement import (
     NUM_SAMPLES,
+    check_device,
     check_one_checkpoint,
     choose_readers,
     make_offers,
@@ -25,10 +26,10 @@ from packcast.transfer.agreement import (
     same_files_as_offered,
     take_samples,
 )
-from packcast.transfer.offer import Offer, Sample, Selection
+from packcast.transfer.offer import Offer, Place, Sample, Selection
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.processes import num_descriptors
-from tests.transfer.offers import member, messages, offer_of
+from tests.transfer.offers import member, offer_of, valid_offer
 
 SENDER = member(0)
 
@@ -152,7 +153,7 @@ def test_what_is_offered_passes_the_receivers_own_checks(
     checkpoint: Checkpoint, files: tuple[OutgoingFile, ...], readers: int | None
 ) -> None:
     for offer in offers_for(checkpoint, files, readers).values():
-        received = Offer.from_json(*messages(offer))
+        received = Offer.from_bytes(offer.to_bytes(), asdict(offer.place))
         assert received == offer
         assert {chunk.root for chunk in received.chunks()} == set(offer.readers)
 
@@ -268,6 +269,14 @@ def test_a_reader_whose_file_changes_meanwhile_says_so(tmp_path: Path) -> None:
 
 def test_rank_of_is_the_rank() -> None:
     assert rank_of(member(7)) == 7
+
+
+def test_nccl_where_torch_has_none_is_a_matter_of_who_takes_part() -> None:
+    check_device(valid_offer())
+    offer = replace(valid_offer(), backend="nccl", place=Place(3, "cuda:99", 1, 1))
+    with pytest.raises(RendezvousError, match="offers nccl on cuda:99") as caught:
+        check_device(offer)
+    assert caught.value.exit_code == 4
 
 
 def test_the_chain_goes_from_host_to_host_and_is_not_told_where_it_is_by_rank(

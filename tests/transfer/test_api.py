@@ -26,7 +26,8 @@ from packcast import (
     receive_checkpoint,
     send_checkpoint,
 )
-from packcast.checkpoint.header import DTYPE_BITS, read_header
+from packcast.checkpoint.header import read_header
+from packcast.checkpoint.tensors import DTYPE_BITS
 from packcast.report import Report
 from packcast.units import MIB
 from tests.helpers.checkpoints import same_tree, sharded, write_safetensors

@@ -9,7 +9,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
-from packcast.checkpoint.header import Header, Tensor, read_header
+from packcast.checkpoint.header import Header, read_header
+from packcast.checkpoint.tensors import Tensor
 from packcast.errors import CheckpointError
 
 

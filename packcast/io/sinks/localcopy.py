@@ -6,13 +6,14 @@ Opens no file.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.checkpoint.reading import FileState
+from packcast.checkpoint.reading import FileState, unreadable
 from packcast.checkpoint.walk import Kind, walk
 from packcast.errors import CheckpointError
 
@@ -24,9 +25,15 @@ def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
     beside them that were not offered are listed too, but for weights in other formats. Raises
     CheckpointError where nothing is.
     """
-    if path.is_file():
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        mode = 0
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+    if stat.S_ISREG(mode):
         return Checkpoint(path, (_local_file(path.name, path),), ())
-    if not path.is_dir():
+    if not stat.S_ISDIR(mode):
         raise CheckpointError(f"{path}: there is nothing to compare with")
     offered = {spec.name for spec in files}
     beside: set[str] = set()

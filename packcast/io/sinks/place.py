@@ -69,12 +69,18 @@ def destination_error(error: OSError, doing: str) -> DestinationError:
 def locate(target: Path, transfer_id: str, *, in_place: bool = False) -> Place:
     """Resolve `target` and decide where its partial directory goes; raises DestinationError.
 
-    A target that is a symlink stands for what it points at. The partial directory lies beside the
-    target, so that one rename publishes all; inside it where no such rename is possible, or where
-    the directory that is there is to stay (`in_place`).
+    A target that is a symlink is refused, since somebody else may have put it there; one further up
+    is part of the path. The partial directory lies beside the target, so that one rename publishes
+    all; inside it where no such rename is possible, or where the directory that is there is to stay
+    (`in_place`).
     """
     try:
         real = os.path.realpath(target)
+        if os.path.islink(target):
+            raise DestinationError(
+                f"{target} is a symbolic link, which is not followed",
+                hint=f"if that is meant: --out {real}",
+            )
         found = os.lstat(real)
     except FileNotFoundError:
         if not os.path.isabs(target) and not os.path.exists(os.curdir):

@@ -13,8 +13,8 @@ from contextlib import suppress
 
 from packcast.errors import DestinationError
 from packcast.io.sinks.owned import entries, open_folder, remove_entry
-from packcast.io.sinks.partial import give_up_claim
 from packcast.io.sinks.place import Place, check_replaceable, destination_error
+from packcast.io.sinks.record import give_up_claim
 from packcast.io.syscalls import exchange
 
 # The rename or exchange cannot be had here (a mount, overlayfs, NFS, a sticky directory): file by

@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
-from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.tensors import Tensor
 from packcast.errors import UsageError
 from packcast.packed.overlap import check_apart
 from packcast.packed.tensors import alias_of, as_bytes, check_plain, mark_changed

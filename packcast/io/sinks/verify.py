@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
-from packcast.checkpoint.header import Tensor
 from packcast.checkpoint.index import is_index
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.tensors import Tensor
 from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly

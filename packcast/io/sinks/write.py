@@ -21,7 +21,7 @@ from packcast.io.schedule import Schedule, Span
 from packcast.io.sinks.attributes import take_over_attributes
 from packcast.io.sinks.offered import check_names, folders_of
 from packcast.io.sinks.owned import mark_as_own, open_folder
-from packcast.io.sinks.partial import claim, is_there, remove_partial
+from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.place import (
     Place,
     check_replaceable,
@@ -31,12 +31,14 @@ from packcast.io.sinks.place import (
     make_parents,
 )
 from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
+from packcast.io.sinks.record import check_in_use, claim
 from packcast.io.sinks.space import free_nbytes, reserve
 from packcast.io.work import Failure, Task
 from packcast.packed.plan import Extent
 
 _NUM_SYNC_THREADS = 8
 _WAIT_FOR_WRITERS_S = 1.0
+_HOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -202,10 +204,11 @@ class WriteSink:
     def _make_partial(self, place: Place) -> bool:
         """Whether this sink is the one that writes; an exclusive mkdir decides."""
         with self._while_wanted():
-            self._holder_fd = os.open(place.holder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._holder_fd = os.open(place.holder, _HOLDER_FLAGS)
             try:
                 os.mkdir(place.partial, dir_fd=self._holder_fd)
             except FileExistsError:
+                check_in_use(self._holder_fd, place.partial, place.partial_path)
                 self._close_folders()
                 return False
             except OSError as error:

@@ -1,0 +1,198 @@
+"""The record in a partial directory: which process made it, and whether that still lives.
+
+A process that is killed cannot remove its own. So each holds a record, locked for as long as the
+process that made it lives: who gets the lock afterwards knows that it is dead. Where a lock proves
+nothing (network and user-space file systems), a process of this machine must be gone by its pid.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Literal
+
+from packcast.errors import DestinationError
+from packcast.io.sinks.owned import RECORD
+from packcast.io.syscalls import is_local
+
+_MAX_RECORD_NBYTES = 4096
+_MAX_HOST_LENGTH = 255
+_REMOVAL_LIMIT_S = 2.0
+_RECORD_LIMIT_S = 2.0  # from making a partial directory to its record
+_LOOK_S = 0.02
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_NAMESPACE = "/proc/self/ns/pid"
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# unused: proven; used: its process lives; unknown: packcast cannot tell.
+State = Literal["unused", "used", "unknown"]
+
+
+def claim(partial_fd: int) -> int:
+    """Put a locked record into a new partial directory; the lock lasts as long as the descriptor.
+
+    The record's text comes after the lock: a text without a lock has lost its process.
+    """
+    fd = os.open(
+        RECORD, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644, dir_fd=partial_fd
+    )
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        locked = True
+    except OSError:  # this file system has no locks
+        locked = False
+    pid = os.getpid()
+    record = {
+        "version": 1,
+        "host": socket.gethostname(),
+        "pid": pid,
+        "started": _start_of(pid),
+        "boot_id": _boot_id(),
+        "pid_namespace": _pid_namespace(),
+        "locked": locked,
+    }
+    try:
+        os.write(fd, json.dumps(record).encode("ascii"))
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def check_in_use(holder_fd: int, name: str, path: str) -> None:
+    """Raise DestinationError unless another rank of this transfer holds the partial directory.
+
+    A rank that believed in any directory of that name would drop its bytes, and nobody would write
+    them. One that was made just now gets its record within the limit.
+    """
+    deadline = time.monotonic() + _RECORD_LIMIT_S
+    while True:
+        try:
+            folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=holder_fd)
+        except OSError as error:
+            raise _in_the_way(path) from error
+        try:
+            record_fd, state, owner = look(folder_fd)
+            if record_fd >= 0:
+                os.close(record_fd)
+        finally:
+            os.close(folder_fd)
+        if state != "unused" and owner is not None:
+            return
+        if state == "unused" or time.monotonic() > deadline:
+            raise _in_the_way(path)
+        time.sleep(_LOOK_S)
+
+
+def _in_the_way(path: str) -> DestinationError:
+    return DestinationError(
+        f"{path} is in the way, and no rank of this transfer writes there",
+        hint="remove it, and find out who made it",
+    )
+
+
+def give_up_claim(partial_fd: int, claim_fd: int) -> None:
+    """Remove the record of a complete copy. Closes `claim_fd`.
+
+    Emptied first: unlocked and with its text, the copy would count as left behind. Closed before
+    the name goes, or NFS would keep a hidden file in its place.
+    """
+    try:
+        os.ftruncate(claim_fd, 0)
+    finally:
+        os.close(claim_fd)
+    os.unlink(RECORD, dir_fd=partial_fd)
+
+
+def look(folder_fd: int) -> tuple[int, State, str | None]:
+    """The record's descriptor (-1 without one), which holds the lock where the state is unused."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(RECORD, flags, dir_fd=folder_fd)
+    except OSError:
+        return -1, "unknown", None
+    record = _read_record(fd)
+    if record is None:
+        return fd, "unknown", None
+    owner = f"pid {record['pid']} on {record['host']}"
+    try:
+        _lock(fd, record)
+    except BlockingIOError:
+        return fd, "used", owner
+    except OSError:
+        return fd, "unknown", owner
+    # Again: before the lock was ours, its maker may have emptied it, since the copy is complete.
+    record = _read_record(fd)
+    if record is None or not record["locked"]:
+        return fd, "unknown", owner
+    # A local file system belongs to one kernel, whose locks are true. Elsewhere a lock may be seen
+    # by this host alone, or by this mount: but a process that this one could see can be missed.
+    proven = is_local(folder_fd) or _has_ended(record)
+    return fd, "unused" if proven else "unknown", owner
+
+
+def _lock(fd: int, record: dict[str, object]) -> None:
+    """Raises BlockingIOError where another process has it; one that removes it is waited for."""
+    deadline = time.monotonic() + _REMOVAL_LIMIT_S
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline or not _has_ended(record):
+                raise
+        time.sleep(_LOOK_S)
+
+
+def _read_record(fd: int) -> dict[str, object] | None:
+    try:
+        record = json.loads(os.pread(fd, _MAX_RECORD_NBYTES, 0))
+        if record["version"] != 1:
+            return None
+        return {
+            "pid": int(record["pid"]),
+            "host": str(record["host"])[:_MAX_HOST_LENGTH],
+            "started": record["started"],
+            "boot_id": record["boot_id"],
+            "pid_namespace": record["pid_namespace"],
+            "locked": record["locked"] is True,
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _has_ended(record: dict[str, object]) -> bool:
+    """Whether this process would see the record's one, and does not."""
+    here = (_boot_id(), _pid_namespace())
+    if None in here or (record["boot_id"], record["pid_namespace"]) != here:
+        return False
+    pid = record["pid"]
+    assert isinstance(pid, int)
+    return _start_of(pid) != record["started"]
+
+
+def _boot_id() -> str | None:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return None
+
+
+def _pid_namespace() -> str | None:
+    try:
+        return os.readlink(_PID_NAMESPACE)
+    except OSError:
+        return None
+
+
+def _start_of(pid: int) -> int | None:
+    """When the process was started, in ticks since the boot; None where there is none."""
+    try:
+        stat_line = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    # pid (name, which may hold anything) state ... ; the start is the 22nd word
+    return int(stat_line.rpartition(b")")[2].split()[19])

@@ -1,0 +1,166 @@
+"""Symlinks in a checkpoint: followed within it and to a cache's blobs, elsewhere only if asked."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from packcast.checkpoint import checkpoint as checkpoint_module
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.checkpoint.reading import open_without_links
+from packcast.checkpoint.walk import Entry, walk
+from packcast.errors import CheckpointError
+from tests.checkpoint.handmade import index, shard, write
+
+SHARD = "model.safetensors"
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    return write(tmp_path / "elsewhere" / "secret.txt", "the secret").parent
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return shard(tmp_path / "model" / SHARD, "t").parent
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    return [file.name for file in checkpoint.files]
+
+
+def link(path: Path, target: Path | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+def test_a_linked_file_outside_is_left_out_and_named(model: Path, secret: Path) -> None:
+    link(model / "notes.txt", secret / "secret.txt")
+    checkpoint = open_checkpoint(model)
+    assert names(checkpoint) == [SHARD]
+    assert checkpoint.warnings == (
+        "notes.txt: a link that leads out of the checkpoint: left out (--follow-links follows it)",
+    )
+    assert names(open_checkpoint(model, follow_links=True)) == [SHARD, "notes.txt"]
+
+
+def test_a_linked_folder_outside_is_not_even_listed(model: Path, secret: Path) -> None:
+    link(model / "more", secret)
+    checkpoint = open_checkpoint(model)
+    assert names(checkpoint) == [SHARD]
+    assert "more: a link that leads out" in checkpoint.warnings[0]
+    assert names(open_checkpoint(model, follow_links=True)) == [SHARD, "more/secret.txt"]
+
+
+@pytest.mark.parametrize("target", ["../elsewhere/secret.txt", "sub/../../elsewhere/secret.txt"])
+def test_a_relative_link_outside_is_no_better(model: Path, secret: Path, target: str) -> None:
+    (model / "sub").mkdir()
+    link(model / "notes.txt", target)
+    assert names(open_checkpoint(model)) == [SHARD]
+
+
+def test_a_chain_of_links_counts_by_its_end(model: Path, secret: Path) -> None:
+    link(model / "first.txt", "second")
+    link(model / "second", secret / "secret.txt")
+    link(secret / "back", model / "own.txt")
+    write(model / "own.txt", "mine")
+    link(model / "there-and-back.txt", secret / "back")
+    assert names(open_checkpoint(model)) == [SHARD, "own.txt", "there-and-back.txt"]
+
+
+def test_a_sibling_whose_name_begins_alike_is_outside(model: Path) -> None:
+    write(model.with_name("model-2") / "secret.txt", "x")
+    link(model / "notes.txt", "../model-2/secret.txt")
+    assert names(open_checkpoint(model)) == [SHARD]
+
+
+@pytest.mark.parametrize("name", ["second.safetensors", "model.safetensors.index.json"])
+def test_a_shard_or_an_index_outside_is_an_error_that_names_the_option(
+    model: Path, tmp_path: Path, name: str
+) -> None:
+    shard(tmp_path / "store" / "second.safetensors", "u")
+    index(tmp_path / "store" / "model.safetensors.index.json", {"t": SHARD})
+    link(model / name, tmp_path / "store" / name)
+    with pytest.raises(CheckpointError, match=f"{name}: a link that leads out") as caught:
+        open_checkpoint(model)
+    assert caught.value.exit_code == 3
+    assert "--follow-links" in str(caught.value.hint)
+    assert name in names(open_checkpoint(model, follow_links=True))
+
+
+def test_the_path_itself_may_be_a_link(model: Path, tmp_path: Path) -> None:
+    link(tmp_path / "to-folder", model)
+    link(tmp_path / "to-file.safetensors", model / SHARD)
+    assert names(open_checkpoint(tmp_path / "to-folder")) == [SHARD]
+    assert names(open_checkpoint(tmp_path / "to-file.safetensors")) == ["to-file.safetensors"]
+
+
+def cache(tmp_path: Path) -> Path:
+    """A snapshot as Hugging Face's libraries lay it out."""
+    repo = tmp_path / "models--o--n"
+    shard(repo / "blobs" / "abc", "t")
+    write(repo / "blobs" / "def", "{}")
+    snapshot = repo / "snapshots" / "rev"
+    link(snapshot / SHARD, "../../blobs/abc")
+    link(snapshot / "sub" / "config.json", "../../../blobs/def")
+    return snapshot
+
+
+def test_a_snapshot_of_a_cache_links_to_its_blobs(tmp_path: Path) -> None:
+    snapshot = cache(tmp_path)
+    checkpoint = open_checkpoint(snapshot)
+    assert names(checkpoint) == [SHARD, "sub/config.json"]
+    assert checkpoint.warnings == ()
+
+
+def test_a_snapshot_links_to_no_other_place_of_the_cache(tmp_path: Path, secret: Path) -> None:
+    snapshot = cache(tmp_path)
+    write(tmp_path / "models--o--n" / "refs" / "main", "rev")
+    link(snapshot / "main.txt", "../../refs/main")
+    link(tmp_path / "models--o--n" / "blobs" / "planted", secret / "secret.txt")
+    link(snapshot / "planted.txt", "../../blobs/planted")
+    assert names(open_checkpoint(snapshot)) == [SHARD, "sub/config.json"]
+
+
+def test_blobs_that_are_a_link_themselves_are_outside(tmp_path: Path, secret: Path) -> None:
+    snapshot = cache(tmp_path)
+    blobs = snapshot.parent.parent / "blobs"
+    blobs.rename(tmp_path / "moved")
+    link(blobs, tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="leads out of the checkpoint"):
+        open_checkpoint(snapshot)
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_a_link_planted_after_the_walk_is_not_followed(
+    model: Path, secret: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(model / "sub" / "secret.txt", "harmless")
+
+    def planted(*args: object, **more: object) -> tuple[list[Entry], list[str]]:
+        found = walk(*args, **more)  # type: ignore[arg-type]
+        (model / "sub" / "secret.txt").unlink()
+        if where == "file":
+            link(model / "sub" / "secret.txt", secret / "secret.txt")
+        else:
+            (model / "sub").rmdir()
+            link(model / "sub", secret)
+        return found
+
+    monkeypatch.setattr(checkpoint_module, "walk", planted)
+    with pytest.raises(CheckpointError, match=r"sub/secret\.txt: "):
+        open_checkpoint(model)
+
+
+def test_what_is_no_regular_file_is_opened_as_a_name_only(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+        for name in ("fifo", "socket", "."):
+            fd = open_without_links(tmp_path.resolve() / name)
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                os.read(fd, 1)
+            os.close(fd)
