@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
-from contextlib import suppress
 
-from packcast.errors import PackcastError
+# Whoever stops this while it is still being imported is not to see where.
+_INTERRUPT = signal.getsignal(signal.SIGINT)
+if _INTERRUPT is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import os  # noqa: E402
+import sys  # noqa: E402
+from contextlib import suppress  # noqa: E402
+
+from packcast.errors import PackcastError  # noqa: E402
 
 
 def main() -> None:
@@ -18,6 +24,7 @@ def main() -> None:
     try:
         from packcast.cli.app import run
 
+        signal.signal(signal.SIGINT, _INTERRUPT)
         code = run(sys.argv[1:])
     except KeyboardInterrupt:  # before a command has begun, or after it has ended
         code = 128 + signal.SIGINT

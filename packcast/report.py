@@ -5,9 +5,12 @@ Knows no torch, and not how it will be shown.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from packcast.comparison import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class Report:
     exit_code: int = 0
     error: str | None = None
     hint: str | None = None
+    checkpoint: str | None = None  # where it is, on a rank that sends it
     num_files: int = 0
     num_tensors: int = 0
     nbytes: int = 0
@@ -71,10 +75,34 @@ class Report:
     peak_pinned_nbytes: int = 0
     digests: Mapping[str, str] = field(default_factory=dict)
     workers: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    comparison: Comparison | None = None  # of a worker that has compared
     warnings: tuple[str, ...] = ()
+    started: str | None = None  # when the command was, as ISO 8601 in UTC; None in a library call
+    total_seconds: float = 0.0  # of the whole command, with its start; 0 in a library call
     ends_cleanly: bool = True  # False: a thread is stuck in torch; leave by os._exit
 
     @property
     def bytes_per_second(self) -> float:
         """Of the whole checkpoint, once, over the whole time; zero where nothing was measured."""
         return self.nbytes / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def digest(self) -> str | None:
+        """One for the whole checkpoint: SHA-256 over the names and digests of its files."""
+        if not self.digests:
+            return None
+        lines = (f"{digest}  {name}\n" for name, digest in sorted(self.digests.items()))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 1-8, 11`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    one = len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"rank {text}" if one else f"ranks {text}"

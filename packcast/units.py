@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
@@ -48,6 +49,20 @@ def format_exact_size(nbytes: int) -> str:
 def format_rate(bytes_per_second: float) -> str:
     """Decimal, as the field writes bandwidth: `43.6 GB/s`."""
     return f"{bytes_per_second / 1e9:.{1 if bytes_per_second >= 10e9 else 2}f} GB/s"
+
+
+def format_speed(bytes_per_second: float) -> str:
+    """As `format_rate`, but in MB/s where that says more: `8.5 MB/s`."""
+    if bytes_per_second >= 0.1e9:
+        return format_rate(bytes_per_second)
+    return f"{bytes_per_second / 1e6:.{1 if bytes_per_second < 10e6 else 0}f} MB/s"
+
+
+def format_countdown(seconds: float) -> str:
+    """Minutes and seconds as a clock shows them: `4:50`, `1:02:03`."""
+    minutes, rest = divmod(math.ceil(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def parse_rate(text: str) -> float:

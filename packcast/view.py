@@ -7,26 +7,48 @@ a thread of its own in a library call), but where it says otherwise; `close` by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-Phase = Literal["join", "offer", "start", "data", "finish", "publish", "done"]
+Phase = Literal["load", "join", "offer", "start", "data", "finish", "publish", "done"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """What a worker's newest heartbeat said: bytes it has written or checked, and the stage that
+    its loop waits for ("broadcast" is bytes from others; "sync" makes the copy durable)."""
+
+    nbytes: int
+    stage: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Where this rank is, read from the counters at any time and from any thread.
 
-    `stages` maps a stage (read, h2d, broadcast, d2h, write, verify, discard) to bytes so far;
-    `workers` maps a rank to the bytes it has written or checked (on the sender only).
+    `nbytes_done` is what is through everywhere, as far as this rank knows: on the sender that of
+    the slowest worker. `stages` maps a stage (read, h2d, broadcast, d2h, write, verify, discard) to
+    bytes so far on this rank. `workers` are by rank, on the sender only.
     """
 
     nbytes_done: int
     nbytes_total: int
     stages: dict[str, int]
-    workers: dict[int, int]
+    workers: dict[int, WorkerState]
     at: str  # the file that the newest chunk belongs to
+    stage: str = ""  # that this rank's loop waits for
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """Who has joined the sender so far; times by `time.monotonic()`."""
+
+    joined: int
+    wanted: int
+    missing: tuple[int, ...]  # ranks, where a launcher has given them out
+    newest: str | None  # label of the last one to come
+    deadline: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +70,7 @@ class Start:
     num_buffers: int
     staging: int
     pool: str  # which I/O threads: native or python
+    hosts: Mapping[int, str] = field(default_factory=dict)  # of each rank; on the sender only
 
 
 class View:
@@ -56,8 +79,8 @@ class View:
     def listening(self, recv_line: str) -> None:
         """No launcher: the exact `packcast recv ...` line to run on each worker."""
 
-    def joined(self, label: str, joined: int, wanted: int) -> None:
-        """A rank has come; `joined` of `wanted` workers are there."""
+    def joining(self, joining: Joining) -> None:
+        """The sender waits for workers: at first, and again for each that has come."""
 
     def warn(self, text: str) -> None:
         """Something to know that stops nothing (also from the control thread)."""

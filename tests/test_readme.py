@@ -51,6 +51,7 @@ OTHERS_OPTIONS = {  # torchrun's, mypy's, and those that every command has
     "--strict",
     "--help",
     "--version",
+    "--install-completion",
 }
 COMPAT_FRAME = """
 import os
@@ -176,7 +177,7 @@ def options() -> dict[str, Any]:
     """By name, of all commands; where two have one of a name, the last one's."""
     return {
         name: parameter
-        for command in ("bench", "clean", "inspect", "recv", "send")
+        for command in ("bench", "clean", "doctor", "inspect", "verify", "recv", "send")
         for parameter in parameters(command)
         for name in parameter.opts
         if name.startswith("--")

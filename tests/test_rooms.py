@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "packcast"
 # From the ground up; names on one line may use each other in the order in which they stand.
 ROOMS = (
+    "comparison",
     "report",
     "errors",
     "units",
@@ -27,8 +28,18 @@ ROOMS = (
 )
 # Modules that are no room of their own: the door, and the list of public names.
 OUTSIDE = {"__init__", "__main__"}
-NEVER_TORCH = ("checkpoint",)
-TORCH_LATE = ("__init__", "__main__", "errors", "units", "view", "settings", "report", "cli")
+NEVER_TORCH = ("checkpoint", "comparison")
+TORCH_LATE = (
+    "__init__",
+    "__main__",
+    "errors",
+    "units",
+    "view",
+    "settings",
+    "comparison",
+    "report",
+    "cli",
+)
 
 
 def sources() -> list[Path]:

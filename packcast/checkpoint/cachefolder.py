@@ -21,7 +21,7 @@ def refuse_cache_folder(path: Path) -> None:
     elif any((found / "snapshots").is_dir() for found in real.glob("models--*")):
         raise CheckpointError(
             f"{path}: a Hugging Face cache, which holds several models",
-            hint=f"give one: {path / 'models--<owner>--<name>' / 'snapshots' / '<revision>'}",
+            hint=f"give one by its name, as in {_names(real)}",
         )
     else:
         return
@@ -30,3 +30,9 @@ def refuse_cache_folder(path: Path) -> None:
         f"{path}: a Hugging Face cache folder, which may hold several revisions",
         hint=f"give one of them: {revisions or 'there is none'}",
     )
+
+
+def _names(cache: Path) -> str:
+    """Of the models in a cache, as people call them."""
+    folders = sorted(cache.glob("models--*"))
+    return some(found.name.removeprefix("models--").replace("--", "/") for found in folders)

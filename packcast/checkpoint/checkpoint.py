@@ -16,9 +16,11 @@ from pathlib import Path
 
 from packcast.checkpoint.cachefolder import refuse_cache_folder
 from packcast.checkpoint.header import Header, header_of
+from packcast.checkpoint.hub import hint_for_missing
 from packcast.checkpoint.index import Index, is_index, read_index
 from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.notours import what_folder_is
 from packcast.checkpoint.reading import (
     FileState,
     open_regular,
@@ -133,7 +135,7 @@ def open_checkpoint(
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
         what = "a symlink that leads nowhere" if path.is_symlink() else "no such file or directory"
-        raise CheckpointError(f"{path}: {what}") from error
+        raise CheckpointError(f"{path}: {what}", hint=hint_for_missing(path)) from error
     except OSError as error:
         raise unreadable(str(path), error) from error
     if stat.S_ISDIR(mode):
@@ -245,14 +247,14 @@ def _nothing_here(
     if left:
         what = "its index names none of the .safetensors files beside it"
         return CheckpointError(f"{path}: {what}", hint="--all-files takes them all the same")
-    hint = "give the directory that holds the .safetensors files"
+    what, hint = what_folder_is(path)
     if other_weights:
         names = some(shown_name(entry.name) for entry in other_weights)
         hint = f"convert {names} to safetensors first"
     if exclude_files:
-        what = "no .safetensors file is left in this directory by --exclude-files"
-        return UsageError(f"{path}: {what}")
-    return CheckpointError(f"{path}: no .safetensors file in this directory", hint=hint)
+        left_none = "no .safetensors file is left in this directory by --exclude-files"
+        return UsageError(f"{path}: {left_none}")
+    return CheckpointError(f"{path}: no .safetensors file in this directory: {what}", hint=hint)
 
 
 def _judged(

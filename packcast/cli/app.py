@@ -6,18 +6,19 @@ Nothing here imports torch; what needs it is imported inside the command that ne
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import packcast
+from packcast.cli import local
 from packcast.cli import options as opt
 from packcast.cli import settings as given
+from packcast.cli.afterwards import Afterwards
 from packcast.cli.bench import bench
 from packcast.cli.helps import (
     BENCH_EXAMPLES,
     BENCH_HELP,
+    DOCTOR_EXAMPLES,
     HEARTBEAT_TIMEOUT,
     JOIN_TIMEOUT,
     RECV_EXAMPLES,
@@ -26,7 +27,10 @@ from packcast.cli.helps import (
     SEND_HELP,
     STAGING,
     STALL_TIMEOUT,
+    VERIFY_EXAMPLES,
+    VERIFY_HELP,
 )
+from packcast.cli.hub import checkpoint_path
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.progress import make_view
 from packcast.cli.start import (
@@ -34,24 +38,23 @@ from packcast.cli.start import (
     begin,
     forget_service_links,
     name_variables,
+    plain_words,
     start_ranks,
+    typed_options,
     warner,
 )
 from packcast.cli.streams import flush_streams
-from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
-from packcast.io.pool import pool_kind
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 
-COMMANDS = ("send", "recv", "bench", "inspect", "clean")
+COMMANDS = ("send", "recv", "bench", "inspect", "verify", "clean", "doctor")
 
 app = typer.Typer(
     name="packcast",
     help="Broadcast a safetensors checkpoint from one process to many, byte for byte proven.",
     epilog="Example: packcast send CKPT --out '/local/copy-{rank}' --nproc 3",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -67,7 +70,9 @@ def run(argv: list[str]) -> int:
         flush_streams()
     except typer.TyperException as error:  # the parser's own: unknown options, missing arguments
         words = ["packcast", *(word for word in argv[:1] if word in COMMANDS), "--help"]
-        wrong = UsageError(error.format_message().rstrip("."), hint=f"see `{' '.join(words)}`")
+        wrong = UsageError(
+            plain_words(error.format_message().rstrip(".")), hint=f"see `{' '.join(words)}`"
+        )
         return _fail(outcome, wrong)
     except (Exception, KeyboardInterrupt) as error:
         return _fail(outcome, command_failure(error))
@@ -83,18 +88,23 @@ def _fail(outcome: Outcome, error: PackcastError) -> int:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"packcast {packcast.__version__} ({pool_kind()} I/O threads)")
+        from packcast.cli.doctor import version_line
+
+        print(version_line())
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def common(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Hold the options of no command."""
+    """Hold the options of no command; without a command show help."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(help=SEND_HELP, epilog=SEND_EXAMPLES)
@@ -111,6 +121,7 @@ def send(
     exclude_files: opt.ExcludeFiles = None,
     include: opt.Include = None,
     exclude: opt.Exclude = None,
+    download: opt.Download = False,
     dry_run: opt.DryRun = False,
     nproc: opt.Nproc = None,
     workers: opt.Workers = None,
@@ -126,6 +137,9 @@ def send(
     join_timeout: opt.JoinTimeout = JOIN_TIMEOUT,
     heartbeat_timeout: opt.HeartbeatTimeout = HEARTBEAT_TIMEOUT,
     stall_timeout: opt.StallTimeout = STALL_TIMEOUT,
+    manifest: opt.Manifest = None,
+    digest: opt.DigestChoice = "xxh128",
+    report: opt.FileReport = None,
     json: opt.Json = None,
     progress: opt.Progress = "auto",
     quiet: opt.Quiet = False,
@@ -135,7 +149,9 @@ def send(
     sink, target = given.destination(out, verify)
     outcome.settings = Settings(
         command="send",
-        checkpoint=Path(checkpoint),
+        checkpoint=checkpoint_path(
+            checkpoint, download=download and outcome.launch.rank == 0, say=None if quiet else say
+        ),
         sink=sink,
         target=target,
         force=force,
@@ -159,11 +175,19 @@ def send(
     if dry_run:
         from packcast.cli.dryrun import dry_run as dry_run_of
 
-        return _show(outcome, dry_run_of(outcome.settings), quiet=quiet)
+        return local.show(outcome, dry_run_of(outcome.settings, nproc), quiet=quiet)
     given.check_send(outcome.settings, outcome.launch, nproc=nproc, quiet=quiet)
+    given.refuse_unused(
+        typed_options(context),
+        without_launcher=workers is not None,
+        writes=sink == "write",
+        has_manifest=manifest is not None,
+    )
+    wanted = Afterwards(manifest, digest, report)
+    wanted.check(outcome.settings, (nproc or outcome.launch.local_world_size) - 1)
     if nproc is not None:
         return start_ranks(outcome, nproc)
-    return _move(outcome, outcome.settings, progress, quiet=quiet)
+    return _move(outcome, outcome.settings, wanted, progress, quiet=quiet)
 
 
 @app.command(help=RECV_HELP, epilog=RECV_EXAMPLES)
@@ -182,6 +206,9 @@ def recv(
     join_timeout: opt.JoinTimeout = JOIN_TIMEOUT,
     heartbeat_timeout: opt.HeartbeatTimeout = HEARTBEAT_TIMEOUT,
     stall_timeout: opt.StallTimeout = STALL_TIMEOUT,
+    manifest: opt.Manifest = None,
+    digest: opt.DigestChoice = "xxh128",
+    report: opt.FileReport = None,
     json: opt.Json = None,
     progress: opt.Progress = "auto",
     quiet: opt.Quiet = False,
@@ -203,80 +230,45 @@ def recv(
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
     given.check_recv(outcome.settings, outcome.launch, json=json)
-    return _move(outcome, outcome.settings, progress, quiet=quiet)
+    given.refuse_unused(
+        typed_options(context),
+        without_launcher=False,
+        writes=sink == "write",
+        has_manifest=manifest is not None,
+    )
+    wanted = Afterwards(manifest, digest, report)
+    wanted.check(outcome.settings, outcome.launch.local_world_size)
+    return _move(outcome, outcome.settings, wanted, progress, quiet=quiet)
 
 
 app.command(help=BENCH_HELP, epilog=BENCH_EXAMPLES)(bench)
 
 
-@app.command(epilog="Example: packcast inspect CKPT --tensors")
-def inspect(
-    context: typer.Context,
-    checkpoint: opt.Checkpoint,
-    tensors: opt.Tensors = False,
-    all_files: opt.AllFiles = False,
-    follow_links: opt.FollowLinks = False,
-    exclude_files: opt.ExcludeFiles = None,
-    json: opt.InspectJson = None,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
+app.command(epilog="Example: packcast inspect CKPT --tensors")(local.inspect)
+app.command(help=VERIFY_HELP, epilog=VERIFY_EXAMPLES)(local.verify)
+app.command(epilog="Example: packcast clean /local")(local.clean)
+app.command(epilog=DOCTOR_EXAMPLES)(local.doctor)
+
+
+def _move(
+    outcome: Outcome,
+    settings: Settings,
+    wanted: Afterwards,
+    mode: opt.ProgressMode,
+    *,
+    quiet: bool,
 ) -> int:
-    """Show what is in a checkpoint: files, sizes, tensors, dtypes."""
-    from packcast.cli.inspect import inspect as listing_of
-
-    outcome = begin(context, "inspect", json=json, verbose=verbose)
-    listing = listing_of(
-        Path(checkpoint),
-        all_files=all_files,
-        follow_links=follow_links,
-        exclude_files=tuple(exclude_files or ()),
-        tensors=tensors,
-    )
-    return _show(outcome, listing, quiet=quiet)
-
-
-@app.command(epilog="Example: packcast clean /local")
-def clean(
-    context: typer.Context,
-    folder: opt.Folder,
-    yes: opt.Yes = False,
-    json: opt.InspectJson = None,
-    quiet: opt.Quiet = False,
-    verbose: opt.Verbose = False,
-) -> int:
-    """List partial copies that killed transfers left behind; remove them with --yes."""
-    from packcast.cli.clean import clean as cleaned
-
-    outcome = begin(context, "clean", json=json, verbose=verbose)
-    listing, failure = cleaned(Path(folder), yes=yes)
-    _show(outcome, listing, quiet=quiet)
-    if failure is not None:
-        say(f"packcast: error: {failure.message}")
-        return failure.exit_code
-    return 0
-
-
-def _show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
-    """What was asked for on standard output: the text, or the JSON in its place."""
-    if not quiet:
-        for warning in listing.warnings:
-            say(f"packcast: warning: {warning}")
-    if outcome.json != "-":
-        print(listing.text)
-    outcome.write_document(listing.document)
-    return 0
-
-
-def _move(outcome: Outcome, settings: Settings, mode: opt.ProgressMode, *, quiet: bool) -> int:
     """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
     outcome.display.verbose = outcome.verbose
     leaver = be_a_rank(outcome)
     try:
+        outcome.display.phase("load")
         from packcast import transfer
 
         report = transfer.run(settings, outcome.display, leaver)
+        report = wanted.write(report, outcome.launch)
     except (Exception, KeyboardInterrupt) as error:
         leaver.leave(command_failure(error))
     code = outcome.finished(report)

@@ -1,18 +1,65 @@
-"""`packcast send --dry-run`: what would go, in which chunks, and the memory it needs. No torch."""
+"""`packcast send --dry-run`: what would go, in which chunks, and what it needs. No torch.
+
+Raises what `send` would raise before it moves a byte, as far as it can be known here.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.checkpoint.leftout import LeftOut, left_out
 from packcast.checkpoint.outgoing import FileSpec, outgoing_files
+from packcast.cli.contents import Contents, kind_of_file, left_out_lines
 from packcast.cli.report import count
-from packcast.cli.tables import Listing, exact, table
-from packcast.packed.plan import Chunk, pinned_nbytes, plan_chunks, ring_nbytes, trailer_nbytes
-from packcast.settings import Settings, fitting_buffer_size
+from packcast.cli.tables import Listing, table
+from packcast.cli.terminal import printable
+from packcast.errors import DestinationError
+from packcast.group.devices import has_gpu_driver, host_name
+from packcast.io.sinks.place import check_replaceable, locate
+from packcast.packed.plan import Chunk, pinned_nbytes, plan_chunks, ring_nbytes
+from packcast.settings import Settings, fill_in, fitting_buffer_size
 from packcast.units import format_exact_size, format_size
 
 
-def dry_run(settings: Settings) -> Listing:
-    """Files, chunks and memory; raises what `send` would raise before it moves a byte."""
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Peak bytes that packcast takes on a rank; `device` is where its ring is."""
+
+    device: str
+    ring: int
+    pinned: int
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """Room on one file system of this host: for the copies that would go there."""
+
+    path: str
+    copies: int
+    needed: int
+    free: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """All that is found."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    contents: Contents
+    chunks: tuple[Chunk, ...]
+    buffer_size: int
+    memory: Memory
+    spaces: tuple[Space, ...]
+    beside: tuple[LeftOut, ...]
+
+
+def dry_run(settings: Settings, nproc: int | None) -> Listing:
+    """Files, chunks, memory, and room for the copies of `nproc` ranks on this host."""
     assert settings.checkpoint is not None
     checkpoint = open_checkpoint(
         settings.checkpoint,
@@ -24,91 +71,144 @@ def dry_run(settings: Settings) -> Listing:
     outgoing = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
     files = tuple(file.spec for file in outgoing)
     size = settings.buffer_size or fitting_buffer_size(sum(file.nbytes for file in files))
-    chunks = plan_chunks([file.nbytes for file in files], size, (0,))
-    return Listing(
-        _text(settings, size, checkpoint, files, chunks),
-        _document(settings, size, checkpoint, files, chunks),
-        checkpoint.warnings,
+    beside = left_out(
+        settings.checkpoint,
+        {file.name for file in files},
+        sidecars=settings.sidecars,
+        exclude_files=settings.exclude_files,
     )
+    found = DryRun(
+        settings,
+        checkpoint,
+        Contents(files),
+        plan_chunks([file.nbytes for file in files], size, (0,)),
+        size,
+        _memory(settings, size),
+        tuple(_spaces(settings, files, nproc)),
+        tuple(beside),
+    )
+    return Listing(_text(found), _document(found), checkpoint.warnings)
 
 
-def _num_tensors(files: tuple[FileSpec, ...]) -> int:
-    return sum(len(file.header.tensors) for file in files if file.header)
+def _memory(settings: Settings, size: int) -> Memory:
+    """On a CPU the ring is the staging too."""
+    ring = ring_nbytes(size, settings.num_buffers)
+    on_cpu = settings.device == "cpu" or settings.backend == "gloo" or not has_gpu_driver()
+    if on_cpu:
+        return Memory("cpu", ring, 0)
+    return Memory("cuda", ring, pinned_nbytes(size, settings.staging))
 
 
-def _text(
-    settings: Settings,
-    size: int,
-    checkpoint: Checkpoint,
-    files: tuple[FileSpec, ...],
-    chunks: tuple[Chunk, ...],
-) -> str:
+def _spaces(settings: Settings, files: Sequence[FileSpec], nproc: int | None) -> list[Space]:
+    """Of each file system that copies would be written to; raises DestinationError as `send`."""
+    if settings.sink != "write" or settings.target is None:
+        return []
+    host, names = host_name(), [file.name for file in files]
+    targets = {
+        fill_in(settings.target, rank=rank, local_rank=rank, host=host)
+        for rank in range(1, nproc or 2)
+    }
+    by_device: dict[int, tuple[str, int]] = {}
+    for target in sorted(targets):
+        place = locate(Path(target), "0" * 32, in_place=settings.in_place)
+        check_replaceable(place, names, force=settings.force)
+        above = place.target
+        while not os.path.isdir(above):
+            above = os.path.dirname(above)
+        device = os.stat(above).st_dev
+        path, copies = by_device.get(device, (above, 0))
+        by_device[device] = path, copies + 1
     nbytes = sum(file.nbytes for file in files)
-    number = settings.num_buffers
-    device = ring_nbytes(size, number)
-    rows = [
-        (file.name, "shard" if file.header else "sidecar", exact(file.nbytes)) for file in files
-    ]
+    spaces = [_space(path, copies, copies * nbytes) for path, copies in by_device.values()]
+    for space in spaces:
+        if space.free is not None and space.free < space.needed:
+            raise DestinationError(
+                f"{space.path}: {count(space.copies, 'copy', 'copies')} need"
+                f"{'s' * (space.copies == 1)} {format_size(space.needed)},"
+                f" and {format_size(space.free)} are free",
+                hint="free some space, or choose another --out",
+            )
+    return spaces
+
+
+def _space(path: str, copies: int, needed: int) -> Space:
+    room = os.statvfs(path)
+    free = room.f_bavail * room.f_frsize if room.f_blocks else None
+    return Space(path, copies, needed, free)
+
+
+def _text(found: DryRun) -> str:
+    settings, memory, size = found.settings, found.memory, found.buffer_size
+    number = count(settings.num_buffers, "buffer")
+    where = "host memory" if memory.device == "cpu" else "GPU memory"
     facts = [
-        ("checkpoint", str(checkpoint.path)),
-        ("files", f"{len(files):,}"),
-        ("tensors", f"{_num_tensors(files):,}"),
-        ("bytes", f"{exact(nbytes)} ({format_size(nbytes)})"),
-        ("chunks", f"{len(chunks):,} of at most {format_exact_size(size)}"),
+        ("checkpoint", str(found.checkpoint.path)),
+        ("goes to", _goes_to(settings)),
+        ("chunks", f"{len(found.chunks):,} of at most {format_exact_size(size)}"),
         (
-            "device memory",
-            f"{exact(device)} bytes on each rank: {count(number, 'buffer')} of "
-            f"{format_exact_size(size)} + {trailer_nbytes(size)}",
-        ),
-        (
-            "pinned memory",
-            f"{exact(pinned_nbytes(size, settings.staging))} bytes"
-            " on each rank with a GPU that reads or writes files",
+            where,
+            f"{format_size(memory.ring)} on each rank, sender and workers alike:"
+            f" {number} of {format_exact_size(size)}",
         ),
     ]
-    return "\n".join(
-        [
-            table(("file", "kind", ">bytes"), rows),
-            "",
-            table(("", ""), facts),
-            "",
-            "dry run: nothing was sent",
-        ]
-    )
+    if memory.pinned:
+        text = f"{format_size(memory.pinned)} on each rank that reads or writes files"
+        facts.append(("pinned memory", text))
+    for space in found.spaces:
+        free = "unknown" if space.free is None else format_size(space.free)
+        copies = count(space.copies, "copy", "copies")
+        facts.append(
+            ("disk space", f"{format_size(space.needed)} for {copies}, {free} free at {space.path}")
+        )
+    blocks = [
+        found.contents.files_table(),
+        found.contents.totals(),
+        printable(left_out_lines(found.beside)),
+        table(("", ""), facts),
+        "dry run: nothing was sent",
+    ]
+    return "\n\n".join(filter(None, blocks))
 
 
-def _document(
-    settings: Settings,
-    size: int,
-    checkpoint: Checkpoint,
-    files: tuple[FileSpec, ...],
-    chunks: tuple[Chunk, ...],
-) -> dict[str, object]:
-    number = settings.num_buffers
+def _goes_to(settings: Settings) -> str:
+    if settings.sink == "write":
+        return f"{settings.target}, written"
+    if settings.sink == "verify":
+        return f"{settings.target}, compared; nothing is written"
+    return "workers that check and drop it; nothing is written (give --out)"
+
+
+def _document(found: DryRun) -> dict[str, object]:
+    settings, contents = found.settings, found.contents
     return {
         "command": "send",
         "dry_run": True,
         "ok": True,
         "exit_code": 0,
         "error": None,
-        "checkpoint": {
-            "path": str(checkpoint.path),
-            "files": len(files),
-            "tensors": _num_tensors(files),
-            "bytes": sum(file.nbytes for file in files),
-        },
+        "checkpoint": {"path": str(found.checkpoint.path), **contents.document()},
         "files": [
             {
                 "name": file.name,
-                "kind": "shard" if file.header else "sidecar",
+                "kind": kind_of_file(file),
                 "bytes": file.nbytes,
                 "tensors": len(file.header.tensors) if file.header else 0,
             }
-            for file in files
+            for file in contents.files
         ],
-        "chunks": len(chunks),
-        "buffers": {"size": size, "count": number, "staging": settings.staging},
-        "device_bytes": ring_nbytes(size, number),
-        "pinned_bytes": pinned_nbytes(size, settings.staging),
-        "warnings": list(checkpoint.warnings),
+        "left_out": [{"name": it.name, "reason": it.reason} for it in found.beside],
+        "chunks": len(found.chunks),
+        "buffers": {
+            "size": found.buffer_size,
+            "count": settings.num_buffers,
+            "staging": settings.staging,
+        },
+        "device": found.memory.device,
+        "device_bytes": found.memory.ring,
+        "pinned_bytes": found.memory.pinned,
+        "space": [
+            {"path": it.path, "copies": it.copies, "bytes": it.needed, "free_bytes": it.free}
+            for it in found.spaces
+        ],
+        "warnings": list(found.checkpoint.warnings),
     }

@@ -43,6 +43,20 @@ RECV_EXAMPLES = f"""Example: packcast recv node1:29400 --out /local/model
 
 {EVERY_OPTION}"""
 
+VERIFY_HELP = """Compare copies with each other or with a manifest, without a transfer.
+
+Every byte is read. All files and tensors that differ, are missing or extra are listed; then the \
+exit code is 6. A single DIR is compared with its manifest, --against or the one beside it."""
+VERIFY_EXAMPLES = f"""Example: packcast verify /shared/model /local/model
+
+Example: packcast verify /shared/model --manifest /shared/model.xxh128
+
+{EVERY_OPTION}"""
+
+DOCTOR_EXAMPLES = f"""Example: packcast doctor /local --reach node1:29400
+
+{EVERY_OPTION}"""
+
 BENCH_HELP = """Measure how fast weights go from one rank to the others, beside what the hardware \
 can do.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from packcast.checkpoint.checkpoint import Checkpoint, SourceFile, open_checkpoint
-from packcast.cli.report import count
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.checkpoint.leftout import LeftOut, left_out
+from packcast.cli.contents import Contents, kind_of_file, left_out_lines
 from packcast.cli.tables import Listing, exact, table
-from packcast.units import format_size
+from packcast.cli.terminal import printable
 
 
 def inspect(
@@ -24,42 +24,13 @@ def inspect(
     checkpoint = open_checkpoint(
         path, all_files=all_files, exclude_files=exclude_files, follow_links=follow_links
     )
-    blocks = [_files_table(checkpoint), _totals(checkpoint)]
+    contents = Contents(checkpoint.files)
+    beside = left_out(path, {file.name for file in checkpoint.files}, exclude_files=exclude_files)
+    blocks = [contents.files_table(), contents.totals(), printable(left_out_lines(beside))]
     if tensors:
         blocks.insert(0, _tensors_table(checkpoint))
-    document = _document(checkpoint, tensors=tensors)
-    return Listing("\n\n".join(blocks), document, checkpoint.warnings)
-
-
-def _kind(file: SourceFile) -> str:
-    return "shard" if file.header else "sidecar"
-
-
-def _dtypes(file: SourceFile) -> dict[str, int]:
-    """How many tensors of each dtype, most frequent first."""
-    tensors = file.header.tensors if file.header else ()
-    return dict(Counter(tensor.dtype for tensor in tensors).most_common())
-
-
-def _files_table(checkpoint: Checkpoint) -> str:
-    rows = [
-        (
-            file.name,
-            _kind(file),
-            exact(file.nbytes),
-            f"{len(file.header.tensors):,}" if file.header else "",
-            ", ".join(f"{number:,} {dtype}" for dtype, number in _dtypes(file).items()),
-        )
-        for file in checkpoint.files
-    ]
-    return table(("file", "kind", ">bytes", ">tensors", "dtypes"), rows)
-
-
-def _totals(checkpoint: Checkpoint) -> str:
-    return (
-        f"{count(len(checkpoint.files), 'file')}, {count(checkpoint.num_tensors, 'tensor')}, "
-        f"{exact(checkpoint.nbytes)} bytes ({format_size(checkpoint.nbytes)})"
-    )
+    document = _document(checkpoint, contents, beside, tensors=tensors)
+    return Listing("\n\n".join(filter(None, blocks)), document, checkpoint.warnings)
 
 
 def _tensors_table(checkpoint: Checkpoint) -> str:
@@ -79,29 +50,27 @@ def _tensors_table(checkpoint: Checkpoint) -> str:
     return table(("tensor", "dtype", "shape", ">bytes", "file", ">offset"), rows)
 
 
-def _document(checkpoint: Checkpoint, *, tensors: bool) -> dict[str, object]:
+def _document(
+    checkpoint: Checkpoint, contents: Contents, beside: Sequence[LeftOut], *, tensors: bool
+) -> dict[str, object]:
     document: dict[str, object] = {
         "command": "inspect",
         "ok": True,
         "exit_code": 0,
         "error": None,
-        "checkpoint": {
-            "path": str(checkpoint.path),
-            "files": len(checkpoint.files),
-            "tensors": checkpoint.num_tensors,
-            "bytes": checkpoint.nbytes,
-        },
+        "checkpoint": {"path": str(checkpoint.path), **contents.document()},
         "files": [
             {
                 "name": file.name,
-                "kind": _kind(file),
+                "kind": kind_of_file(file),
                 "bytes": file.nbytes,
                 "tensors": len(file.header.tensors) if file.header else 0,
-                "dtypes": _dtypes(file),
+                "dtypes": dtypes,
                 "metadata": file.header.metadata if file.header else {},
             }
-            for file in checkpoint.files
+            for file, dtypes in zip(checkpoint.files, contents.dtypes_of, strict=True)
         ],
+        "left_out": [{"name": it.name, "reason": it.reason} for it in beside],
         "warnings": list(checkpoint.warnings),
     }
     if tensors:

@@ -49,11 +49,17 @@ def option(
     )
 
 
+def flag(*names: str, panel: str, help: str) -> Any:
+    """An option without a value, which the help is not to ask for."""
+    return option(*names, panel=panel, help=help, metavar="")
+
+
 Checkpoint = Annotated[
     str,
     typer.Argument(
         metavar="CKPT",
-        help="A .safetensors file, or a directory of shards, index and sidecars.",
+        help="A .safetensors file, or a directory of shards, index and sidecars; or a model in the "
+        "Hugging Face cache, as org/name or org/name@revision.",
         show_default=False,
     ),
 ]
@@ -77,7 +83,7 @@ Verify = Annotated[
 ]
 Discard = Annotated[
     bool,
-    option(
+    flag(
         "--discard",
         panel=DESTINATION,
         help="Check what comes and drop it.",
@@ -85,42 +91,53 @@ Discard = Annotated[
 ]
 Force = Annotated[
     bool,
-    option(
+    flag(
         "--force",
         panel=DESTINATION,
-        help="Replace an earlier copy in DIR. A directory that holds anything else is left alone.",
+        help="Replace an earlier copy in DIR, or files of the same names as those that are sent. "
+        "A directory that holds anything else is left alone.",
     ),
 ]
 
 InPlace = Annotated[
     bool,
-    option(
+    flag(
         "--in-place",
         panel=DESTINATION,
         help="Fill DIR itself, as where a container has it mounted: file by file, the index last, "
         "not in one step.",
     ),
 ]
-Folder = Annotated[
-    str,
-    typer.Argument(
-        metavar="DIR",
-        help="A directory that copies were written into, or the one that holds it.",
-        show_default=False,
-    ),
-]
-Yes = Annotated[
-    bool,
+Manifest = Annotated[
+    str | None,
     option(
-        "--yes",
-        panel=DESTINATION,
-        help="Remove those that nobody uses any more.",
+        "--manifest",
+        metavar="FILE",
+        panel=OUTPUT,
+        help="Write the hashes of the copy's files, for `xxhsum -c` or `sha256sum -c`. It is read "
+        "again for that. {rank}, {local_rank} and {host} are filled in.",
     ),
 ]
-
+DigestChoice = Annotated[
+    Literal["xxh128", "sha256"],
+    option(
+        "--digest",
+        panel=OUTPUT,
+        help="Of --manifest: XXH3 with 128 bits, or SHA-256, which takes longer.",
+    ),
+]
+FileReport = Annotated[
+    str | None,
+    option(
+        "--report",
+        metavar="FILE",
+        panel=OUTPUT,
+        help="Write a line for each file and tensor: = same, * differs, - missing, + new, ! error.",
+    ),
+]
 NoSidecars = Annotated[
     bool,
-    option(
+    flag(
         "--no-sidecars",
         panel=SELECTION,
         help="Only shards and their index: no config, no tokenizer.",
@@ -128,7 +145,7 @@ NoSidecars = Annotated[
 ]
 AllFiles = Annotated[
     bool,
-    option(
+    flag(
         "--all-files",
         panel=SELECTION,
         help="Every .safetensors file, whatever the index says.",
@@ -136,7 +153,7 @@ AllFiles = Annotated[
 ]
 FollowLinks = Annotated[
     bool,
-    option(
+    flag(
         "--follow-links",
         panel=SELECTION,
         help="Symlinks that lead out of the checkpoint, too.",
@@ -169,9 +186,17 @@ Exclude = Annotated[
         help="Not the tensors whose names match. May be repeated.",
     ),
 ]
+Download = Annotated[
+    bool,
+    flag(
+        "--download",
+        panel=SELECTION,
+        help="A model that is not in the Hugging Face cache is downloaded into it first.",
+    ),
+]
 DryRun = Annotated[
     bool,
-    option(
+    flag(
         "--dry-run",
         panel=SELECTION,
         help="Show what would be sent and the memory it needs, then stop.",
@@ -337,43 +362,26 @@ Json = Annotated[
         help="Write the result as JSON. With {rank} in FILE every rank writes its own.",
     ),
 ]
-InspectJson = Annotated[
-    str | None,
-    option(
-        "--json",
-        metavar="FILE|-",
-        panel=OUTPUT,
-        help="Write the listing as JSON, instead of the table.",
-    ),
-]
-Tensors = Annotated[
-    bool,
-    option(
-        "--tensors",
-        panel=OUTPUT,
-        help="List every tensor.",
-    ),
-]
 Progress = Annotated[
     ProgressMode,
     option(
         "--progress",
         panel=OUTPUT,
-        help="auto: rich on a terminal, else plain lines.",
+        help="auto: rich on a terminal, else plain lines. none: warnings, errors and the summary.",
     ),
 ]
 Quiet = Annotated[
     bool,
-    option(
+    flag(
         "--quiet",
         "-q",
         panel=OUTPUT,
-        help="Only errors (and the line to run on the workers).",
+        help="Only errors, and what cannot be done without.",
     ),
 ]
 Verbose = Annotated[
     bool,
-    option(
+    flag(
         "--verbose",
         "-v",
         panel=OUTPUT,

@@ -5,15 +5,19 @@ The one place that prints an error. Knows no torch.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from packcast.cli.progress import Display
-from packcast.cli.report import end_line, report_document, to_json
+from packcast.cli.report import report_document, to_json
+from packcast.cli.summary import end_lines
 from packcast.cli.terminal import say, say_once
 from packcast.errors import (
     DestinationError,
@@ -55,6 +59,8 @@ class Outcome:
     """What is known, while a command runs, of how its end must be told."""
 
     argv: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    started_at: float = field(default_factory=time.time)
     command: str = ""
     verbose: bool = False
     json: str | None = None
@@ -85,14 +91,17 @@ class Outcome:
 
     def finished(self, report: Report) -> int:
         """Tell the result, which may be a failure that was survived; returns the exit code."""
+        report = replace(report, total_seconds=time.monotonic() - self.began)
         if self.display:
             self.display.close()
             if report.ok:
-                self.display.ended(end_line(report))
+                self.display.ended("\n".join(end_lines(report)))
         if not report.ok:
             error = error_from_code(report.exit_code, report.error or "failed", report.hint)
             record_failure(error)
-            self._say_error(error)
+            # With --nproc the sender says on the same terminal what each worker has found.
+            if report.is_sender or self.verbose or received() is None:
+                self._say_error(error)
         self._write_report(report)
         return report.exit_code
 
@@ -129,7 +138,9 @@ class Outcome:
         # A file without {rank} in its name is the sender's, or belongs to a lone `recv`.
         lone_recv = report.command == "recv" and self.launch.kind == "none"
         if report.is_sender or lone_recv or (self.json and "{rank}" in self.json):
-            self.write_document(report_document(report), report.rank)
+            started = datetime.fromtimestamp(self.started_at, UTC).isoformat(timespec="seconds")
+            document = report_document(replace(report, started=started))
+            self.write_document(document, report.rank)
 
     def _write_failure(self, error: PackcastError) -> None:
         if self.settings:
@@ -150,6 +161,7 @@ def failure_report(
     """The result of a run that ended in `error`, as far as the display was told of it."""
     report = Report(
         command=settings.command,
+        checkpoint=None if settings.checkpoint is None else os.path.abspath(settings.checkpoint),
         is_sender=display.is_sender if display else settings.command == "send",
         rank=settings.rank if launch.kind == "none" else launch.rank,
         ok=False,

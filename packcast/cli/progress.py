@@ -7,27 +7,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from packcast.cli.options import ProgressMode
-from packcast.cli.rate import RateWindow, done_of, percent, start_lines, time_left
+from packcast.cli.rate import Meter, done_of, percent, start_lines, time_left
 from packcast.cli.terminal import TerminalLock, can_draw, say
+from packcast.cli.waiting import MAX_ROWS, HoldUp, culprit_of, joining_line, slowest_of
 from packcast.group.launch import Launch
 from packcast.settings import Settings
-from packcast.units import format_rate
-from packcast.view import Phase, Snapshot, Start, View
+from packcast.units import format_speed
+from packcast.view import Joining, Phase, Snapshot, Start, View
 
 POLL_S = 0.25
-LINE_EVERY_S = 5.0
 LINE_EVERY_PERCENT = 10
-LINE_AT_LEAST_EVERY_S = 60.0
+LEAST_PAUSE_S = 1.0
+LINE_EVERY_S, LINE_EVERY_LATER_S = 10.0, 60.0
+OFTEN_FOR_S = 300.0
 
 
 class Display(View):
-    """Who may speak here, and the lines that are no progress. By itself: `--progress none`.
+    """Who may speak here, and the lines that are no progress. By itself it is `--progress none`:
+    warnings, the line to run on the workers, and the summary.
 
     Errors are not its business: they are printed by whoever ends the run, after `close`.
     """
+
+    _is_told = True  # what goes on
 
     def __init__(self, settings: Settings, launch: Launch, *, quiet: bool = False) -> None:
         self.start: Start | None = None
@@ -37,10 +42,9 @@ class Display(View):
         self.is_sender = settings.command == "send" and launch.rank == 0
         self._quiet = quiet
         self._on_terminal = can_draw()
-        # Into a file, the ranks of one launch write the same lines: one of them is enough.
-        self._alone = settings.command == "recv" and (
-            launch.kind == "none" or launch.local_rank == 0
-        )
+        # Into a file, the ranks of one launch write the same lines: one of them on each host.
+        on_first_host = settings.command == "send" and launch.rank == launch.local_rank
+        self._alone = launch.kind == "none" or (launch.local_rank == 0 and not on_first_host)
         self._lock = TerminalLock()
         if self.is_sender:
             self.speaks()  # before any worker may ask for the terminal
@@ -59,13 +63,11 @@ class Display(View):
         self._print("run this on each worker:")
         self._print(f"\n    {recv_line}\n")
 
-    def joined(self, label: str, joined: int, wanted: int) -> None:
+    def joining(self, joining: Joining) -> None:
         self.is_sender = True
-        if self.speaks():
-            self._print(f"{label} joined, {joined} of {wanted}")
 
     def note(self, text: str) -> None:
-        if self.speaks():
+        if self._is_told and self.speaks():
             self._print(text)
 
     def placed(self, rank: int, *, is_sender: bool) -> None:
@@ -83,8 +85,9 @@ class Display(View):
             return
         if start.loud:
             self.warn(f"no GPU is used: {start.reason}")
-        for line in start_lines(start, verbose=self.verbose):
-            self._print(line)
+        if self._is_told:
+            for line in start_lines(start, verbose=self.verbose):
+                self._print(line)
         self._begin(start, progress)
 
     def ended(self, line: str) -> None:
@@ -107,51 +110,130 @@ class Display(View):
         say(text)
 
 
+class SilentView(Display):
+    """`--progress none`."""
+
+    _is_told = False
+
+
 class PlainView(Display):
-    """Lines for a log file: at most one per 10 % and per 5 s, at least one per minute."""
+    """Lines for a log file, each with the time of day."""
 
     def __init__(self, settings: Settings, launch: Launch, *, quiet: bool = False) -> None:
         super().__init__(settings, launch, quiet=quiet)
         self._stop = threading.Event()
+        self._joining: JoiningLines | None = None
+
+    def joining(self, joining: Joining) -> None:
+        super().joining(joining)
+        if not self.speaks():
+            return
+        now = time.monotonic()
+        lines, is_first = self._joining, self._joining is None
+        if lines is None:
+            lines = self._joining = JoiningLines(joining, now)
+        for line in lines.update(joining):
+            self._print(line)
+        if is_first:
+            self._watch(lambda: lines.next_line(time.monotonic()), lambda: lines.is_over)
 
     def _begin(self, start: Start, progress: Callable[[], Snapshot]) -> None:
-        lines = PlainLines(time.monotonic())
+        lines = PlainLines(time.monotonic(), start.hosts)
+        self._watch(lambda: lines.next_line(progress(), time.monotonic()), lambda: False)
 
+    def _watch(self, next_line: Callable[[], str | None], is_over: Callable[[], bool]) -> None:
         def watch() -> None:
-            while not self._stop.wait(POLL_S):
-                line = lines.next_line(progress(), time.monotonic())
+            while not self._stop.wait(POLL_S) and not is_over():
+                line = next_line()
                 if line:
-                    self._print(line)
+                    self._print(f"{time.strftime('%H:%M:%S')} {line}")
 
         threading.Thread(target=watch, name="packcast-progress", daemon=True).start()
 
     def phase(self, phase: Phase) -> None:
-        if phase not in ("join", "offer", "start", "data"):
+        if phase in ("publish", "done"):
             self._stop.set()
 
     def _finish(self) -> None:
         self._stop.set()
 
 
+class JoiningLines:
+    """Who is waited for, in a log: few workers by name as they come, many every ten seconds."""
+
+    def __init__(self, joining: Joining, now: float) -> None:
+        self._joining = joining
+        self._pace = Pace(now)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all are here."""
+        return self._joining.joined >= self._joining.wanted
+
+    def update(self, joining: Joining) -> list[str]:
+        """What to say at once."""
+        self._joining = joining
+        if joining.newest is None or joining.wanted > MAX_ROWS:
+            return []
+        return [f"{joining.newest} joined, {joining.joined} of {joining.wanted}"]
+
+    def next_line(self, now: float) -> str | None:
+        """A line, or None while it is too early for one."""
+        if self.is_over or not self._pace.is_due(now):
+            return None
+        return joining_line(self._joining, now)
+
+
+class Pace:
+    """When time alone is reason enough for a line: every 10 s, and after minutes every minute."""
+
+    def __init__(self, now: float) -> None:
+        self._began = self.said_at = now
+
+    def is_due(self, now: float, *, earlier: bool = False) -> bool:
+        """Whether to say something now, which is then taken to be said."""
+        often = LINE_EVERY_S if now - self._began < OFTEN_FOR_S else LINE_EVERY_LATER_S
+        due = now - self.said_at >= (LEAST_PAUSE_S if earlier else often)
+        if due:
+            self.said_at = now
+        return due
+
+
 class PlainLines:
     """When the next line is due, and what it says; told the time, it has no clock."""
 
-    def __init__(self, now: float) -> None:
-        self._rate = RateWindow(now)
-        self._said_at = now
+    def __init__(self, now: float, hosts: Mapping[int, str] | None = None) -> None:
+        self._meter = Meter(now)
+        self._hold_up = HoldUp()
+        self._hosts = hosts or {}
+        self._pace = Pace(now)
         self._said_percent = 0
 
     def next_line(self, snapshot: Snapshot, now: float) -> str | None:
         """A line, or None while it is too early for one."""
-        rate = self._rate.add(now, snapshot.nbytes_done)
+        rates = self._meter.rates(snapshot, now)
+        self._hold_up.add(culprit_of(snapshot), now)
         done = percent(snapshot)
-        since = now - self._said_at
         moved = done - self._said_percent >= LINE_EVERY_PERCENT
-        if since < LINE_EVERY_S or not (moved or since >= LINE_AT_LEAST_EVERY_S):
+        if not self._pace.is_due(now, earlier=moved):
             return None
-        self._said_at, self._said_percent = now, done
-        parts = [f"{done:3d} %", done_of(snapshot), format_rate(rate), time_left(snapshot, rate)]
-        return "  ".join(part for part in (*parts, snapshot.at) if part)
+        self._said_percent = done
+        parts = [
+            f"{done:3d} %",
+            done_of(snapshot),
+            format_speed(rates.whole),
+            time_left(snapshot, rates.lasting),
+            snapshot.at if not snapshot.workers else self._slowest(snapshot),
+            self._hold_up.line(self._hosts, now),
+        ]
+        return "  ".join(part for part in parts if part)
+
+    def _slowest(self, snapshot: Snapshot) -> str:
+        rank = slowest_of(snapshot.workers)
+        if rank is None or len(snapshot.workers) == 1:
+            return ""
+        host = f" ({self._hosts[rank]})" if rank in self._hosts else ""
+        return f"slowest rank {rank}{host}"
 
 
 def make_view(
@@ -159,7 +241,7 @@ def make_view(
 ) -> Display:
     """The display that `--progress` asks for, on this terminal or file."""
     if quiet or mode == "none":
-        return Display(settings, launch, quiet=quiet)
+        return SilentView(settings, launch, quiet=quiet)
     if mode != "plain" and can_draw():  # bars need a terminal, whatever was asked for
         from packcast.cli.richview import RichView  # 60 ms that a log file does not need
 

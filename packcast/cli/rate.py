@@ -2,32 +2,69 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
+from dataclasses import dataclass
 
 from packcast.cli.report import count
-from packcast.units import format_duration, format_exact_size, format_rate, format_size
+from packcast.units import format_countdown, format_exact_size, format_rate, format_size
 from packcast.view import Snapshot, Start
 
 WINDOW_S = 5.0
+LONG_WINDOW_S = 30.0  # for the time left, which is not to jump with every pause
 
 
 class RateWindow:
     """Bytes per second over the last few seconds: it falls to zero when nothing moves, where an
-    average over the whole would hide a stall."""
+    average over the whole would hide a stall. It begins with the first byte."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, window_s: float = WINDOW_S) -> None:
         self._samples: deque[tuple[float, int]] = deque([(now, 0)])
+        self._window_s = window_s
 
     def add(self, now: float, nbytes: int) -> float:
         """Take a sample; the rate over the window that ends with it."""
         samples = self._samples
+        if nbytes == 0:  # connecting, or start-up, is no slow transfer
+            samples.clear()
         samples.append((now, nbytes))
         # The sample at the window's far end stays, or a slow poll would leave a window of one.
-        while len(samples) > 2 and samples[1][0] <= now - WINDOW_S:
+        while len(samples) > 2 and samples[1][0] <= now - self._window_s:
             samples.popleft()
         then, nbytes_then = samples[0]
         return max(0.0, (nbytes - nbytes_then) / (now - then)) if now > then else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes per second right now, of the whole, each stage and each worker; `lasting` is that of
+    the whole over a longer time."""
+
+    whole: float
+    lasting: float
+    stages: dict[str, float]
+    workers: dict[int, float]
+
+
+class Meter:
+    """Windows for the whole, and for each stage and worker that shows up."""
+
+    def __init__(self, now: float) -> None:
+        self._began = now
+        self._lasting = RateWindow(now, LONG_WINDOW_S)
+        self._windows: dict[str | int, RateWindow] = {}
+
+    def rates(self, snapshot: Snapshot, now: float) -> Rates:
+        """Take one sample of everything."""
+
+        def rate(name: str | int, nbytes: int) -> float:
+            return self._windows.setdefault(name, RateWindow(self._began)).add(now, nbytes)
+
+        return Rates(
+            whole=rate("", snapshot.nbytes_done),
+            lasting=self._lasting.add(now, snapshot.nbytes_done),
+            stages={stage: rate(stage, nbytes) for stage, nbytes in snapshot.stages.items()},
+            workers={rank: rate(rank, it.nbytes) for rank, it in snapshot.workers.items()},
+        )
 
 
 def start_lines(start: Start, *, verbose: bool = False) -> list[str]:
@@ -67,27 +104,15 @@ def time_left(snapshot: Snapshot, rate: float) -> str:
     left = snapshot.nbytes_total - snapshot.nbytes_done
     if rate <= 0 or left <= 0:
         return ""
-    seconds = math.ceil(left / rate)
-    return f"{seconds} s left" if seconds < 60 else f"{format_duration(seconds)} left"
-
-
-def workers_line(workers: dict[int, int], total: int) -> str:
-    """Many workers in one line: the slowest, the fastest, how many are through."""
-    slowest = min(workers, key=lambda rank: workers[rank])
-    fastest = max(workers, key=lambda rank: workers[rank])
-    done = sum(nbytes >= total for nbytes in workers.values())
-    return (
-        f"{len(workers)} workers, {done} done; "
-        f"slowest rank {slowest} at {_share(workers[slowest], total)}, "
-        f"fastest rank {fastest} at {_share(workers[fastest], total)}"
-    )
-
-
-def _share(nbytes: int, total: int) -> str:
-    return f"{100 * nbytes // total if total else 100} %"
+    return f"{format_countdown(left / rate)} left"
 
 
 def stages_line(rates: dict[str, float]) -> str:
-    """`read 12.3, broadcast 12.1, write 9.80 GB/s`."""
-    numbers = {stage: format_rate(rate).removesuffix(" GB/s") for stage, rate in rates.items()}
-    return ", ".join(f"{stage} {number}" for stage, number in numbers.items()) + " GB/s"
+    """`read 12.3, broadcast 12.1, write 9.80 GB/s`; in MB/s where that says more of all."""
+    if max(rates.values(), default=0.0) < 0.1e9:
+        numbers = {stage: f"{rate / 1e6:.1f}" for stage, rate in rates.items()}
+        unit = "MB/s"
+    else:
+        numbers = {stage: format_rate(rate).removesuffix(" GB/s") for stage, rate in rates.items()}
+        unit = "GB/s"
+    return ", ".join(f"{stage} {number}" for stage, number in numbers.items()) + f" {unit}"

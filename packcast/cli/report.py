@@ -1,30 +1,34 @@
-"""A Report for machines (JSON, schema 1) and for people (one line). Pure functions."""
+"""A Report for machines: JSON, schema 1. Pure functions."""
 
 from __future__ import annotations
 
 import json
 
+import packcast
+from packcast.comparison import Comparison
 from packcast.report import RankReport, Report, StageReport
-from packcast.units import format_duration, format_rate, format_size
 
 SCHEMA = 1
 
 
 def to_json(document: dict[str, object]) -> str:
     """One JSON document, ended by a line feed. Names that are no text become escapes."""
-    return json.dumps({"schema": SCHEMA, **document}, indent=2, allow_nan=False) + "\n"
+    head = {"schema": SCHEMA, "version": packcast.__version__}
+    return json.dumps({**head, **document}, indent=2, allow_nan=False) + "\n"
 
 
 def report_document(report: Report) -> dict[str, object]:
     """The result of `send` or `recv`: sizes in bytes, times in seconds."""
     return {
         "command": report.command,
+        "started": report.started,
         "ok": report.ok,
         "exit_code": report.exit_code,
         "error": report.error,
         "hint": report.hint,
         "rank": report.rank,
         "checkpoint": {
+            "path": report.checkpoint,
             "files": report.num_files,
             "tensors": report.num_tensors,
             "bytes": report.nbytes,
@@ -41,12 +45,15 @@ def report_document(report: Report) -> dict[str, object]:
             "staging": report.staging,
         },
         "pool": report.pool,
+        "digest": report.digest,
         "seconds": report.seconds,
+        "total_seconds": report.total_seconds,
         "bytes_per_second": report.bytes_per_second,
         "stages": {name: _stage(stage) for name, stage in report.stages.items()},
         "peak_device_bytes": report.peak_device_nbytes,
         "peak_pinned_bytes": report.peak_pinned_nbytes,
         "digests": dict(report.digests),
+        "comparison": report.comparison and comparison_document(report.comparison),
         "workers": {str(rank): dict(facts) for rank, facts in report.workers.items()},
         "warnings": list(report.warnings),
     }
@@ -72,15 +79,28 @@ def _stage(stage: StageReport) -> dict[str, object]:
     }
 
 
+def comparison_document(comparison: Comparison) -> dict[str, object]:
+    """One copy, with all that differs."""
+    return {
+        "path": comparison.path,
+        "against": comparison.against,
+        "equal": comparison.equal,
+        "files": len(comparison.files),
+        "missing": [file.name for file in comparison.marked("-")],
+        "extra": [file.name for file in comparison.marked("+")],
+        "differing": [
+            {
+                "file": file.name,
+                "offset": file.offset,
+                "reason": file.reason,
+                "tensors": file.tensors_marked("*", "-", "+"),
+            }
+            for file in comparison.marked("*")
+        ],
+        "unreadable": {file.name: file.reason for file in comparison.marked("!")},
+    }
+
+
 def count(number: int, noun: str, nouns: str | None = None) -> str:
     """`1 file`, `3 files`; `nouns` where it is more than an s."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {nouns or noun + 's'}"
-
-
-def end_line(report: Report) -> str:
-    """What a person reads when all went well."""
-    what = f"{count(report.num_files, 'file')}, {format_size(report.nbytes)}"
-    took = f"{format_duration(report.seconds)}, {format_rate(report.bytes_per_second)}"
-    if report.is_sender and report.world_size:
-        return f"sent {what} to {count(report.world_size - 1, 'worker')} in {took}"
-    return f"received {what} in {took}"

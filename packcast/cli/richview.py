@@ -1,4 +1,4 @@
-"""Bars on a terminal: the whole in bytes, the stages in one line, the workers where they are few.
+"""Bars on a terminal: the whole, the workers, the stages, and what the transfer waits on.
 
 Reads snapshots four times a second; knows nothing of torch or of how bytes move.
 """
@@ -6,8 +6,7 @@ Reads snapshots four times a second; knows nothing of torch or of how bytes move
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -16,25 +15,25 @@ from rich.table import Table
 from rich.text import Text
 
 from packcast.cli.progress import Display
-from packcast.cli.rate import RateWindow, done_of, percent, stages_line, time_left, workers_line
+from packcast.cli.rate import Meter, Rates, done_of, stages_line, time_left
 from packcast.cli.terminal import printable
+from packcast.cli.waiting import HoldUp, chosen_workers, culprit_of, joining_line, state_of
 from packcast.group.launch import Launch
 from packcast.settings import Settings
-from packcast.units import format_rate
-from packcast.view import Phase, Snapshot, Start
+from packcast.units import format_size, format_speed
+from packcast.view import Joining, Phase, Snapshot, Start
 
-MAX_WORKER_BARS = 8
 REFRESH_PER_SECOND = 4
-WIDE, MEDIUM = 76, 52  # columns from which the time left, and the sizes, have room beside a bar
-_VERBS: dict[Phase, str] = {"finish": "finishing", "publish": "publishing", "done": "done"}
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Bytes per second right now: of the whole and of each stage."""
-
-    whole: float
-    stages: dict[str, float]
+WIDE, MEDIUM = 76, 52  # columns from which states, and sizes, have room beside a bar
+_MAX_HOST = 16
+_VERBS: dict[Phase, str] = {
+    "load": "starting",
+    "join": "joining",
+    "offer": "preparing",
+    "finish": "finishing",
+    "publish": "publishing",
+    "done": "done",
+}
 
 
 class RichView(Display):
@@ -44,17 +43,40 @@ class RichView(Display):
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
         self._live: Live | None = None
         self._verb = ""
+        self._launch = launch
         super().__init__(settings, launch)
+
+    def joining(self, joining: Joining) -> None:
+        super().joining(joining)
+        if self.speaks():
+            self._show(lambda: _dim(f"  {joining_line(joining, time.monotonic())}"))
+
+    def phase(self, phase: Phase) -> None:
+        self._verb = _VERBS.get(phase, self._verb)
+        # A worker of one launch would take the terminal from the sender.
+        is_first = self.is_sender or self._launch.kind == "none"
+        if phase == "load" and is_first and self.speaks():
+            began = time.monotonic()
+            self._show(lambda: _dim(f"  {self._verb} ({time.monotonic() - began:.0f} s)"))
 
     def _begin(self, start: Start, progress: Callable[[], Snapshot]) -> None:
         self._verb = "sending" if start.is_sender else "receiving"
-        meter = Meter(time.monotonic())
+        meter, hold_up = Meter(time.monotonic()), HoldUp()
 
         def draw() -> RenderableType:
-            snapshot = progress()
-            rates = meter.rates(snapshot, time.monotonic())
-            return frame(self._verb, snapshot, rates, self._console.width)
+            snapshot, now = progress(), time.monotonic()
+            rates = meter.rates(snapshot, now)
+            hold_up.add(culprit_of(snapshot), now)
+            waiting = hold_up.line(start.hosts, now)
+            return frame(
+                self._verb, snapshot, rates, self._console.width, hosts=start.hosts, waiting=waiting
+            )
 
+        self._show(draw)
+
+    def _show(self, draw: Callable[[], RenderableType]) -> None:
+        """Draw this from now on, in the place of what was drawn before."""
+        self._finish()
         # Transient: what stays on the screen is the end line, or the error.
         self._live = Live(
             console=self._console,
@@ -64,9 +86,6 @@ class RichView(Display):
             transient=True,
         )
         self._live.start()
-
-    def phase(self, phase: Phase) -> None:
-        self._verb = _VERBS.get(phase, self._verb)
 
     def _finish(self) -> None:
         live, self._live = self._live, None
@@ -78,52 +97,57 @@ class RichView(Display):
         self._console.print(Text(printable(text)), soft_wrap=True)
 
 
-class Meter:
-    """Windows for the whole and for each stage that shows up."""
-
-    def __init__(self, now: float) -> None:
-        self._began = now
-        self._windows: dict[str, RateWindow] = {}
-
-    def rates(self, snapshot: Snapshot, now: float) -> Rates:
-        """Take one sample of everything."""
-
-        def rate(name: str, nbytes: int) -> float:
-            return self._windows.setdefault(name, RateWindow(self._began)).add(now, nbytes)
-
-        stages = {stage: rate(stage, nbytes) for stage, nbytes in snapshot.stages.items()}
-        return Rates(rate("", snapshot.nbytes_done), stages)
-
-
-def frame(verb: str, snapshot: Snapshot, rates: Rates, width: int) -> RenderableType:
+def frame(
+    verb: str,
+    snapshot: Snapshot,
+    rates: Rates,
+    width: int,
+    *,
+    hosts: Mapping[int, str] | None = None,
+    waiting: str | None = None,
+) -> RenderableType:
     """Everything that is on the screen at one moment."""
     total = snapshot.nbytes_total
-    few = 0 < len(snapshot.workers) <= MAX_WORKER_BARS
-    lines: list[RenderableType] = []
-    if rates.stages:
-        stages = stages_line(rates.stages)
-        at = f"  {printable(snapshot.at)}" if snapshot.at else ""
-        lines.append(Text(f"  {stages}{at}", style="dim", no_wrap=True, overflow="ellipsis"))
-    if snapshot.workers and not few:
-        line = f"  {workers_line(snapshot.workers, total)}"
-        lines.append(Text(line, style="dim", no_wrap=True, overflow="ellipsis"))
+    rows = chosen_workers(snapshot.workers)
     bars = Table.grid(expand=True, padding=(0, 1, 0, 0))
     bars.add_column(min_width=10, no_wrap=True)
     bars.add_column(ratio=1)
-    bars.add_column(justify="right", no_wrap=True)
-    details = [format_rate(rates.whole).rjust(9)]
-    if width >= MEDIUM:
-        details.insert(0, done_of(snapshot))
-    if width >= WIDE:
-        # Of a fixed width, so that the bar does not change its length with every second.
-        details.append(time_left(snapshot, rates.whole).rjust(16))
-    for _ in details:
-        bars.add_column(justify="right", no_wrap=True)
-    bars.add_row(verb, _bar(snapshot.nbytes_done, total), f"{percent(snapshot)}%", *details)
-    for rank, nbytes in sorted(snapshot.workers.items()) if few else ():
+    for right in (True, True, True, False)[: 2 + (width >= MEDIUM) + (width >= WIDE)]:
+        bars.add_column(justify="right" if right else "left", no_wrap=True)
+
+    def add(label: str, nbytes: int, sizes: str, rate: float, state: str) -> None:
         share = f"{100 * nbytes // total if total else 100}%"
-        bars.add_row(f"  rank {rank}", _bar(nbytes, total), share)
-    return Group(bars, *lines)
+        # Of a fixed width, so that the bar does not change its length with every second.
+        cells = [share, format_speed(rate).rjust(9)]
+        if width >= MEDIUM:
+            cells.insert(1, sizes)
+        if width >= WIDE:
+            cells.append(state.ljust(12))
+        bars.add_row(label, _bar(nbytes, total), *cells)
+
+    left = time_left(snapshot, rates.lasting)
+    add(verb, snapshot.nbytes_done, done_of(snapshot), rates.whole, left)
+    for kind, rank in rows:
+        worker = snapshot.workers[rank]
+        label = f"  {kind} rank {rank}" if kind else f"  rank {rank}"
+        if width >= WIDE and hosts and rank in hosts:
+            label += f" {printable(hosts[rank])[:_MAX_HOST]}"
+        size = format_size(worker.nbytes)
+        add(label, worker.nbytes, size, rates.workers.get(rank, 0.0), state_of(worker, total))
+    lines: list[RenderableType] = [bars]
+    if len(rows) < len(snapshot.workers):
+        done = sum(state_of(it, total) == "done" for it in snapshot.workers.values())
+        lines.append(_dim(f"  {len(snapshot.workers)} workers, {done} done"))
+    if rates.stages:
+        at = f"  {printable(snapshot.at)}" if snapshot.at else ""
+        lines.append(_dim(f"  {stages_line(rates.stages)}{at}"))
+    if waiting:
+        lines.append(Text(f"  {printable(waiting)}", no_wrap=True, overflow="ellipsis"))
+    return Group(*lines)
+
+
+def _dim(text: str) -> Text:
+    return Text(text, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def _bar(nbytes: int, total: int) -> ProgressBar:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
@@ -32,6 +32,8 @@ from packcast.units import parse_duration, parse_size
 
 T = TypeVar("T")
 
+_WORKERS_OWN = ("out", "verify", "force", "in_place", "manifest", "report")
+
 LISTENING_SENDER = "`packcast send --workers N --listen HOST:PORT` prints the line to run"
 
 
@@ -46,6 +48,11 @@ def parsed(option: str, text: str, parse: Callable[[str], T]) -> T:
 def option(name: str) -> str:
     """What a setting is called here."""
     return "HOST:PORT" if name == "address" else f"--{name.replace('_', '-')}"
+
+
+def path(text: str) -> Path:
+    """`~` is the home directory, also where no shell has said so: `--out=~/x`, quotes, a file."""
+    return Path(text).expanduser() if text.startswith("~") else Path(text)
 
 
 def size(option: str, text: str) -> int:
@@ -129,9 +136,9 @@ def destination(
     choices = list(asked) if required else ["--out", "--verify"]
     check_destinations(given, choices, required=required, hint="see --help for what each does")
     if out is not None:
-        return "write", check_template("--out", out)
+        return "write", str(path(check_template("--out", out)))
     if verify is not None:
-        return "verify", check_template("--verify", verify)
+        return "verify", str(path(check_template("--verify", verify)))
     return "discard", None
 
 
@@ -154,7 +161,7 @@ def token(
         return None
     if file is not None:
         try:
-            with open(file, "rb") as stream:
+            with path(file).open("rb") as stream:
                 secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
                 may_all_read = os.fstat(stream.fileno()).st_mode & stat.S_IROTH
         except OSError as error:
@@ -173,15 +180,15 @@ def json_target(text: str | None) -> str | None:
     """Where the result goes; checked now, not when the transfer is over."""
     if text is None or text == "-":
         return text
-    path = Path(check_template("--json", text))
-    if path.is_dir():
+    file = path(check_template("--json", text))
+    if file.is_dir():
         raise UsageError(f"--json: {text} is a directory")
-    if not any(name in str(path.parent) for name in PLACEHOLDERS):
-        if not path.parent.is_dir():
-            raise UsageError(f"--json: the directory {path.parent} does not exist")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not any(name in str(file.parent) for name in PLACEHOLDERS):
+        if not file.parent.is_dir():
+            raise UsageError(f"--json: the directory {file.parent} does not exist")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise UsageError(f"--json: {text} may not be written")
-    return text
+    return str(file)
 
 
 def check_send(
@@ -205,6 +212,27 @@ def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
             "--json: the ranks would all write one file", hint="put {rank} in its name"
         )
     launch_checks.check_recv(settings, launch, option, hint=LISTENING_SENDER)
+
+
+def refuse_unused(
+    typed: Collection[str], *, without_launcher: bool, writes: bool, has_manifest: bool
+) -> None:
+    """Raise UsageError for an option that was typed and would change nothing: whoever did expects
+    that it does. `without_launcher` is a sender that waits for others, with options of their own.
+
+    What is in the environment may be meant for the commands of a whole host.
+    """
+    for name in _WORKERS_OWN:
+        if name in typed and without_launcher:
+            raise UsageError(
+                f"{option(name)} is for ranks that write or compare, and with --workers those are"
+                " others",
+                hint=f"say it there: `packcast recv HOST:PORT {option(name)} ...`",
+            )
+    if "force" in typed and not writes:
+        raise UsageError("--force goes with --out")
+    if "digest" in typed and not has_manifest:
+        raise UsageError("--digest goes with --manifest")
 
 
 def without_nproc(argv: list[str]) -> list[str]:

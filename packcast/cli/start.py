@@ -26,6 +26,19 @@ from packcast.io.sinks.partial import partials_of, remove_if_unused
 from packcast.settings import Settings, fill_in
 
 _BY_ADDRESS = ("workers", "listen", "address")  # options that say who takes part
+_PLAIN = [
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (r"Invalid value for '([^']+)': ", r"\1: "),
+        (r"Value error, ", ""),
+        (r"(\w.*) is not one of (.*)", r"\1 is none of \2"),
+        (r"Input should be a valid integer.*", "must be a whole number"),
+        (r"Input should be a valid boolean.*", "must be true or false"),
+        (r"Input should be greater than or equal to (\S+)", r"must be at least \1"),
+        (r"Input should be less than or equal to (\S+)", r"must be at most \1"),
+        (r"Missing argument '?(\[?[A-Z].*?\]?)'?$", r"\1 is missing"),
+    )
+]
 _OPTION = re.compile(r"'?(--[a-z][a-z-]*)'?")
 # What Kubernetes sets in every pod beside a service called packcast: PACKCAST_PORT=tcp://10.0.0.1:80
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")
@@ -36,7 +49,7 @@ def begin(context: typer.Context, command: str, *, json: str | None, verbose: bo
     outcome = context.obj
     assert isinstance(outcome, Outcome)
     outcome.command, outcome.verbose = command, verbose
-    if command not in ("inspect", "clean"):
+    if command in ("send", "recv", "bench"):
         by_address = any(context.params.get(name) for name in _BY_ADDRESS)
         outcome.launch = launch_of(os.environ, by_address=by_address)
     outcome.json = given.json_target(json)
@@ -61,6 +74,19 @@ def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[s
         return f"{found[0]} (from {variable})"
 
     error.message = _OPTION.sub(with_variable, error.message)
+
+
+def plain_words(message: str) -> str:
+    """What the parser says of a value that it cannot take, in our words."""
+    for pattern, words in _PLAIN:
+        message = pattern.sub(words, message)
+    return message
+
+
+def typed_options(context: typer.Context) -> set[str]:
+    """The parameters that were given on the command line itself."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def start_ranks(outcome: Outcome, nproc: int) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sys
 from pathlib import Path
+
+_RANK = re.compile(r"^(packcast: error: )ranks? \d[^:]*: ")
 
 
 def printable(text: str) -> str:
@@ -28,8 +31,9 @@ def say(text: str) -> None:
 
 
 def say_once(text: str, said: Path) -> None:
-    """As `say`, but of several processes with one file `said` only the first says the same."""
-    line = printable(text).replace("\n", "\\n") + "\n"
+    """As `say`, but of several processes with one file `said` only the first says the same; also
+    where one names the rank that another is itself."""
+    line = _RANK.sub(r"\1", printable(text).replace("\n", "\\n"), count=1) + "\n"
     try:
         with said.open("a+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

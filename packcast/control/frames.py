@@ -16,7 +16,7 @@ CHALLENGE, PROOF, ACCEPTED, REJECTED, HEARTBEAT = range(1, 6)
 FIRST_MESSAGE_KIND = 16
 
 _HEADER = struct.Struct("!IB")  # nbytes of the body, kind
-_HEARTBEAT = struct.Struct("!QQI")  # bytes in place, bytes moved, milliseconds of patience
+_HEARTBEAT = struct.Struct("!QQI12s")  # bytes in place, bytes moved, ms of patience, stage
 _MAX_COUNT = (1 << 64) - 1
 _MAX_PATIENCE_S = 600.0
 _MAX_INTERVAL_S = 10.0
@@ -32,12 +32,13 @@ class Progress:
 
     `done` are the bytes that are where they belong, `moved` those of all stages together; in the
     sender's heartbeats of the whole group. For `patience_s` the rank may be silent, since something
-    holds its interpreter.
+    holds its interpreter. `stage` is what it waits for: a word of at most 12 letters and digits.
     """
 
     done: int = 0
     moved: int = 0
     patience_s: float = 0.0
+    stage: str = ""
 
 
 def frame_of(kind: int, body: bytes) -> bytes:
@@ -51,6 +52,7 @@ def heartbeat_frame(progress: Progress) -> bytes:
         min(progress.done, _MAX_COUNT),
         min(progress.moved, _MAX_COUNT),
         int(1000 * min(progress.patience_s, _MAX_PATIENCE_S)),
+        progress.stage.encode(),
     )
     return frame_of(HEARTBEAT, body)
 
@@ -59,8 +61,11 @@ def progress_of(body: bytes) -> Progress:
     """What a heartbeat says; raises ProtocolError."""
     if len(body) != _HEARTBEAT.size:
         raise ProtocolError("a heartbeat of another size")
-    done, moved, patience_ms = _HEARTBEAT.unpack(body)
-    return Progress(done, moved, min(patience_ms / 1000, _MAX_PATIENCE_S))
+    done, moved, patience_ms, padded = _HEARTBEAT.unpack(body)
+    stage = padded.rstrip(b"\0").decode("ascii", "replace")
+    if stage and not (stage.isascii() and stage.isalnum()):
+        raise ProtocolError("a heartbeat with a stage that is no word")
+    return Progress(done, moved, min(patience_ms / 1000, _MAX_PATIENCE_S), stage)
 
 
 def heartbeat_interval_s(limit_s: float, num_workers: int) -> float:

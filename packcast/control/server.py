@@ -88,6 +88,17 @@ class ControlServer(Channel):
 
     # For any thread.
 
+    @property
+    def wanted(self) -> int:
+        """How many workers there are to be."""
+        return self._membership.wanted
+
+    @property
+    def ranks_to_come(self) -> frozenset[int]:
+        """The workers' ranks, where a launcher has given them out; else none."""
+        expected = self._membership.expected
+        return frozenset() if isinstance(expected, int) else expected - {self._membership.me.rank}
+
     def join(self, limit_s: float, on_join: OnJoin) -> tuple[RankInfo, ...]:
         """All ranks in order, once every worker is there; call it once.
 
@@ -132,9 +143,9 @@ class ControlServer(Channel):
         assert found is not None
         return cast("dict[int, M]", found)
 
-    def done_by_worker(self) -> dict[int, int]:
-        """How many bytes each worker has where they belong, by its newest heartbeat."""
-        return {rank: one.progress.done for rank, one in list(self._by_rank.items())}
+    def progress_by_worker(self) -> dict[int, Progress]:
+        """What each worker's newest heartbeat said, by rank."""
+        return {rank: one.progress for rank, one in list(self._by_rank.items())}
 
     def _send_all(self, connections: list[Connection], message: Message) -> None:
         if self._failure is not None:

@@ -66,6 +66,7 @@ class Counters:
         self._followed: dict[Stage, Callable[[], StageWork]] = {}
         self._trace: list[StageEvent] | None = [] if trace else None
         self.newest: Extent | None = None  # the newest bytes that the loop has seen
+        self.standing: str | None = None  # the stage that the loop stands still for just now
         self.loop_seconds = 0.0  # of CPU time that the loop's thread took, once it is over
 
     def add(self, stage: Stage, chunk: int, nbytes: int, begin: float, end: float) -> None:
@@ -155,14 +156,16 @@ def wanted_counters() -> Counters | None:
 class Waiting:
     """The `with` of `Counters.waiting_on`: a class, since a generator costs the loop too much."""
 
-    __slots__ = ("_begin", "_counters", "_stage")
+    __slots__ = ("_before", "_begin", "_counters", "_stage")
 
     def __init__(self, counters: Counters, stage: Stage) -> None:
         self._counters = counters
         self._stage = stage
 
     def __enter__(self) -> None:
+        self._before, self._counters.standing = self._counters.standing, self._stage
         self._begin = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        self._counters.standing = self._before
         self._counters.waited(self._stage, time.perf_counter() - self._begin)

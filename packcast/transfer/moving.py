@@ -43,7 +43,7 @@ from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
 from packcast.transfer.share import num_io_threads, staging_bound
 from packcast.units import format_exact_size, format_size
-from packcast.view import Snapshot
+from packcast.view import Snapshot, WorkerState
 
 # Backstops only: the control channel is faster in every case it was made for, and the stall watch
 # in all others. But what is left behind in a library's process ends by it.
@@ -364,15 +364,17 @@ class Mover:
         done = format_size(newest.offset + newest.nbytes)
         return f"{spec.name}, {done} of {format_size(spec.nbytes)}"
 
-    def snapshot(self, workers: dict[int, int]) -> Snapshot:
-        """Where this rank is; `workers` are the bytes that each worker has done, if known."""
+    def snapshot(self, workers: dict[int, WorkerState]) -> Snapshot:
+        """Where this rank is; on the sender `workers` are what their heartbeats said."""
         newest = self.counters.newest
+        done = min((worker.nbytes for worker in workers.values()), default=self.nbytes_done())
         return Snapshot(
-            nbytes_done=self.nbytes_done(),
+            nbytes_done=done,
             nbytes_total=self._offer.nbytes,
             stages={name: total.nbytes for name, total in self.counters.totals().items()},
             workers=workers,
             at="" if newest is None else self._offer.files[newest.file].name,
+            stage=self.counters.standing or "",
         )
 
     def nbytes_done(self) -> int:
@@ -382,7 +384,7 @@ class Mover:
     def progress(self) -> Progress:
         """What this rank's heartbeats carry."""
         moved = sum(total.nbytes for total in self.counters.totals().values())
-        return Progress(done=self.nbytes_done(), moved=moved)
+        return Progress(self.nbytes_done(), moved, stage=self.counters.standing or "")
 
     def _digests(self) -> list[str] | None:
         if self._landing is not None:

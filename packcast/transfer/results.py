@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 
 from pydantic import JsonValue
 
+from packcast.comparison import Comparison
 from packcast.errors import PackcastError, TransferError, VerificationError, error_from_code
 from packcast.group.rank_info import RankInfo
 from packcast.io.landing import Sink
 from packcast.io.pool import pool_kind
 from packcast.packed.counters import Counters
-from packcast.report import RankReport, Report, StageReport
+from packcast.report import RankReport, Report, StageReport, ranks_text
 from packcast.settings import Settings
 from packcast.transfer.agreement import rank_of
 from packcast.transfer.messages import Proved, Published, StageFigures
 from packcast.transfer.moving import Moved
 from packcast.transfer.offer import Offer
-from packcast.view import Start
 
-
-def start_of(offer: Offer, *, is_sender: bool) -> Start:
-    """The start line of a rank."""
-    return Start(
-        rank=offer.rank,
-        is_sender=is_sender,
-        num_files=len(offer.files),
-        num_tensors=offer.num_tensors,
-        nbytes=offer.nbytes,
-        world_size=offer.world_size,
-        readers=offer.readers,
-        backend=offer.backend,
-        device=offer.device,
-        reason=offer.reason,
-        loud=offer.loud,
-        buffer_size=offer.buffer_size,
-        num_buffers=offer.num_buffers,
-        staging=offer.staging,
-        pool=pool_kind(),
-    )
+_MAX_SENTENCES = 8
 
 
 def stage_reports(counters: Counters) -> dict[str, StageReport]:
@@ -154,6 +136,7 @@ def make_report(
     warnings: Sequence[str],
     failures: Mapping[int, PackcastError],
     ends_cleanly: bool,
+    comparison: Comparison | None = None,
 ) -> Report:
     """This rank's report of a transfer that reached its end.
 
@@ -161,10 +144,10 @@ def make_report(
     """
     worst = min(failures, key=lambda rank: (failures[rank].exit_code == 6, rank), default=None)
     exit_code = 0 if worst is None else failures[worst].exit_code
-    said = [_said(rank, fault) for rank, fault in failures.items()]
-    done = [str(report.rank) for report in ranks if report.role == "worker" and report.ok]
+    said = _said(failures)
+    done = [report.rank for report in ranks if report.role == "worker" and report.ok]
     if done and exit_code not in (0, VerificationError.exit_code):
-        said.append(f"complete on rank{'s' * (len(done) > 1)} {', '.join(done)}")
+        said.append(f"complete on {ranks_text(done)}")
     error = "; ".join(said)
     return Report(
         command=settings.command,
@@ -174,6 +157,7 @@ def make_report(
         exit_code=exit_code,
         error=error or None,
         hint=None if worst is None else failures[worst].hint,
+        checkpoint=None if settings.checkpoint is None else os.path.abspath(settings.checkpoint),
         num_files=len(offer.files),
         num_tensors=offer.num_tensors,
         nbytes=offer.nbytes,
@@ -191,14 +175,23 @@ def make_report(
         peak_pinned_nbytes=moved.pinned_nbytes,
         digests=dict(digests),
         workers=workers,
+        comparison=comparison,
         warnings=tuple(warnings),
         ends_cleanly=ends_cleanly,
     )
 
 
-def _said(rank: int, fault: PackcastError) -> str:
-    """The failure's sentence; one about a lost rank names it already."""
-    return fault.message if fault.message.startswith("lost ") else f"rank {rank}: {fault.message}"
+def _said(failures: Mapping[int, PackcastError]) -> list[str]:
+    """The failures' sentences, each with its ranks; one about a lost rank names it already."""
+    by_sentence: dict[str, list[int]] = {}
+    for rank, fault in failures.items():
+        by_sentence.setdefault(fault.message, []).append(rank)
+    said = [
+        sentence if sentence.startswith("lost ") else f"{ranks_text(ranks)}: {sentence}"
+        for sentence, ranks in by_sentence.items()
+    ]
+    more = len(said) - _MAX_SENTENCES
+    return [*said[:_MAX_SENTENCES], f"and {more} more"] if more > 1 else said
 
 
 def rank_reports(

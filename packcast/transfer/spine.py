@@ -19,9 +19,10 @@ from packcast.group.rank_info import RankInfo
 from packcast.group.store import connect_store, serve_store
 from packcast.io.landing import Sink
 from packcast.io.sinks.discard import DiscardSink
+from packcast.io.sinks.localcopy import local_copy
 from packcast.io.sinks.shelf import Shelf
 from packcast.io.sinks.tensors import TensorSink
-from packcast.io.sinks.verify import VerifySink, local_copy
+from packcast.io.sinks.verify import VerifySink
 from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
 from packcast.packed.plan import check_ring
@@ -46,10 +47,10 @@ from packcast.transfer.results import (
     published_by,
     rank_reports,
     since,
-    start_of,
 )
 from packcast.transfer.seat import Seat, take_seat
 from packcast.transfer.stall import StallWatch
+from packcast.transfer.telling import start_of, told_who_joins, worker_states
 from packcast.view import View
 
 # Of a device and how many bytes of finished tensors may wait: where tensors are received.
@@ -100,10 +101,7 @@ def send(
     for warning in checkpoint.warnings:
         view.warn(warning)
 
-    infos = server.join(
-        settings.join_timeout_s,
-        lambda worker, joined, wanted: view.joined(worker.label, joined, wanted),
-    )
+    infos = server.join(settings.join_timeout_s, told_who_joins(settings, server, view))
     seat.have_joined()
     offers = make_offers(settings, checkpoint, files, infos, infos[seat.launch.rank])
     offer = offers[seat.launch.rank]
@@ -122,7 +120,11 @@ def send(
     host = server.host_met()
     store, port = serve_store(host, settings.join_timeout_s)
     server.broadcast(Go(host=host, port=port, sums=sums))
-    view.started(start_of(offer, is_sender=True), lambda: mover.snapshot(server.done_by_worker()))
+    hosts = {rank_of(info): info.host for info in infos}
+    view.started(
+        start_of(offer, is_sender=True, hosts=hosts),
+        lambda: mover.snapshot(worker_states(server)),
+    )
 
     with StallWatch(mover, server, leaver, settings.stall_timeout_s):
         view.phase("data")
@@ -178,6 +180,7 @@ def receive(
 ) -> Report:
     """A worker's side, which may read too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
+    view.note(f"joined {client.sender.label}, waiting for the other workers")
     me, world_size = client.await_joined(patience_s)
     seat.have_joined()
 
@@ -215,7 +218,9 @@ def receive(
             client.expect(Close, None)
         view.phase("finish")
         close = mover.begin_close()
+        mover.counters.standing = "sync"
         sink.finish()
+        mover.counters.standing = None
         seconds = since(moved.began)
         proof = proof_of(offer, moved, mover.counters, sink, seconds)
         client.send(proof)
@@ -233,7 +238,7 @@ def receive(
         view.warn(f"{client.lost}, after this rank had published")
     client.close()
     for note in sink.notes:
-        view.warn(note)
+        view.warn(f"rank {offer.rank}: {note}")
 
     view.phase("done")
     rank = offer.rank
@@ -250,6 +255,7 @@ def receive(
         warnings=sink.notes,
         failures=failures,
         ends_cleanly=closed,
+        comparison=sink.comparison() if isinstance(sink, VerifySink) else None,
     )
 
 
@@ -264,7 +270,9 @@ def _make_sink(
         settings.target, rank=offer.rank, local_rank=seat.launch.local_rank, host=me.host
     )
     if settings.sink == "verify":
-        return VerifySink(local_copy(Path(where), offer.files), offer.files)
+        # In a single launch this rank has the sender's own options.
+        selection = bool(settings.include or settings.exclude)
+        return VerifySink(local_copy(Path(where), offer.files), offer.files, selection=selection)
     return WriteSink(
         Path(where),
         offer.files,

@@ -18,7 +18,7 @@ from packcast.cli import start
 from packcast.errors import PackcastError
 from packcast.report import Report
 from packcast.settings import Settings
-from packcast.view import Snapshot, Start, View
+from packcast.view import Snapshot, Start, View, WorkerState
 
 Runner = Callable[[Settings, View], Report]
 
@@ -128,5 +128,13 @@ def start_of(*, is_sender: bool = True, loud: bool = False, rank: int = 0) -> St
     )
 
 
-def snapshot_of(done: int, total: int = 100, workers: dict[int, int] | None = None) -> Snapshot:
-    return Snapshot(done, total, {"read": done, "write": done // 2}, workers or {}, "m.safetensors")
+def snapshot_of(
+    done: int, total: int = 100, workers: dict[int, int] | None = None, **stages: str
+) -> Snapshot:
+    """`stages`: what a worker waits for, as rank_1="write"."""
+    states = {
+        rank: WorkerState(nbytes, stages.get(f"rank_{rank}", "broadcast"))
+        for rank, nbytes in (workers or {}).items()
+    }
+    moved = {"read": done, "broadcast": done, "write": done // 2}
+    return Snapshot(done, total, moved, states, "m.safetensors", stages.get("mine", "broadcast"))

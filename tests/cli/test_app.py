@@ -28,7 +28,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: Capture) -> None:
-    options = "--workers 3 --listen h:1 --out d-{rank} --force --buffer-size 2MiB --num-buffers 3"
+    options = "--workers 3 --listen h:1 --buffer-size 2MiB --num-buffers 3"
     more = "--staging 8MiB --readers all --no-sidecars --all-files --include a* --include b*"
     last = "--exclude c --exclude-files x/* --backend gloo --device cpu --join-timeout 1min"
     limits = "--heartbeat-timeout 500ms --stall-timeout 9"
@@ -38,9 +38,6 @@ def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: 
         Settings(
             command="send",
             checkpoint=Path("ckpt"),
-            sink="write",
-            target="d-{rank}",
-            force=True,
             sidecars=False,
             all_files=True,
             exclude_files=("x/*",),
@@ -60,6 +57,23 @@ def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: 
         )
     ]
     assert capsys.readouterr().out == ""
+
+
+def test_send_in_a_launch_hands_on_where_its_workers_write(
+    transfer: FakeTransfer, torchrun: Callable[[int], None]
+) -> None:
+    torchrun(0)
+    assert run(["send", "ckpt", "--out", "d-{rank}", "--force", "--in-place"]) == 0
+    assert transfer.settings == [
+        Settings(
+            command="send",
+            checkpoint=Path("ckpt"),
+            sink="write",
+            target="d-{rank}",
+            force=True,
+            in_place=True,
+        )
+    ]
 
 
 def test_recv_hands_its_options_to_the_transfer(
@@ -112,7 +126,6 @@ def test_options_are_read_from_the_environment(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "Missing command"),
         (["sned"], "sned"),
         (["send"], "CKPT"),
         (["send", "c", "--bogus"], "--bogus"),
@@ -168,7 +181,8 @@ def test_a_failure_in_the_middle_reports_what_was_known(
     with pytest.raises(SystemExit):
         run([*SEND, "--workers", "3", "--json", "-"])
     result = json.loads(capsys.readouterr().out)
-    assert result["checkpoint"] == {"files": 2, "tensors": 7, "bytes": 1 << 30}
+    counted = {"files": 2, "tensors": 7, "bytes": 1 << 30}
+    assert result["checkpoint"] == {"path": str(Path("c").absolute()), **counted}
     assert result["group"]["world_size"] == 4
 
 
@@ -349,7 +363,7 @@ def test_the_version_names_the_io_threads_without_torch(pool: str) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
     )
     kind, version = ran.stdout.splitlines()
-    assert version == f"packcast {packcast.__version__} ({kind} I/O threads)"
+    assert version.startswith(f"packcast {packcast.__version__} ({kind} I/O threads, torch 2.")
     assert kind == "python" if pool == "python" else kind in ("native", "python")
 
 

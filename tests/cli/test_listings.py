@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -68,16 +69,110 @@ def test_no_checkpoint_is_exit_3_also_in_the_json(tmp_path: Path, capsys: Captur
     assert json.loads(file.read_text())["exit_code"] == 3
 
 
-def test_a_dry_run_needs_nobody_and_states_the_memory(checkpoint: Path, capsys: Capture) -> None:
-    argv = ["send", str(checkpoint), "--dry-run", "--buffer-size", "2MiB", "--num-buffers", "3"]
-    assert run([*argv, "--staging", "8MiB"]) == 0
+def test_inspect_sums_up_dtypes_and_names_the_largest_tensor(
+    checkpoint: Path, capsys: Capture
+) -> None:
+    assert run(["inspect", str(checkpoint), "--json", str(checkpoint.parent / "r.json")]) == 0
     out = capsys.readouterr().out
-    assert f"{3 * ((2 << 20) + 4096):,} bytes on each rank: 3 buffers of 2MiB + 4096" in out
-    assert (
-        f"{3 * ((2 << 20) + 4096):,} bytes on each rank with a GPU that reads or writes files"
-        in out
-    )  # of 8 MiB
+    assert "F32   1 tensor  24 B\nBF16  1 tensor   2 B" in out
+    assert "largest tensor: a, F32 2x3, 24 B, in model.safetensors" in out
+    found = json.loads((checkpoint.parent / "r.json").read_text())["checkpoint"]
+    assert found["dtypes"]["F32"] == {"tensors": 1, "bytes": 24}
+    assert found["largest_tensor"]["name"] == "a"
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["send", "--dry-run"]], ids=str)
+def test_what_is_not_sent_is_listed_with_the_reason(
+    command: list[str], checkpoint: Path, capsys: Capture
+) -> None:
+    (checkpoint / ".gitattributes").write_text("")
+    (checkpoint / ".git").mkdir()
+    (checkpoint / "empty").mkdir()
+    (checkpoint / "pytorch_model.bin").write_text("")
+    (checkpoint / "deep" / "er").mkdir(parents=True)
+    (checkpoint / "deep" / "er" / "x.json").write_text("{}")
+    (checkpoint / "deep" / "ok.json").write_text("{}")
+    argv = [*command, str(checkpoint), "--exclude-files", "deep/er/*"]
+    assert run([*argv, "--json", str(checkpoint.parent / "r.json")]) == 0
+    assert "not sent:\n  hidden: .git/, .gitattributes\n" in capsys.readouterr().out
+    found = json.loads((checkpoint.parent / "r.json").read_text())
+    assert {it["name"]: it["reason"] for it in found["left_out"]} == {
+        ".git/": "hidden",
+        ".gitattributes": "hidden",
+        "empty/": "an empty folder",
+        "pytorch_model.bin": "weights in another format",
+        "deep/er/x.json": "--exclude-files",
+    }
+    assert "deep/ok.json" in [file["name"] for file in found["files"]]
+
+
+def test_without_sidecars_they_are_what_is_not_sent(checkpoint: Path, capsys: Capture) -> None:
+    assert run(["send", str(checkpoint), "--dry-run", "--no-sidecars"]) == 0
+    assert "not sent:\n  --no-sidecars: config.json" in capsys.readouterr().out
+
+
+def test_a_dry_run_needs_nobody_and_states_the_memory(
+    checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["send", str(checkpoint), "--dry-run", "--buffer-size", "2MiB", "--num-buffers", "3"]
+    monkeypatch.setattr("packcast.cli.dryrun.has_gpu_driver", lambda: True)
+    assert run([*argv, "--staging", "8MiB", "--json", str(checkpoint.parent / "r.json")]) == 0
+    out = capsys.readouterr().out
+    assert "GPU memory     6.0 MiB on each rank, sender and workers alike: 3 buffers of 2MiB" in out
+    assert "pinned memory  6.0 MiB on each rank that reads or writes files" in out
     assert "1 of at most 2MiB" in out
+    found = json.loads((checkpoint.parent / "r.json").read_text())
+    assert found["device_bytes"] == found["pinned_bytes"] == 3 * ((2 << 20) + 4096)
+
+
+@pytest.mark.parametrize("more", [[], ["--device", "cpu"], ["--backend", "gloo"]], ids=str)
+def test_on_a_cpu_no_gpu_memory_is_spoken_of(
+    more: list[str], checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packcast.cli.dryrun.has_gpu_driver", lambda: bool(more))
+    assert run(["send", str(checkpoint), "--dry-run", *more]) == 0
+    out = capsys.readouterr().out
+    assert "host memory  64.0 MiB on each rank" in out
+    assert "GPU" not in out
+    assert "pinned" not in out
+
+
+def test_a_dry_run_counts_the_copies_of_all_ranks_and_compares_the_room(
+    checkpoint: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["send", str(checkpoint), "--dry-run", "--nproc", "4"]
+    assert run([*argv, "--out", f"{tmp_path}/copy-{{rank}}"]) == 0
+    out = capsys.readouterr().out
+    assert "for 3 copies, " in out
+    assert f" free at {tmp_path}" in out
+    assert not list(tmp_path.glob("copy*"))
+    assert run([*argv, "--out", f"{tmp_path}/one", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["space"][0]["copies"] == 1
+    (tmp_path / "copy-2").mkdir()
+    (tmp_path / "copy-2" / "mine").write_text("")
+    assert run([*argv, "--out", f"{tmp_path}/copy-{{rank}}"]) == 7
+    assert "copy-2 exists and is not empty" in capsys.readouterr().err
+    full = os.statvfs_result((4096, 4096, 9, 0, 0, 9, 9, 9, 0, 255))
+    monkeypatch.setattr("packcast.cli.dryrun.os.statvfs", lambda path: full)
+    assert run([*argv, "--out", f"{tmp_path}/other-{{rank}}"]) == 7
+    assert "3 copies need 522 B, and 0 B are free" in capsys.readouterr().err
+
+
+def test_a_hundred_thousand_tensors_are_summed_up_in_few_lines(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    tensors = {
+        f"layers.{i}.w": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]}
+        for i in range(90_000)
+    }
+    header = json.dumps(tensors).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(90_000)
+    (tmp_path / "m.safetensors").write_bytes(data)
+    for command in (["inspect"], ["send", "--dry-run"]):
+        assert run([*command, str(tmp_path)]) == 0
+        out = capsys.readouterr().out
+        assert "90,000 tensors" in out
+        assert len(out.splitlines()) < 20
 
 
 def test_a_dry_run_of_a_selection_counts_what_would_go(checkpoint: Path, capsys: Capture) -> None:

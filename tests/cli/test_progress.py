@@ -8,18 +8,28 @@ import pty
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from packcast.cli import progress
-from packcast.cli.progress import Display, PlainLines, PlainView, make_view
-from packcast.cli.rate import RateWindow, start_lines, time_left, workers_line
-from packcast.cli.richview import Meter, RichView, frame
+from packcast.cli.progress import (
+    Display,
+    JoiningLines,
+    PlainLines,
+    PlainView,
+    SilentView,
+    make_view,
+)
+from packcast.cli.rate import Meter, RateWindow, start_lines, time_left
+from packcast.cli.richview import RichView, frame
 from packcast.cli.terminal import TerminalLock, printable
+from packcast.cli.waiting import joining_line
 from packcast.group.launch import Launch
 from packcast.settings import Settings
-from packcast.view import Snapshot
+from packcast.view import Joining, Snapshot, WorkerState
 
 from .conftest import snapshot_of, start_of
 
@@ -33,11 +43,19 @@ def rank_of(rank: int) -> Launch:
 
 def test_the_rate_falls_to_zero_when_nothing_moves() -> None:
     window = RateWindow(0.0)
-    assert window.add(1.0, 100) == 100
-    assert window.add(2.0, 200) == 100
-    assert 0 < window.add(5.0, 200) < 100
-    assert window.add(10.0, 200) == 0
+    assert window.add(1.0, 0) == 0
+    assert window.add(2.0, 100) == 100
+    assert window.add(3.0, 200) == 100
+    assert 0 < window.add(6.0, 200) < 100
+    assert window.add(11.0, 200) == 0
     assert time_left(snapshot_of(50), 0.0) == ""
+
+
+def test_the_rate_begins_with_the_first_byte() -> None:
+    window = RateWindow(0.0)
+    for second in range(30):
+        assert window.add(float(second), 0) == 0
+    assert window.add(30.0, 100) == 100
 
 
 def test_the_rate_is_of_the_last_seconds_only() -> None:
@@ -47,47 +65,103 @@ def test_the_rate_is_of_the_last_seconds_only() -> None:
     assert window.add(25.0, 190 + 600) == pytest.approx(100)
 
 
+def test_the_time_left_does_not_jump_with_a_pause() -> None:
+    meter = Meter(0.0)
+    for second in range(61):
+        moving = meter.rates(snapshot_of(10 * second, 10_000), float(second))
+    for second in range(61, 66):
+        paused = meter.rates(snapshot_of(600, 10_000), float(second))
+    assert (moving.whole, paused.whole) == (10, 0)
+    assert paused.lasting > 0.8 * moving.lasting
+
+
 def test_plain_lines_are_neither_many_nor_absent() -> None:
     lines = PlainLines(0.0)
     fast = [lines.next_line(snapshot_of(done), done / 100) for done in range(100)]
     assert fast == [None] * 100
+    moving = PlainLines(0.0)
+    said = [moving.next_line(snapshot_of(second), float(second)) for second in range(101)]
+    assert sum(line is not None for line in said) == 10
     slow = PlainLines(0.0)
     said = [slow.next_line(snapshot_of(second // 36), float(second)) for second in range(3600)]
-    assert 50 < sum(line is not None for line in said) <= 60
+    assert 80 < sum(line is not None for line in said) <= 100
 
 
 def test_a_plain_line_says_how_far_how_fast_and_where() -> None:
-    line = PlainLines(0.0).next_line(snapshot_of(2 << 30, 8 << 30), 10.0)
-    assert line == " 25 %  2.0 of 8.0 GiB  0.21 GB/s  30 s left  m.safetensors"
+    lines = PlainLines(-10.0)
+    assert (
+        lines.next_line(snapshot_of(0, 8 << 30), 0.0)
+        == "  0 %  0 B of 8.0 GiB  0.0 MB/s  m.safetensors"
+    )
+    line = lines.next_line(snapshot_of(2 << 30, 8 << 30), 10.0)
+    assert line == " 25 %  2.0 of 8.0 GiB  0.21 GB/s  0:30 left  m.safetensors"
+
+
+def test_a_plain_line_names_the_slowest_rank_and_what_it_waits_for() -> None:
+    lines = PlainLines(0.0, {1: "hosta", 2: "hostb"})
+    slow = snapshot_of(20, 100, {1: 60, 2: 20}, rank_2="write")
+    lines.next_line(slow, 1.0)
+    lines.next_line(slow, 8.0)
+    line = lines.next_line(slow, 13.0) or ""
+    assert line.endswith("slowest rank 2 (hostb)  waiting on rank 2 (hostb): write, 12 s")
 
 
 def test_an_empty_checkpoint_is_all_there() -> None:
-    empty = Snapshot(0, 0, {}, {1: 0}, "")
+    empty = Snapshot(0, 0, {}, {1: WorkerState(0)}, "")
     text = drawn(empty, 80)
     assert "100%" in text
 
 
-def test_many_workers_are_one_line() -> None:
+def test_of_many_workers_three_are_shown() -> None:
     workers = {rank: 10 * rank for rank in range(1, 11)}
-    line = workers_line(workers, 100)
-    assert line == "10 workers, 1 done; slowest rank 1 at 10 %, fastest rank 10 at 100 %"
-    assert line in drawn(snapshot_of(50, workers=workers), 100)
-    assert "rank 2 " in drawn(snapshot_of(50, workers={1: 5, 2: 6}), 100)
+    text = drawn(snapshot_of(10, workers=workers), 100)
+    shown = [line.split("  ")[1] for line in text.splitlines() if "rank" in line]
+    assert [line.split(" ")[:3] for line in shown] == [
+        ["slowest", "rank", "1"],
+        ["median", "rank", "6"],
+        ["fastest", "rank", "10"],
+    ]
+    assert "10 workers, 1 done" in text
 
 
-@pytest.mark.parametrize("width", [40, 60, 120])
+def test_each_of_few_workers_has_host_bytes_rate_and_state() -> None:
+    snapshot = snapshot_of(5 << 20, 9 << 20, {1: 5 << 20, 2: 9 << 20}, rank_1="write")
+    lines = drawn(snapshot, 100, hosts={1: "hosta", 2: "hostb"}).splitlines()
+    assert [lines[1].split()[:3], lines[1].split()[-6:]] == [
+        ["rank", "1", "hosta"],
+        ["55%", "5.0", "MiB", "5.2", "MB/s", "writing"],
+    ]
+    assert lines[2].split()[-1] == "done"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 160])
 def test_the_bars_fit_their_terminal(width: int) -> None:
-    text = drawn(snapshot_of(3 << 30, 5 << 30, {1: 1 << 30}), width)
-    assert all(len(line) <= width for line in text.splitlines())
-    assert "60%" in text
-    assert ("GiB" in text) == (width >= 60)
-    assert (" left" in text) == (width >= 120)
+    hosts = dict.fromkeys(range(1, 13), "node-of-a-cluster.with.a.long.example.name")
+    for ranks in (1, 3, 12):
+        workers = dict.fromkeys(range(1, ranks + 1), 3 << 30)
+        snapshot = snapshot_of(3 << 30, 5 << 30, workers, rank_1="write")
+        text = drawn(snapshot, width, hosts=hosts, waiting="waiting on rank 1: write, 12 s")
+        assert all(len(line) <= width for line in text.splitlines())
+        assert "60%" in text
+        assert ("GiB" in text) == (width >= 60)
+        assert (" left" in text) == (width >= 80)
+        assert "waiting on rank 1" in text
 
 
-def drawn(snapshot: Snapshot, width: int) -> str:
+def test_a_terminal_without_unicode_gets_bars_of_ascii() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    rates = Meter(0.0).rates(snapshot_of(50), 1.0)
+    Console(file=out, width=80).print(frame("sending", snapshot_of(50), rates, 80))
+    out.flush()
+    assert b"----" in out.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def drawn(snapshot: Snapshot, width: int, **more: Any) -> str:
     out = io.StringIO()
-    rates = Meter(0.0).rates(snapshot, 1.0)
-    Console(file=out, width=width).print(frame("sending", snapshot, rates, width))
+    meter = Meter(0.0)
+    meter.rates(replace(snapshot, nbytes_done=0, workers={}), 0.0)
+    rates = meter.rates(snapshot, 1.0)
+    Console(file=out, width=width).print(frame("sending", snapshot, rates, width, **more))
     return out.getvalue()
 
 
@@ -141,7 +215,8 @@ def test_gpus_that_are_not_used_are_said_loudly(capsys: pytest.CaptureFixture[st
 
 def test_quiet_says_only_what_workers_must_run(capsys: pytest.CaptureFixture[str]) -> None:
     view = make_view("auto", SEND, ALONE, quiet=True)
-    view.joined("rank 1", 1, 2)
+    view.joining(Joining(1, 2, (2,), "rank 1", 300.0))
+    view.note("on the way")
     view.warn("odd")
     view.started(start_of(loud=True), lambda: snapshot_of(0))
     view.ended("end")
@@ -150,9 +225,22 @@ def test_quiet_says_only_what_workers_must_run(capsys: pytest.CaptureFixture[str
     assert "packcast recv h:1" in capsys.readouterr().err
 
 
+def test_progress_none_says_how_it_ended(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    view = make_view("none", SEND, ALONE)
+    view.joining(Joining(1, 2, (2,), "rank 1", 300.0))
+    view.note("on the way")
+    view.started(start_of(), lambda: snapshot_of(0))
+    assert capsys.readouterr().err == ""
+    view.warn("odd")
+    view.ended("end")
+    assert capsys.readouterr().err == "packcast: warning: odd\nend\n"
+
+
 def test_bars_need_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_view("rich", SEND, ALONE), PlainView)
-    assert type(make_view("none", SEND, ALONE)) is Display
+    assert type(make_view("none", SEND, ALONE)) is SilentView
     monkeypatch.setattr(progress, "can_draw", lambda: True)
     assert isinstance(make_view("auto", SEND, ALONE), RichView)
     assert isinstance(make_view("plain", SEND, ALONE), PlainView)
@@ -222,3 +310,22 @@ def test_a_display_closes_from_any_thread() -> None:
     thread.start()
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_log_names_few_workers_as_they_come_and_counts_many() -> None:
+    few = JoiningLines(Joining(0, 2, (1, 2), None, 300.0), 0.0)
+    assert few.update(Joining(1, 2, (2,), "rank 1 (h, pid 1)", 300.0)) == [
+        "rank 1 (h, pid 1) joined, 1 of 2"
+    ]
+    missing = tuple(range(3, 601))
+    many = JoiningLines(Joining(0, 600, (), None, 300.0), 0.0)
+    assert many.update(Joining(2, 600, missing, "rank 2", 300.0)) == []
+    said = [many.next_line(float(second)) for second in range(11)]
+    assert said[:10] == [None] * 10
+    assert said[10] == ("2 of 600 workers, waiting for ranks 3, 4, 5, 6 and 594 more; 4:50 left")
+
+
+def test_without_a_launcher_it_is_said_how_many_are_missing() -> None:
+    assert joining_line(Joining(0, 1, (), None, 65.0), 5.0) == (
+        "0 of 1 worker, waiting for 1 more; 1:00 left"
+    )

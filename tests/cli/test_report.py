@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from packcast.cli.report import end_line, report_document, to_json
+import packcast
+from packcast.cli.report import report_document, to_json
 from packcast.report import RankReport, Report, StageReport
 
 FULL = Report(
@@ -26,6 +27,7 @@ FULL = Report(
     staging=1 << 21,
     pool="native",
     seconds=4.0,
+    total_seconds=6.0,
     stages={"read": StageReport(2_000_000_000, 2.0, 0.5)},
     peak_device_nbytes=5,
     peak_pinned_nbytes=6,
@@ -38,13 +40,15 @@ FULL = Report(
 def test_the_json_result_is_schema_one() -> None:
     assert json.loads(to_json(report_document(FULL))) == {
         "schema": 1,
+        "version": packcast.__version__,
         "command": "send",
+        "started": None,
         "ok": True,
         "exit_code": 0,
         "error": None,
         "hint": None,
         "rank": 0,
-        "checkpoint": {"files": 2, "tensors": 7, "bytes": 2_000_000_000},
+        "checkpoint": {"path": None, "files": 2, "tensors": 7, "bytes": 2_000_000_000},
         "group": {
             "backend": "gloo",
             "reason": "no GPU",
@@ -70,7 +74,9 @@ def test_the_json_result_is_schema_one() -> None:
         },
         "buffers": {"size": 1 << 20, "count": 4, "staging": 1 << 21},
         "pool": "native",
+        "digest": FULL.digest,
         "seconds": 4.0,
+        "total_seconds": 6.0,
         "bytes_per_second": 5e8,
         "stages": {
             "read": {
@@ -83,6 +89,7 @@ def test_the_json_result_is_schema_one() -> None:
         "peak_device_bytes": 5,
         "peak_pinned_bytes": 6,
         "digests": {"m.safetensors": "ab"},
+        "comparison": None,
         "workers": {"1": {"path": "/d"}},
         "warnings": ["w"],
     }
@@ -91,9 +98,3 @@ def test_the_json_result_is_schema_one() -> None:
 def test_a_result_without_time_has_no_rate() -> None:
     assert Report(command="recv", nbytes=5).bytes_per_second == 0
     assert StageReport(5, 0.0, 0.0).bytes_per_second == 0
-
-
-def test_the_end_line_says_what_went_where_and_how_fast() -> None:
-    assert end_line(FULL) == "sent 2 files, 1.9 GiB to 1 worker in 4.00 s, 0.50 GB/s"
-    mine = Report(command="recv", num_files=1, nbytes=1 << 20, seconds=1.0)
-    assert end_line(mine) == "received 1 file, 1.0 MiB in 1.00 s, 0.00 GB/s"

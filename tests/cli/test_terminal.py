@@ -55,3 +55,11 @@ def test_two_ranks_say_one_error_but_where_each_has_a_traceback(
         Outcome(verbose=verbose).failed(PackcastError("gone", hint="look elsewhere"))
     said = capsys.readouterr().err
     assert said.count("packcast: error: gone\n  look elsewhere\n") == times
+
+
+def test_an_error_and_the_same_one_with_its_rank_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for named in ("", "rank 1 (host-a, pid 7): ", "ranks 1-8: "):
+        say_once(f"packcast: error: {named}no space", tmp_path / "said")
+    assert capsys.readouterr().err == "packcast: error: no space\n"

@@ -94,12 +94,26 @@ def test_what_came_before_a_fault_still_counts() -> None:
         next(frames)
 
 
-@given(st.integers(0, 1 << 70), st.integers(0, 1 << 70), st.floats(0, 1e9))
-def test_a_heartbeat_has_one_size_whatever_it_says(done: int, moved: int, patience: float) -> None:
-    ((kind, body),) = frames_in(heartbeat_frame(Progress(done, moved, patience)))
-    assert (kind, len(body)) == (HEARTBEAT, 20)
+@given(
+    st.integers(0, 1 << 70),
+    st.integers(0, 1 << 70),
+    st.floats(0, 1e9),
+    st.sampled_from(["", "h2d", "broadcast"]),
+)
+def test_a_heartbeat_has_one_size_whatever_it_says(
+    done: int, moved: int, patience: float, stage: str
+) -> None:
+    ((kind, body),) = frames_in(heartbeat_frame(Progress(done, moved, patience, stage)))
+    assert (kind, len(body)) == (HEARTBEAT, 32)
     assert progress_of(body).done == min(done, (1 << 64) - 1)
     assert 0 <= progress_of(body).patience_s <= min(patience, 600.0)
+    assert progress_of(body).stage == stage
+
+
+@pytest.mark.parametrize("stage", [b"\x1b[31m", b"two words", b"\xff" * 12])
+def test_a_heartbeat_with_a_stage_that_is_no_word_is_refused(stage: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        progress_of(bytes(20) + stage.ljust(12, b"\0"))
 
 
 # Models.

@@ -61,7 +61,7 @@ def first_words() -> list[bytes]:
         frame(_PROOF, bytes(65)),
         frame(_CHALLENGE, b"packcast" + bytes(40)),
         frame(_ACCEPTED, bytes(32)),
-        frame(_HEARTBEAT, bytes(20)),
+        frame(_HEARTBEAT, bytes(32)),
         *wrong.values(),
         *(said(kind, **anything) for kind in _MESSAGES),
         *(wrong[4] + said(kind, **anything) for kind in _MESSAGES),

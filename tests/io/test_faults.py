@@ -18,7 +18,8 @@ from packcast.io import syscalls
 from packcast.io.digests import BlockDigests
 from packcast.io.landing import Sink
 from packcast.io.sinks.discard import DiscardSink
-from packcast.io.sinks.verify import VerifySink, local_copy
+from packcast.io.sinks.localcopy import local_copy
+from packcast.io.sinks.verify import VerifySink
 from packcast.io.sinks.write import WriteSink
 from packcast.packed.plan import DIGEST_NBYTES, PAGE
 from tests.helpers.checkpoints import sharded, write_safetensors

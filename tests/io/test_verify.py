@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.outgoing import FileSpec, Run, outgoing_files
 from packcast.errors import CheckpointError, TransferError
 from packcast.io.sinks.discard import DiscardSink
+from packcast.io.sinks.localcopy import local_copy
 from packcast.io.sinks.verify import VerifySink
 from tests.helpers.processes import num_descriptors
 from tests.io.sinks import put
@@ -152,7 +154,19 @@ def test_a_missing_file_is_a_difference_and_its_tensors_too(sent: Path, here: Pa
     assert sink.sentence() == f"{TWO} is missing here; 3 of 6 tensors differ"
     (here / "config.json").unlink()
     sink = compared(sent, here)
-    assert sink.sentence() == "config.json is missing here; 3 of 6 tensors differ"
+    assert sink.sentence() == f"config.json, {TWO} are missing here; 3 of 6 tensors differ"
+    assert sink.result()["missing"] == ["config.json", TWO]
+    assert [file.mark for file in sink.comparison().files] == ["-", "=", "-"]
+
+
+def test_what_is_missing_hides_no_damage_beside_it(sent: Path, here: Path) -> None:
+    (here / "config.json").unlink()
+    damage(here / TWO, -1)
+    sink = compared(sent, here)
+    assert str(sink.sentence()).startswith(f"config.json is missing here; {TWO} differs at byte ")
+    assert (sink.result()["missing"], sink.result()["differing"]) == (["config.json"], [TWO])
+    assert [file.name for file in sink.comparison().marked("*")] == [TWO]
+    assert len(sink.comparison().marked("*")[0].tensors_marked("*")) == 1
 
 
 def test_a_file_of_another_size_is_a_difference(sent: Path, here: Path) -> None:
@@ -171,6 +185,11 @@ def test_an_extra_local_shard_is_a_note(sent: Path, here: Path) -> None:
     sink = compared(sent, here)
     assert sink.difference is None
     assert sink.notes == [f"{here} also has model-00003-of-00003.safetensors, not compared"]
+    (here / "extra.json").write_text("{}")
+    sink = compared(sent, here)
+    extra = ["extra.json", "model-00003-of-00003.safetensors"]
+    assert sink.notes == [f"{here} also has {', '.join(extra)}, not compared"]
+    assert sink.result()["extra"] == extra
 
 
 def test_a_single_file_is_compared_whatever_its_name(tmp_path: Path) -> None:
@@ -253,3 +272,54 @@ def test_the_discarding_sink_takes_everything_and_keeps_nothing() -> None:
         step()
     assert sink.stage == "discard"
     assert sink.result() == {"sink": "discard"}
+
+
+ALL = ("a.0", "a.1", "a.2", "b.0", "b.1", "empty")
+
+
+def compared_selection(sent: Path, here: Path, *include: str) -> VerifySink:
+    offered = open_checkpoint(sent)
+    outgoing = outgoing_files(offered, include=include)
+    files = [file.spec for file in outgoing]
+    sink = VerifySink(local_copy(here, files), files, selection=True)
+    sink.prepare()
+    for index, file in enumerate(outgoing):
+        data = b""
+        for segment in file.segments:
+            if isinstance(segment, Run):
+                source = offered.files[segment.source].path.read_bytes()
+                data += source[segment.offset : segment.offset + segment.nbytes]
+            else:
+                data += segment.data
+        for offset in range(0, len(data), 1 << 20):
+            put(sink, index, offset, memoryview(bytearray(data[offset : offset + (1 << 20)])))
+    sink.finish()
+    return sink
+
+
+def test_a_selection_is_compared_with_the_same_tensors_of_a_full_copy(
+    sent: Path, here: Path
+) -> None:
+    weights = dict.fromkeys(("a.0", "a.1", "a.2"), ONE) | dict.fromkeys(
+        ("b.0", "b.1", "empty"), TWO
+    )
+    for folder in (sent, here):
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weights}))
+    assert compared_selection(sent, here, "*.0", "a.1", "empty").sentence() is None
+    damage(here / ONE, begin_of(sent, ONE, "a.2") + 3, 3)  # not chosen, and its header
+    save_file({f"b.{i}": np.zeros(3) for i in range(2)}, here / TWO)
+    first = here / ONE
+    first.write_bytes((sent / ONE).read_bytes())
+    damage(first, begin_of(sent, ONE, "a.1") + 7)
+    sink = compared_selection(sent, here, "*.0", "a.1")
+    found = sink.comparison()
+    wrong = {file.name: file.tensors_marked("*") for file in found.marked("*")}
+    assert wrong == {ONE: ["a.1"], TWO: ["b.0"]}
+    assert sink.sentence() is not None
+    assert "(tensor a.1, its byte 7)" in str(sink.sentence())
+
+
+def test_what_is_not_chosen_may_differ(sent: Path, here: Path) -> None:
+    damage(here / ONE, begin_of(sent, ONE, "a.2") + 3)
+    assert compared_selection(sent, here, "*.0", "a.1").sentence() is None

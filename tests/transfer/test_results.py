@@ -188,6 +188,14 @@ def test_the_report_lists_who_failed_and_why() -> None:
     assert error == "rank 1: b differs; rank 2: full"
 
 
+def test_what_many_ranks_say_is_said_once() -> None:
+    same = {rank: VerificationError("b differs at byte 7") for rank in range(1, 9)}
+    assert report_of(same).error == "ranks 1-8: b differs at byte 7"
+    each = {rank: VerificationError(f"b differs at byte {rank}") for rank in range(1, 600)}
+    error = str(report_of(each).error)
+    assert error.endswith("; rank 8: b differs at byte 8; and 591 more")
+
+
 def test_the_report_says_what_was_moved_and_how() -> None:
     report = report_of({})
     assert (report.rank, report.is_sender, report.world_size) == (1, False, 2)

@@ -6,24 +6,28 @@ Knows local files and the offered headers; not where the bytes come from.
 from __future__ import annotations
 
 import os
-import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Final
 
 from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.index import is_index
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.checkpoint.reading import FileState, unreadable
 from packcast.checkpoint.tensors import Tensor
+from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly
 from packcast.io.schedule import Schedule, Span
+from packcast.io.sinks.chosen import ChosenTensors, chosen_tensors
+from packcast.io.sinks.localcopy import check_unchanged, counterparts
 from packcast.io.work import Failure, FailureKind, Task
 from packcast.packed.plan import Extent
 
+_MAX_NAMED = 20
+_MAX_NAMES_NBYTES = 8 << 10
 _FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 
@@ -42,26 +46,31 @@ class VerifySink:
 
     Calls as a sink's: prepare, spans and open_files, compared, finish, publish; abort at any time.
     A difference is never raised; CheckpointError is, where the local checkpoint cannot be read or
-    changes meanwhile. Read `difference` after finish.
+    changes meanwhile. Read `difference` after finish. Of a `selection` of tensors each is compared
+    with the local one of its name, wherever that is in the file of the same name, and no index is.
     """
 
     stage: Final = "verify"
     task: Final = Task.COMPARE
 
-    def __init__(self, local: Checkpoint, files: Sequence[FileSpec]) -> None:
+    def __init__(
+        self, local: Checkpoint, files: Sequence[FileSpec], *, selection: bool = False
+    ) -> None:
+        self._is_selection = selection
+        self._chosen: dict[int, ChosenTensors] = {}
         self._checkpoint = local
         self._files = tuple(files)
-        self._locals = _counterparts(local, self._files)
+        self._locals = counterparts(local, self._files)
         self.notes: list[str] = []
-        self._first: tuple[int, Difference] | None = None
-        self._differing_files: set[int] = set()
+        self._extra: list[str] = []
+        self._found: dict[int, Difference] = {}  # the first of each file that differs
         self._differing_tensors: set[tuple[int, int]] = set()
         self._table = FileTable(len(self._files), self._open, close_quietly)
 
     @property
     def difference(self) -> Difference | None:
         """The first difference known, in the order of the files and of their bytes."""
-        return self._first[1] if self._first else None
+        return self._found[min(self._found)] if self._found else None
 
     @property
     def differing_tensors(self) -> int:
@@ -69,32 +78,59 @@ class VerifySink:
 
     @property
     def differing_files(self) -> int:
-        return len(self._differing_files)
+        return len(self._found)
 
     def prepare(self) -> None:
         """Record what sizes tell already: files that are missing here, longer or shorter."""
         for index, (spec, local) in enumerate(zip(self._files, self._locals, strict=True)):
+            if self._is_selection and local is not None and self._choose(index, spec, local):
+                continue
             if local is None or local.nbytes != spec.nbytes:
                 self._record_size(index, spec, local)
         matched = {local.name for local in self._locals if local is not None}
-        extra = [
-            file.name
-            for file in self._checkpoint.files
-            if file.name.endswith(".safetensors") and file.name not in matched
-        ]
-        if extra:
-            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            self.notes.append(f"{self._checkpoint.path} also has {extra[0]}{more}, not compared")
+        self._extra = [it.name for it in self._checkpoint.files if it.name not in matched]
+        if self._extra:
+            also = _listed(self._extra)
+            self.notes.append(f"{self._checkpoint.path} also has {also}, not compared")
 
     def spans(self, extent: Extent) -> Iterator[Span]:
         """The local bytes to compare with, cut where tensors begin and end."""
         local = self._locals[extent.file]
+        if index_left_out(self._is_selection, self._files[extent.file].name):
+            return
+        chosen = self._chosen.get(extent.file)
+        if chosen is not None:
+            yield from self._chosen_spans(extent, chosen)
+            return
         if local is None or extent.offset >= local.nbytes:
             return
         end = min(extent.offset + extent.nbytes, local.nbytes)
         cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
         for begin, stop in pairwise(cuts):
             yield Span(extent.file, begin, begin - extent.offset, stop - begin)
+
+    def _chosen_spans(self, extent: Extent, chosen: ChosenTensors) -> Iterator[Span]:
+        end = extent.offset + extent.nbytes
+        cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
+        for begin, stop in pairwise(cuts):
+            there = chosen.local_offset(begin)
+            if there is not None:
+                yield Span(extent.file, there, begin - extent.offset, stop - begin)
+
+    def _choose(self, index: int, spec: FileSpec, local: SourceFile) -> bool:
+        """Whether the file's size says nothing, as it is not compared as a whole."""
+        if index_left_out(self._is_selection, spec.name):
+            return True
+        chosen = chosen_tensors(spec.header, local.path, spec.name) if spec.header else None
+        if chosen is None:
+            return False
+        self._chosen[index] = chosen
+        for position in chosen.absent:
+            tensor = spec.header.tensors[position] if spec.header else None
+            assert tensor is not None
+            reason = f"has no tensor {tensor.name} of that dtype and shape"
+            self._record(index, tensor.begin, {(index, position)}, reason)
+        return True
 
     def open_files(self, schedule: Schedule) -> FileTable:
         """The local files, for I/O threads."""
@@ -111,6 +147,8 @@ class VerifySink:
 
     def compared(self, span: Span, offset: int) -> None:
         """A span differs, first at byte `offset` of the file."""
+        if span.file in self._chosen:
+            offset = self._chosen[span.file].offered_offset(offset)
         header = self._files[span.file].header
         tensors = header.tensors if header else ()
         index = bisect_right(tensors, offset, key=_end_of)
@@ -123,7 +161,7 @@ class VerifySink:
         for local in self._locals:
             if local is not None:
                 try:
-                    _check_unchanged(local, os.stat(local.path))
+                    check_unchanged(local, os.stat(local.path))
                 except OSError as error:
                     raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
 
@@ -136,18 +174,23 @@ class VerifySink:
 
     def sentence(self) -> str | None:
         """What differs, for people: the first difference and how many tensors or files do."""
-        found = self.difference
-        if found is None:
+        if not self._found:
             return None
+        missing = self._missing()
+        others = [self._found[index] for index in sorted(self._found) if index not in missing]
+        said = [f"{others[0].file} {others[0].reason}"] if others else []
+        if missing:
+            names = [self._files[index].name for index in missing]
+            said.insert(0, f"{_listed(names)} {'is' if len(names) == 1 else 'are'} missing here")
         num_tensors = sum(len(spec.header.tensors) for spec in self._files if spec.header)
         if self._differing_tensors:
-            count = _count(self.differing_tensors, num_tensors, "tensor")
+            said.append(_count(self.differing_tensors, num_tensors, "tensor"))
         else:
-            count = _count(self.differing_files, len(self._files), "file")
-        return f"{found.file} {found.reason}; {count}"
+            said.append(_count(self.differing_files, len(self._files), "file"))
+        return "; ".join(said)
 
     def result(self) -> dict[str, object]:
-        found = self.difference
+        found, missing = self.difference, self._missing()
         return {
             "sink": "verify",
             "checkpoint": str(self._checkpoint.path),
@@ -158,8 +201,35 @@ class VerifySink:
             "sentence": self.sentence(),
             "differing_tensors": self.differing_tensors,
             "differing_files": self.differing_files,
+            "missing": _bounded([self._files[index].name for index in missing]),
+            "differing": _bounded(
+                [self._files[index].name for index in sorted(self._found) if index not in missing]
+            ),
+            "extra": _bounded(self._extra),
             "notes": list(self.notes),
         }
+
+    def comparison(self) -> Comparison:
+        """Every file and tensor with what became of it; after finish."""
+        files = [self._compared(index, spec) for index, spec in enumerate(self._files)]
+        files += [ComparedFile(name, "+", reason="is extra") for name in self._extra]
+        path = str(self._checkpoint.path)
+        return Comparison(path, "the sender's checkpoint", tuple(files), extra_counts=False)
+
+    def _compared(self, index: int, spec: FileSpec) -> ComparedFile:
+        is_missing = self._locals[index] is None
+        wrong: Mark = "-" if is_missing else "*"
+        tensors = tuple(
+            (tensor.name, wrong if (index, position) in self._differing_tensors else "=")
+            for position, tensor in enumerate(spec.header.tensors if spec.header else ())
+        )
+        found = self._found.get(index)
+        if found is None:
+            return ComparedFile(spec.name, "=", tensors)
+        return ComparedFile(spec.name, wrong, tensors, found.offset, found.reason)
+
+    def _missing(self) -> list[int]:
+        return [index for index, local in enumerate(self._locals) if local is None]
 
     def _path_of(self, file: int) -> Path | None:
         local = self._locals[file]
@@ -173,7 +243,7 @@ class VerifySink:
         except OSError as error:
             raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
         try:
-            _check_unchanged(local, os.fstat(fd))
+            check_unchanged(local, os.fstat(fd))
         except BaseException:
             os.close(fd)
             raise
@@ -205,10 +275,9 @@ class VerifySink:
     def _record(
         self, file: int, offset: int, tensors: set[tuple[int, int]], reason: str | None
     ) -> None:
-        self._differing_files.add(file)
         self._differing_tensors |= tensors
-        if self._first is None or (file, offset) < (self._first[0], self._first[1].offset):
-            self._first = file, self._describe(file, offset, reason)
+        if file not in self._found or offset < self._found[file].offset:
+            self._found[file] = self._describe(file, offset, reason)
 
     def _describe(self, file: int, offset: int, reason: str | None) -> Difference:
         spec, local = self._files[file], self._locals[file]
@@ -219,72 +288,36 @@ class VerifySink:
                 reason += f" (tensor {tensor.name}, its byte {offset - tensor.begin:,})"
             elif spec.header:
                 reason += " (in its header)"
-            if local is not None and local.nbytes != spec.nbytes:
+            is_whole = file not in self._chosen
+            if local is not None and local.nbytes != spec.nbytes and is_whole:
                 reason += f", and has {local.nbytes:,} bytes here, {spec.nbytes:,} in the offer"
         return Difference(spec.name, offset, tensor.name if tensor else None, reason)
 
 
-def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
-    """What is at `path` of the offered files, by name and size only.
-
-    Headers are not parsed: a damaged copy must come out as different, not as unreadable. Shards
-    beside them that were not offered are listed too. Raises CheckpointError where nothing is.
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        mode = 0
-    except OSError as error:
-        raise unreadable(str(path), error) from error
-    if stat.S_ISREG(mode):
-        return Checkpoint(path, (_local_file(path.name, path),), ())
-    if not stat.S_ISDIR(mode):
-        raise CheckpointError(f"{path}: there is nothing to compare with")
-    offered = {spec.name for spec in files}
-    folders = {str(PurePosixPath(name).parent) for name in offered}
-    beside = {
-        str(found.relative_to(path))
-        for folder in folders
-        for found in (path / folder).glob("*.safetensors")
-    }
-    found_files = (
-        _local_file(name, path / name)
-        for name in sorted(offered | beside)
-        if (path / name).is_file()
-    )
-    return Checkpoint(path, tuple(found_files), ())
-
-
-def _local_file(name: str, path: Path) -> SourceFile:
-    real = path.resolve()
-    status = real.stat()
-    return SourceFile(
-        name=name,
-        path=real,
-        state=FileState.of(status),
-        executable=False,
-        header=None,
-    )
-
-
-def _counterparts(local: Checkpoint, files: Sequence[FileSpec]) -> tuple[SourceFile | None, ...]:
-    """The local file for each offered one: by name, but one single file stands for another."""
-    if len(files) == 1 and len(local.files) == 1 and local.path.is_file():
-        return (local.files[0],)
-    by_name = {file.name: file for file in local.files}
-    return tuple(by_name.get(spec.name) for spec in files)
-
-
-def _check_unchanged(local: SourceFile, found: os.stat_result) -> None:
-    difference = local.state.difference(found)
-    if difference:
-        raise CheckpointError(
-            f"{local.path} was changed while it was compared: {difference}", hint="run it again"
-        )
+def index_left_out(is_selection: bool, name: str) -> bool:
+    """Whether the file is an index of a selection, which no index of the whole can equal."""
+    return is_selection and is_index(name)
 
 
 def _end_of(tensor: Tensor) -> int:
     return tensor.end
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMED:,} more" if len(names) > _MAX_NAMED else ""
+    return ", ".join(names[:_MAX_NAMED]) + more
+
+
+def _bounded(names: Sequence[str]) -> list[str]:
+    """As many as a message to the sender holds."""
+    kept: list[str] = []
+    left = _MAX_NAMES_NBYTES
+    for name in names:
+        left -= len(name.encode()) + 4
+        if left < 0:
+            break
+        kept.append(name)
+    return kept
 
 
 def _count(number: int, total: int, noun: str) -> str:

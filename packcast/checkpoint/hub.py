@@ -1,0 +1,91 @@
+"""Names of models on the Hugging Face Hub, looked up in the local cache: no network, no library.
+
+`org/name`, `org/name@revision`, `hf://org/name`. A path that exists is never taken for a name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from packcast.checkpoint.ruling import some
+
+_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_NAME = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,254}}))?")
+_PREFIX = re.compile(r"hf:/{1,2}(?:models/)?")  # as a path it has one slash only
+_MAX_REF_NBYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on the hub; without a revision it is `main`."""
+
+    name: str
+    revision: str | None
+
+    @property
+    def command(self) -> str:
+        """What brings it into the cache."""
+        more = f" --revision {self.revision}" if self.revision else ""
+        return f"hf download {self.name}{more}"
+
+
+def model_of(text: str) -> Model | None:
+    """The model that the text names, if it could be one; whether there is such a path or not."""
+    found = _NAME.fullmatch(_PREFIX.sub("", text, count=1))
+    return Model(found[1], found[2]) if found else None
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps what it downloads, by its own variables."""
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if environ.get(name):
+            return Path(environ[name]).expanduser()
+    home = environ.get("HF_HOME")
+    if home:
+        return Path(home).expanduser() / "hub"
+    above = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(above).expanduser() / "huggingface" / "hub"
+
+
+def snapshot_of(model: Model, environ: Mapping[str, str]) -> Path | None:
+    """Its folder in the cache, if the revision is there."""
+    folder = _folder(model, environ)
+    revision = model.revision or "main"
+    try:
+        with (folder / "refs" / revision).open("rb") as file:
+            commit = file.read(_MAX_REF_NBYTES).decode().strip()
+    except (OSError, ValueError):
+        commit = revision
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", commit) or commit.startswith("."):
+        return None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None
+
+
+def resolved(path: Path, environ: Mapping[str, str]) -> Path:
+    """The snapshot of the model that is named so; else the path as it is."""
+    if os.path.lexists(path):
+        return path
+    model = model_of(str(path))
+    return (model and snapshot_of(model, environ)) or path
+
+
+def hint_for_missing(path: Path, environ: Mapping[str, str] = os.environ) -> str | None:
+    """What to do where a path that does not exist may be the name of a model."""
+    model = model_of(str(path))
+    if model is None:
+        return None
+    there = sorted(found.name for found in (_folder(model, environ) / "snapshots").glob("[!.]*"))
+    if there:
+        what = f"of {model.name} the cache has the revisions {some(there)} only"
+    else:
+        what = f"if it is a model's name: it is not in the cache {cache_folder(environ)}"
+    return f"{what}; `{model.command}` brings it there, or --download"
+
+
+def _folder(model: Model, environ: Mapping[str, str]) -> Path:
+    return cache_folder(environ) / f"models--{model.name.replace('/', '--')}"

@@ -1,0 +1,319 @@
+"""`packcast doctor`: what this machine is, what is wrong with it, and a transfer to itself.
+
+torch is imported only where it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import packcast
+from packcast.cli.report import count
+from packcast.cli.selftest import self_test
+from packcast.cli.tables import Listing
+from packcast.cli.terminal import printable
+from packcast.errors import PackcastError, RendezvousError
+from packcast.group.addresses import (
+    addresses_here,
+    host_and_port,
+    interface_of,
+    interface_towards,
+    is_loopback,
+    resolve,
+    text_of,
+)
+from packcast.group.devices import has_gpu_driver, host_name
+from packcast.io import native
+from packcast.io.memory import available_nbytes
+from packcast.io.pool import pool_kind
+from packcast.packed.plan import ring_nbytes
+from packcast.settings import DEFAULT_NUM_BUFFERS, DEFAULT_STAGING, MAX_FITTING_SIZE
+from packcast.units import format_size
+
+State = Literal["ok", "note", "problem"]
+
+_MARKS: dict[State, str] = {"ok": "ok  ", "note": "note", "problem": "BAD "}
+_WANTED_FILES = 4096
+_LITTLE_SPACE = 1 << 30
+_REACH_LIMIT_S = 5.0
+_VARIABLES = ("PACKCAST_", "NCCL_", "GLOO_", "TORCH_NCCL_", "MASTER_", "HF_HOME", "HF_HUB_CACHE")
+_SECRET = "PACKCAST_TOKEN"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at; `fix` is what to do about it."""
+
+    topic: str
+    state: State
+    text: str
+    fix: str | None = None
+
+
+def doctor(
+    folders: Sequence[Path],
+    *,
+    reach: tuple[str, int] | None,
+    tests: bool,
+    tell: Callable[[str], None],
+) -> tuple[Listing, PackcastError | None]:
+    """Look at everything, telling each finding as it comes; the error is that of a self-test, or
+    says that something else is a problem."""
+    findings: list[Finding] = []
+    failure: PackcastError | None = None
+
+    def take(found: Finding) -> None:
+        findings.append(found)
+        tell(line_of(found))
+
+    looks = [versions(), pool(), devices(), network(), limits(), space(folders), variables()]
+    if reach is not None:
+        looks.append(reachable(*reach))
+    for look in looks:
+        for found in look:
+            take(found)
+    for backend in _backends() if tests else []:
+        tell(f"      {'self-test':<11} two ranks over {backend} ...")
+        told, failed = self_test(backend)
+        fix = None
+        if failed is not None:
+            fix = failed.hint or f"try it by hand: packcast send CKPT --nproc 2 --backend {backend}"
+        take(Finding("self-test", "problem" if failed else "ok", told, fix))
+        failure = failure or failed
+    problems = [it for it in findings if it.state == "problem"]
+    if problems and failure is None:
+        failure = RendezvousError(f"{problems[0].topic}: {problems[0].text}")
+    document: dict[str, object] = {
+        "command": "doctor",
+        "ok": failure is None,
+        "exit_code": failure.exit_code if failure else 0,
+        "error": failure.message if failure else None,
+        "hint": None,
+        "findings": [asdict(found) for found in findings],
+    }
+    notes = sum(found.state == "note" for found in findings)
+    found_what = f"{count(len(problems), 'problem')}, {count(notes, 'note')}"
+    text = found_what if problems or notes else "all is well"
+    return Listing(text, document, ()), failure
+
+
+def line_of(found: Finding) -> str:
+    """A finding for people, with what to do on a line of its own."""
+    line = f"{_MARKS[found.state]}  {found.topic:<11} {found.text}"
+    return printable(f"{line}\n{'':18}-> {found.fix}" if found.fix else line)
+
+
+def versions() -> Iterator[Finding]:
+    """Of all that takes part."""
+    names = ["torch", "safetensors", "xxhash"]
+    found = [f"{name} {version}" for name in names if (version := version_of(name))]
+    nccl = nccl_version()
+    where = f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
+    told = ", ".join([f"packcast {packcast.__version__}", *found, f"NCCL {nccl or 'none'}", where])
+    yield Finding("versions", "ok", told)
+
+
+def version_of(distribution: str) -> str | None:
+    """What is installed, without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def nccl_version() -> str | None:
+    """Of the NCCL that torch's wheel comes with, without importing torch."""
+    for cuda in ("cu13", "cu12", "cu11"):
+        version = version_of(f"nvidia-nccl-{cuda}")
+        if version:
+            return version
+    return None
+
+
+def pool() -> Iterator[Finding]:
+    """Which I/O threads read and write."""
+    if pool_kind() == "native":
+        yield Finding("I/O threads", "ok", "native")
+        return
+    reason = native.installed()
+    if not isinstance(reason, str):
+        reason = "PACKCAST_POOL asks for them"
+    yield Finding(
+        "I/O threads",
+        "note",
+        f"Python's, which are slower: {reason}",
+        "install packcast again where there is a C compiler",
+    )
+
+
+def devices() -> Iterator[Finding]:
+    """Every GPU that torch sees, with its free memory."""
+    cpus = f"{len(os.sched_getaffinity(0))} CPUs"
+    available = available_nbytes()
+    memory = f", {format_size(available)} of memory available" if available else ""
+    yield Finding("host", "ok", f"{host_name()}, {cpus}{memory}")
+    if not has_gpu_driver():
+        yield Finding("GPUs", "ok", "no driver; transfers go over gloo, through host memory")
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Finding(
+            "GPUs",
+            "note",
+            f"there is a driver, but torch {torch.__version__} uses no GPU",
+            "install a torch built for CUDA that fits the driver; look at CUDA_VISIBLE_DEVICES",
+        )
+        return
+    needed = ring_nbytes(MAX_FITTING_SIZE, DEFAULT_NUM_BUFFERS)
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        told = f"cuda:{index} {name}, {format_size(free)} of {format_size(total)} free"
+        fix = f"buffers take {format_size(needed)}: choose smaller ones with --buffer-size"
+        short = free < 2 * needed
+        yield Finding("GPUs", "note" if short else "ok", told, fix if short else None)
+
+
+def network() -> Iterator[Finding]:
+    """The addresses of this host, and which interface a transfer would use."""
+    found = addresses_here()
+    if not found:
+        yield Finding(
+            "network",
+            "note",
+            "loopback only: no other host reaches this one",
+            "for transfers on this host that is enough",
+        )
+    for place, address in enumerate(found):
+        first = ", used unless you say another one with --listen" if place == 0 else ""
+        yield Finding("network", "ok", f"{interface_of(address)} {address}{first}")
+    name = socket.gethostname()
+    try:
+        named = sorted({text_of(address) for *_, address in resolve(name, 0)})
+    except OSError as error:
+        yield Finding(
+            "name",
+            "note",
+            f"{name} is not the name of an address here ({error.strerror})",
+            "listen on an address instead of the name",
+        )
+        return
+    if found and all(map(is_loopback, named)):
+        yield Finding(
+            "name",
+            "note",
+            f"{name} is {', '.join(named)} here, which no other host reaches",
+            f"--listen {found[0]}:29400, or change /etc/hosts",
+        )
+    else:
+        yield Finding("name", "ok", f"{name} is {', '.join(named)}")
+
+
+def reachable(host: str, port: int) -> Iterator[Finding]:
+    """Whether this host finds and reaches another one, at a port that nobody may serve yet."""
+    where = host_and_port(host, port)
+    try:
+        found = sorted({text_of(address) for *_, address in resolve(host, port)})
+    except OSError as error:
+        fix = "ask for the address, or mend the name service (/etc/hosts, DNS)"
+        yield Finding("reach", "problem", f"{host} has no address: {error.strerror}", fix)
+        return
+    over = interface_towards(host)
+    yield Finding("reach", "ok", f"{host} is {', '.join(found)}, by way of {over or 'nothing'}")
+    try:
+        socket.create_connection((host, port), _REACH_LIMIT_S).close()
+    except ConnectionRefusedError:
+        told = f"{where} is reached; nobody listens there now"
+        yield Finding("reach", "ok", told)
+    except OSError as error:
+        told = f"{where}: {error.strerror or f'no answer in {_REACH_LIMIT_S:g} s'}"
+        fix = "a firewall between the hosts may drop what comes to that port"
+        yield Finding("reach", "problem", told, fix)
+    else:
+        yield Finding("reach", "ok", f"{where} answers")
+
+
+def limits() -> Iterator[Finding]:
+    """What the system allows one process: files, and locked memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = soft < _WANTED_FILES
+    fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if few else None
+    yield Finding("open files", "note" if few else "ok", f"at most {soft:,}", fix)
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    wanted = DEFAULT_STAGING
+    told = "unlimited" if locked == resource.RLIM_INFINITY else format_size(locked)
+    low = has_gpu_driver() and locked != resource.RLIM_INFINITY and locked < wanted
+    yield Finding(
+        "pinned",
+        "note" if low else "ok",
+        f"locked memory at most {told} (ulimit -l); a rank with a GPU pins {format_size(wanted)}",
+        "ulimit -l unlimited, which NCCL over InfiniBand needs" if low else None,
+    )
+    available = available_nbytes()
+    needed = ring_nbytes(MAX_FITTING_SIZE, DEFAULT_NUM_BUFFERS) + wanted
+    if available is not None and available < 2 * needed:
+        yield Finding(
+            "memory",
+            "note",
+            f"{format_size(available)} available, and a rank may take {format_size(needed)}",
+            "smaller --buffer-size and --staging",
+        )
+
+
+def space(folders: Sequence[Path]) -> Iterator[Finding]:
+    """Room where copies may go; and in /dev/shm, which NCCL between GPUs of one host uses."""
+    for folder in folders:
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError as error:
+            told = f"{folder}: {(error.strerror or str(error)).lower()}"
+            yield Finding("space", "problem", told, "give a directory that exists")
+            continue
+        told = f"{format_size(free)} free at {folder.resolve()}"
+        if not os.access(folder, os.W_OK):
+            yield Finding("space", "problem", f"{told}, which you may not write", "choose another")
+        else:
+            yield Finding("space", "note" if free < _LITTLE_SPACE else "ok", told)
+    shared = Path("/dev/shm")
+    if has_gpu_driver() and shared.is_dir() and shutil.disk_usage(shared).free < 64 << 20:
+        yield Finding(
+            "space", "problem", "/dev/shm is full", "docker run --ipc=host, or --shm-size"
+        )
+
+
+def variables() -> Iterator[Finding]:
+    """What is set that changes how a transfer goes; no secrets."""
+    names = sorted(name for name in os.environ if name.startswith(_VARIABLES))
+    shown = (f"{name}={'...' if name == _SECRET else os.environ[name]}" for name in names)
+    yield Finding("environment", "ok", " ".join(shown) or "nothing is set that matters here")
+
+
+def _backends() -> list[str]:
+    found = ["gloo"]
+    if has_gpu_driver():
+        import torch
+
+        if torch.cuda.is_available() and torch.cuda.device_count() > 1:
+            found.append("nccl")
+    return found
+
+
+def version_line() -> str:
+    """For --version, which imports no torch."""
+    parts = [f"{pool_kind()} I/O threads", f"torch {version_of('torch') or 'none'}"]
+    nccl = nccl_version()
+    if nccl:
+        parts.append(f"NCCL {nccl}")
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"packcast {packcast.__version__} ({', '.join([*parts, f'Python {python}'])})"

@@ -1,0 +1,136 @@
+"""The commands that look at this machine alone: inspect, verify, clean, doctor; no transfer.
+
+Each reads its options, makes one call and shows what was found.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from packcast.cli import localoptions as local
+from packcast.cli import options as opt
+from packcast.cli import settings as given
+from packcast.cli.hub import checkpoint_path
+from packcast.cli.outcome import Outcome
+from packcast.cli.start import begin
+from packcast.cli.tables import Listing
+from packcast.cli.terminal import say
+from packcast.errors import PackcastError
+
+
+def inspect(
+    context: typer.Context,
+    checkpoint: opt.Checkpoint,
+    tensors: local.Tensors = False,
+    all_files: opt.AllFiles = False,
+    follow_links: opt.FollowLinks = False,
+    exclude_files: opt.ExcludeFiles = None,
+    json: local.InspectJson = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """Show what is in a checkpoint: files, sizes, tensors, dtypes."""
+    from packcast.cli.inspect import inspect as listing_of
+
+    outcome = begin(context, "inspect", json=json, verbose=verbose)
+    listing = listing_of(
+        checkpoint_path(checkpoint),
+        all_files=all_files,
+        follow_links=follow_links,
+        exclude_files=tuple(exclude_files or ()),
+        tensors=tensors,
+    )
+    return show(outcome, listing, quiet=quiet)
+
+
+def clean(
+    context: typer.Context,
+    folder: local.Folder,
+    yes: local.Yes = False,
+    json: local.InspectJson = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """List partial copies that killed transfers left behind; remove them with --yes."""
+    from packcast.cli.clean import clean as cleaned
+
+    outcome = begin(context, "clean", json=json, verbose=verbose)
+    listing, failure = cleaned(Path(folder), yes=yes)
+    return _show_all(outcome, listing, failure, quiet=quiet)
+
+
+def verify(
+    context: typer.Context,
+    directories: local.Directories,
+    against: local.Against = None,
+    manifest: opt.Manifest = None,
+    digest: opt.DigestChoice = "xxh128",
+    report: opt.FileReport = None,
+    all_files: opt.AllFiles = False,
+    exclude_files: opt.ExcludeFiles = None,
+    json: local.InspectJson = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    from packcast.cli.verify import VerifyOptions
+    from packcast.cli.verify import verify as verified
+
+    outcome = begin(context, "verify", json=json, verbose=verbose)
+    options = VerifyOptions(
+        directories=tuple(map(checkpoint_path, directories)),
+        against=given.path(against) if against else None,
+        manifest=given.path(manifest) if manifest else None,
+        digest=digest,
+        report=given.path(report) if report else None,
+        all_files=all_files,
+        exclude_files=tuple(exclude_files or ()),
+    )
+    listing, failure = verified(options, quiet=quiet)
+    return _show_all(outcome, listing, failure, quiet=quiet)
+
+
+def doctor(
+    context: typer.Context,
+    folders: local.Folders = None,
+    reach: local.Reach = None,
+    no_test: local.NoTest = False,
+    json: local.InspectJson = None,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> int:
+    """Say what this machine is, what is wrong with it and what to do; send to itself as a test."""
+    from packcast.cli.doctor import doctor as examined
+
+    outcome = begin(context, "doctor", json=json, verbose=verbose)
+    told = json != "-" and not quiet
+    listing, failure = examined(
+        [given.path(folder) for folder in folders or ["."]],
+        reach=given.address("--reach", reach) if reach else None,
+        tests=not no_test,
+        tell=print if told else lambda line: None,
+    )
+    return _show_all(outcome, listing, failure, quiet=quiet)
+
+
+def _show_all(
+    outcome: Outcome, listing: Listing, failure: PackcastError | None, *, quiet: bool
+) -> int:
+    """What was found, then what is wrong with it; the exit code."""
+    show(outcome, listing, quiet=quiet)
+    if failure is None:
+        return 0
+    say(f"packcast: error: {failure.message}")
+    return failure.exit_code
+
+
+def show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
+    """What was asked for on standard output: the text, or the JSON in its place."""
+    if not quiet:
+        for warning in listing.warnings:
+            say(f"packcast: warning: {warning}")
+    if outcome.json != "-":
+        print(listing.text)
+    outcome.write_document(listing.document)
+    return 0
