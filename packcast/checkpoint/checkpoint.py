@@ -19,7 +19,7 @@ from packcast.checkpoint.header import Header, header_of
 from packcast.checkpoint.hub import hint_for_missing
 from packcast.checkpoint.index import Index, is_index, read_index
 from packcast.checkpoint.limits import HeaderLimits
-from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.names import clashes_of, name_fault
 from packcast.checkpoint.notours import what_folder_is
 from packcast.checkpoint.reading import (
     FileState,
@@ -37,7 +37,7 @@ from packcast.checkpoint.ruling import (
     roles_of,
     some,
 )
-from packcast.checkpoint.walk import Entry, Kind, leaves_out, outside, walk
+from packcast.checkpoint.walk import ALL_MAY, Entry, Kind, leaves_out, outside, walk
 from packcast.errors import CheckpointError, PackcastError, UsageError
 
 MAX_INDEXES = 100  # each is held against every shard
@@ -48,15 +48,17 @@ MAX_MTIME_NS = (1 << 63) - 1  # in 2262; an offer has no later time
 class SourceFile:
     """One file to read. `name` is logical (posix, relative), `path` has no symlink left in it.
 
-    `state` is as when the checkpoint was opened; `header` is None for a sidecar or an index. Of a
-    shard's tensors the index assigns those in `elsewhere` to another shard, and does not name those
-    in `unlisted`.
+    `state` is as when the checkpoint was opened; `mode` are the file's permission bits, and
+    `folder_mode` those that all folders have that it is in. `header` is None for a sidecar or an
+    index. Of a shard's tensors the index assigns those in `elsewhere` to another shard, and does
+    not name those in `unlisted`.
     """
 
     name: str
     path: Path
     state: FileState
-    executable: bool
+    mode: int
+    folder_mode: int
     header: Header | None
     elsewhere: frozenset[str] = frozenset()
     unlisted: frozenset[str] = frozenset()
@@ -155,7 +157,8 @@ def open_checkpoint(
     _check_name(path.name)
     if any(leaves_out(glob, path.name) for glob in exclude_files):
         raise UsageError(f"--exclude-files leaves out {path.name}, and there is nothing else")
-    files = (_shard(path.name, _resolved(path.name, path), HeaderLimits()),)
+    real = _resolved(path.name, path)
+    files = (_shard(path.name, real, _folder_mode(real.parent), HeaderLimits()),)
     return Checkpoint(path, files, tuple(_clamped_times(files)))
 
 
@@ -191,11 +194,7 @@ def _open_directory(
     shards, more = _judged([open_shard(entry.name)[0] for entry in chosen], indexes)
     warnings += more
     replaced = {index.name for index in indexes if index.is_stood_in_for}
-    ruling = [
-        _plain(entry.name, _checked(entry))
-        for entry in of_kind[Kind.INDEX]
-        if entry.name not in replaced
-    ]
+    ruling = [_plain(entry) for entry in of_kind[Kind.INDEX] if entry.name not in replaced]
     others: list[SourceFile] = []
     if sidecars:
         others, more = _sidecars(of_kind[Kind.SIDECAR])
@@ -203,7 +202,7 @@ def _open_directory(
         if of_kind[Kind.OTHER_WEIGHTS]:
             names = some(shown_name(entry.name) for entry in of_kind[Kind.OTHER_WEIGHTS])
             warnings.append(f"weights in other formats are left out: {names}")
-    files, more = _without_clashes([*shards, *ruling], others)
+    files, more = _beside_each_other([*shards, *ruling], others)
     return Checkpoint(path, files, (*warnings, *more, *_clamped_times(files)))
 
 
@@ -232,7 +231,8 @@ def _opener(entries: Sequence[Entry]) -> Callable[[str], tuple[SourceFile, froze
 
     @cache
     def open_shard(name: str) -> tuple[SourceFile, frozenset[str]]:
-        file = _shard(name, _checked(by_name[name]), limits)
+        entry = by_name[name]
+        file = _shard(name, _checked(entry), entry.folder_mode, limits)
         return file, frozenset(file.header.tensors.names if file.header else ())
 
     return open_shard
@@ -283,27 +283,27 @@ def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
         elif entry.is_outside:
             warnings.append(outside(entry.name, "left out"))
         else:
-            files.append(_plain(entry.name, _checked(entry)))
+            files.append(_plain(entry))
     return files, warnings
 
 
-def _without_clashes(
+def _beside_each_other(
     needed: Sequence[SourceFile], others: Sequence[SourceFile]
 ) -> tuple[tuple[SourceFile, ...], list[str]]:
     """All files by name; a sidecar that clashes with another file is left with a warning."""
     by_name = {file.name: file for file in (*needed, *others)}
     optional = {file.name for file in others}
-    warnings = []
-    while clash := clash_of(by_name):
-        first, second = clash
-        out = next((name for name in (second, first) if name in optional), None)
-        if out is None:
-            raise CheckpointError(
-                f"{first} and {second}: not every file system can hold both names"
-            )
-        kept = first if out == second else second
-        warnings.append(f"{out}: not every file system can hold it beside {kept}: left out")
+    left: dict[str, list[str]] = {}
+    for kept, out in clashes_of(list(by_name)):  # the needed files first: they are kept
+        if out not in optional:
+            raise CheckpointError(f"{kept} and {out}: not every file system can hold both names")
+        left.setdefault(kept, []).append(out)
         del by_name[out]
+    warnings = [
+        f"{some(names)}: not every file system can hold {'it' if len(names) == 1 else 'them'}"
+        f" beside {kept}: left out"
+        for kept, names in left.items()
+    ]
     return tuple(by_name[name] for name in sorted(by_name)), warnings
 
 
@@ -342,15 +342,23 @@ def _check_name(name: str) -> None:
         raise CheckpointError(f"{shown(name)}: the name {fault}, so it cannot be sent")
 
 
-def _shard(name: str, path: Path, limits: HeaderLimits) -> SourceFile:
+def _shard(name: str, path: Path, folder_mode: int, limits: HeaderLimits) -> SourceFile:
     with open_regular(path, name) as (fd, nbytes):
         before = os.fstat(fd)
-        return _source(name, path, fd, before, header_of(fd, nbytes, name, limits))
+        return _source(name, path, folder_mode, fd, before, header_of(fd, nbytes, name, limits))
 
 
-def _plain(name: str, path: Path) -> SourceFile:
+def _plain(entry: Entry) -> SourceFile:
+    name, path = entry.name, _checked(entry)
     with open_regular(path, name) as (fd, _):  # unreadable: better said now than in mid stream
-        return _source(name, path, fd, os.fstat(fd), None)
+        return _source(name, path, entry.folder_mode, fd, os.fstat(fd), None)
+
+
+def _folder_mode(folder: Path) -> int:
+    try:
+        return os.stat(folder).st_mode & ALL_MAY
+    except OSError as error:
+        raise unreadable(str(folder), error) from error
 
 
 def _resolved(name: str, path: Path) -> Path:
@@ -361,10 +369,15 @@ def _resolved(name: str, path: Path) -> Path:
 
 
 def _source(
-    name: str, path: Path, fd: int, before: os.stat_result, header: Header | None
+    name: str,
+    path: Path,
+    folder_mode: int,
+    fd: int,
+    before: os.stat_result,
+    header: Header | None,
 ) -> SourceFile:
-    executable = bool(before.st_mode & stat.S_IXUSR)
-    file = SourceFile(name, path, FileState.of(before), executable, header)
+    mode = before.st_mode & ALL_MAY
+    file = SourceFile(name, path, FileState.of(before), mode, folder_mode, header)
     # Again, after its header was read: a rewrite in between would be sent under the old header.
     file.check_unchanged(os.fstat(fd), "opened", "run it again once it is quiet")
     return file

@@ -34,6 +34,7 @@ _IN_PARTS = "send it in parts: --exclude-files chooses"
 class FileSpec:
     """What an outgoing file will be: all that a receiver knows of it before its bytes come.
 
+    `mode` and `folder_mode` are permission bits, of the file and of all folders that it is in.
     `elsewhere` and `unlisted` are positions in `header.tensors`: of tensors that the index assigns
     to another shard, which are never received as tensors, and of those that it does not name.
     """
@@ -41,7 +42,8 @@ class FileSpec:
     name: str
     nbytes: int
     mtime_ns: int
-    executable: bool
+    mode: int
+    folder_mode: int
     header: Header | None
     elsewhere: frozenset[int] = frozenset()
     unlisted: frozenset[int] = frozenset()
@@ -170,7 +172,8 @@ def _spec(file: SourceFile, nbytes: int, header: Header | None) -> FileSpec:
         frozenset(i for i, name in enumerate(names) if name in chosen) if chosen else frozenset()
         for chosen in (file.elsewhere, file.unlisted)
     )
-    return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header, elsewhere, unlisted)
+    modes = file.mode, file.folder_mode
+    return FileSpec(file.name, nbytes, file.mtime_ns, *modes, header, elsewhere, unlisted)
 
 
 def _header_json(header: Header, tensors: Sequence[Tensor]) -> bytes:

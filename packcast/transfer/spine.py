@@ -37,7 +37,7 @@ from packcast.transfer.agreement import (
 )
 from packcast.transfer.messages import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.moving import Mover
-from packcast.transfer.offer import Offer
+from packcast.transfer.offer import Offer, Selection
 from packcast.transfer.results import (
     agreed_digests,
     facts_of,
@@ -270,8 +270,7 @@ def _make_sink(
         settings.target, rank=offer.rank, local_rank=seat.launch.local_rank, host=me.host
     )
     if settings.sink == "verify":
-        # In a single launch this rank has the sender's own options.
-        selection = bool(settings.include or settings.exclude)
+        selection = offer.selection != Selection((), ())
         return VerifySink(local_copy(Path(where), offer.files), offer.files, selection=selection)
     return WriteSink(
         Path(where),

@@ -55,7 +55,8 @@ def _local_file(name: str, path: Path) -> SourceFile:
         name=name,
         path=real,
         state=FileState.of(status),
-        executable=False,
+        mode=0,
+        folder_mode=0,
         header=None,
     )
 
