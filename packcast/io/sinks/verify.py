@@ -120,6 +120,7 @@ class VerifySink:
     def _choose(self, index: int, spec: FileSpec, local: SourceFile) -> bool:
         """Whether the file's size says nothing, as it is not compared as a whole."""
         if index_left_out(self._is_selection, spec.name):
+            self.notes.append(f"{spec.name}: not compared, since that of a selection is shorter")
             return True
         chosen = chosen_tensors(spec.header, local.path, spec.name) if spec.header else None
         if chosen is None:
