@@ -17,7 +17,7 @@ from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.names import clash_of
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError
-from packcast.packed.plan import Chunk, check_buffers, plan_chunks, plan_digest
+from packcast.packed.plan import Chunks, check_buffers, plan_chunks, plan_digest
 from packcast.transfer.outline import (
     FileOutline,
     Outline,
@@ -100,7 +100,7 @@ class Offer:
         """Tensors in all shards."""
         return sum(len(spec.header.tensors) for spec in self.files if spec.header)
 
-    def chunks(self) -> tuple[Chunk, ...]:
+    def chunks(self) -> Chunks:
         """The plan, made here; TransferError unless it is the offered one."""
         sizes = [spec.nbytes for spec in self.files]
         chunks = plan_chunks(sizes, self.buffer_size, self.readers)
