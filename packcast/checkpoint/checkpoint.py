@@ -15,15 +15,12 @@ from functools import cache
 from pathlib import Path
 
 from packcast.checkpoint.cachefolder import refuse_cache_folder
-from packcast.checkpoint.header import Header, header_of
 from packcast.checkpoint.hub import hint_for_missing
 from packcast.checkpoint.index import Index, is_index, read_index
 from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.names import clashes_of, name_fault
 from packcast.checkpoint.notours import what_folder_is
 from packcast.checkpoint.reading import (
-    FileState,
-    open_regular,
     shown,
     shown_name,
     unreadable,
@@ -37,50 +34,11 @@ from packcast.checkpoint.ruling import (
     roles_of,
     some,
 )
+from packcast.checkpoint.sourcefile import SourceFile, open_plain, open_shard
 from packcast.checkpoint.walk import ALL_MAY, Entry, Kind, leaves_out, outside, walk
 from packcast.errors import CheckpointError, PackcastError, UsageError
 
 MAX_INDEXES = 100  # each is held against every shard
-MAX_MTIME_NS = (1 << 63) - 1  # in 2262; an offer has no later time
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One file to read. `name` is logical (posix, relative), `path` has no symlink left in it.
-
-    `state` is as when the checkpoint was opened; `mode` are the file's permission bits, and
-    `folder_mode` those that all folders have that it is in. `header` is None for a sidecar or an
-    index. Of a shard's tensors the index assigns those in `elsewhere` to another shard, and does
-    not name those in `unlisted`.
-    """
-
-    name: str
-    path: Path
-    state: FileState
-    mode: int
-    folder_mode: int
-    header: Header | None
-    elsewhere: frozenset[str] = frozenset()
-    unlisted: frozenset[str] = frozenset()
-
-    @property
-    def nbytes(self) -> int:
-        return self.state.nbytes
-
-    @property
-    def mtime_ns(self) -> int:
-        """The modification time as it travels: the nearest that 64 bits of nanoseconds hold."""
-        return max(-MAX_MTIME_NS, min(self.state.mtime_ns, MAX_MTIME_NS))
-
-    def check_unchanged(self, found: os.stat_result, doing: str, hint: str) -> None:
-        """Raise CheckpointError unless `found` is the file that was opened, as it was then.
-
-        To be asked of a descriptor before it is read, and again when all has been read.
-        """
-        difference = self.state.difference(found)
-        if difference:
-            what = f"{self.name} changed while it was being {doing}: {difference}"
-            raise CheckpointError(what, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +116,7 @@ def open_checkpoint(
     if any(leaves_out(glob, path.name) for glob in exclude_files):
         raise UsageError(f"--exclude-files leaves out {path.name}, and there is nothing else")
     real = _resolved(path.name, path)
-    files = (_shard(path.name, real, _folder_mode(real.parent), HeaderLimits()),)
+    files = (open_shard(path.name, real, _folder_mode(real.parent), HeaderLimits()),)
     return Checkpoint(path, files, tuple(_clamped_times(files)))
 
 
@@ -176,11 +134,11 @@ def _open_directory(
     of_kind = {kind: [entry for entry in entries if entry.kind is kind] for kind in Kind}
     indexes, more = _read_indexes(of_kind[Kind.INDEX], all_files=all_files)
     warnings += more
-    open_shard = _opener(of_kind[Kind.SHARD])
+    open_named = _opener(of_kind[Kind.SHARD])
     indexes, more = fitting(
         indexes,
         {entry.name for entry in of_kind[Kind.SHARD] if entry.found},
-        lambda name: open_shard(name)[1],
+        lambda name: open_named(name)[1],
         all_files=all_files,
         exclude_files=exclude_files,
     )
@@ -191,7 +149,7 @@ def _open_directory(
     for entry in left:
         name = shown_name(entry.name)
         warnings.append(f"{name}: not in the index beside it: left out (--all-files takes it)")
-    shards, more = _judged([open_shard(entry.name)[0] for entry in chosen], indexes)
+    shards, more = _judged([open_named(entry.name)[0] for entry in chosen], indexes)
     warnings += more
     replaced = {index.name for index in indexes if index.is_stood_in_for}
     ruling = [_plain(entry) for entry in of_kind[Kind.INDEX] if entry.name not in replaced]
@@ -230,12 +188,12 @@ def _opener(entries: Sequence[Entry]) -> Callable[[str], tuple[SourceFile, froze
     limits = HeaderLimits()
 
     @cache
-    def open_shard(name: str) -> tuple[SourceFile, frozenset[str]]:
+    def open_named(name: str) -> tuple[SourceFile, frozenset[str]]:
         entry = by_name[name]
-        file = _shard(name, _checked(entry), entry.folder_mode, limits)
+        file = open_shard(name, _checked(entry), entry.folder_mode, limits)
         return file, frozenset(file.header.tensors.names if file.header else ())
 
-    return open_shard
+    return open_named
 
 
 def _nothing_here(
@@ -342,16 +300,8 @@ def _check_name(name: str) -> None:
         raise CheckpointError(f"{shown(name)}: the name {fault}, so it cannot be sent")
 
 
-def _shard(name: str, path: Path, folder_mode: int, limits: HeaderLimits) -> SourceFile:
-    with open_regular(path, name) as (fd, nbytes):
-        before = os.fstat(fd)
-        return _source(name, path, folder_mode, fd, before, header_of(fd, nbytes, name, limits))
-
-
 def _plain(entry: Entry) -> SourceFile:
-    name, path = entry.name, _checked(entry)
-    with open_regular(path, name) as (fd, _):  # unreadable: better said now than in mid stream
-        return _source(name, path, entry.folder_mode, fd, os.fstat(fd), None)
+    return open_plain(entry.name, _checked(entry), entry.folder_mode)
 
 
 def _folder_mode(folder: Path) -> int:
@@ -366,18 +316,3 @@ def _resolved(name: str, path: Path) -> Path:
         return path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks, before 3.13
         raise CheckpointError(f"{name}: its symlinks lead nowhere") from error
-
-
-def _source(
-    name: str,
-    path: Path,
-    folder_mode: int,
-    fd: int,
-    before: os.stat_result,
-    header: Header | None,
-) -> SourceFile:
-    mode = before.st_mode & ALL_MAY
-    file = SourceFile(name, path, FileState.of(before), mode, folder_mode, header)
-    # Again, after its header was read: a rewrite in between would be sent under the old header.
-    file.check_unchanged(os.fstat(fd), "opened", "run it again once it is quiet")
-    return file

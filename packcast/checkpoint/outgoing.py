@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.header import LENGTH_NBYTES, Header, parse_header
 from packcast.checkpoint.index import is_index, read_index, rewritten
 from packcast.checkpoint.limits import MAX_HEADERS_NBYTES
+from packcast.checkpoint.sourcefile import SourceFile
 from packcast.checkpoint.tensors import Tensor
 from packcast.errors import CheckpointError, UsageError
 

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 
-from packcast.checkpoint.checkpoint import MAX_MTIME_NS
 from packcast.checkpoint.limits import MAX_TENSORS
 from packcast.checkpoint.names import MAX_COMPONENT_NBYTES, MAX_DEPTH, name_fault
 from packcast.checkpoint.outgoing import MAX_FILES, MAX_OUTLINE_NBYTES
+from packcast.checkpoint.sourcefile import MAX_MTIME_NS
 from packcast.checkpoint.walk import ALL_MAY
 from packcast.packed.plan import BLOCK, TURN
 from packcast.units import format_exact_size

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from packcast.checkpoint import checkpoint as checkpoint_module
 from packcast.checkpoint import names as names_module
+from packcast.checkpoint import sourcefile as sourcefile_module
 from packcast.checkpoint import walk as walk_module
-from packcast.checkpoint.checkpoint import MAX_MTIME_NS, Checkpoint, open_checkpoint
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.header import Header
 from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.reading import FileState
+from packcast.checkpoint.sourcefile import MAX_MTIME_NS
 from packcast.errors import CheckpointError, PackcastError, UsageError
 from tests.checkpoint.handmade import index, shard, sharded, write
 
@@ -446,7 +447,7 @@ def test_a_file_that_is_rewritten_while_its_header_is_read_is_an_error(
 ) -> None:
     path = shard(tmp_path / "model.safetensors", "x")
     before, data = path.stat(), path.read_bytes()
-    real_header_of = checkpoint_module.header_of
+    real_header_of = sourcefile_module.header_of
 
     def rewritten_meanwhile(fd: int, nbytes: int, where: str, limits: HeaderLimits) -> Header:
         header = real_header_of(fd, nbytes, where, limits)
@@ -455,7 +456,7 @@ def test_a_file_that_is_rewritten_while_its_header_is_read_is_an_error(
         return header
 
     time.sleep(0.02)  # for the change time, which moves in ticks of the kernel
-    monkeypatch.setattr(checkpoint_module, "header_of", rewritten_meanwhile)
+    monkeypatch.setattr(sourcefile_module, "header_of", rewritten_meanwhile)
     assert refused(tmp_path).message.startswith(
         "model.safetensors changed while it was being opened: it was written and its time set back"
     )

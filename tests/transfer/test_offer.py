@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from packcast.checkpoint import outgoing as outgoing_module
-from packcast.checkpoint.checkpoint import MAX_MTIME_NS, open_checkpoint
+from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import MAX_FILES, outgoing_files
+from packcast.checkpoint.sourcefile import MAX_MTIME_NS
 from packcast.errors import CheckpointError, TransferError
 from packcast.packed.plan import BLOCK, TURN
 from packcast.transfer.offer import Offer, Place, Sample, Selection

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.reading import FileState, unreadable
+from packcast.checkpoint.sourcefile import SourceFile
 from packcast.checkpoint.walk import Kind, walk
 from packcast.errors import CheckpointError
 

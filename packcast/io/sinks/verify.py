@@ -13,9 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.index import is_index
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.sourcefile import SourceFile
 from packcast.checkpoint.tensors import Tensor
 from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, PackcastError
