@@ -68,7 +68,7 @@ class Settings:
     device: str = "auto"
     workers: int | None = None  # no launcher: how many `recv` will come
     address: tuple[str, int] | None = None  # no launcher: --listen, or recv's HOST:PORT
-    port: int | None = None  # Slurm: the store's port, instead of the derived one
+    port: int | None = None  # Slurm, mpirun: the store's port, instead of the derived one
     token: bytes | None = None
     rank: int | None = None  # no launcher: recv --rank
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S

@@ -240,7 +240,7 @@ Port = Annotated[
         min=1,
         max=65535,
         panel=LAUNCH,
-        help="Slurm: the port where rank 0 is met, instead of one derived from the job.",
+        help="Slurm, mpirun: the port where rank 0 is met, instead of one derived from the job.",
     ),
 ]
 Address = Annotated[

@@ -169,7 +169,7 @@ def open_meeting(
     """Every rank of a launch calls this first; what they say there is signed with the `secret`.
 
     Does not wait for the other ranks, only (up to `timeout_s`) for the store's host. `port` goes
-    before the one derived from the Slurm step; `call` counts the transfers of this launch, each of
+    before the one derived from the job; `call` counts the transfers of this launch, each of
     which has keys of its own. Raises RendezvousError where the port is taken or the host does not
     answer.
     """
@@ -187,7 +187,7 @@ def open_meeting(
         return _joined(launch, address, timeout_s, signed)
     import torch.distributed as dist
 
-    option = "--port" if launch.kind == "slurm" else "--master-port (MASTER_PORT)"
+    option = "--master-port (MASTER_PORT)" if launch.kind == "torchrun" else "--port"
     on = _address_here(address[0])
     try:
         # Its own way there: its name may not be known yet, or be another host's.

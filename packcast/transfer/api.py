@@ -42,7 +42,7 @@ from packcast.view import View
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
 
-_WAYS = "under torchrun or Slurm every rank calls this; elsewhere say workers= and listen="
+_WAYS = "under torchrun, Slurm or mpirun every rank calls this; elsewhere say workers= and listen="
 _WHERE = "say address=(host, port), where send_checkpoint(..., listen=(host, port)) waits"
 
 _calls = itertools.count()  # alike on all ranks of a launch, as the calls are
@@ -78,7 +78,7 @@ def send_checkpoint(
 ) -> Report:
     """Send a safetensors checkpoint (a file or a directory) to every other rank of the group.
 
-    The group is that of torchrun or Slurm, by this process's environment; every rank of it calls
+    The group is that of torchrun, Slurm or mpirun, by this process's environment; every rank calls
     this or `receive_checkpoint`, equally often. The lowest rank that calls this is the sender;
     other ranks that do are workers: they write to `out` (with {rank}, {local_rank} and {host}
     filled in), compare with `verify`, or with neither check what comes and drop it. Without a
@@ -190,9 +190,9 @@ def receive_checkpoint(
 ) -> Report:
     """Receive what another rank sends with `send_checkpoint`, or `packcast send`.
 
-    Under torchrun or Slurm the group is the launcher's; else `address` is where the sender listens
-    (it may come later), `token` what it asks for, and `rank` the one to be, if that matters. The
-    checkpoint goes to exactly one of
+    Under torchrun, Slurm or mpirun the group is the launcher's; else `address` is where the sender
+    listens (it may come later), `token` what it asks for, and `rank` the one to be, if that
+    matters. The checkpoint goes to exactly one of
 
     - `out`: a directory that appears complete and proven, or not at all; `force` replaces an
       earlier copy. {rank}, {local_rank} and {host} are filled in. `in_place` fills the directory
