@@ -304,7 +304,7 @@ def _listen(
     return ControlServer(
         expected,
         host=address[0],
-        port=address[1],
+        port=address[1] or settings.port_range or 0,
         me=me,
         transfer_id=transfer_id,
         token=token,

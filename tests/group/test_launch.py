@@ -35,7 +35,7 @@ from packcast.group.meeting import (
     publish_failure,
     settle_sender,
 )
-from packcast.group.store import connect_store, serve_store
+from packcast.group.store import connect_store, join_served_store, serve_store
 from tests.helpers.commands import hydra_rank, open_mpi_rank
 
 if TYPE_CHECKING:
@@ -480,6 +480,35 @@ def test_an_unreachable_store_is_one_line_and_no_stack(capfd: pytest.CaptureFixt
     with pytest.raises(RendezvousError, match=f"store at 127.0.0.1:{port}: Connection refused"):
         connect_store("127.0.0.1", port, 0.2)
     assert capfd.readouterr().err == ""
+
+
+def test_a_store_that_listens_but_cannot_be_reached_is_soon_said_to_be_behind_a_firewall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stores, "_REACH_LIMIT_S", 0.3)
+    started = time.monotonic()
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)  # and takes no connection
+        address = listener.getsockname()
+        for other in (first, second):
+            other.setblocking(False)
+            other.connect_ex(address)
+        with pytest.raises(RendezvousError, match=f"store at 127.0.0.1:{address[1]}") as caught:
+            join_served_store("127.0.0.1", address[1], 300.0)
+    assert "firewall" in (caught.value.hint or "")
+    assert time.monotonic() - started < 10
+
+
+def test_a_store_takes_the_first_free_port_of_a_range() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        held, port = serve_store("127.0.0.1", 10.0, range(taken, min(taken + 50, 65535)))
+        assert taken < port < taken + 50
+        del held
+        with pytest.raises(RendezvousError, match=f":{taken}-{taken}: all ports are taken") as none:
+            serve_store("127.0.0.1", 10.0, range(taken, taken + 1))
+    assert none.value.hint == "choose another port with --port-range"
 
 
 @pytest.fixture
