@@ -142,7 +142,7 @@ def _torchrun(environ: Mapping[str, str]) -> Launch:
             )
     rank = _number(environ, "RANK")
     world_size = _number(environ, "WORLD_SIZE")
-    local_rank = _number(environ, "LOCAL_RANK", rank)  # absent where people set these by hand
+    local_rank = _number(environ, "LOCAL_RANK", 0 if _is_one_per_pod(environ) else rank)
     local_world_size = _number(environ, "LOCAL_WORLD_SIZE", local_rank + 1)
     are_all_here = "LOCAL_WORLD_SIZE" in environ and local_world_size == world_size
     return _checked(
@@ -155,6 +155,14 @@ def _torchrun(environ: Mapping[str, str]) -> Launch:
             is_one_host=are_all_here or says_loopback(environ["MASTER_ADDR"].strip("[]")),
         )
     )
+
+
+def _is_one_per_pod(environ: Mapping[str, str]) -> bool:
+    """Whether Kubeflow's operator started this, which counts pods, rather than torchrun in it.
+
+    Where LOCAL_RANK is absent otherwise, people set RANK by hand, most likely on one host.
+    """
+    return "PET_NODE_RANK" in environ and environ["PET_NODE_RANK"] == environ["RANK"]
 
 
 def _mpi_variables(environ: Mapping[str, str]) -> tuple[str, str, str, str] | None:

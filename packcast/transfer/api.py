@@ -155,7 +155,7 @@ def send_checkpoint(
         workers=workers,
         address=_address("listen", listen),
         port=port,
-        port_range=None if port_range is None else check_port_range("port_range", *port_range),
+        port_range=_port_range(port_range),
         token=_token(token, view),
         join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
@@ -316,6 +316,14 @@ def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | N
     if not is_host(host) or not 0 <= port <= 65535:
         raise UsageError(f"{where}: {address!r} names no host, or no port")
     return host, port
+
+
+def _port_range(ports: tuple[int, int] | None) -> range | None:
+    if ports is None:
+        return None
+    if not isinstance(ports, tuple) or [type(port) for port in ports] != [int, int]:
+        raise UsageError(f"port_range: {ports!r} is not (first, last)", hint="as (29400, 29409)")
+    return check_port_range("port_range", *ports)
 
 
 def _token(token: str | bytes | None, view: View | None) -> bytes | None:

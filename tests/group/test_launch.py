@@ -108,6 +108,13 @@ def test_it_is_known_where_all_ranks_are_on_one_host(
     assert detect_launch(environ).is_one_host == is_one_host
 
 
+def test_a_pod_of_an_operator_has_one_rank_and_ranks_set_by_hand_are_on_one_host() -> None:
+    by_hand = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", *MASTER)}
+    assert detect_launch(by_hand).local_rank == 5
+    assert detect_launch(by_hand | {"PET_NODE_RANK": "5"}).local_rank == 0
+    assert detect_launch(TORCHRUN | {"PET_NODE_RANK": "5"}).local_rank == 1
+
+
 def test_ranks_of_nproc_are_known_by_what_they_inherit() -> None:
     environ = {"RANK": "1", "WORLD_SIZE": "3", "PACKCAST_LAUNCH_FD": "9"}
     assert detect_launch(environ) == Launch("nproc", 1, 3, 1, 3, is_one_host=True)
