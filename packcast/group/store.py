@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_TRY_LIMIT_S = 5.0
 _REACH_LIMIT_S = 10.0  # a lost SYN is sent again after 1, 3 and 7 s
 GRACE_S = 5.0  # beyond its own deadline a store call is held to be stuck
 
@@ -108,18 +109,27 @@ def host_store(
     return store, port
 
 
-def await_listener(host: str, port: int, deadline: float) -> socket.socket:
+def await_listener(
+    host: str, port: int, deadline: float, log: Callable[[str], object] | None = None
+) -> socket.socket:
     """A connection to `host:port`, once something listens there, whose name may not be known yet.
 
-    Raises RendezvousError at the deadline.
+    `log` is told where that takes longer. Raises RendezvousError at the deadline.
     """
     where = host_and_port(host, port)
     pause_s = 0.02
+    log_at = time.monotonic() + _TRY_LIMIT_S - 1.0
     while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
         try:
-            return connect(host, port, max(deadline - time.monotonic(), 0.1))
+            return connect(host, port, min(left_s, _TRY_LIMIT_S) if log else left_s)
+        except TimeoutError:
+            reason = "no answer: the host is down, or a firewall blocks that port"
         except OSError as error:
             reason = error.strerror or str(error)
+        if log is not None and time.monotonic() > log_at:
+            log(f"waiting for the launcher's store at {where} ({reason[0].lower()}{reason[1:]})")
+            log = None
         if time.monotonic() + pause_s > deadline:
             raise RendezvousError(
                 f"cannot reach the store at {where}: {reason}", hint=_only_here(host)

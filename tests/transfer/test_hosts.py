@@ -249,6 +249,24 @@ def test_the_stores_port_is_named_within_seconds_where_a_firewall_blocks_it(
     assert time.monotonic() - started < TIMEOUT_S
 
 
+def test_a_launchers_port_that_a_firewall_blocks_is_named_while_a_rank_waits(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    block_all_but(two.node1, two.cable, range(29430, 29431))
+    ranks = [
+        two.start(
+            host,
+            *("send", checkpoint, "--out", tmp_path / "copy"),
+            environment=rank_environment(rank, 2, 29412)
+            | {"LOCAL_RANK": "0", "MASTER_ADDR": "10.77.0.1"}
+            | TOKEN,
+        )
+        for rank, host in enumerate((two.node1, two.node2))
+    ]
+    line = r"waiting for the launcher's store at 10.77.0.1:29412 \(no answer: .* a firewall blocks"
+    ranks[1].read_until(line)
+
+
 def test_ipv6_alone_is_enough(two: Two, checkpoint: Path, tmp_path: Path) -> None:
     for host, address in ((two.node1, "fd00:77::1/64"), (two.node2, "fd00:77::2/64")):
         host.ip("-4", "address", "flush", "dev", two.cable)
