@@ -67,7 +67,8 @@ class Settings:
     device: str = "auto"
     workers: int | None = None  # no launcher: how many `recv` will come
     address: tuple[str, int] | None = None  # no launcher: --listen, or recv's HOST:PORT
-    port: int | None = None  # Slurm: the store's port, instead of the derived one
+    port: int | None = None  # Slurm, mpirun: the store's port, instead of the derived one
+    port_range: range | None = None  # for each socket on which the sender listens
     token: bytes | None = None
     token_file: Path | None = None  # made for it, to be shown in its place
     rank: int | None = None  # no launcher: recv --rank
@@ -113,6 +114,16 @@ def check_seconds(where: str, seconds: float, text: str | None = None) -> float:
         shown = text or f"{seconds:g} s"
         raise UsageError(f"{where}: a limit of {shown} is over before it begins")
     return seconds
+
+
+def check_port_range(where: str, first: int, last: int) -> range:
+    """The ports from `first` to `last`: a sender listens on two of them at a time."""
+    if not 0 < first < last < 65536:
+        raise UsageError(
+            f"{where}: {first}-{last} is not a range of ports",
+            hint="as in 29400-29409: from 1 to 65535, and two for each transfer at a time",
+        )
+    return range(first, last + 1)
 
 
 def is_host(text: str) -> bool:

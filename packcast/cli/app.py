@@ -129,6 +129,7 @@ def send(
     workers: opt.Workers = None,
     listen: opt.Listen = None,
     port: opt.Port = None,
+    port_range: opt.PortRange = None,
     token_file: opt.TokenFile = None,
     readers: opt.Readers = "1",
     buffer_size: opt.BufferSize = None,
@@ -171,6 +172,7 @@ def send(
         workers=workers,
         address=given.address("--listen", listen) if listen else None,
         port=port,
+        port_range=given.port_range(port_range),
         token=given.token(token_file, os.environ, warner(outcome, quiet=quiet)),
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )

@@ -22,6 +22,7 @@ from packcast.settings import (
     SinkKind,
     check_destinations,
     check_device,
+    check_port_range,
     check_seconds,
     check_size,
     check_template,
@@ -125,6 +126,16 @@ def address(option: str, text: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{option}: {port!r} is not a port")
     return host, int(port)
+
+
+def port_range(text: str | None) -> range | None:
+    """`29400-29409`, both included."""
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    if not dash or not first.isdecimal() or not last.isdecimal():
+        raise UsageError(f"--port-range: {text!r} is not A-B", hint="as in 29400-29409")
+    return check_port_range("--port-range", int(first), int(last))
 
 
 def destination(

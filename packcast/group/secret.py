@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from packcast.errors import RendezvousError, UsageError
-from packcast.group.launch import Launch
+from packcast.group.launch import MPI_JOB_VARIABLE, Launch
 
 _NBYTES = 32
 _FILE = "launch-secret"
@@ -111,11 +111,11 @@ class SignedKeys:
 
 def launch_context(launch: Launch, environ: Mapping[str, str], call: int) -> str:
     """What is the same on all ranks of a launch, and another in every other launch."""
-    names = (
-        ("SLURM_JOB_ID", "SLURM_STEP_ID")
-        if launch.kind == "slurm"
-        else ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    )
+    names: tuple[str, ...] = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    if launch.kind == "slurm":
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    elif launch.kind == "mpirun":
+        names = (MPI_JOB_VARIABLE, "MASTER_PORT")
     said = [environ.get(name, "") for name in names]
     return " ".join(map(repr, (launch.kind, launch.world_size, *said, call)))
 
@@ -127,7 +127,7 @@ def launch_secret(
 
     Where all ranks are on one host it is derived from a file that only this user can read. Raises
     UsageError under Slurm on several hosts, where `srun` would hand on a token; None under torchrun
-    on several hosts, whose ranks share nothing then.
+    or mpirun on several hosts, whose ranks share nothing then.
     """
     if token is not None:
         return token

@@ -112,7 +112,13 @@ def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> S
     me = _introduce(settings, launch, checkpoint)
     deadline = time.monotonic() + settings.join_timeout_s + _GRACE_S
     meeting = open_meeting(
-        launch, os.environ, settings.join_timeout_s, settings.port, secret=secret, call=call
+        launch,
+        os.environ,
+        settings.join_timeout_s,
+        settings.port,
+        secret=secret,
+        call=call,
+        log=view.note,
     )
     try:
         return _sit_with_launcher(
@@ -305,7 +311,7 @@ def _listen(
     return ControlServer(
         expected,
         host=address[0],
-        port=address[1],
+        port=address[1] or settings.port_range or 0,
         me=me,
         transfer_id=transfer_id,
         token=token,

@@ -16,7 +16,7 @@ from packcast.errors import PackcastError, TransferError
 from packcast.group.addresses import interface_of, interface_towards
 from packcast.group.leave import WayOut
 from packcast.group.rank_info import RankInfo
-from packcast.group.store import connect_store, serve_store
+from packcast.group.store import join_served_store, serve_store
 from packcast.io.landing import Sink
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.localcopy import local_copy
@@ -118,7 +118,7 @@ def send(
 
     view.phase("start")
     host = server.host_met()
-    store, port = serve_store(host, settings.join_timeout_s)
+    store, port = serve_store(host, settings.join_timeout_s, settings.port_range)
     server.broadcast(Go(host=host, port=port, sums=sums))
     hosts = {rank_of(info): info.host for info in infos}
     view.started(
@@ -201,7 +201,7 @@ def receive(
         go = client.expect(Go, patience_s)
         view.phase("start")
         host = client.host_told(go.host)
-        store = connect_store(host, go.port, settings.join_timeout_s)
+        store = join_served_store(host, go.port, settings.join_timeout_s)
         view.started(start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
         with StallWatch(mover, client, leaver, settings.stall_timeout_s):

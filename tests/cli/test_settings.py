@@ -49,6 +49,17 @@ def test_addresses_are_host_and_port(text: str, address: tuple[str, int]) -> Non
     assert given.address("--listen", text) == address
 
 
+def test_a_range_of_ports_includes_both_ends() -> None:
+    assert given.port_range("29400-29401") == range(29400, 29402)
+    assert given.port_range(None) is None
+
+
+@pytest.mark.parametrize("text", ["29400", "29400-", "a-b", "29400-29400", "5-4", "0-9", "1-65536"])
+def test_a_range_of_ports_that_is_none_is_reported(text: str) -> None:
+    with pytest.raises(UsageError, match=f"--port-range: .*{text}.* is not"):
+        given.port_range(text)
+
+
 @pytest.mark.parametrize(
     "text", ["node1", ":29400", "node1:", "node1:http", "h:70000", "::1:29400", "[h]:29400"]
 )

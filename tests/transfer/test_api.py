@@ -457,6 +457,8 @@ def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
         ({"include": "model.*"}, "include: give a list"),
         ({"join_timeout_s": 0}, "join_timeout_s: a limit of 0 s"),
         ({"stall_timeout_s": float("nan")}, "stall_timeout_s"),
+        ({"port_range": (29400, 29399)}, "port_range: 29400-29399 is not a range"),
+        ({"port_range": "29400-29409"}, r"port_range: '29400-29409' is not \(first, last\)"),
         ({"port": 5, "workers": 1, "listen": ("h", 1)}, "port= is for Slurm"),
     ],
 )
