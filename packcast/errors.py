@@ -3,8 +3,8 @@
 PackcastError                 1   (a bug, where nothing better is known)
 +-- UsageError                2
 +-- CheckpointError           3   what is on disk is not a checkpoint, or changed under us
-+-- RendezvousError           4   who takes part: nobody there, too many, not fitting together
-+-- TransferError             5   the way itself: lost ranks, damage, time-outs
++-- RendezvousError           4   the group: ranks are missing, too many, or incompatible
++-- TransferError             5   the transfer itself: a lost rank, damaged bytes, a time limit
 +-- VerificationError         6   a difference was found
 +-- DestinationError          7   exists, no space, no permission
 +-- Interrupted         130/143   SIGINT / SIGTERM, SIGHUP
@@ -37,7 +37,7 @@ class PackcastError(Exception):
 
 
 class UsageError(PackcastError):
-    """The command line, or a library call's arguments, cannot be meant."""
+    """Invalid command line, or invalid arguments of a library call."""
 
     exit_code = 2
 
@@ -49,19 +49,19 @@ class CheckpointError(PackcastError):
 
 
 class RendezvousError(PackcastError):
-    """The ranks did not all come, or do not fit together."""
+    """Not all ranks joined, or they are incompatible."""
 
     exit_code = 4
 
 
 class TransferError(PackcastError):
-    """A rank was lost, bytes were damaged on the way, or time ran out."""
+    """A rank was lost, bytes were damaged in transit, or a time limit expired."""
 
     exit_code = 5
 
 
 class VerificationError(PackcastError):
-    """The bytes compared with differ."""
+    """The compared bytes differ."""
 
     exit_code = 6
 

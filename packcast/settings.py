@@ -103,7 +103,7 @@ def check_size(where: str, nbytes: int, text: str | None = None) -> int:
     """At least one block of digests, 1 MiB; `text` is the size as it was given."""
     if nbytes < MIB:
         shown = text or format_exact_size(nbytes)
-        raise UsageError(f"{where}: {shown} is too small", hint="the least is 1MiB")
+        raise UsageError(f"{where}: {shown} is too small", hint="the minimum is 1MiB")
     return nbytes
 
 
@@ -111,7 +111,7 @@ def check_seconds(where: str, seconds: float, text: str | None = None) -> float:
     """A time limit: more than nothing; `text` is the duration as it was given."""
     if not seconds > 0:
         shown = text or f"{seconds:g} s"
-        raise UsageError(f"{where}: a limit of {shown} is over before it begins")
+        raise UsageError(f"{where}: must be greater than 0, not {shown}")
     return seconds
 
 
@@ -134,8 +134,8 @@ def check_token(where: str, token: bytes) -> str | None:
     """Refuse a secret that is guessed by trying; a warning for one that is merely short."""
     if not MIN_TOKEN_NBYTES <= len(token) <= MAX_TOKEN_NBYTES:
         raise UsageError(
-            f"{where}: a token has from {MIN_TOKEN_NBYTES} to {MAX_TOKEN_NBYTES} bytes,"
-            f" this one {len(token)}",
+            f"{where}: a token must have {MIN_TOKEN_NBYTES} to {MAX_TOKEN_NBYTES} bytes,"
+            f" this one has {len(token)}",
             hint="`openssl rand -hex 16` makes one",
         )
     if len(token) < SAFE_TOKEN_NBYTES:
@@ -146,7 +146,7 @@ def check_token(where: str, token: bytes) -> str | None:
 def check_device(where: str, device: str) -> str:
     """Whether it is there is found out later, on the device's host."""
     if not _DEVICE.fullmatch(device):
-        raise UsageError(f"{where}: {device!r} is none of auto, cpu, cuda, cuda:N")
+        raise UsageError(f"{where}: {device!r} is not one of auto, cpu, cuda, cuda:N")
     return device
 
 
@@ -157,7 +157,8 @@ def check_template(where: str, text: str) -> str:
     for found in re.findall(r"\{[a-z_]*\}", text):
         if found not in PLACEHOLDERS:
             raise UsageError(
-                f"{where}: {found} is not filled in", hint=f"there are {', '.join(PLACEHOLDERS)}"
+                f"{where}: {found} is not a placeholder",
+                hint=f"the placeholders are {', '.join(PLACEHOLDERS)}",
             )
     return text
 

@@ -75,4 +75,4 @@ def _of_file(name: str, *, sidecars: bool, exclude_files: Sequence[str]) -> str:
             return "not in the index, or all its tensors are left out"
         case Kind.SIDECAR if not sidecars:
             return "--no-sidecars"
-    return "a link that leads out of it, no regular file, or a name that clashes with another"
+    return "a symlink to outside of it, no regular file, or a name that clashes with another"

@@ -29,7 +29,7 @@ def clean(folder: Path, *, yes: bool) -> tuple[Listing, DestinationError | None]
     except NotADirectoryError:
         raise UsageError(f"{folder} is not a directory") from None
     except OSError as error:
-        raise DestinationError(f"cannot look into {folder}: {error.strerror}") from error
+        raise DestinationError(f"cannot read {folder}: {error.strerror}") from error
     found = {partial.path: partial for partial in (*partials_in(real), *partials_of(real))}
     partials = [partial for _, partial in sorted(found.items())]
     unused = [partial for partial in partials if partial.state == "unused"]

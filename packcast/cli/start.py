@@ -31,11 +31,13 @@ _PLAIN = [
     for pattern, words in (
         (r"Invalid value for '([^']+)': ", r"\1: "),
         (r"Value error, ", ""),
-        (r"(\w.*) is not one of (.*)", r"\1 is none of \2"),
         (r"Input should be a valid integer.*", "must be a whole number"),
         (r"Input should be a valid boolean.*", "must be true or false"),
         (r"Input should be greater than or equal to (\S+)", r"must be at least \1"),
         (r"Input should be less than or equal to (\S+)", r"must be at most \1"),
+        (r"No such (option|command):? '?([^' ]+?)'?(?= |\.|$)", r"there is no \1 \2"),
+        (r" \(Possible options: (.*)\)", r"; near names are \1"),
+        (r"\. Did you mean '?([^']*)'?\?", r"; a near name is \1"),
         (r"Missing argument '?(\[?[A-Z].*?\]?)'?$", r"\1 is missing"),
     )
 ]

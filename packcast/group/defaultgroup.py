@@ -81,7 +81,7 @@ class DefaultGroup:
         if dist.is_initialized():
             raise RendezvousError("this process has a default group already")
         if not self._meet("begin"):
-            raise RendezvousError(f"not all ranks came within {format_duration(self._limit_s)}")
+            raise RendezvousError(f"not all ranks joined within {format_duration(self._limit_s)}")
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # each thread has its own
         self._is_ours = True
@@ -205,10 +205,10 @@ def open_default_group(
         made.close()
         if is_forsaken:
             raise Forsaken("another rank could not make torch's default group") from error
-        raise RendezvousError(f"torch's default group could not be made: {reason}") from error
+        raise RendezvousError(f"torch's default group could not be created: {reason}") from error
     if not is_over:
         made.give_up()
         raise RendezvousError(
-            f"torch's default group could not be made within {format_duration(limit_s)}"
+            f"torch's default group could not be created within {format_duration(limit_s)}"
         )
     return made

@@ -1,4 +1,4 @@
-"""`--nproc`: all ranks on this machine, started and watched by a process that is none of them.
+"""`--nproc`: all ranks on this machine, started and watched by a process that is not one of them.
 
 The ranks are plain processes. The launcher answers signals, ends the ranks that are left where one
 has failed, and returns the root cause's own exit code. It imports no torch.

@@ -70,7 +70,7 @@ def host_store(
         taken = error.errno == errno.EADDRINUSE
         raise RendezvousError(
             f"cannot serve the store at {host_and_port(host, port)}: "
-            f"{'the port is taken' if taken else error.strerror or error}",
+            f"{'the port is in use' if taken else error.strerror or error}",
             hint=f"choose another port with {option}" if taken and option else None,
         ) from None
     port = listener.getsockname()[1]

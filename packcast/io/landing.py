@@ -235,6 +235,6 @@ def _error_of(
     tensor = spec.header.tensor_at(begin) if spec.header else None
     inside = f" (tensor {tensor.name})" if tensor else ""
     return TransferError(
-        f"{spec.name}: bytes {begin} to {end}{inside} were damaged on the way, "
+        f"{spec.name}: bytes {begin} to {end}{inside} were damaged in transit, "
         f"chunk {unit.chunk.index}"
     )

@@ -45,7 +45,7 @@ def check_one_checkpoint(infos: Sequence[RankInfo], sender: RankInfo) -> None:
         else:
             continue
         raise RendezvousError(
-            f"two checkpoints: {sender.label} sends {sender.checkpoint}, but {info.label}"
+            f"different checkpoints: {sender.label} sends {sender.checkpoint}, but {info.label}"
             f" names {info.checkpoint}, {what}"
         )
 
@@ -190,7 +190,7 @@ def check_device(offer: Offer) -> None:
     index = int(offer.device.removeprefix("cuda:"))
     if not torch.distributed.is_nccl_available() or index >= torch.cuda.device_count():
         raise RendezvousError(
-            f"the sender offers nccl on {offer.device}, which this rank's torch does not have",
+            f"the sender offers nccl on {offer.device}, which this rank's torch does not support",
             hint="--backend gloo, on the sender, needs no GPU",
         )
 

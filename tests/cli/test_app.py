@@ -132,7 +132,7 @@ def test_options_are_read_from_the_environment(
         ([*SEND, "--workers", "0"], "--workers"),
         (["send", "c", "--backend", "mpi"], "--backend"),
         ([*SEND, "--workers", "1", "--buffer-size", "x"], "--buffer-size"),
-        (["send", "c"], "nobody"),
+        (["send", "c"], "no workers"),
         (["send", "c", "--workers", "1"], "--listen"),
         (["recv", "h:1"], "--discard"),
         (["recv", "--discard"], "HOST:PORT"),
@@ -229,7 +229,7 @@ def test_a_token_that_nobody_would_see_is_not_made(
     transfer: FakeTransfer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run([*SEND, "--workers", "3", "-q"]) == 2
-    assert "-q does not show the token" in capsys.readouterr().err
+    assert "-q hides the token" in capsys.readouterr().err
     monkeypatch.setenv("PACKCAST_TOKEN", "a secret")
     assert run([*SEND, "--workers", "3", "-q"]) == 0
     assert capsys.readouterr().err == ""

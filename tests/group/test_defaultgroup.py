@@ -106,7 +106,7 @@ if rank == 0:
         open_group("alone", limit_s=0.2)
         raise AssertionError("the other rank did not come")
     except RendezvousError as error:
-        assert "not all ranks came within" in error.message
+        assert "not all ranks joined within" in error.message
 assert threading.active_count() == 1
 """
     )

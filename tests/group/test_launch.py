@@ -402,7 +402,7 @@ def test_a_taken_port_is_one_line() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         environ = SLURM | {"SLURM_STEP_NODELIST": "localhost"}
-        with pytest.raises(RendezvousError, match=f":{port}: the port is taken") as caught:
+        with pytest.raises(RendezvousError, match=f":{port}: the port is in use") as caught:
             open_meeting(Launch("slurm", 0, 2, 0, 2), environ, 1.0, port)
         assert caught.value.hint == "choose another port with --port"
 

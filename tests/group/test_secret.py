@@ -83,7 +83,7 @@ def test_no_stranger_ends_or_redirects_a_launch_by_a_key() -> None:
     store.set("role/0", "recv")
     store.set("address", '{"hosts": ["203.0.113.1"], "port": 1, "beside_store": false}')
     assert settle_sender(keys, HERE, "send", 1.0) == 0
-    with pytest.raises(RendezvousError, match="has not said where it listens"):
+    with pytest.raises(RendezvousError, match="did not say which port"):
         await_address(keys, 0.1)
 
 
@@ -92,7 +92,7 @@ def test_without_a_secret_nonsense_is_passed_over_as_well() -> None:
     store.set("failure", "[1]")
     store.set("address", "{")
     keys = SignedKeys(store, None, "launch")
-    with pytest.raises(RendezvousError, match="has not said where it listens"):
+    with pytest.raises(RendezvousError, match="did not say which port"):
         await_address(keys, 0.1)
     publish_failure(keys, UsageError("no"))
     with pytest.raises(UsageError, match="no"):

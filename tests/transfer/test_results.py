@@ -73,7 +73,7 @@ def test_digests_that_all_found_are_the_result() -> None:
 
 @pytest.mark.parametrize("mine", [["d1", "d2"], None])
 def test_a_worker_with_other_bytes_is_named_with_the_file(mine: list[str] | None) -> None:
-    with pytest.raises(TransferError, match="b: rank 3 has other bytes"):
+    with pytest.raises(TransferError, match="b: the bytes of rank 3 differ"):
         agreed_digests(OFFER, mine, {1: proved("d1", "d2"), 3: proved("d1", "d3")})
 
 

@@ -33,7 +33,7 @@ class NotDurable(DestinationError):
         reason = (error.strerror or str(error)).lower()
         super().__init__(
             f"{place.target} is complete, but may not survive a power cut: {reason}{more}",
-            hint="the disk failed to confirm the copy: look at its errors, then send again --force",
+            hint="fsync failed: check the disk for errors, then send again with --force",
         )
 
 
