@@ -111,7 +111,9 @@ def check_seconds(where: str, seconds: float, text: str | None = None) -> float:
     """A time limit: more than nothing; `text` is the duration as it was given."""
     if not seconds > 0:
         shown = text or f"{seconds:g} s"
-        raise UsageError(f"{where}: must be greater than 0, not {shown}")
+        raise UsageError(
+            f"{where}: must be greater than 0, not {shown}", hint="write durations as 3s or 5min"
+        )
     return seconds
 
 
@@ -146,14 +148,19 @@ def check_token(where: str, token: bytes) -> str | None:
 def check_device(where: str, device: str) -> str:
     """Whether it is there is found out later, on the device's host."""
     if not _DEVICE.fullmatch(device):
-        raise UsageError(f"{where}: {device!r} is not one of auto, cpu, cuda, cuda:N")
+        raise UsageError(
+            f"{where}: {device!r} is not one of auto, cpu, cuda, cuda:N",
+            hint="N counts from 0",
+        )
     return device
 
 
 def check_template(where: str, text: str) -> str:
     """A path that may hold placeholders; a misspelt one would make every rank write one place."""
     if not text:
-        raise UsageError(f"{where}: the path is empty")
+        raise UsageError(
+            f"{where}: the path is empty", hint="check the shell variable that it comes from"
+        )
     for found in re.findall(r"\{[a-z_]*\}", text):
         if found not in PLACEHOLDERS:
             raise UsageError(

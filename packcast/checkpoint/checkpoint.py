@@ -253,7 +253,7 @@ def _nothing_here(
         hint = f"convert {names} to safetensors first"
     if exclude_files:
         left_none = "no .safetensors file is left in this directory by --exclude-files"
-        return UsageError(f"{path}: {left_none}")
+        return UsageError(f"{path}: {left_none}", hint="--dry-run shows what a pattern leaves out")
     return CheckpointError(f"{path}: no .safetensors file in this directory: {what}", hint=hint)
 
 
@@ -326,7 +326,7 @@ def _checked(entry: Entry) -> Path:
     _check_name(entry.name)
     if entry.found is None:
         raise CheckpointError(
-            f"{entry.name}: a dangling symlink to {entry.path}",
+            f"{entry.name}: a dangling symlink to {_target_of(entry.path)}",
             hint=f"{INCOMPLETE}; --exclude-files leaves it out",
         )
     if entry.is_outside:
@@ -335,6 +335,13 @@ def _checked(entry: Entry) -> Path:
             hint="--follow-links follows it; --exclude-files leaves it out",
         )
     return entry.path
+
+
+def _target_of(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # it is a folder above that leads nowhere, or it has changed
+        return str(link)
 
 
 def _check_name(name: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from packcast.checkpoint.near import near_paths, what_is_missing
+from packcast.checkpoint.near import hint_for_path, near_paths
 from packcast.checkpoint.ruling import some
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -77,12 +77,9 @@ def resolved(path: Path, environ: Mapping[str, str]) -> Path:
 
 def hint_for_missing(path: Path, environ: Mapping[str, str] = os.environ) -> str:
     """What to do about a path that does not exist: a near name, or a model to download."""
-    near = near_paths(path)
-    if near:
-        return f"did you mean {' or '.join(near)}?"
     model = model_of(str(path))
-    if model is None:
-        return what_is_missing(path)
+    if model is None or near_paths(path):
+        return hint_for_path(path)
     there = sorted(found.name for found in (_folder(model, environ) / "snapshots").glob("[!.]*"))
     if there:
         what = f"of {model.name} the cache has the revisions {some(there)} only"

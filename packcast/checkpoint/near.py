@@ -15,6 +15,15 @@ _MAX_LOOKED_AT = 10_000
 _PARTS = re.compile(r"[^.*?\[\]/]+")
 
 
+def hint_for_path(path: Path) -> str:
+    """What to say of a path that does not exist."""
+    near = near_paths(path)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    above, name = _first_missing(path)
+    return f"the directory {above.absolute()} has no entry {name}"
+
+
 def near_paths(path: Path) -> list[str]:
     """What exists beside a path that does not, with nearly its name."""
     above, name = _first_missing(path)
@@ -25,13 +34,8 @@ def near_paths(path: Path) -> list[str]:
     return [str(above / near) for near in get_close_matches(name, sorted(names), SHOWN_NAMES)]
 
 
-def what_is_missing(path: Path) -> str:
-    """The folder that exists, and the first part of the path that does not exist in it."""
-    above, name = _first_missing(path)
-    return f"the directory {above.absolute()} has no entry {name}"
-
-
 def _first_missing(path: Path) -> tuple[Path, str]:
+    """The folder that exists, and the first part of the path that does not exist in it."""
     while not path.parent.is_dir() and path.parent != path.parent.parent:
         path = path.parent
     return path.parent, path.name

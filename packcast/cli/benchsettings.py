@@ -122,7 +122,10 @@ def check_what(settings: BenchSettings, *, shape: str | None, size: str | None) 
     if settings.checkpoint is not None:
         for option, value in (("--shape", shape), ("--size", size)):
             if value is not None:
-                raise UsageError(f"{option} is for generated weights, but a CKPT is given")
+                raise UsageError(
+                    f"{option} is for generated weights, but a CKPT is given",
+                    hint="leave out one of the two",
+                )
     if "file" not in settings.sources and not set(settings.sinks) & set(_RESIDENT_SINKS):
         raise UsageError(
             f"--sink {','.join(settings.sinks)} does not go with --source resident",

@@ -9,6 +9,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from packcast.checkpoint.near import hint_for_path
 from packcast.cli.report import count
 from packcast.cli.tables import Listing, table
 from packcast.errors import DestinationError, UsageError
@@ -25,9 +26,11 @@ def clean(folder: Path, *, yes: bool) -> tuple[Listing, DestinationError | None]
     try:
         os.listdir(real)
     except FileNotFoundError:
-        raise UsageError(f"{folder}: no such directory") from None
+        raise UsageError(f"{folder}: no such directory", hint=hint_for_path(folder)) from None
     except NotADirectoryError:
-        raise UsageError(f"{folder} is not a directory") from None
+        raise UsageError(
+            f"{folder} is not a directory", hint="give the directory that copies were written into"
+        ) from None
     except OSError as error:
         raise DestinationError(f"cannot read {folder}: {error.strerror}") from error
     found = {partial.path: partial for partial in (*partials_in(real), *partials_of(real))}

@@ -92,7 +92,7 @@ def doctor(
         failure = failure or failed
     problems = [it for it in findings if it.state == "problem"]
     if problems and failure is None:
-        failure = RendezvousError(f"{problems[0].topic}: {problems[0].text}")
+        failure = RendezvousError(f"{problems[0].topic}: {problems[0].text}", hint=problems[0].fix)
     document: dict[str, object] = {
         "command": "doctor",
         "ok": failure is None,

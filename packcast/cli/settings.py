@@ -105,7 +105,10 @@ def readers(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--readers: must be a whole number of at least 1, or `all`, not {text!r}")
+        raise UsageError(
+            f"--readers: must be a whole number of at least 1, or `all`, not {text!r}",
+            hint="the default is 1, the sender",
+        )
     return int(text)
 
 

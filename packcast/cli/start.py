@@ -38,6 +38,7 @@ _PLAIN = [
         (r"No such (option|command):? '?([^' ]+?)'?(?= |\.|$)", r"there is no \1 \2"),
         (r" \(Possible options: (.*)\)", r"; near names are \1"),
         (r"\. Did you mean '?([^']*)'?\?", r"; a near name is \1"),
+        (r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", r"unexpected argument: \1"),
         (r"Missing argument '?(\[?[A-Z].*?\]?)'?$", r"\1 is missing"),
     )
 ]

@@ -204,7 +204,7 @@ class DeviceLanding:
         if bytes(host_view(page.found.view(torch.uint8))) != sum_in(trailer):
             first = chunk.extents[0]
             raise TransferError(
-                f"{self._files[first.file].name}: bytes from {first.offset} were damaged on the"
-                f" way, chunk {chunk.index}"
+                f"{self._files[first.file].name}: bytes from {first.offset} were damaged in"
+                f" transit, chunk {chunk.index}"
             )
         return digests
