@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class PackcastError(Exception):
-    """What went wrong, where, and (as `hint`) the next thing to do; one or two lines in all.
+    """What went wrong and where, and as `hint` the next step; one or two lines together.
 
-    `report` is set where a library call raises this of a transfer that reached its end: a
-    difference was found, or some worker could not publish. The hint may name an option of the
+    A library call sets `report` if the transfer reached its end: a difference was found, or a
+    worker could not publish. The hint may name an option of the
     command line (`--force`); the argument has the same name (`force`).
     """
 
@@ -81,19 +81,20 @@ class Interrupted(PackcastError):
 
 
 def out_of_descriptors(error: BaseException) -> TransferError | None:
-    """What to say where the system has opened one file or socket too many; None for others."""
+    """The error for a limit of open files that is reached; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
         return None
     whose = "this process" if error.errno == errno.EMFILE else "this host"
     wrapped = TransferError(
-        f"{whose} may not open more files or sockets", hint="raise its limit, as with `ulimit -n`"
+        f"{whose} has reached its limit of open files and sockets",
+        hint="raise the limit, as with `ulimit -n`",
     )
     wrapped.__cause__ = error
     return wrapped
 
 
 def as_packcast_error(error: Exception, doing: str) -> PackcastError:
-    """`error` itself where it is one of ours, else a report of a bug while `doing` something."""
+    """`error` itself if it is a PackcastError, else the report of a bug while `doing` something."""
     if isinstance(error, PackcastError):
         return error
     if known := out_of_descriptors(error):

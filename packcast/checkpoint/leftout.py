@@ -51,7 +51,7 @@ def _of_folder(path: Path, name: str, exclude_files: Sequence[str]) -> str | Non
     if path.name.startswith("."):
         return "hidden"
     if path.name == "__pycache__":
-        return "a cache of Python's"
+        return "a Python cache"
     if any(leaves_out(glob, name) for glob in exclude_files):
         return "--exclude-files"
     try:

@@ -60,7 +60,7 @@ def self_test(backend: str) -> tuple[str, PackcastError | None]:
         document = json.loads(result.read_text())
         seconds = format_duration(document["total_seconds"])
         speed = format_speed(document["bytes_per_second"])
-        return f"two ranks over {backend}: every byte came, {speed}, {seconds} in all", None
+        return f"two ranks over {backend}: all bytes arrived, {speed}, {seconds} in all", None
 
 
 def _failed(backend: str, error: PackcastError) -> tuple[str, PackcastError]:

@@ -80,7 +80,7 @@ def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[s
 
 
 def plain_words(message: str) -> str:
-    """What the parser says of a value that it cannot take, in our words."""
+    """The parser's message about an invalid value, in our words."""
     for pattern, words in _PLAIN:
         message = pattern.sub(words, message)
     return message

@@ -158,7 +158,7 @@ class _Ranks:
             rank, code = next(iter(killed.items()))
             what = f"was killed by {signal.Signals(-code).name}"
         else:  # it had to be ended, and all others were done
-            rank, what = next(rank for rank, code in codes.items() if code != 0), "did not go on"
+            rank, what = next(rank for rank, code in codes.items() if code != 0), "did not end"
         say(f"{_ERROR}rank {rank} (pid {self._processes[rank].pid}) {what}")
         return TransferError.exit_code
 

@@ -126,7 +126,7 @@ def _remove_old(place: Place, holder_fd: int, offered: Collection[str]) -> list[
             os.close(old_fd)
         os.rmdir(place.partial, dir_fd=holder_fd)
     except OSError:
-        return [f"the old {place.target} could not be removed wholly: see {place.partial_path}"]
+        return [f"the old {place.target} could not be removed completely: see {place.partial_path}"]
     return []
 
 
