@@ -22,7 +22,6 @@ Backend = Literal["auto", "nccl", "gloo"]
 
 PLACEHOLDERS = ("{rank}", "{local_rank}", "{host}")
 MAX_TOKEN_NBYTES = 4096
-MIN_TOKEN_NBYTES = 8  # fewer are an error, and fewer than this many worth a warning:
 SAFE_TOKEN_NBYTES = 16
 
 MIN_FITTING_SIZE, MAX_FITTING_SIZE = 16 * MIB, 64 * MIB  # that are chosen for a checkpoint
@@ -70,6 +69,7 @@ class Settings:
     address: tuple[str, int] | None = None  # no launcher: --listen, or recv's HOST:PORT
     port: int | None = None  # Slurm: the store's port, instead of the derived one
     token: bytes | None = None
+    token_file: Path | None = None  # made for it, to be shown in its place
     rank: int | None = None  # no launcher: recv --rank
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S
@@ -133,15 +133,17 @@ def is_host(text: str) -> bool:
 
 
 def check_token(where: str, token: bytes) -> str | None:
-    """Refuse a secret that is guessed by trying; a warning for one that is merely short."""
-    if not MIN_TOKEN_NBYTES <= len(token) <= MAX_TOKEN_NBYTES:
+    """Refuse a secret that is none; a warning for one that can be guessed by trying."""
+    if not 1 <= len(token) <= MAX_TOKEN_NBYTES:
         raise UsageError(
-            f"{where}: a token must have {MIN_TOKEN_NBYTES} to {MAX_TOKEN_NBYTES} bytes,"
-            f" this one has {len(token)}",
+            f"{where}: a token must have 1 to {MAX_TOKEN_NBYTES} bytes, not {len(token)}",
             hint="`openssl rand -hex 16` makes one",
         )
     if len(token) < SAFE_TOKEN_NBYTES:
-        return f"{where}: a token of fewer than {SAFE_TOKEN_NBYTES} bytes can be guessed"
+        return (
+            f"{where}: a token of fewer than {SAFE_TOKEN_NBYTES} bytes can be guessed;"
+            " `openssl rand -hex 16` makes a better one"
+        )
     return None
 
 

@@ -201,15 +201,8 @@ def json_target(text: str | None) -> str | None:
     return str(file)
 
 
-def check_send(
-    settings: Settings, launch: Launch, *, nproc: int | None, quiet: bool = False
-) -> None:
+def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None:
     """Who takes part in `send` must be said once, by a launcher or by an option."""
-    if quiet and settings.workers is not None and settings.token is None:
-        raise UsageError(
-            "-q hides the token that `send` generates, and the workers need it",
-            hint="set PACKCAST_TOKEN, or give --token-file",
-        )
     launch_checks.check_send(
         settings, launch, option, nproc=nproc, hint=launch_checks.WAYS_TO_LAUNCH
     )

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.checkpoints import same_tree
-from tests.helpers.commands import Commands, free_port, slurm_task
+from tests.helpers.checkpoints import same_tree, sharded
+from tests.helpers.commands import Commands, free_port, slurm_task, wait_all
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PACKCAST = (sys.executable, "-m", "packcast")
@@ -151,3 +151,18 @@ def test_launch_slurm(commands: Commands, real_checkpoint: Path, tmp_path: Path)
         result = rank.wait()
         assert result.returncode == 0, result.stderr
     assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
+
+
+def test_a_quiet_sender_shows_the_file_of_the_token_and_not_the_token(
+    commands: Commands, tmp_path: Path
+) -> None:
+    checkpoint, out = sharded(tmp_path / "model", 1, 1000), tmp_path / "copy"
+    home = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    sender = commands.packcast(
+        *("send", checkpoint, "--workers", "1", "--listen", "127.0.0.1:0", "-q"), environment=home
+    )
+    address, file = sender.read_until(r"packcast recv (\S+) --out DIR --token-file (\S+)").groups()
+    assert Path(file).read_text() not in sender.stderr
+    worker = commands.packcast("recv", address, "--out", out, "--token-file", file)
+    assert [end.returncode for end in wait_all([sender, worker])] == [0, 0]
+    same_tree(checkpoint, out)
