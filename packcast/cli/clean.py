@@ -47,7 +47,9 @@ def clean(folder: Path, *, yes: bool) -> tuple[Listing, DestinationError | None]
     }
     failure = None
     if stuck:
-        failure = DestinationError(f"could not be removed: {', '.join(stuck)}")
+        failure = DestinationError(
+            f"could not be removed: {', '.join(stuck)}", hint="check the permissions"
+        )
         document["error"] = failure.message
     text = _text(folder, partials, unused, gone, yes=yes)
     return Listing(text, document, ()), failure

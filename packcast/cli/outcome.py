@@ -128,7 +128,9 @@ class Outcome:
         tried = self.verbose and error.hint == _TRY_VERBOSE
         hint = f"\n  {error.hint}" if error.hint and not tried else ""
         text = f"packcast: error: {error.message}{hint}"
-        said = said_here()
+        # What was told an address is in no launch, whatever the environment: it may be tried again.
+        by_address = self.settings is not None and self.settings.by_address
+        said = None if by_address else said_here()
         if said is None or self.verbose:  # then each rank's follows its traceback
             say(text)
         elif received() is None or not isinstance(error, Interrupted):  # of that --nproc tells
