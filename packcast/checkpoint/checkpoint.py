@@ -376,5 +376,5 @@ def _source(
     executable = bool(before.st_mode & stat.S_IXUSR)
     file = SourceFile(name, path, FileState.of(before), executable, header)
     # Again, after its header was read: a rewrite in between would be sent under the old header.
-    file.check_unchanged(os.fstat(fd), "opened", "run it again once it is quiet")
+    file.check_unchanged(os.fstat(fd), "opened", "run it again when no process writes to it")
     return file
