@@ -223,7 +223,7 @@ def test_a_sender_that_failed_first_gives_all_its_own_error(store: Store) -> Non
 
 
 def test_a_sender_that_never_listens_ends_the_wait(store: Store) -> None:
-    with pytest.raises(RendezvousError, match=r"not said where it listens within 0\.20 s"):
+    with pytest.raises(RendezvousError, match=r"published no address within 0\.20 s"):
         await_address(store, 0.2)
 
 
@@ -299,7 +299,7 @@ def test_the_next_transfer_of_a_process_meets_under_keys_of_its_own() -> None:
     first = open_meeting(host, environ, 10.0, call=0)
     publish_address(first, AT_1)
     early = open_meeting(client, environ, 10.0, call=1)
-    with pytest.raises(RendezvousError, match="not said where it listens"):
+    with pytest.raises(RendezvousError, match="published no address"):
         await_address(early, 0.1)
     early.close()
     first.close()

@@ -248,7 +248,7 @@ def test_a_busy_port_is_said_by_name(commands: Commands, checkpoint: Path) -> No
     for end in ends:
         assert f"127.0.0.1:{port}" in end.sentence
     assert "in use" in ends[0].sentence
-    assert "taken" in ends[1].sentence
+    assert "in use" in ends[1].sentence
     assert "--port" not in ends[1].error.replace("--master-port", ""), "which is for Slurm only"
 
 
