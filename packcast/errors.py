@@ -3,8 +3,8 @@
 PackcastError                 1   (a bug, where nothing better is known)
 +-- UsageError                2
 +-- CheckpointError           3   what is on disk is not a checkpoint, or changed under us
-+-- RendezvousError           4   who takes part: nobody there, too many, not fitting together
-+-- TransferError             5   the way itself: lost ranks, damage, time-outs
++-- RendezvousError           4   the group: ranks are missing, too many, or incompatible
++-- TransferError             5   the transfer itself: a lost rank, damaged bytes, a time limit
 +-- VerificationError         6   a difference was found
 +-- DestinationError          7   exists, no space, no permission
 +-- Interrupted         130/143   SIGINT / SIGTERM, SIGHUP
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class PackcastError(Exception):
-    """What went wrong, where, and (as `hint`) the next thing to do; one or two lines in all.
+    """What went wrong and where, and as `hint` the next step; one or two lines together.
 
-    `report` is set where a library call raises this of a transfer that reached its end: a
-    difference was found, or some worker could not publish. The hint may name an option of the
+    A library call sets `report` if the transfer reached its end: a difference was found, or a
+    worker could not publish. The hint may name an option of the
     command line (`--force`); the argument has the same name (`force`).
     """
 
@@ -37,7 +37,7 @@ class PackcastError(Exception):
 
 
 class UsageError(PackcastError):
-    """The command line, or a library call's arguments, cannot be meant."""
+    """Invalid command line, or invalid arguments of a library call."""
 
     exit_code = 2
 
@@ -49,19 +49,19 @@ class CheckpointError(PackcastError):
 
 
 class RendezvousError(PackcastError):
-    """The ranks did not all come, or do not fit together."""
+    """Not all ranks joined, or they are incompatible."""
 
     exit_code = 4
 
 
 class TransferError(PackcastError):
-    """A rank was lost, bytes were damaged on the way, or time ran out."""
+    """A rank was lost, bytes were damaged in transit, or a time limit expired."""
 
     exit_code = 5
 
 
 class VerificationError(PackcastError):
-    """The bytes compared with differ."""
+    """The compared bytes differ."""
 
     exit_code = 6
 
@@ -81,19 +81,20 @@ class Interrupted(PackcastError):
 
 
 def out_of_descriptors(error: BaseException) -> TransferError | None:
-    """What to say where the system has opened one file or socket too many; None for others."""
+    """The error for a limit of open files that is reached; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
         return None
     whose = "this process" if error.errno == errno.EMFILE else "this host"
     wrapped = TransferError(
-        f"{whose} may not open more files or sockets", hint="raise its limit, as with `ulimit -n`"
+        f"{whose} has reached its limit of open files and sockets",
+        hint="raise the limit, as with `ulimit -n`",
     )
     wrapped.__cause__ = error
     return wrapped
 
 
 def as_packcast_error(error: Exception, doing: str) -> PackcastError:
-    """`error` itself where it is one of ours, else a report of a bug while `doing` something."""
+    """`error` itself if it is a PackcastError, else the report of a bug while `doing` something."""
     if isinstance(error, PackcastError):
         return error
     if known := out_of_descriptors(error):

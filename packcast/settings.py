@@ -104,7 +104,7 @@ def check_size(where: str, nbytes: int, text: str | None = None) -> int:
     """At least one block of digests, 1 MiB; `text` is the size as it was given."""
     if nbytes < MIB:
         shown = text or format_exact_size(nbytes)
-        raise UsageError(f"{where}: {shown} is too small", hint="the least is 1MiB")
+        raise UsageError(f"{where}: {shown} is too small", hint="the minimum is 1MiB")
     return nbytes
 
 
@@ -112,7 +112,9 @@ def check_seconds(where: str, seconds: float, text: str | None = None) -> float:
     """A time limit: more than nothing; `text` is the duration as it was given."""
     if not seconds > 0:
         shown = text or f"{seconds:g} s"
-        raise UsageError(f"{where}: a limit of {shown} is over before it begins")
+        raise UsageError(
+            f"{where}: must be greater than 0, not {shown}", hint="write durations as 3s or 5min"
+        )
     return seconds
 
 
@@ -145,7 +147,7 @@ def check_token(where: str, token: bytes) -> str | None:
     """Refuse a secret that is none; a warning for one that can be guessed by trying."""
     if not 1 <= len(token) <= MAX_TOKEN_NBYTES:
         raise UsageError(
-            f"{where}: a token has from 1 to {MAX_TOKEN_NBYTES} bytes, this one {len(token)}",
+            f"{where}: a token must have 1 to {MAX_TOKEN_NBYTES} bytes, not {len(token)}",
             hint="`openssl rand -hex 16` makes one",
         )
     if len(token) < SAFE_TOKEN_NBYTES:
@@ -159,18 +161,24 @@ def check_token(where: str, token: bytes) -> str | None:
 def check_device(where: str, device: str) -> str:
     """Whether it is there is found out later, on the device's host."""
     if not _DEVICE.fullmatch(device):
-        raise UsageError(f"{where}: {device!r} is none of auto, cpu, cuda, cuda:N")
+        raise UsageError(
+            f"{where}: {device!r} is not one of auto, cpu, cuda, cuda:N",
+            hint="N counts from 0",
+        )
     return device
 
 
 def check_template(where: str, text: str) -> str:
     """A path that may hold placeholders; a misspelt one would make every rank write one place."""
     if not text:
-        raise UsageError(f"{where}: the path is empty")
+        raise UsageError(
+            f"{where}: the path is empty", hint="check the shell variable that it comes from"
+        )
     for found in re.findall(r"\{[a-z_]*\}", text):
         if found not in PLACEHOLDERS:
             raise UsageError(
-                f"{where}: {found} is not filled in", hint=f"there are {', '.join(PLACEHOLDERS)}"
+                f"{where}: {found} is not a placeholder",
+                hint=f"the placeholders are {', '.join(PLACEHOLDERS)}",
             )
     return text
 

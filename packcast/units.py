@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
     match = _NUMBER_AND_UNIT.fullmatch(text)
     unit = match and _SIZE_UNITS.get(match[2].upper())
     if not match or not unit:
-        raise UsageError(f"{text!r} is not a size", hint="write sizes as 64MiB or 1GiB")
+        raise UsageError(f"{text!r} is not a size", hint="sizes are binary: write 64MiB or 1GiB")
     return round(Fraction(match[1]) * unit)
 
 

@@ -94,7 +94,7 @@ def open_checkpoint(
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError as error:
-        what = "a symlink that leads nowhere" if path.is_symlink() else "no such file or directory"
+        what = "a dangling symlink" if path.is_symlink() else "no such file or directory"
         raise CheckpointError(f"{path}: {what}", hint=hint_for_missing(path)) from error
     except OSError as error:
         raise unreadable(str(path), error) from error
@@ -114,7 +114,7 @@ def open_checkpoint(
         )
     _check_name(path.name)
     if any(leaves_out(glob, path.name) for glob in exclude_files):
-        raise UsageError(f"--exclude-files leaves out {path.name}, and there is nothing else")
+        raise UsageError(f"--exclude-files leaves out {path.name}, the only file")
     real = _resolved(path.name, path)
     files = (open_shard(path.name, real, _folder_mode(real.parent), HeaderLimits()),)
     return Checkpoint(path, files, tuple(_clamped_times(files)))
@@ -175,7 +175,7 @@ def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[In
             if not all_files:
                 hint = f"{error.hint}; {SENT_ANYWAY}" if error.hint else SENT_ANYWAY
                 raise CheckpointError(error.message, hint=hint) from error
-            warnings.append(f"{error.message}: sent all the same, as --all-files says")
+            warnings.append(f"{error.message}: sent anyway, because of --all-files")
         else:
             indexes.append(index)
             warnings += index.warnings
@@ -204,14 +204,14 @@ def _nothing_here(
 ) -> PackcastError:
     if left:
         what = "its index names none of the .safetensors files beside it"
-        return CheckpointError(f"{path}: {what}", hint="--all-files takes them all the same")
+        return CheckpointError(f"{path}: {what}", hint="--all-files sends them anyway")
     what, hint = what_folder_is(path)
     if other_weights:
         names = some(shown_name(entry.name) for entry in other_weights)
         hint = f"convert {names} to safetensors first"
     if exclude_files:
         left_none = "no .safetensors file is left in this directory by --exclude-files"
-        return UsageError(f"{path}: {left_none}")
+        return UsageError(f"{path}: {left_none}", hint="--dry-run shows what a pattern leaves out")
     return CheckpointError(f"{path}: no .safetensors file in this directory: {what}", hint=hint)
 
 
@@ -254,7 +254,10 @@ def _beside_each_other(
     left: dict[str, list[str]] = {}
     for kept, out in clashes_of(list(by_name)):  # the needed files first: they are kept
         if out not in optional:
-            raise CheckpointError(f"{kept} and {out}: not every file system can hold both names")
+            raise CheckpointError(
+                f"{kept} and {out}: not every file system can hold both names",
+                hint="rename one of them, or leave it out with --exclude-files",
+            )
         left.setdefault(kept, []).append(out)
         del by_name[out]
     warnings = [
@@ -283,21 +286,30 @@ def _checked(entry: Entry) -> Path:
     _check_name(entry.name)
     if entry.found is None:
         raise CheckpointError(
-            f"{entry.name}: a symlink that leads nowhere: {entry.path}",
+            f"{entry.name}: a dangling symlink to {_target_of(entry.path)}",
             hint=f"{INCOMPLETE}; --exclude-files leaves it out",
         )
     if entry.is_outside:
         raise CheckpointError(
-            f"{entry.name}: a link that leads out of the checkpoint, to {entry.path}",
+            f"{entry.name}: a symlink to {entry.path}, outside of the checkpoint",
             hint="--follow-links follows it; --exclude-files leaves it out",
         )
     return entry.path
 
 
+def _target_of(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # it is a folder above that leads nowhere, or it has changed
+        return str(link)
+
+
 def _check_name(name: str) -> None:
     fault = name_fault(name)
     if fault:
-        raise CheckpointError(f"{shown(name)}: the name {fault}, so it cannot be sent")
+        raise CheckpointError(
+            f"{shown(name)}: the name {fault}, so it cannot be sent", hint="rename the file"
+        )
 
 
 def _plain(entry: Entry) -> SourceFile:
@@ -315,4 +327,4 @@ def _resolved(name: str, path: Path) -> Path:
     try:
         return path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks, before 3.13
-        raise CheckpointError(f"{name}: its symlinks lead nowhere") from error
+        raise CheckpointError(f"{name}: the target of its symlinks does not exist") from error

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from packcast.checkpoint.near import hint_for_path, near_paths
 from packcast.checkpoint.ruling import some
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -74,11 +75,11 @@ def resolved(path: Path, environ: Mapping[str, str]) -> Path:
     return (model and snapshot_of(model, environ)) or path
 
 
-def hint_for_missing(path: Path, environ: Mapping[str, str] = os.environ) -> str | None:
-    """What to do where a path that does not exist may be the name of a model."""
+def hint_for_missing(path: Path, environ: Mapping[str, str] = os.environ) -> str:
+    """What to do about a path that does not exist: a near name, or a model to download."""
     model = model_of(str(path))
-    if model is None:
-        return None
+    if model is None or near_paths(path):
+        return hint_for_path(path)
     there = sorted(found.name for found in (_folder(model, environ) / "snapshots").glob("[!.]*"))
     if there:
         what = f"of {model.name} the cache has the revisions {some(there)} only"

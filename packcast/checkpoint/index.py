@@ -58,7 +58,7 @@ def read_index(path: Path, name: str) -> Index:
             raise CheckpointError(f"{name}: index of more than {MAX_INDEX_NBYTES} bytes")
         data = read_exactly(fd, nbytes, 0, name)
     if sum(map(data.count, (b",", b":", b"[", b"{"))) > MAX_STRICT_MARKS:
-        raise CheckpointError(f"{name}: index that holds more than {MAX_TENSORS:,} tensors need")
+        raise CheckpointError(f"{name}: index larger than {MAX_TENSORS:,} tensors need")
     warnings = []
     if data.startswith(_BYTE_ORDER_MARK):
         data = data.removeprefix(_BYTE_ORDER_MARK)

@@ -51,7 +51,7 @@ def _of_folder(path: Path, name: str, exclude_files: Sequence[str]) -> str | Non
     if path.name.startswith("."):
         return "hidden"
     if path.name == "__pycache__":
-        return "a cache of Python's"
+        return "a Python cache"
     if any(leaves_out(glob, name) for glob in exclude_files):
         return "--exclude-files"
     try:
@@ -75,4 +75,4 @@ def _of_file(name: str, *, sidecars: bool, exclude_files: Sequence[str]) -> str:
             return "not in the index, or all its tensors are left out"
         case Kind.SIDECAR if not sidecars:
             return "--no-sidecars"
-    return "a link that leads out of it, no regular file, or a name that clashes with another"
+    return "a symlink to outside of it, no regular file, or a name that clashes with another"

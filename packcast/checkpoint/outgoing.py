@@ -16,6 +16,7 @@ from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.header import LENGTH_NBYTES, Header, parse_header
 from packcast.checkpoint.index import is_index, read_index, rewritten
 from packcast.checkpoint.limits import MAX_HEADERS_NBYTES
+from packcast.checkpoint.near import hint_for_tensors
 from packcast.checkpoint.sourcefile import SourceFile
 from packcast.checkpoint.tensors import Tensor
 from packcast.errors import CheckpointError, UsageError
@@ -137,12 +138,27 @@ def _selection(
         if file.header
     }
     if not any(kept.values()):
-        raise UsageError(
-            "--include and --exclude leave no tensor to send",
-            hint="`packcast inspect` lists the tensors' names",
-        )
+        names = [tensor.name for file in checkpoint.shards for tensor in _tensors(file)]
+        raise _nothing_selected(names, include, exclude)
     files = (_selected(source, file, kept) for source, file in enumerate(checkpoint.files))
     return tuple(file for file in files if file)
+
+
+def _tensors(file: SourceFile) -> Sequence[Tensor]:
+    return file.header.tensors if file.header else ()
+
+
+def _nothing_selected(
+    names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+) -> UsageError:
+    if any(fnmatchcase(name, glob) for name in names for glob in include) or not include:
+        given = " ".join(f"--exclude {glob!r}" for glob in exclude)
+        return UsageError(
+            f"{given} leaves no tensor to send",
+            hint="`packcast inspect CKPT --tensors` lists the tensors' names",
+        )
+    given = " ".join(f"--include {glob!r}" for glob in include)
+    return UsageError(f"{given} matches no tensor", hint=hint_for_tensors(include, names))
 
 
 def _selected(

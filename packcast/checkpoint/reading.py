@@ -1,10 +1,11 @@
-"""Regular files opened safely, JSON read strictly, and what a file is when it is none of ours.
+"""Regular files opened safely, JSON read strictly, and what a file is when it is not one of ours.
 
 Every failure is a CheckpointError that begins with `where`. Knows nothing of tensors.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -126,7 +127,9 @@ def read_exactly(fd: int, nbytes: int, offset: int, where: str) -> bytes:
 
 def unreadable(where: str, error: OSError) -> CheckpointError:
     """The operating system's refusal as a sentence."""
-    return CheckpointError(f"{where}: cannot be read: {(error.strerror or str(error)).lower()}")
+    hint = "check its permissions" if error.errno in (errno.EACCES, errno.EPERM) else None
+    reason = (error.strerror or str(error)).lower()
+    return CheckpointError(f"{where}: cannot be read: {reason}", hint=hint)
 
 
 def strict_json(data: bytes, where: str) -> object:

@@ -63,7 +63,7 @@ def fitting(
             warnings += _misplaced(index, tensors_in)
         elif all_files:
             ruling.append(index)
-            warnings.append(f"{index.name}: {fault}: sent all the same, as --all-files says")
+            warnings.append(f"{index.name}: {fault}: sent anyway, because of --all-files")
         elif whole in there:
             shard_of = dict.fromkeys(tensors_in(whole), whole)
             ruling.append(replace(index, shard_of=shard_of, is_stood_in_for=True))

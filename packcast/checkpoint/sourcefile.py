@@ -81,5 +81,5 @@ def _source(
     mode = before.st_mode & ALL_MAY
     file = SourceFile(name, path, FileState.of(before), mode, folder_mode, header)
     # Again, after its header was read: a rewrite in between would be sent under the old header.
-    file.check_unchanged(os.fstat(fd), "opened", "run it again once it is quiet")
+    file.check_unchanged(os.fstat(fd), "opened", "run it again when no process writes to it")
     return file

@@ -34,11 +34,11 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file met on the walk; `found` is None where it is a symlink that leads nowhere.
+    """A file met on the walk; `found` is None where it is a dangling symlink.
 
-    `path` has no symlink left in it, so that it can be opened without following one. `folder_mode`
+        `path` has no symlink left in it, so that it can be opened without following one. `folder_mode`
     is what all folders on the way allow, from the checkpoint's own down to the file. A file that
-    `is_outside` was reached by a link that leads out of the checkpoint, and is not to be opened.
+    `is_outside` was reached by a symlink to outside of the checkpoint, and is not to be opened.
     """
 
     name: str
@@ -107,7 +107,7 @@ def walk(
             num_met += 1
             if num_met > MAX_ENTRIES:
                 raise CheckpointError(
-                    f"{root}: more than {MAX_ENTRIES} files: this is hardly a checkpoint",
+                    f"{root}: more than {MAX_ENTRIES} files: too many for a checkpoint",
                     hint="give the directory that holds the .safetensors files",
                 )
             name, path = prefix + file_name, directory / file_name
@@ -134,7 +134,7 @@ def walk(
 
 def outside(name: str, outcome: str) -> str:
     """What is to be said of a link that is not followed."""
-    what = f"{shown_name(name)}: a link that leads out of the checkpoint: {outcome}"
+    what = f"{shown_name(name)}: a symlink to outside of the checkpoint: {outcome}"
     return f"{what} (--follow-links follows it)"
 
 

@@ -32,17 +32,19 @@ class Afterwards:
             check_template("--manifest", self.manifest)
             if settings.sink != "write" or settings.target is None:
                 raise UsageError(
-                    "--manifest goes with --out",
+                    "--manifest needs --out",
                     hint="`packcast verify DIR --manifest FILE` makes one of what is there",
                 )
             refuse_inside(path(self.manifest), path(settings.target))
         if self.report is not None:
             check_template("--report", self.report)
             if settings.sink != "verify":
-                raise UsageError("--report goes with --verify")
+                raise UsageError(
+                    "--report needs --verify", hint="it lists what the comparison has found"
+                )
             if ranks_here > 1 and "rank}" not in self.report:
                 raise UsageError(
-                    "--report: the ranks would all write one file", hint="put {rank} in its name"
+                    "--report: all ranks would write the same file", hint="put {rank} in its name"
                 )
 
     def write(self, report: Report, launch: Launch) -> Report:

@@ -141,7 +141,8 @@ def bench(
     if nproc is not None:
         raise UsageError(
             f"--nproc is for use without a launcher; this process was started by "
-            f"{outcome.launch.kind}, which says how many ranks there are"
+            f"{outcome.launch.kind}, which sets the number of ranks",
+            hint="leave out --nproc",
         )
     from packcast.cli.benchview import make_bench_display  # rich, which --help does without
 

@@ -40,7 +40,7 @@ def choices(option: str, text: str, allowed: Sequence[T]) -> tuple[T, ...]:
     known = {str(word): word for word in allowed}
     for part in _parts(option, text):
         if part not in known:
-            raise UsageError(f"{option}: {part!r} is none of {', '.join(known)}")
+            raise UsageError(f"{option}: {part!r} is not one of {', '.join(known)}")
     return _distinct(known[part] for part in _parts(option, text))
 
 
@@ -88,12 +88,14 @@ def _points(
             continue
         value, last, factor = number(match[1]), number(match[2]), int(match[3])
         if factor < 2 or last < value:
-            raise UsageError(f"{option}: {part!r} does not lead upwards")
+            raise UsageError(f"{option}: {part!r} must go from a smaller to a larger value")
         while value <= last:
             points.append(value)
             value *= factor
     if len(points) > MAX_POINTS:
-        raise UsageError(f"{option}: {text!r} makes {len(points)} values; most are {MAX_POINTS}")
+        raise UsageError(
+            f"{option}: {text!r} makes {len(points)} values", hint=f"the maximum is {MAX_POINTS}"
+        )
     return _distinct(points)
 
 
@@ -120,7 +122,10 @@ def check_what(settings: BenchSettings, *, shape: str | None, size: str | None) 
     if settings.checkpoint is not None:
         for option, value in (("--shape", shape), ("--size", size)):
             if value is not None:
-                raise UsageError(f"{option} is for generated weights, but a CKPT is given")
+                raise UsageError(
+                    f"{option} is for generated weights, but a CKPT is given",
+                    hint="leave out one of the two",
+                )
     if "file" not in settings.sources and not set(settings.sinks) & set(_RESIDENT_SINKS):
         raise UsageError(
             f"--sink {','.join(settings.sinks)} does not go with --source resident",
@@ -145,7 +150,7 @@ def directory(option: str, text: str) -> Path:
     if not path.is_dir():
         raise UsageError(f"{option}: {text} is not a directory")
     if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"{option}: {text} may not be written")
+        raise UsageError(f"{option}: {text} is not writable")
     return path
 
 

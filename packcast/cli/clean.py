@@ -9,6 +9,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from packcast.checkpoint.near import hint_for_path
 from packcast.cli.report import count
 from packcast.cli.tables import Listing, table
 from packcast.errors import DestinationError, UsageError
@@ -25,11 +26,13 @@ def clean(folder: Path, *, yes: bool) -> tuple[Listing, DestinationError | None]
     try:
         os.listdir(real)
     except FileNotFoundError:
-        raise UsageError(f"{folder}: no such directory") from None
+        raise UsageError(f"{folder}: no such directory", hint=hint_for_path(folder)) from None
     except NotADirectoryError:
-        raise UsageError(f"{folder} is not a directory") from None
+        raise UsageError(
+            f"{folder} is not a directory", hint="give the directory that copies were written into"
+        ) from None
     except OSError as error:
-        raise DestinationError(f"cannot look into {folder}: {error.strerror}") from error
+        raise DestinationError(f"cannot read {folder}: {error.strerror}") from error
     found = {partial.path: partial for partial in (*partials_in(real), *partials_of(real))}
     partials = [partial for _, partial in sorted(found.items())]
     unused = [partial for partial in partials if partial.state == "unused"]
@@ -44,7 +47,9 @@ def clean(folder: Path, *, yes: bool) -> tuple[Listing, DestinationError | None]
     }
     failure = None
     if stuck:
-        failure = DestinationError(f"could not be removed: {', '.join(stuck)}")
+        failure = DestinationError(
+            f"could not be removed: {', '.join(stuck)}", hint="check the permissions"
+        )
         document["error"] = failure.message
     text = _text(folder, partials, unused, gone, yes=yes)
     return Listing(text, document, ()), failure

@@ -92,7 +92,7 @@ def doctor(
         failure = failure or failed
     problems = [it for it in findings if it.state == "problem"]
     if problems and failure is None:
-        failure = RendezvousError(f"{problems[0].topic}: {problems[0].text}")
+        failure = RendezvousError(f"{problems[0].topic}: {problems[0].text}", hint=problems[0].fix)
     document: dict[str, object] = {
         "command": "doctor",
         "ok": failure is None,
@@ -103,7 +103,7 @@ def doctor(
     }
     notes = sum(found.state == "note" for found in findings)
     found_what = f"{count(len(problems), 'problem')}, {count(notes, 'note')}"
-    text = found_what if problems or notes else "all is well"
+    text = found_what if problems or notes else "no problem found"
     return Listing(text, document, ()), failure
 
 
@@ -192,11 +192,11 @@ def network() -> Iterator[Finding]:
         yield Finding(
             "network",
             "note",
-            "loopback only: no other host reaches this one",
+            "loopback only: other hosts cannot reach this one",
             "for transfers on this host that is enough",
         )
     for place, address in enumerate(found):
-        first = ", used unless you say another one with --listen" if place == 0 else ""
+        first = ", used unless --listen names another" if place == 0 else ""
         yield Finding("network", "ok", f"{interface_of(address)} {address}{first}")
     name = socket.gethostname()
     try:
@@ -205,7 +205,7 @@ def network() -> Iterator[Finding]:
         yield Finding(
             "name",
             "note",
-            f"{name} is not the name of an address here ({error.strerror})",
+            f"{name} does not resolve here ({error.strerror})",
             "listen on an address instead of the name",
         )
         return
@@ -213,7 +213,7 @@ def network() -> Iterator[Finding]:
         yield Finding(
             "name",
             "note",
-            f"{name} is {', '.join(named)} here, which no other host reaches",
+            f"{name} is {', '.join(named)} here, which other hosts cannot reach",
             f"--listen {found[0]}:29400, or change /etc/hosts",
         )
     else:
@@ -226,7 +226,7 @@ def reachable(host: str, port: int) -> Iterator[Finding]:
     try:
         found = sorted({text_of(address) for *_, address in resolve(host, port)})
     except OSError as error:
-        fix = "ask for the address, or mend the name service (/etc/hosts, DNS)"
+        fix = "use the address, or correct the name service (/etc/hosts, DNS)"
         yield Finding("reach", "problem", f"{host} has no address: {error.strerror}", fix)
         return
     over = interface_towards(host)
@@ -234,11 +234,11 @@ def reachable(host: str, port: int) -> Iterator[Finding]:
     try:
         socket.create_connection((host, port), _REACH_LIMIT_S).close()
     except ConnectionRefusedError:
-        told = f"{where} is reached; nobody listens there now"
+        told = f"{where} is reachable; no process listens there now"
         yield Finding("reach", "ok", told)
     except OSError as error:
         told = f"{where}: {error.strerror or f'no answer in {_REACH_LIMIT_S:g} s'}"
-        fix = "a firewall between the hosts may drop what comes to that port"
+        fix = "a firewall between the hosts may block that port"
         yield Finding("reach", "problem", told, fix)
     else:
         yield Finding("reach", "ok", f"{where} answers")
@@ -282,7 +282,7 @@ def space(folders: Sequence[Path]) -> Iterator[Finding]:
             continue
         told = f"{format_size(free)} free at {folder.resolve()}"
         if not os.access(folder, os.W_OK):
-            yield Finding("space", "problem", f"{told}, which you may not write", "choose another")
+            yield Finding("space", "problem", f"{told}, which is not writable", "choose another")
         else:
             yield Finding("space", "note" if free < _LITTLE_SPACE else "ok", told)
     shared = Path("/dev/shm")
@@ -296,7 +296,7 @@ def variables() -> Iterator[Finding]:
     """What is set that changes how a transfer goes; no secrets."""
     names = sorted(name for name in os.environ if name.startswith(_VARIABLES))
     shown = (f"{name}={'...' if name == _SECRET else os.environ[name]}" for name in names)
-    yield Finding("environment", "ok", " ".join(shown) or "nothing is set that matters here")
+    yield Finding("environment", "ok", " ".join(shown) or "no variable that matters here is set")
 
 
 def _backends() -> list[str]:

@@ -30,7 +30,9 @@ def checkpoint_path(
     if not download:
         return given
     if model is None:
-        raise UsageError(f"--download: {text} is no model's name", hint="as in org/name@revision")
+        raise UsageError(
+            f"--download: {text} is not a model's name", hint="as in org/name@revision"
+        )
     return _download(model, say)
 
 

@@ -28,7 +28,7 @@ from packcast.errors import (
 )
 from packcast.group.handover import received
 from packcast.group.launch import ALONE, Launch
-from packcast.group.leave import record_failure
+from packcast.group.leave import record_failure, said_here
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 
@@ -128,11 +128,13 @@ class Outcome:
         tried = self.verbose and error.hint == _TRY_VERBOSE
         hint = f"\n  {error.hint}" if error.hint and not tried else ""
         text = f"packcast: error: {error.message}{hint}"
-        handover = received()
-        if handover is None or self.verbose:  # then each rank's follows its traceback
+        # What was told an address is in no launch, whatever the environment: it may be tried again.
+        by_address = self.settings is not None and self.settings.by_address
+        said = None if by_address else said_here()
+        if said is None or self.verbose:  # then each rank's follows its traceback
             say(text)
-        elif not isinstance(error, Interrupted):  # of that the launcher tells
-            say_once(text, handover.said)
+        elif received() is None or not isinstance(error, Interrupted):  # of that --nproc tells
+            say_once(text, said)
 
     def _write_report(self, report: Report) -> None:
         # A file without {rank} in its name is the sender's, or belongs to a lone `recv`.

@@ -45,7 +45,7 @@ def self_test(backend: str) -> tuple[str, PackcastError | None]:
                 argv, env=kept, capture_output=True, timeout=_LIMIT_S, check=False
             )
         except subprocess.TimeoutExpired:
-            return _failed(backend, TransferError(f"no end in {_LIMIT_S:g} s"))
+            return _failed(backend, TransferError(f"not finished within {_LIMIT_S:g} s"))
         if ended.returncode:
             said = ended.stderr.decode(errors="replace")
             lines = said.rpartition("packcast: error: ")[2].strip().splitlines() or ["no word"]
@@ -56,11 +56,11 @@ def self_test(backend: str) -> tuple[str, PackcastError | None]:
             with suppress(OSError):
                 same = path.read_bytes() == (copy / path.name).read_bytes()
             if not same:
-                return _failed(backend, TransferError(f"{path.name} came with other bytes"))
+                return _failed(backend, TransferError(f"{path.name} arrived with wrong bytes"))
         document = json.loads(result.read_text())
         seconds = format_duration(document["total_seconds"])
         speed = format_speed(document["bytes_per_second"])
-        return f"two ranks over {backend}: every byte came, {speed}, {seconds} in all", None
+        return f"two ranks over {backend}: all bytes arrived, {speed}, {seconds} in all", None
 
 
 def _failed(backend: str, error: PackcastError) -> tuple[str, PackcastError]:

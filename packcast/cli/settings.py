@@ -33,8 +33,10 @@ from packcast.units import parse_duration, parse_size
 
 T = TypeVar("T")
 
+_ADDRESS = "for example node1:29400, or [::1]:29400"
 _WORKERS_OWN = ("out", "verify", "force", "in_place", "manifest", "report")
 
+_WRITABLE = "check the permissions, or choose another file"
 LISTENING_SENDER = "`packcast send --workers N --listen HOST:PORT` prints the line to run"
 
 
@@ -104,7 +106,10 @@ def readers(text: str) -> int | None:
     if text == "all":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--readers: {text!r} is neither a count nor `all`")
+        raise UsageError(
+            f"--readers: must be a whole number of at least 1, or `all`, not {text!r}",
+            hint="the default is 1, the sender",
+        )
     return int(text)
 
 
@@ -120,11 +125,11 @@ def address(option: str, text: str) -> tuple[str, int]:
     if bracketed:
         host = host[1:-1]
     if not host or not colon or (":" in host) != bracketed:
-        raise UsageError(f"{option}: {text!r} is not HOST:PORT", hint="as in node1:29400")
+        raise UsageError(f"{option}: {text!r} is not HOST:PORT", hint=_ADDRESS)
     if not is_host(host):
-        raise UsageError(f"{option}: {host!r} is not a host name or address")
+        raise UsageError(f"{option}: {host!r} is not a host name or address", hint=_ADDRESS)
     if not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{option}: {port!r} is not a port")
+        raise UsageError(f"{option}: {port!r} is not a port", hint="a port is at most 65535")
     return host, int(port)
 
 
@@ -145,7 +150,7 @@ def destination(
     asked = {"--out": out is not None, "--verify": verify is not None, "--discard": discard}
     given = [name for name, is_given in asked.items() if is_given]
     choices = list(asked) if required else ["--out", "--verify"]
-    check_destinations(given, choices, required=required, hint="see --help for what each does")
+    check_destinations(given, choices, required=required, hint="--help describes each")
     if out is not None:
         return "write", str(path(check_template("--out", out)))
     if verify is not None:
@@ -156,7 +161,7 @@ def destination(
 def in_place(wanted: bool, sink: SinkKind) -> bool:
     """Only what is written can be written in place."""
     if wanted and sink != "write":
-        raise UsageError("--in-place goes with --out")
+        raise UsageError("--in-place needs --out", hint="it keeps the directory --out DIR")
     return wanted
 
 
@@ -176,11 +181,14 @@ def token(
                 secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
                 may_all_read = os.fstat(stream.fileno()).st_mode & stat.S_IROTH
         except OSError as error:
-            raise UsageError(f"{where}: {error.strerror}") from None
+            raise UsageError(
+                f"{where}: {error.strerror}",
+                hint=f"make one with `openssl rand -hex 16 > {file}`",
+            ) from None
         if not secret:
-            raise UsageError(f"{where} is empty")
+            raise UsageError(f"{where} is empty", hint="`openssl rand -hex 16` makes a token")
         if may_all_read:
-            warn(f"{where}: every user of this host may read the token: `chmod 600` it")
+            warn(f"{where}: every user of this host can read the token; `chmod 600` prevents that")
     warning = check_token(where, secret)
     if warning:
         warn(warning)
@@ -193,12 +201,14 @@ def json_target(text: str | None) -> str | None:
         return text
     file = path(check_template("--json", text))
     if file.is_dir():
-        raise UsageError(f"--json: {text} is a directory")
+        raise UsageError(f"--json: {text} is a directory", hint="give a file's name")
     if not any(name in str(file.parent) for name in PLACEHOLDERS):
         if not file.parent.is_dir():
-            raise UsageError(f"--json: the directory {file.parent} does not exist")
+            raise UsageError(
+                f"--json: the directory {file.parent} does not exist", hint="create it first"
+            )
         if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UsageError(f"--json: {text} may not be written")
+            raise UsageError(f"--json: {text} is not writable", hint=_WRITABLE)
     return str(file)
 
 
@@ -213,7 +223,7 @@ def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
     """Without a launcher `recv` must be told where the sender is."""
     if launch.kind != "none" and json is not None and "{rank}" not in json:
         raise UsageError(
-            "--json: the ranks would all write one file", hint="put {rank} in its name"
+            "--json: all ranks would write the same file", hint="put {rank} in its name"
         )
     launch_checks.check_recv(settings, launch, option, hint=LISTENING_SENDER)
 
@@ -229,14 +239,14 @@ def refuse_unused(
     for name in _WORKERS_OWN:
         if name in typed and without_launcher:
             raise UsageError(
-                f"{option(name)} is for ranks that write or compare, and with --workers those are"
-                " others",
-                hint=f"say it there: `packcast recv HOST:PORT {option(name)} ...`",
+                f"{option(name)} has no effect here: with --workers, only the receivers write or"
+                " compare",
+                hint=f"give it to the workers: `packcast recv HOST:PORT {option(name)} ...`",
             )
     if "force" in typed and not writes:
-        raise UsageError("--force goes with --out")
+        raise UsageError("--force needs --out", hint="it replaces the copy in --out DIR")
     if "digest" in typed and not has_manifest:
-        raise UsageError("--digest goes with --manifest")
+        raise UsageError("--digest needs --manifest", hint="it is the kind of its digests")
 
 
 def without_nproc(argv: list[str]) -> list[str]:

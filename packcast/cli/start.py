@@ -31,11 +31,14 @@ _PLAIN = [
     for pattern, words in (
         (r"Invalid value for '([^']+)': ", r"\1: "),
         (r"Value error, ", ""),
-        (r"(\w.*) is not one of (.*)", r"\1 is none of \2"),
         (r"Input should be a valid integer.*", "must be a whole number"),
         (r"Input should be a valid boolean.*", "must be true or false"),
         (r"Input should be greater than or equal to (\S+)", r"must be at least \1"),
         (r"Input should be less than or equal to (\S+)", r"must be at most \1"),
+        (r"No such (option|command):? '?([^' ]+?)'?(?= |\.|$)", r"there is no \1 \2"),
+        (r" \(Possible options: (.*)\)", r"; near names are \1"),
+        (r"\. Did you mean '?([^']*)'?\?", r"; a near name is \1"),
+        (r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", r"unexpected argument: \1"),
         (r"Missing argument '?(\[?[A-Z].*?\]?)'?$", r"\1 is missing"),
     )
 ]
@@ -77,7 +80,7 @@ def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[s
 
 
 def plain_words(message: str) -> str:
-    """What the parser says of a value that it cannot take, in our words."""
+    """The parser's message about an invalid value, in our words."""
     for pattern, words in _PLAIN:
         message = pattern.sub(words, message)
     return message

@@ -31,9 +31,9 @@ def say(text: str) -> None:
 
 
 def say_once(text: str, said: Path) -> None:
-    """As `say`, but of several processes with one file `said` only the first says the same; also
-    where one names the rank that another is itself."""
-    line = _RANK.sub(r"\1", printable(text).replace("\n", "\\n"), count=1) + "\n"
+    """As `say`, but of several processes with one file `said` and one standard error only the first
+    says the same; also where one names the rank that another is itself."""
+    line = _stream_id() + _RANK.sub(r"\1", printable(text).replace("\n", "\\n"), count=1) + "\n"
     try:
         with said.open("a+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -45,6 +45,15 @@ def say_once(text: str, said: Path) -> None:
             file.write(line)
     except OSError:  # the launcher has gone, and has taken the file along
         say(text)
+
+
+def _stream_id() -> str:
+    """Under a launcher's --redirects or --tee each rank has a standard error of its own."""
+    try:
+        found = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return ""
+    return f"{found.st_dev} {found.st_ino} "
 
 
 def can_draw() -> bool:

@@ -53,7 +53,7 @@ def listen(host: str, port: int | range) -> socket.socket:
     except OSError as error:
         raise RendezvousError(
             f"cannot listen on {host_and_port(host or '*', port)}: {error.strerror or error}",
-            hint="choose another port or address of this host",
+            hint="choose another port, or another address of this host",
         ) from error
     listener.listen(_BACKLOG)
     listener.setblocking(False)

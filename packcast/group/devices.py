@@ -81,7 +81,7 @@ def assign_devices(
     """NCCL if every rank can have a GPU of its own, else gloo on CPU buffers. Pure.
 
     Every member has its rank. Raises RendezvousError only where somebody asked in so many words
-    for what cannot be had: `backend` nccl, or a member's `--device cuda`.
+    for what is not possible: `backend` nccl, or a member's `--device cuda`.
     """
     _check_wishes(members)
     wants_gpu = next((m for m in members if m.device.startswith("cuda")), None)
@@ -90,19 +90,21 @@ def assign_devices(
         raise RendezvousError(
             f"{wants_gpu.label} asks for --device {wants_gpu.device},"
             f" but {wants_cpu.label} for --device cpu",
-            hint="all ranks use GPUs, or none does",
+            hint="use GPUs on all ranks, or on none",
         )
     if backend == "gloo":
         if wants_gpu:
             raise RendezvousError(
                 f"{wants_gpu.label} asks for --device {wants_gpu.device},"
-                " but --backend gloo works on CPU buffers"
+                " but --backend gloo works on CPU buffers",
+                hint="leave out one of the two options",
             )
         return _on_cpus(members, "as asked by --backend gloo", loud=False)
     if wants_cpu:
         if backend == "nccl":
             raise RendezvousError(
-                f"--backend nccl needs GPUs, but {wants_cpu.label} asks for --device cpu"
+                f"--backend nccl needs GPUs, but {wants_cpu.label} asks for --device cpu",
+                hint="leave out one of the two options",
             )
         return _on_cpus(members, f"{wants_cpu.label} asks for --device cpu", loud=False)
     return _on_gpus_if_possible(members, demand=_demand(backend, wants_gpu))
@@ -124,7 +126,7 @@ def _on_gpus_if_possible(members: Sequence[RankInfo], demand: str | None) -> Ass
     reason = _why_none(without, owners)
     if demand:
         raise RendezvousError(
-            f"{demand} cannot be had: {reason}",
+            f"{demand} is not possible: {reason}",
             hint="NCCL needs a GPU of its own for every rank; --backend auto falls back to gloo",
         )
     if not any(member.gpus for member in members):

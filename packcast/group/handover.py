@@ -69,7 +69,7 @@ class Handover:
                 return int.from_bytes(record)
             time.sleep(min(left_s, 0.1))
         raise RendezvousError(
-            f"rank 0 has not said where it listens within {format_duration(timeout_s)}"
+            f"rank 0 did not say which port it listens on within {format_duration(timeout_s)}"
         )
 
     def record_failure(self, error: PackcastError) -> None:

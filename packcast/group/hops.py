@@ -91,7 +91,7 @@ def open_hops(
             raise RendezvousError(
                 f"rank {upstream} and rank {downstream} could not be connected over gloo:"
                 f" {str(error).splitlines()[0]}",
-                hint="GLOO_SOCKET_IFNAME chooses another network interface",
+                hint="choose another network interface with GLOO_SOCKET_IFNAME",
             ) from error
         if group is None:
             raise _blocked({rank: host_name(), neighbour: host}, interface)

@@ -239,7 +239,8 @@ def _tasks_here(environ: Mapping[str, str]) -> int:
 def _checked(launch: Launch) -> Launch:
     if not 0 <= launch.rank < launch.world_size:
         raise RendezvousError(
-            f"the launcher gave rank {launch.rank} in a world of {launch.world_size}"
+            f"the launcher gave rank {launch.rank} in a world of {launch.world_size}",
+            hint="ranks count from 0; check RANK and WORLD_SIZE",
         )
     return launch
 

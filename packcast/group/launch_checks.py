@@ -49,23 +49,26 @@ def check_send(
     if launched and nproc is not None:
         raise UsageError(
             f"{name_of('nproc')} is for use without a launcher; this process was started by "
-            f"{launch.kind}, which says how many ranks there are"
+            f"{launch.kind}, which sets the number of ranks",
+            hint=f"leave out {name_of('nproc')}",
         )
     if nproc is not None and settings.workers is not None:
         raise UsageError(
-            f"{name_of('nproc')} starts the workers itself; {name_of('workers')} waits for others"
+            f"{name_of('nproc')} starts the workers itself; {name_of('workers')} waits for others",
+            hint="give only one of them",
         )
     if settings.workers is not None and settings.address is None:
         raise UsageError(
-            f"{name_of('workers')} needs {name_of('listen')}, host and port",
-            hint="the host is a name of this one that the workers reach",
+            f"{name_of('workers')} needs {name_of('listen')}",
+            hint="give a name or address of this host that the workers can reach, and a port",
         )
     if settings.address is not None and settings.workers is None:
         raise UsageError(
-            f"{name_of('listen')} needs {name_of('workers')}: how many receivers will come"
+            f"{name_of('listen')} needs {name_of('workers')}: how many receivers will join",
+            hint="the number of `packcast recv` that you start",
         )
     if not launched and nproc is None and settings.workers is None:
-        raise UsageError("there is nobody to send to", hint=hint)
+        raise UsageError("no workers to send to: no launcher started this process", hint=hint)
     check_port(settings.port, launch, name_of, without_launcher="listen")
 
 
@@ -74,15 +77,16 @@ def check_recv(settings: Settings, launch: Launch, name_of: NameOf, *, hint: str
     launched = launch.kind != "none"
     if launched and settings.rank is not None:
         raise UsageError(
-            f"{name_of('rank')} is for use without a launcher; {launch.kind} gives out ranks"
+            f"{name_of('rank')} is for use without a launcher; {launch.kind} assigns the ranks",
+            hint=f"leave out {name_of('rank')}",
         )
     if not launched and settings.address is None:
         raise UsageError(
-            f"where is the sender? no {name_of('address')} was given, and there is no launcher",
+            f"no address of the sender: {name_of('address')} is missing, and there is no launcher",
             hint=hint,
         )
     if settings.address is not None and settings.address[1] == 0:
-        raise UsageError("port 0 is not a place to connect to")
+        raise UsageError("port 0 cannot be connected to", hint="give the port that `send` shows")
     check_port(settings.port, launch, name_of, without_launcher="listen")
 
 
@@ -94,4 +98,4 @@ def check_port(
         hint = "torchrun has --master-port"
         if without_launcher is not None:
             hint += f"; without a launcher there is {name_of(without_launcher)}"
-        raise UsageError(f"{name_of('port')} is for Slurm and mpirun", hint=hint)
+        raise UsageError(f"{name_of('port')} is only for Slurm and mpirun", hint=hint)

@@ -15,8 +15,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn, Protocol
 
 from packcast.errors import Interrupted, PackcastError
@@ -229,6 +230,19 @@ def record_failure(error: PackcastError) -> None:
     }
     with suppress(OSError), open(path, "w", encoding="utf-8") as file:
         json.dump(record, file)
+
+
+def said_here(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """A file of this launch's ranks on this host, where they note what one of them has said.
+
+    Beside the error files of torchrun, whose folders are `attempt_0/<local rank>`, and which
+    removes them; None where no launcher gives such a place.
+    """
+    handover = received()
+    if handover is not None:
+        return handover.said
+    error_file = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent / "packcast-said" if error_file else None
 
 
 def ignored_signals(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:

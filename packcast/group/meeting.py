@@ -361,7 +361,7 @@ def await_address(store: Keys, timeout_s: float) -> Whereabouts:
             return None  # without a token anybody may have set it
 
     def silence() -> str:
-        return f"the sender has not said where it listens within {format_duration(timeout_s)}"
+        return f"the sender published no address within {format_duration(timeout_s)}"
 
     return answer_in(
         timeout_s,

@@ -1,4 +1,4 @@
-"""`--nproc`: all ranks on this machine, started and watched by a process that is none of them.
+"""`--nproc`: all ranks on this machine, started and watched by a process that is not one of them.
 
 The ranks are plain processes. The launcher answers signals, ends the ranks that are left where one
 has failed, and returns the root cause's own exit code. It imports no torch.
@@ -158,7 +158,7 @@ class _Ranks:
             rank, code = next(iter(killed.items()))
             what = f"was killed by {signal.Signals(-code).name}"
         else:  # it had to be ended, and all others were done
-            rank, what = next(rank for rank, code in codes.items() if code != 0), "did not go on"
+            rank, what = next(rank for rank, code in codes.items() if code != 0), "did not end"
         say(f"{_ERROR}rank {rank} (pid {self._processes[rank].pid}) {what}")
         return TransferError.exit_code
 

@@ -63,8 +63,8 @@ def open_process_group(
         reason = str(error).splitlines()[0]
         where = f" over {interface}" if interface else ""
         raise RendezvousError(
-            f"the {backend} process group could not be made{where}: {reason}",
-            hint=f"{_INTERFACE_VARIABLES[backend]} chooses another network interface",
+            f"the {backend} process group could not be created{where}: {reason}",
+            hint=f"choose another network interface with {_INTERFACE_VARIABLES[backend]}",
         ) from error
 
 

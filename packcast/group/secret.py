@@ -23,7 +23,7 @@ _FILE = "launch-secret"
 _TOKEN_FILE = "token"
 
 OPEN_LAUNCH = (
-    "this launch has no token: whoever reaches its network may join or end it;"
+    "this launch has no token: anyone who can reach its network can join or stop it;"
     " set the same PACKCAST_TOKEN on every host"
 )
 
@@ -63,7 +63,7 @@ class SignedKeys:
         """The value of a key that `check` has found."""
         value = self._value(key)
         if value is None:
-            raise RendezvousError(f"the launcher's store has lost {key!r}")
+            raise RendezvousError(f"key {key!r} has disappeared from the launcher's store")
         return value
 
     def set(self, key: str, value: str, /) -> None:
@@ -136,7 +136,7 @@ def launch_secret(
         return hmac.digest(user_secret(secret_folders(environ)), text, "sha256").hex().encode()
     if launch.kind == "slurm":
         raise UsageError(
-            "a Slurm step on several hosts needs a token, or strangers could join it",
+            "a Slurm step on several hosts needs a token, or anyone on the network could join it",
             hint="export PACKCAST_TOKEN=$(openssl rand -hex 16)   # before srun, which hands it on",
         )
     return None
@@ -170,7 +170,7 @@ def _kept(folders: Sequence[Path], name: str, new: bytes) -> tuple[bytes, Path]:
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror or error}")
     raise RendezvousError(
-        f"no file can be had that only this user reads: {'; '.join(reasons)}",
+        f"cannot create a file that only this user can read: {'; '.join(reasons)}",
         hint="set the same PACKCAST_TOKEN for all ranks",
     )
 

@@ -89,7 +89,7 @@ def host_store(
         raise RendezvousError(
             f"cannot serve the store at {host_and_port(host, port)}: "
             f"{_taken(port) if taken else error.strerror or error}",
-            hint=f"choose another port with {option}" if taken else None,
+            hint=f"choose another port with {option}" if taken and option else None,
         ) from None
     port = int(listener.getsockname()[1])
     store = answer_in(
@@ -139,7 +139,7 @@ def await_listener(
 
 
 def _taken(port: int | range) -> str:
-    return "all ports are taken" if isinstance(port, range) else "the port is taken"
+    return "all ports are in use" if isinstance(port, range) else "the port is in use"
 
 
 def _only_here(host: str) -> str | None:

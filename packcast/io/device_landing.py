@@ -16,7 +16,7 @@ import torch
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError, as_packcast_error
-from packcast.io.digests import BlockDigests
+from packcast.io.digests import SEND_AGAIN, BlockDigests
 from packcast.io.pool import CLOSE_LIMIT_S
 from packcast.io.sinks.placed import PlacedTensors
 from packcast.io.sinks.scatter import TABLE_COLUMNS, Scatter
@@ -204,7 +204,8 @@ class DeviceLanding:
         if bytes(host_view(page.found.view(torch.uint8))) != sum_in(trailer):
             first = chunk.extents[0]
             raise TransferError(
-                f"{self._files[first.file].name}: bytes from {first.offset} were damaged on the"
-                f" way, chunk {chunk.index}"
+                f"{self._files[first.file].name}: bytes from {first.offset} were damaged in"
+                f" transit, chunk {chunk.index}",
+                hint=SEND_AGAIN,
             )
         return digests

@@ -11,6 +11,8 @@ import xxhash
 
 from packcast.packed.plan import BLOCK, DIGEST_NBYTES, Chunk, num_blocks
 
+SEND_AGAIN = "send it again; if it happens again, check the memory and the network of this host"
+
 
 class BlockDigests:
     """The digests of every block of every file, recorded as chunks come."""

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError
-from packcast.io.digests import BlockDigests
+from packcast.io.digests import SEND_AGAIN, BlockDigests
 from packcast.io.files import Resources
 from packcast.io.runner import UnitRunner
 from packcast.io.schedule import Schedule, ScheduledUnit, Span, make_schedule
@@ -235,6 +235,7 @@ def _error_of(
     tensor = spec.header.tensor_at(begin) if spec.header else None
     inside = f" (tensor {tensor.name})" if tensor else ""
     return TransferError(
-        f"{spec.name}: bytes {begin} to {end}{inside} were damaged on the way, "
-        f"chunk {unit.chunk.index}"
+        f"{spec.name}: bytes {begin} to {end}{inside} were damaged in transit, "
+        f"chunk {unit.chunk.index}",
+        hint=SEND_AGAIN,
     )

@@ -137,7 +137,10 @@ def read_manifest(manifest: Path) -> tuple[DigestKind, dict[str, str]]:
             raise CheckpointError(f"{manifest}: too large for a manifest")
         text = manifest.read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
-        raise CheckpointError(f"{manifest}: cannot be read: {error.strerror}") from error
+        raise CheckpointError(
+            f"{manifest}: cannot be read: {error.strerror}",
+            hint="`packcast verify DIR --manifest FILE` writes a manifest of a copy",
+        ) from error
     hashes: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         gnu, bsd = _GNU.fullmatch(line), _BSD.fullmatch(line)

@@ -29,7 +29,7 @@ from packcast.packed.plan import DIGEST_NBYTES, Chunk, Extent
 from packcast.packed.ring import Slot
 from packcast.packed.trailer import write_trailer
 
-_CHANGED_HINT = "nothing was published; run again once it is quiet"
+_CHANGED_HINT = "nothing was published; send it again when no process writes to the checkpoint"
 
 
 class FileReader:
@@ -82,7 +82,8 @@ class FileReader:
         """What kept a span from being read."""
         name = self._sources[span.file].name
         if failure.kind is FailureKind.END_OF_FILE:
-            return CheckpointError(f"{name} ended at byte {failure.offset} while it was being sent")
+            message = f"{name} ended at byte {failure.offset} while it was being sent"
+            return CheckpointError(message, hint=_CHANGED_HINT)
         return CheckpointError(f"{name}: reading failed: {failure.reason}")
 
     def _parts(self, extent: Extent) -> Iterator[tuple[Literal | Run, int, int]]:
@@ -129,7 +130,8 @@ class FileReader:
             except OSError as error:
                 raise CheckpointError(f"{name}: reading failed: {error.strerror}") from error
             if not num_read:
-                raise CheckpointError(f"{name} ended at byte {offset} while it was being sent")
+                message = f"{name} ended at byte {offset} while it was being sent"
+                raise CheckpointError(message, hint=_CHANGED_HINT)
             into, offset = into[num_read:], offset + num_read
 
     def _check_unchanged(self, source: int, fd: int) -> None:

@@ -106,7 +106,9 @@ def check_buffers(buffer_size: int, num_buffers: int) -> None:
             hint="try --buffer-size 16MiB",
         )
     if not 1 <= num_buffers <= 1024:
-        raise UsageError(f"{num_buffers} buffers: the count must be from 1 to 1024")
+        raise UsageError(
+            f"{num_buffers} buffers: the count must be from 1 to 1024", hint="the default is 4"
+        )
 
 
 def check_staging(buffer_size: int, staging_nbytes: int) -> None:

@@ -45,8 +45,9 @@ def check_one_checkpoint(infos: Sequence[RankInfo], sender: RankInfo) -> None:
         else:
             continue
         raise RendezvousError(
-            f"two checkpoints: {sender.label} sends {sender.checkpoint}, but {info.label}"
-            f" names {info.checkpoint}, {what}"
+            f"different checkpoints: {sender.label} sends {sender.checkpoint}, but {info.label}"
+            f" names {info.checkpoint}, {what}",
+            hint="give the same CKPT on all ranks that run `packcast send`",
         )
 
 
@@ -67,7 +68,8 @@ def choose_readers(
         )
     if wanted is not None and wanted > 1 + len(able):
         raise RendezvousError(
-            f"--readers {wanted}: only {1 + len(able)} ranks ran `send` and can read the checkpoint"
+            f"--readers {wanted}: only {1 + len(able)} ranks ran `send` and can read it",
+            hint=f"give at most {1 + len(able)}, or `all`",
         )
     count = len(able) if wanted is None else wanted - 1
     return tuple(rank_of(m) for m in (sender, *able[:count]))
@@ -190,7 +192,7 @@ def check_device(offer: Offer) -> None:
     index = int(offer.device.removeprefix("cuda:"))
     if not torch.distributed.is_nccl_available() or index >= torch.cuda.device_count():
         raise RendezvousError(
-            f"the sender offers nccl on {offer.device}, which this rank's torch does not have",
+            f"the sender offers nccl on {offer.device}, which this rank's torch does not support",
             hint="--backend gloo, on the sender, needs no GPU",
         )
 

@@ -126,9 +126,9 @@ def send_checkpoint(
     if not (readers == "all" or (isinstance(readers, int) and readers > 0)):
         raise UsageError(f"readers: {readers!r} is neither a count nor 'all'")
     if workers is not None and workers < 1:
-        raise UsageError(f"workers: {workers} is nobody")
+        raise UsageError(f"workers: must be at least 1, not {workers}")
     if backend not in ("auto", "nccl", "gloo"):
-        raise UsageError(f"backend: {backend!r} is none of auto, nccl, gloo")
+        raise UsageError(f"backend: {backend!r} is not one of auto, nccl, gloo")
     all_globs = {"exclude_files": exclude_files, "include": include, "exclude": exclude}
     for name, globs in all_globs.items():
         if isinstance(globs, str):
@@ -303,7 +303,7 @@ def _file_target(out: AnyPath | None, verify: AnyPath | None) -> tuple[SinkKind,
 
 def _in_place(wanted: bool, out: AnyPath | None) -> bool:
     if wanted and out is None:
-        raise UsageError("in_place goes with out")
+        raise UsageError("in_place needs out")
     return wanted
 
 

@@ -424,9 +424,9 @@ class Mover:
             yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is a plain one
             raise TransferError(
-                f"{offer.device} is not there, or has no room for {offer.num_buffers} buffers of"
-                f" {format_exact_size(offer.buffer_size)}",
-                hint="choose smaller ones with --buffer-size and --num-buffers on the sender",
+                f"{offer.device} is not available, or has no memory for {offer.num_buffers} buffers"
+                f" of {format_exact_size(offer.buffer_size)}",
+                hint="reduce --buffer-size or --num-buffers on the sender",
             ) from error
 
 

@@ -47,7 +47,7 @@ def agreed_digests(
             digests, measure = theirs, f"rank {rank}"
         for spec, one, other in zip(offer.files, digests, theirs, strict=True):
             if one != other:
-                raise TransferError(f"{spec.name}: rank {rank} has other bytes than {measure}")
+                raise TransferError(f"{spec.name}: the bytes of rank {rank} differ from {measure}")
     assert digests is not None, "there is at least one worker"
     return {spec.name: digest for spec, digest in zip(offer.files, digests, strict=True)}
 
@@ -106,7 +106,7 @@ def failures_of(
     for rank in workers:
         last = published.get(rank)
         if last is None:
-            failures[rank] = TransferError(lost.get(rank, "it left before it said PUBLISHED"))
+            failures[rank] = TransferError(lost.get(rank, "it disconnected before it published"))
         elif last.error or last.code:
             sentence = last.error or "it gave no reason"
             failures[rank] = error_from_code(

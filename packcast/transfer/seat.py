@@ -98,8 +98,8 @@ def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> S
         return _sit_without_launcher(settings, launch, me, checkpoint, files, view, leaver)
     if launch.world_size < 2:
         raise RendezvousError(
-            "the group has one rank, so there is nobody to send to",
-            hint="start at least two, as with torchrun --nproc-per-node 2",
+            "the group has one rank, so there are no workers to send to",
+            hint="start at least two, for example with torchrun --nproc-per-node 2",
         )
     if launch.kind == "nproc":
         me = _introduce(settings, launch, checkpoint)
@@ -140,7 +140,7 @@ def _sit_with_nproc(
     handed = received()
     if handed is None:
         raise RendezvousError(
-            "this process has the environment of a rank that `--nproc` starts, but is none",
+            "PACKCAST_LAUNCH_FD is set, but `--nproc` did not start this process",
             hint="unset PACKCAST_LAUNCH_FD",
         )
     view.placed(launch.rank, is_sender=launch.rank == 0)
@@ -211,7 +211,7 @@ def _host_to_listen_on(meeting: Meeting, launch: Launch, settings: Settings, vie
     others = [way for way in ways if is_literal(way) and not is_loopback(way)]
     here = [way for way in others if source_towards(way) == way]
     if len(here) > 1:
-        view.note(f"ranks reach this host at {', '.join(sorted(here))}: listening everywhere")
+        view.note(f"ranks reach this host at {', '.join(sorted(here))}: listening on all addresses")
     if not others:
         return LOOPBACK
     return here[0] if len(here) == 1 else ""
@@ -364,12 +364,15 @@ def _others_address(host: str, limit_s: float, view: View) -> str:
                     hint="--listen takes a name or an address of this host",
                 ) from error
             if not waiting:
-                view.note(f"waiting until {host} is the name of an address ({error.strerror})")
+                view.note(f"waiting until {host} resolves to an address ({error.strerror})")
         waiting = True
         time.sleep(_RESOLVE_AGAIN_S)
     if not all(map(is_loopback, found)) or not addresses_here():
         return host
-    view.note(f"{host} is {found[0]} here, which no other host reaches: listening everywhere")
+    view.note(
+        f"{host} resolves to {found[0]} here, which other hosts cannot reach:"
+        " listening on all addresses"
+    )
     return ""
 
 

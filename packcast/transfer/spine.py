@@ -80,7 +80,7 @@ def run(
         check_ring(settings.buffer_size, settings.num_buffers, settings.staging)
     view.phase("join")
     seat = take_seat(settings, view, leaver, call=call)
-    leaver.on_leave(lambda: seat.channel.fail(leaver.error or TransferError("it left")))
+    leaver.on_leave(lambda: seat.channel.fail(leaver.error or TransferError("it disconnected")))
     try:
         if isinstance(seat.channel, ControlServer):
             return send(settings, seat, seat.channel, view, leaver)

@@ -58,7 +58,7 @@ class StallWatch:
                     TransferError(
                         f"no byte has moved for {format_duration(self._timeout_s)}"
                         f" at {self._mover.position()}, though no rank is known to be lost",
-                        hint="--stall-timeout allows longer pauses",
+                        hint="raise --stall-timeout to allow longer pauses",
                     )
                 )
                 return

@@ -171,14 +171,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "with a shard that is a folder": (lambda folder: (folder / NAME).mkdir(), "no .safetensors"),
     "with a link that leads nowhere": (
         lambda folder: (folder / NAME).symlink_to("nowhere"),
-        "leads nowhere",
+        "dangling symlink",
     ),
-    "with a link to itself": (lambda folder: (folder / NAME).symlink_to(NAME), "leads nowhere"),
+    "with a link to itself": (lambda folder: (folder / NAME).symlink_to(NAME), "dangling symlink"),
     "with a link to a device": (
         lambda folder: (folder / NAME).symlink_to("/dev/zero"),
-        "leads out of the checkpoint",
+        "outside of the checkpoint",
     ),
-    "with a link out": (lambda folder: (folder / NAME).symlink_to("/etc/passwd"), "leads out"),
+    "with a link out": (lambda folder: (folder / NAME).symlink_to("/etc/passwd"), "outside of"),
     **{
         f"with the shard {name!r}": (named(name), said)
         for name, said in {

@@ -158,7 +158,7 @@ def test_without_a_whole_file_the_error_names_the_option_that_sends_what_is_ther
     checkpoint = open_checkpoint(tmp_path, all_files=True)
     assert {INDEX, "model-00001-of-00002.safetensors"} <= set(names(checkpoint))
     [warning] = checkpoint.warnings
-    assert warning.endswith("sent all the same, as --all-files says")
+    assert warning.endswith("sent anyway, because of --all-files")
 
 
 def test_an_index_that_cannot_be_read_travels_with_all_files(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_file_too_many_is_no_bug(transfer: FakeTransfer, capsys: Capture) -> N
     transfer.does = run_out
     with pytest.raises(SystemExit, match="5"):
         run([*SEND, "--workers", "1"])
-    assert "may not open more files or sockets" in capsys.readouterr().err
+    assert "reached its limit of open files and sockets" in capsys.readouterr().err
 
 
 def test_the_defaults_are_those_of_settings(transfer: FakeTransfer) -> None:
@@ -132,7 +132,7 @@ def test_options_are_read_from_the_environment(
         ([*SEND, "--workers", "0"], "--workers"),
         (["send", "c", "--backend", "mpi"], "--backend"),
         ([*SEND, "--workers", "1", "--buffer-size", "x"], "--buffer-size"),
-        (["send", "c"], "nobody"),
+        (["send", "c"], "no workers"),
         (["send", "c", "--workers", "1"], "--listen"),
         (["recv", "h:1"], "--discard"),
         (["recv", "--discard"], "HOST:PORT"),

@@ -130,4 +130,4 @@ def test_in_place_reaches_the_transfer_and_goes_with_out_only(
     assert run(["recv", "h:1", "--out", "d"]) == 0
     assert [settings.in_place for settings in transfer.settings] == [True, False]
     assert run(["recv", "h:1", "--discard", "--in-place"]) == 2
-    assert "--in-place goes with --out" in capsys.readouterr().err
+    assert "--in-place needs --out" in capsys.readouterr().err

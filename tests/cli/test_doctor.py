@@ -37,7 +37,7 @@ def test_without_its_self_test_it_imports_and_sends_nothing(
 def test_two_ranks_send_to_each_other_and_the_copy_is_compared(capsys: Capture) -> None:
     told, failure = selftest.self_test("gloo")
     assert failure is None
-    assert told.startswith("two ranks over gloo: every byte came, ")
+    assert told.startswith("two ranks over gloo: all bytes arrived, ")
 
 
 def test_a_self_test_that_fails_is_a_problem_with_its_exit_code(

@@ -123,7 +123,7 @@ def test_a_token_that_can_be_guessed_is_warned_about(tmp_path: Path) -> None:
         file.write_text("x" * length)
         for path, environ in ((str(file), {}), (None, {"PACKCAST_TOKEN": "x" * length})):
             if code == 2:
-                with pytest.raises(UsageError, match="from 1 to 4096 bytes"):
+                with pytest.raises(UsageError, match="must have 1 to 4096 bytes"):
                     given.token(path, environ, warnings.append)
             else:
                 assert given.token(path, environ, warnings.append) == b"x" * length
@@ -138,7 +138,7 @@ def test_a_token_file_that_all_may_read_is_warned_about(tmp_path: Path) -> None:
         file.chmod(mode)
         given.token(str(file), {}, warnings.append)
         assert len(warnings) == count
-        assert all("every user of this host may read" in warning for warning in warnings)
+        assert all("every user of this host can read" in warning for warning in warnings)
 
 
 def test_a_result_that_could_not_be_written_is_found_before_the_transfer(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_result_that_could_not_be_written_is_found_before_the_transfer(tmp_pat
 
 
 def test_a_send_to_nobody_names_the_ways_to_launch() -> None:
-    with pytest.raises(UsageError, match="nobody") as caught:
+    with pytest.raises(UsageError, match="no workers to send to") as caught:
         given.check_send(SEND, NOBODY, nproc=None)
     for way in ("--nproc", "--workers", "torchrun", "srun"):
         assert way in str(caught.value.hint)

@@ -91,7 +91,7 @@ def test_a_manifest_goes_with_a_copy_and_beside_it(
 ) -> None:
     base = ["recv", "h:1"]
     assert run([*base, "--discard", "--manifest", "m"]) == 2
-    assert "--manifest goes with --out" in capsys.readouterr().err
+    assert "--manifest needs --out" in capsys.readouterr().err
     assert run([*base, "--out", "d/{rank}", "--manifest", "d/{rank}/m"]) == 2
     assert "is inside the copy" in capsys.readouterr().err
     assert run([*base, "--out", "d/{rank}", "--manifest", "d/{rank}.xxh128"]) == 0
@@ -99,11 +99,11 @@ def test_a_manifest_goes_with_a_copy_and_beside_it(
 
 def test_ranks_of_one_host_do_not_write_one_report() -> None:
     settings = Settings(command="send", sink="verify", target="x")
-    with pytest.raises(UsageError, match="would all write one file"):
+    with pytest.raises(UsageError, match="would write the same file"):
         Afterwards(report="r").check(settings, 2)
     Afterwards(report="r-{local_rank}").check(settings, 2)
     Afterwards(report="r").check(settings, 1)
-    with pytest.raises(UsageError, match="--report goes with --verify"):
+    with pytest.raises(UsageError, match="--report needs --verify"):
         Afterwards(report="r").check(Settings(command="send"), 1)
 
 

@@ -285,7 +285,7 @@ def test_a_sender_that_failed_first_gives_all_its_own_error(store: Store) -> Non
 
 
 def test_a_sender_that_never_listens_ends_the_wait(store: Store) -> None:
-    with pytest.raises(RendezvousError, match=r"not said where it listens within 0\.20 s"):
+    with pytest.raises(RendezvousError, match=r"published no address within 0\.20 s"):
         await_address(store, 0.2)
 
 
@@ -361,7 +361,7 @@ def test_the_next_transfer_of_a_process_meets_under_keys_of_its_own() -> None:
     first = open_meeting(host, environ, 10.0, call=0)
     publish_address(first, AT_1)
     early = open_meeting(client, environ, 10.0, call=1)
-    with pytest.raises(RendezvousError, match="not said where it listens"):
+    with pytest.raises(RendezvousError, match="published no address"):
         await_address(early, 0.1)
     early.close()
     first.close()
@@ -477,7 +477,7 @@ def test_a_taken_port_is_one_line() -> None:
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         environ = SLURM | {"SLURM_STEP_NODELIST": "localhost"}
-        with pytest.raises(RendezvousError, match=f":{port}: the port is taken") as caught:
+        with pytest.raises(RendezvousError, match=f":{port}: the port is in use") as caught:
             open_meeting(Launch("slurm", 0, 2, 0, 2), environ, 1.0, port)
         assert caught.value.hint == "choose another port with --port"
 

@@ -254,7 +254,7 @@ def test_a_rank_that_is_frozen_when_all_others_have_succeeded_is_not_waited_for(
 ) -> None:
     run = launch("exit:0", "frozen")
     assert run.exit_code() == 5
-    assert run.output() == f"packcast: error: rank 1 (pid {run.ranks()[1]}) did not go on\n"
+    assert run.output() == f"packcast: error: rank 1 (pid {run.ranks()[1]}) did not end\n"
     assert (run.here / "cleaned-1").exists()
 
 

@@ -62,7 +62,7 @@ except RendezvousError as error:
 
 def test_two_ranks_make_a_group_broadcast_and_take_it_down() -> None:
     ran = run_program(TWO_RANKS)
-    assert ran.stdout.startswith("the gloo process group could not be made: ")
+    assert ran.stdout.startswith("the gloo process group could not be created: ")
     assert len(ran.stdout.splitlines()) == 1
 
 

@@ -52,7 +52,7 @@ def test_ranks_with_one_secret_read_each_other_and_strangers_are_not_there() -> 
     stranger.set("role/1", "recv")
     store.set("role/1", "recv")
     assert not other.check(["role/1"])
-    with pytest.raises(RendezvousError, match="has lost"):
+    with pytest.raises(RendezvousError, match="has disappeared"):
         other.get("role/1")
 
 
@@ -83,7 +83,7 @@ def test_no_stranger_ends_or_redirects_a_launch_by_a_key() -> None:
     store.set("role/0", "recv")
     store.set("address", '{"hosts": ["203.0.113.1"], "port": 1, "beside_store": false}')
     assert settle_sender(keys, HERE, "send", 1.0) == 0
-    with pytest.raises(RendezvousError, match="has not said where it listens"):
+    with pytest.raises(RendezvousError, match="published no address"):
         await_address(keys, 0.1)
 
 
@@ -92,7 +92,7 @@ def test_without_a_secret_nonsense_is_passed_over_as_well() -> None:
     store.set("failure", "[1]")
     store.set("address", "{")
     keys = SignedKeys(store, None, "launch")
-    with pytest.raises(RendezvousError, match="has not said where it listens"):
+    with pytest.raises(RendezvousError, match="published no address"):
         await_address(keys, 0.1)
     publish_failure(keys, UsageError("no"))
     with pytest.raises(UsageError, match="no"):
@@ -134,7 +134,7 @@ def test_a_secret_that_others_may_know_is_not_used_but_another_folder_is(
         first.rename(tmp_path / "elsewhere")
         first.write_text("")
     assert user_secret([first, second]) not in (known, known[:8])
-    with pytest.raises(RendezvousError, match=f"only this user reads: {first}: "):
+    with pytest.raises(RendezvousError, match=f"only this user can read: {first}: "):
         user_secret([first])
 
 

@@ -182,5 +182,5 @@ def test_a_tolerant_one_goes_on_without_the_digests_of_the_damaged_chunk(
 
 def test_a_chunk_without_a_sum_is_not_believed(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "m.safetensors", {"w": ("U8", (900_000,))})
-    with pytest.raises(TransferError, match="damaged on the way"):
+    with pytest.raises(TransferError, match="damaged in transit"):
         send(tmp_path, with_sums=False)

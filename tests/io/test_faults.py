@@ -236,7 +236,7 @@ def test_damage_on_the_way_names_file_place_and_tensor_and_is_not_written(
     single: Checkpoint, tmp_path: Path
 ) -> None:
     sink = writing(single, tmp_path / "out")
-    says = r"m\.safetensors: bytes 2097152 to 3145728 \(tensor w\) were damaged on the way, chunk 2"
+    says = r"m\.safetensors: bytes 2097152 to 3145728 \(tensor w\) were damaged in transit, chunk 2"
     with pytest.raises(TransferError, match=says):
         run_alone(single, sink, spoil=at(2, flip(100)))
     written = (tmp_path / ".out.packcast-t" / "m.safetensors").read_bytes()
@@ -252,7 +252,7 @@ def test_a_damaged_block_of_many_files_in_a_chunk_is_named_by_its_own(
     small = [spec.nbytes for spec in specs if spec.nbytes]
     victim = [spec.name for spec in specs if spec.nbytes][3]
     byte = sum(small[:3]) + 5
-    says = rf"{victim}: bytes 0 to {small[3]} .*damaged on the way, chunk 0"
+    says = rf"{victim}: bytes 0 to {small[3]} .*damaged in transit, chunk 0"
     fails(checkpoint, MemorySink(specs), TransferError, says, at(0, flip(byte)))
 
 

@@ -39,7 +39,7 @@ def test_what_is_planted_under_a_transfers_id_is_an_error(tmp_path: Path, plante
     if planted == "dead record":
         os.close(record.claim(os.open(path, os.O_RDONLY)))
     sink = sink_for(tmp_path / "out")
-    with pytest.raises(DestinationError, match="is in the way") as caught:
+    with pytest.raises(DestinationError, match="already exists") as caught:
         sink.prepare()
     assert caught.value.exit_code == 7
     assert str(path) in caught.value.message

@@ -415,7 +415,7 @@ def test_what_a_failed_transfer_may_still_write_to_is_told_to_be_in_use(
     monkeypatch.setattr(torch.Tensor, "record_stream", watched)
     run = Run(checkpoint, way, damaged=3)
     into = poisoned(oracle(checkpoint), way.device)
-    with pytest.raises(TransferError, match="damaged on the way, chunk 3"):
+    with pytest.raises(TransferError, match="damaged in transit, chunk 3"):
         run.into(GivenTensors(way.device, into, strict=True))
     in_use = {tensor.data_ptr() for tensor in into.values() if tensor.numel()}
     in_use |= {table.untyped_storage().data_ptr() for table in way.moves}

@@ -115,7 +115,7 @@ def test_a_tensor_with_a_damaged_block_is_not_given(tmp_path: Path) -> None:
 
     sink = TensorSink(specs_of(checkpoint), NewTensors(CPU, kept))
     sink.prepare()
-    with pytest.raises(TransferError, match=r"\(tensor second\) were damaged on the way, chunk 2"):
+    with pytest.raises(TransferError, match=r"\(tensor second\) were damaged in transit, chunk 2"):
         run_alone(checkpoint, sink, spoil=damage)
     sink.abort()
     assert "second" not in kept

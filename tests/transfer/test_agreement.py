@@ -80,13 +80,13 @@ def test_two_checkpoints_are_named_with_both_ranks(fingerprint: str | None, why:
     with pytest.raises(RendezvousError) as caught:
         check_one_checkpoint([SENDER, member(1, "recv"), other], SENDER)
     assert caught.value.message == (
-        "two checkpoints: rank 0 (host-a, pid 1000) sends /models/m,"
+        "different checkpoints: rank 0 (host-a, pid 1000) sends /models/m,"
         f" but rank 3 (host-b, pid 1003) names /models/other, {why}"
     )
 
 
 def test_one_path_with_different_files_on_two_hosts_is_two_checkpoints() -> None:
-    with pytest.raises(RendezvousError, match="two checkpoints"):
+    with pytest.raises(RendezvousError, match="different checkpoints"):
         check_one_checkpoint([SENDER, member(1, host="host-b", fingerprint="f2")], SENDER)
 
 

@@ -127,7 +127,7 @@ def test_a_name_that_is_loopback_on_its_own_host_is_listened_for_on_every_addres
         environment=TOKEN,
     )
     assert host_said(send) == "10.77.0.1"
-    assert "node1 is 127.0.1.1 here, which no other host reaches" in send.stderr
+    assert "node1 resolves to 127.0.1.1 here, which other hosts cannot reach" in send.stderr
     recv = two.start(
         two.node2, "recv", f"node1:{port}", "--out", tmp_path / "copy", environment=TOKEN
     )
@@ -189,7 +189,7 @@ def test_a_worker_waits_for_a_name_that_nobody_knows_yet(
         *("send", checkpoint, "--workers", "1", "--listen", "sender-0.svc:29415"),
         environment=TOKEN,
     )
-    send.read_until("waiting until sender-0.svc is the name of an address")
+    send.read_until("waiting until sender-0.svc resolves to an address")
     two.node1.know(OWN_NAME | {"sender-0.svc": "10.77.0.1"})
     assert host_said(send) == "10.77.0.1"
     two.node2.know(OTHER_NAME | {"sender-0.svc": "10.77.0.1"})

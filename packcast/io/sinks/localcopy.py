@@ -74,5 +74,5 @@ def check_unchanged(local: SourceFile, found: os.stat_result) -> None:
     difference = local.state.difference(found)
     if difference:
         raise CheckpointError(
-            f"{local.path} was changed while it was compared: {difference}", hint="run it again"
+            f"{local.path} changed while it was being compared: {difference}", hint="run it again"
         )

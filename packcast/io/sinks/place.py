@@ -31,7 +31,10 @@ _REASONS = {
     errno.ELOOP: "a symbolic link is in the way",
     errno.EFBIG: "the file is larger than the file system or a limit allows",
 }
-_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another --out")
+_HINTS |= dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS), "check the permissions, or choose another --out"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class Place:
 def destination_error(error: OSError, doing: str) -> DestinationError:
     """One sentence for what the kernel said; `doing` as in `cannot <doing>`."""
     reason = _REASONS.get(error.errno or 0) or (error.strerror or str(error)).lower()
-    hint = "free some space, or choose another --out" if error.errno in _SPACE else None
+    hint = _HINTS.get(error.errno or 0)
     return DestinationError(f"cannot {doing}: {reason}", hint=hint)
 
 
@@ -79,12 +82,12 @@ def locate(target: Path, transfer_id: str, *, in_place: bool = False) -> Place:
         if os.path.islink(target):
             raise DestinationError(
                 f"{target} is a symbolic link, which is not followed",
-                hint=f"if that is meant: --out {real}",
+                hint=f"to write into its target, give --out {real}",
             )
         found = os.lstat(real)
     except FileNotFoundError:
         if not os.path.isabs(target) and not os.path.exists(os.curdir):
-            raise DestinationError(f"{target}: the current directory is gone") from None
+            raise DestinationError(f"{target}: the current directory no longer exists") from None
         found = None
     except NotADirectoryError:
         raise _blocked_by_a_file(real) from None
@@ -133,7 +136,7 @@ def _blocked_by_a_file(path: str) -> DestinationError:
     while not os.path.lexists(above):
         above = os.path.dirname(above)
     return DestinationError(
-        f"cannot make {path}: {above} is not a directory", hint="choose another --out"
+        f"cannot create {path}: {above} is not a directory", hint="choose another --out"
     )
 
 
@@ -153,7 +156,7 @@ def clear_leftovers(place: Place) -> list[str]:
             continue  # another rank was faster
         elif partial.owner is not None and os.path.dirname(partial.path) == place.target:
             raise DestinationError(
-                f"another copy is on its way into {place.target}: {partial}",
+                f"another transfer is writing into {place.target}: {partial}",
                 hint=f"if that transfer is over, remove {partial.path}",
             )
         elif partial.state == "used":
@@ -181,7 +184,8 @@ def check_replaceable(place: Place, offered: Collection[str], *, force: bool) ->
             return False
         if not force:
             raise DestinationError(
-                f"{place.target} exists and is not empty", hint="replace it with --force"
+                f"{place.target} exists and is not empty",
+                hint="replace it with --force, or choose another --out",
             )
         foreign = [] if not first.is_foreign else [first.name]
         more = (entry.name for entry in found if entry.is_foreign)
@@ -194,8 +198,8 @@ def check_replaceable(place: Place, offered: Collection[str], *, force: bool) ->
         named = ", ".join(foreign[:_NUM_FOREIGN_NAMED])
         named += " and more" if len(foreign) > _NUM_FOREIGN_NAMED else ""
         raise DestinationError(
-            f"{place.target} holds what packcast did not write: {named}",
-            hint="--force keeps its hands off it; move it away, or choose another --out",
+            f"{place.target} contains what packcast did not write: {named}",
+            hint="--force replaces only copies; move this away, or choose another --out",
         )
     if not os.access(place.target, os.W_OK | os.X_OK):
         raise DestinationError(f"cannot replace {place.target}: permission denied")

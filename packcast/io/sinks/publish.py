@@ -34,7 +34,7 @@ class NotDurable(DestinationError):
         reason = (error.strerror or str(error)).lower()
         super().__init__(
             f"{place.target} is complete, but may not survive a power cut: {reason}{more}",
-            hint="the disk failed to confirm the copy: look at its errors, then send again --force",
+            hint="fsync failed: check the disk for errors, then send again with --force",
         )
 
 
@@ -127,7 +127,7 @@ def _remove_old(place: Place, holder_fd: int, offered: Collection[str]) -> list[
             os.close(old_fd)
         os.rmdir(place.partial, dir_fd=holder_fd)
     except OSError:
-        return [f"the old {place.target} could not be removed wholly: see {place.partial_path}"]
+        return [f"the old {place.target} could not be removed completely: see {place.partial_path}"]
     return []
 
 

@@ -90,8 +90,8 @@ def check_in_use(holder_fd: int, name: str, path: str) -> None:
 
 def _in_the_way(path: str) -> DestinationError:
     return DestinationError(
-        f"{path} is in the way, and no rank of this transfer writes there",
-        hint="remove it, and find out who made it",
+        f"{path} already exists, and no rank of this transfer created it",
+        hint="find out which process created it, and remove it",
     )
 
 

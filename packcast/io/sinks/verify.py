@@ -142,7 +142,7 @@ class VerifySink:
         """What kept a local file from being read."""
         if failure.kind is FailureKind.END_OF_FILE:
             return CheckpointError(
-                f"{self._files[span.file].name} was cut off while it was compared",
+                f"{self._files[span.file].name} became shorter while it was being compared",
                 hint="run it again",
             )
         return CheckpointError(f"cannot read {self._path_of(span.file)}: {failure.reason}")

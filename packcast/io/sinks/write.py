@@ -252,7 +252,7 @@ class WriteSink:
         try:
             with self._table.borrow(index) as fd:
                 if os.fstat(fd).st_size != spec.nbytes:
-                    raise DestinationError(f"{self._path_of(index)} was changed by someone else")
+                    raise DestinationError(f"{self._path_of(index)} was changed by another process")
                 # Times that a file system or the C library cannot hold are not worth a failure.
                 with suppress(OSError, OverflowError):
                     os.utime(fd, ns=(spec.mtime_ns, spec.mtime_ns))
