@@ -38,7 +38,7 @@ class Entry:
 
         `path` has no symlink left in it, so that it can be opened without following one. `folder_mode`
     is what all folders on the way allow, from the checkpoint's own down to the file. A file that
-    `is_outside` was reached by a symlink to outside of the checkpoint, and is not to be opened.
+    `is_outside` was reached by a symlink to outside of the checkpoint: it is not to be opened.
     """
 
     name: str

@@ -86,7 +86,7 @@ Discard = Annotated[
     flag(
         "--discard",
         panel=DESTINATION,
-        help="Check what comes and drop it.",
+        help="Verify the received bytes and drop them.",
     ),
 ]
 Force = Annotated[
@@ -341,7 +341,7 @@ JoinTimeout = Annotated[
         "--join-timeout",
         metavar="TIME",
         panel=LIMITS,
-        help="For all ranks to come.",
+        help="Time for all ranks to join.",
     ),
 ]
 HeartbeatTimeout = Annotated[
@@ -350,7 +350,7 @@ HeartbeatTimeout = Annotated[
         "--heartbeat-timeout",
         metavar="TIME",
         panel=LIMITS,
-        help="Without a sign of life from a rank.",
+        help="Longest time without a heartbeat from a rank.",
     ),
 ]
 StallTimeout = Annotated[
@@ -359,7 +359,7 @@ StallTimeout = Annotated[
         "--stall-timeout",
         metavar="TIME",
         panel=LIMITS,
-        help="Without a byte moved while all ranks are alive.",
+        help="Longest time without progress while all ranks are alive.",
     ),
 ]
 

@@ -172,7 +172,7 @@ def open_meeting(
     Does not wait for the other ranks, only (up to `timeout_s`) for the store's host: `log` is told
     where that takes long. `port` goes before the one derived from the job; `call` counts the
     transfers of this launch, each of which has keys of its own. Raises RendezvousError where the
-    port is taken or the host does not answer.
+    port is in use or the host does not answer.
     """
     address = meeting_address(launch, environ, port)
     context = launch_context(launch, environ, call)

@@ -11,6 +11,7 @@ from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate
 
 from packcast.checkpoint.outgoing import Literal, OutgoingFile, Run
@@ -80,9 +81,13 @@ class FileReader:
 
     def error_of(self, failure: Failure, span: Span) -> PackcastError:
         """What kept a span from being read."""
-        name = self._sources[span.file].name
+        source = self._sources[span.file]
+        name = source.name
         if failure.kind is FailureKind.END_OF_FILE:
-            message = f"{name} ended at byte {failure.offset} while it was being sent"
+            end = failure.offset  # of the thread that met it first, which may be beyond it
+            with suppress(OSError):
+                end = min(end, os.stat(source.path).st_size)
+            message = f"{name} ended at byte {end} while it was being sent"
             return CheckpointError(message, hint=_CHANGED_HINT)
         return CheckpointError(f"{name}: reading failed: {failure.reason}")
 
