@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from packcast.units import MIB
-from tests.helpers.forge import REPOSITORY, Forked, fork
+from tests.helpers.forge import RANKS, REPOSITORY, Forked, fork
 from tests.helpers.native import HELD_READS, built
 
 HELD_DISK = Path(__file__).parent / "held_disk"
@@ -187,7 +187,9 @@ class Commands:
         self._folder = folder
         self._mark = uuid.uuid4().hex
         self._commands: list[Command] = []
-        self._environment = clean_environment() | {_MARK: self._mark}
+        self._ranks = folder / f"ranks-{self._mark}"
+        self._ranks.mkdir()
+        self._environment = clean_environment() | {_MARK: self._mark, RANKS: str(self._ranks)}
 
     def __enter__(self) -> Commands:
         return self
@@ -300,11 +302,12 @@ class Commands:
         """The processes of this test that have not ended, grandchildren too."""
         # The kernel shows of a fork's environment only what it was before.
         forks = {c.pid for c in self._commands if c.process.poll() is None}
+        forks |= {pid for pid in self._forked_ranks() if _is_running(pid)}
         return sorted(forks | {pid for pid, _ in _environments(self._mark)})
 
     def pids(self) -> set[int]:
         """The same, and some that have ended; for any thread, since nobody is waited for."""
-        forks = {command.pid for command in self._commands}
+        forks = {*(command.pid for command in self._commands), *self._forked_ranks()}
         return forks | {pid for pid, _ in _environments(self._mark)}
 
     def _start(
@@ -323,7 +326,12 @@ class Commands:
     def pid_of_rank(self, rank: int) -> int:
         """A rank that a launcher has started."""
         ranks = {environment.get("RANK"): pid for pid, environment in _environments(self._mark)}
+        ranks |= {said: pid for pid, said in self._forked_ranks().items()}
         return ranks[str(rank)]
+
+    def _forked_ranks(self) -> dict[int, str]:
+        """Those that a fork's `--nproc` has started, by pid; see forge.py."""
+        return {int(path.name): path.read_text() for path in self._ranks.iterdir()}
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -368,6 +376,13 @@ def eventually(is_so: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_
     while not is_so():
         assert time.monotonic() < deadline, f"waited for {what} for {timeout_s:g} s"
         time.sleep(0.01)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _environments(mark: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -1,12 +1,14 @@
 """Processes without the seconds that torch takes to be imported: one imports it, all are its forks.
 
 Both ends: `fork` asks from a test, `python -m tests.helpers.forge` answers. A fork is a process as
-any other: a session, an environment and an exit of its own; packcast itself is imported there.
+any other: a session, an environment and an exit of its own; packcast itself is imported there. The
+ranks that `--nproc` starts in a fork are forks of that.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -17,10 +19,17 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
+# A folder where each rank that a fork has started leaves a file: its pid, and in it its rank.
+RANKS = "TEST_RANKS"
+
+_REAL = {name: getattr(os, name) for name in ("preadv", "pwrite", "rename")}
+_Popen = subprocess.Popen
 
 
 class Forked:
@@ -126,8 +135,13 @@ def _become(argv: Sequence[str], environment: Mapping[str, str], files: Sequence
         descriptor = os.open(path, flags)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    _run(argv, environment)
+
+
+def _run(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    vars(subprocess)["Popen"] = _popen
     if "HELD_DISK" in os.environ:
         importlib.import_module("tests.helpers.held_disk.sitecustomize")
     if "SLOW_DISK" in os.environ:
@@ -135,9 +149,70 @@ def _become(argv: Sequence[str], environment: Mapping[str, str], files: Sequence
     if argv[0] == "-m":
         sys.argv = list(argv[1:])
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], {"__name__": "__main__"})
     else:
         sys.argv = list(argv)
         runpy.run_path(argv[0], run_name="__main__")
+
+
+def _popen(command: Any, *args: Any, **options: Any) -> subprocess.Popen[Any]:
+    """`subprocess.Popen` for a fork's own program."""
+    is_rank = {*options} == {"env", "pass_fds", "start_new_session"} and "RANK" in options["env"]
+    if is_rank and len(os.listdir("/proc/self/task")) == 1:
+        return _ForkedRank(command, **options)
+    return _Popen(command, *args, **options)
+
+
+class _ForkedRank(subprocess.Popen[bytes]):
+    """A rank of `--nproc`, which is `python -P -c PROGRAM ARGUMENTS`."""
+
+    def __init__(self, command: Sequence[str], **options: Any) -> None:
+        assert list(command[:3]) == [sys.executable, "-P", "-c"]
+        self._command, self._options = command, options
+        super().__init__(command, **options)
+
+    def _execute_child(self, *_: object) -> None:
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid == 0:
+            code = 1
+            try:
+                _become_rank(
+                    list(self._command[2:]), self._options["env"], self._options["pass_fds"]
+                )
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            except BaseException:
+                traceback.print_exc()
+            finally:  # never back into the launcher's own frames
+                sys.stdout.flush()
+                os._exit(code)
+
+
+def _become_rank(
+    argv: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
+) -> None:
+    """As if the launcher's program had not been there."""
+    os.setsid()
+    Path(environment[RANKS], str(os.getpid())).write_text(environment["RANK"])
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            is_sigint = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_sigint else signal.SIG_DFL)
+    kept = {0, 1, 2, *descriptors}
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+    vars(os).update(_REAL)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "packcast" or name.startswith("tests.helpers."):
+            del sys.modules[name]
+    _run(argv, environment)
 
 
 if __name__ == "__main__":
