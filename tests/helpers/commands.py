@@ -6,6 +6,7 @@ A rank that hangs fails its test with what it has said so far.
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
@@ -52,6 +53,12 @@ def clean_environment() -> dict[str, str]:
 
 # Of the process that is forked; not of a test, or each would have such a process of its own.
 _BASE = clean_environment()
+
+
+_FIRST_PORT = 10_000
+_MAX_CLAIMS = 64
+_DICE = random.SystemRandom()  # a seed of hypothesis would give the same ports to all
+_claims: list[socket.socket] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,9 +366,29 @@ def slurm_task(job: str, rank: int, world_size: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port of loopback that is nobody's, nor becomes somebody's until a process listens there.
+
+    It is none of those that the kernel gives to whoever asks for any, and other tests, also of
+    other runs on this machine, see the claim.
+    """
+    while True:
+        port = _DICE.randrange(_FIRST_PORT, _first_ephemeral_port())
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0packcast-test-port-{port}")
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        if len(_claims) > _MAX_CLAIMS:
+            _claims.pop(0).close()
+        return port
+
+
+def _first_ephemeral_port() -> int:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    return first if first >= 2 * _FIRST_PORT else 1 << 16
 
 
 def wait_all(commands: Sequence[Command], timeout_s: float = TIMEOUT_S) -> list[Ended]:

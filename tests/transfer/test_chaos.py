@@ -150,9 +150,10 @@ def test_a_worker_that_dies_or_freezes_while_it_starts_is_named_at_once(
     commands: Commands, large: Path, tmp_path: Path, world_size: int, how: str
 ) -> None:
     """While another is still to come; and where none is, wherever that is in starting."""
-    workers = [("recv", "--out", tmp_path / out, *IMPATIENT) for out in "ab"]
+    limit = IMPATIENT if how == "frozen" else PATIENT
+    workers = [("recv", "--out", tmp_path / out, *limit) for out in "ab"]
     ranks = commands.start_ranks(
-        ("send", large, *SMALL_RING, *IMPATIENT), *workers, world_size=world_size
+        ("send", large, *SMALL_RING, *limit), *workers, world_size=world_size
     )
     ranks[0].read_until(f"joined, 2 of {world_size - 1}")
     if how == "killed":
@@ -218,7 +219,8 @@ def test_a_slow_worker_is_no_stall_however_long_the_others_wait_for_it(
 def test_without_the_sender_every_worker_ends_with_its_name(
     commands: Commands, large: Path, tmp_path: Path, how: str
 ) -> None:
-    ranks, _ = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *IMPATIENT)
+    limit = IMPATIENT if how == "frozen" else PATIENT
+    ranks, _ = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *limit)
     if how == "killed":
         ranks[0].kill()
     else:
