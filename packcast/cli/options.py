@@ -279,6 +279,15 @@ Readers = Annotated[
         help="How many `send` ranks read the checkpoint and share the sending.",
     ),
 ]
+MaxRate = Annotated[
+    str | None,
+    option(
+        "--max-rate",
+        metavar="RATE",
+        panel=TUNING,
+        help="Send no faster than this, as in 2GB/s or 500MB/s.",
+    ),
+]
 
 BufferSize = Annotated[
     str | None,

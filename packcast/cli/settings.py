@@ -28,7 +28,7 @@ from packcast.settings import (
     check_token,
     is_host,
 )
-from packcast.units import parse_duration, parse_size
+from packcast.units import parse_duration, parse_rate, parse_size
 
 T = TypeVar("T")
 
@@ -96,6 +96,16 @@ def limits(join: str, heartbeat: str, stall: str) -> Limits:
         heartbeat_timeout_s=seconds("--heartbeat-timeout", heartbeat),
         stall_timeout_s=seconds("--stall-timeout", stall),
     )
+
+
+def max_rate(text: str | None) -> float | None:
+    """In bytes per second."""
+    if text is None:
+        return None
+    bytes_per_second = parsed("--max-rate", text, parse_rate)
+    if not bytes_per_second > 0:
+        raise UsageError("--max-rate: must be greater than 0")
+    return bytes_per_second
 
 
 def readers(text: str) -> int | None:
