@@ -195,7 +195,7 @@ def test_a_slow_worker_is_no_stall_however_long_the_others_wait_for_it(
     commands: Commands, large: Path, tmp_path: Path
 ) -> None:
     impatient = ("--stall-timeout", "1s")
-    slow = {"SLOW_DISK": str(15 * MIB), "PACKCAST_POOL": "python"}
+    slow = {"SLOW_DISK": str(25 * MIB), "PACKCAST_POOL": "python"}
     port = free_port()
     argvs: list[Sequence[str | Path]] = [
         ("send", large, *impatient),
@@ -211,7 +211,7 @@ def test_a_slow_worker_is_no_stall_however_long_the_others_wait_for_it(
     begin = time.monotonic()
     ends = wait_all(ranks)
     assert [end.returncode for end in ends] == [0, 0, 0], [end.stderr for end in ends]
-    assert time.monotonic() - begin > 4, "it was not slow"
+    assert time.monotonic() - begin > 2.5, "it was not slow"
     same_tree(large, tmp_path / "slow")
 
 
@@ -351,7 +351,7 @@ def start_launched(commands: Commands, large: Path, tmp_path: Path, *launcher: s
     disk = commands.held_disk()
     argv: list[str | Path] = ["send", large, "--out", tmp_path / "out-{rank}", *SMALL_RING]
     launched = (
-        commands.start([*launcher, *argv], disk=disk)
+        commands.start_warm([*launcher, *argv], disk=disk)
         if launcher
         else commands.packcast(*argv, "--nproc", "3", disk=disk)
     )
