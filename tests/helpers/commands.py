@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,13 +125,15 @@ class Command:
         environment: Mapping[str, str],
         output: Path,
         base: Mapping[str, str] | None,
+        host: int | None = None,
     ) -> None:
         self.argv = list(argv)
         self.process: subprocess.Popen[bytes] | Forked
         self._stdout, self._stderr = Path(f"{output}.stdout"), Path(f"{output}.stderr")
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             if base is not None:
-                self.process = fork(self.argv, environment, base, self._stdout, self._stderr)
+                files = self._stdout, self._stderr
+                self.process = fork(self.argv, environment, base, *files, host)
                 return
             self.process = subprocess.Popen(
                 self.argv,
@@ -227,9 +230,12 @@ class Commands:
         environment: Mapping[str, str] | None = None,
         *,
         disk: HeldDisk | None = None,
+        host: int | None = None,
     ) -> Command:
-        """The same for Python, where it saves seconds: torch is imported already."""
-        return self._start(argv, environment, disk, _BASE)
+        """The same for Python, where it saves seconds: torch is imported already. On `host`, a
+        process of hosts.py, if given.
+        """
+        return self._start(argv, environment, disk, _BASE, host)
 
     def run(
         self,
@@ -300,7 +306,9 @@ class Commands:
     def await_reached(self, disk: HeldDisk) -> None:
         """Until a process waits for its disk."""
         with suppress(AssertionError):
-            eventually((disk.gate / "reached").exists, "the held disk")
+            eventually(
+                lambda: (disk.gate / "reached").exists() or not self.alive(), "the held disk"
+            )
         if not (disk.gate / "reached").exists():
             said = [(c.process.poll(), c.argv, c.stderr) for c in self._commands]
             pytest.fail(f"the disk was not reached; the processes: {said}")
@@ -323,10 +331,11 @@ class Commands:
         environment: Mapping[str, str] | None,
         disk: HeldDisk | None,
         base: Mapping[str, str] | None,
+        host: int | None = None,
     ) -> Command:
         output = self._folder / f"process-{len(self._commands)}"
         extra = (disk.environment() if disk else {}) | dict(environment or {})
-        started = Command(list(map(str, argv)), self._environment | extra, output, base)
+        started = Command(list(map(str, argv)), self._environment | extra, output, base, host)
         self._commands.append(started)
         return started
 
@@ -339,6 +348,12 @@ class Commands:
     def _forked_ranks(self) -> dict[int, str]:
         """Those that a fork's `--nproc` has started, by pid; see forge.py."""
         return {int(path.name): path.read_text() for path in self._ranks.iterdir()}
+
+
+def run_warm(program: str, *argv: str | Path) -> Ended:
+    """A program in a process of its own that has imported torch already, and its end."""
+    with tempfile.TemporaryDirectory() as folder, Commands(Path(folder)) as commands:
+        return commands.start_warm([sys.executable, "-c", program, *argv]).wait()
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

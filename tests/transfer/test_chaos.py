@@ -346,10 +346,19 @@ def test_after_the_point_of_no_return_a_death_does_not_undo_what_others_publishe
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
-def start_launched(commands: Commands, large: Path, tmp_path: Path, *launcher: str) -> Command:
+def start_launched(
+    commands: Commands, large: Path, tmp_path: Path, *launcher: str, options: Sequence[str] = ()
+) -> Command:
     """Three ranks of a launcher, in the middle of the transfer."""
     disk = commands.held_disk()
-    argv: list[str | Path] = ["send", large, "--out", tmp_path / "out-{rank}", *SMALL_RING]
+    argv: list[str | Path] = [
+        "send",
+        large,
+        "--out",
+        tmp_path / "out-{rank}",
+        *SMALL_RING,
+        *options,
+    ]
     launched = (
         commands.start_warm([*launcher, *argv], disk=disk)
         if launcher
@@ -419,7 +428,7 @@ def kept_frozen(pid: int) -> Iterator[None]:
 def test_under_nproc_a_frozen_rank_is_woken_to_clean_up_once_the_others_have_ended(
     commands: Commands, large: Path, tmp_path: Path
 ) -> None:
-    launched = start_launched(commands, large, tmp_path)
+    launched = start_launched(commands, large, tmp_path, options=IMPATIENT)
     victim = commands.pid_of_rank(2)
     os.kill(victim, signal.SIGSTOP)
     started = time.monotonic()
