@@ -18,7 +18,7 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench bench-gpu bench-disk test test-gpu lint type check clean
+.PHONY: help setup demo bench bench-gpu bench-disk reference test test-gpu lint type check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ bench-disk: $(READY) ## the same for a disk, from and to DISK=.bench (a minute)
 	@mkdir -p .bench
 	$(BIN)/packcast bench $(FILE_ON_GPUS) --write-dir $(DISK) --shape dense --size 2GiB --sink write --buffer-size 64MiB --no-baselines $(call into,disk-write)
 	$(BIN)/packcast bench $(ON_GPUS) --num-buffers 4 --source file --cold --dir $(DISK) --shape dense --size 2GiB --sink discard --buffer-size 64MiB --no-baselines $(call into,disk-cold)
+
+reference: $(READY) ## write the README's table of options
+	$(BIN)/python -m tests.reference
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)
