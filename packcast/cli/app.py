@@ -31,6 +31,7 @@ from packcast.cli.helps import (
     VERIFY_HELP,
 )
 from packcast.cli.hub import checkpoint_path
+from packcast.cli.jsonlog import JsonLog, Views
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.progress import make_view
 from packcast.cli.start import (
@@ -48,6 +49,7 @@ from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
+from packcast.view import View
 
 COMMANDS = ("send", "recv", "bench", "inspect", "verify", "clean", "doctor")
 
@@ -142,11 +144,13 @@ def send(
     digest: opt.DigestChoice = "xxh128",
     report: opt.FileReport = None,
     json: opt.Json = None,
+    log_json: opt.LogJson = None,
     progress: opt.Progress = "auto",
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
     outcome = begin(context, "send", json=json, verbose=verbose)
+    log = given.log_target(log_json)
     sink, target = given.destination(out, verify)
     outcome.settings = Settings(
         command="send",
@@ -189,7 +193,7 @@ def send(
     wanted.check(outcome.settings, (nproc or outcome.launch.local_world_size) - 1)
     if nproc is not None:
         return start_ranks(outcome, nproc)
-    return _move(outcome, outcome.settings, wanted, progress, quiet=quiet)
+    return _move(outcome, outcome.settings, wanted, progress, log=log, quiet=quiet)
 
 
 @app.command(help=RECV_HELP, epilog=RECV_EXAMPLES)
@@ -212,11 +216,13 @@ def recv(
     digest: opt.DigestChoice = "xxh128",
     report: opt.FileReport = None,
     json: opt.Json = None,
+    log_json: opt.LogJson = None,
     progress: opt.Progress = "auto",
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
     outcome = begin(context, "recv", json=json, verbose=verbose)
+    log = given.log_target(log_json)
     sink, target = given.destination(out, verify, discard=discard, required=True)
     outcome.settings = Settings(
         command="recv",
@@ -231,7 +237,7 @@ def recv(
         rank=rank,
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
-    given.check_recv(outcome.settings, outcome.launch, json=json)
+    given.check_recv(outcome.settings, outcome.launch, json=json, log=log)
     given.refuse_unused(
         typed_options(context),
         without_launcher=False,
@@ -240,7 +246,7 @@ def recv(
     )
     wanted = Afterwards(manifest, digest, report)
     wanted.check(outcome.settings, outcome.launch.local_world_size)
-    return _move(outcome, outcome.settings, wanted, progress, quiet=quiet)
+    return _move(outcome, outcome.settings, wanted, progress, log=log, quiet=quiet)
 
 
 app.command(help=BENCH_HELP, epilog=BENCH_EXAMPLES)(bench)
@@ -258,18 +264,23 @@ def _move(
     wanted: Afterwards,
     mode: opt.ProgressMode,
     *,
+    log: str | None,
     quiet: bool,
 ) -> int:
     """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
     outcome.display.verbose = outcome.verbose
+    view: View = outcome.display
+    if log is not None:
+        outcome.log = JsonLog(log, outcome.launch)
+        view = Views(outcome.display, outcome.log)
     leaver = be_a_rank(outcome)
     try:
-        outcome.display.phase("load")
+        view.phase("load")
         from packcast import transfer
 
-        report = transfer.run(settings, outcome.display, leaver)
+        report = transfer.run(settings, view, leaver)
         report = wanted.write(report, outcome.launch)
     except (Exception, KeyboardInterrupt) as error:
         leaver.leave(command_failure(error))

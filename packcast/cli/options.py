@@ -371,6 +371,15 @@ Json = Annotated[
         help="Write the result as JSON. With {rank} in FILE every rank writes its own.",
     ),
 ]
+LogJson = Annotated[
+    str | None,
+    option(
+        "--log-json",
+        metavar="FILE",
+        panel=OUTPUT,
+        help="Write what happens, a JSON object on each line. With {rank} in FILE every rank's.",
+    ),
+]
 Progress = Annotated[
     ProgressMode,
     option(

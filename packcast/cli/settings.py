@@ -188,16 +188,25 @@ def token(
 
 def json_target(text: str | None) -> str | None:
     """Where the result goes; checked now, not when the transfer is over."""
-    if text is None or text == "-":
-        return text
-    file = path(check_template("--json", text))
+    return text if text is None or text == "-" else _writable("--json", text)
+
+
+def log_target(text: str | None) -> str | None:
+    """Where --log-json writes."""
+    if text == "-":
+        raise UsageError("--log-json: standard output is for the result", hint="name a file")
+    return None if text is None else _writable("--log-json", text)
+
+
+def _writable(option: str, text: str) -> str:
+    file = path(check_template(option, text))
     if file.is_dir():
-        raise UsageError(f"--json: {text} is a directory")
+        raise UsageError(f"{option}: {text} is a directory")
     if not any(name in str(file.parent) for name in PLACEHOLDERS):
         if not file.parent.is_dir():
-            raise UsageError(f"--json: the directory {file.parent} does not exist")
+            raise UsageError(f"{option}: the directory {file.parent} does not exist")
         if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UsageError(f"--json: {text} may not be written")
+            raise UsageError(f"{option}: {text} may not be written")
     return str(file)
 
 
@@ -215,12 +224,15 @@ def check_send(
     )
 
 
-def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
+def check_recv(
+    settings: Settings, launch: Launch, *, json: str | None, log: str | None = None
+) -> None:
     """Without a launcher `recv` must be told where the sender is."""
-    if launch.kind != "none" and json is not None and "{rank}" not in json:
-        raise UsageError(
-            "--json: the ranks would all write one file", hint="put {rank} in its name"
-        )
+    for name, file in (("--json", json), ("--log-json", log)):
+        if launch.kind != "none" and file is not None and "{rank}" not in file:
+            raise UsageError(
+                f"{name}: the ranks would all write one file", hint="put {rank} in its name"
+            )
     launch_checks.check_recv(settings, launch, option, hint=LISTENING_SENDER)
 
 

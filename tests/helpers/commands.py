@@ -52,8 +52,9 @@ def clean_environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
-# Of the process that is forked; not of a test, or each would have such a process of its own.
-_BASE = clean_environment()
+# Of the process that is forked; not of a test, or each would have such a process of its own. The
+# level of torch's log is what packcast sets, which has to be before torch is imported.
+_BASE = clean_environment() | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 _FIRST_PORT = 10_000
