@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -405,24 +406,31 @@ def test_under_nproc_a_second_signal_leaves_nothing_behind_either(
     assert os.listdir(tmp_path) == []
 
 
+# Before all others where that is allowed, or a rank that is woken has moments to clean up.
+FREEZER = """
+import os, signal, sys
+try:
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+except PermissionError:
+    pass
+os.kill(int(sys.argv[1]), signal.SIGSTOP)
+print("frozen", flush=True)
+while True:
+    os.kill(int(sys.argv[1]), signal.SIGSTOP)
+"""
+
+
 @contextmanager
 def kept_frozen(pid: int) -> Iterator[None]:
     """Whoever wakes it."""
-    over = threading.Event()
-
-    def freeze() -> None:
-        with suppress(ProcessLookupError):
-            while not over.is_set():
-                os.kill(pid, signal.SIGSTOP)
-
-    os.kill(pid, signal.SIGSTOP)
-    thread = threading.Thread(target=freeze)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    argv = [sys.executable, "-S", "-c", FREEZER, str(pid)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as freezer:
+        assert freezer.stdout is not None
+        assert freezer.stdout.readline() == b"frozen\n"
+        try:
+            yield
+        finally:
+            freezer.kill()
 
 
 def test_under_nproc_a_frozen_rank_is_woken_to_clean_up_once_the_others_have_ended(
