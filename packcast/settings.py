@@ -22,7 +22,6 @@ Backend = Literal["auto", "nccl", "gloo"]
 
 PLACEHOLDERS = ("{rank}", "{local_rank}", "{host}")
 MAX_TOKEN_NBYTES = 4096
-MIN_TOKEN_NBYTES = 8  # fewer are an error, and fewer than this many worth a warning:
 SAFE_TOKEN_NBYTES = 16
 
 MIN_FITTING_SIZE, MAX_FITTING_SIZE = 16 * MIB, 64 * MIB  # that are chosen for a checkpoint
@@ -69,8 +68,10 @@ class Settings:
     device: str = "auto"
     workers: int | None = None  # no launcher: how many `recv` will come
     address: tuple[str, int] | None = None  # no launcher: --listen, or recv's HOST:PORT
-    port: int | None = None  # Slurm: the store's port, instead of the derived one
+    port: int | None = None  # Slurm, mpirun: the store's port, instead of the derived one
+    port_range: range | None = None  # for each socket on which the sender listens
     token: bytes | None = None
+    token_file: Path | None = None  # made for it, to be shown in its place
     rank: int | None = None  # no launcher: recv --rank
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S
@@ -116,6 +117,16 @@ def check_seconds(where: str, seconds: float, text: str | None = None) -> float:
     return seconds
 
 
+def check_port_range(where: str, first: int, last: int) -> range:
+    """The ports from `first` to `last`: a sender listens on two of them at a time."""
+    if not 0 < first < last < 65536:
+        raise UsageError(
+            f"{where}: {first}-{last} is not a range of ports",
+            hint="as in 29400-29409: from 1 to 65535, and two for each transfer at a time",
+        )
+    return range(first, last + 1)
+
+
 def is_host(text: str) -> bool:
     """Whether it could be a host's name or address; the resolver knows whether it is one."""
     try:
@@ -132,15 +143,17 @@ def is_host(text: str) -> bool:
 
 
 def check_token(where: str, token: bytes) -> str | None:
-    """Refuse a secret that is guessed by trying; a warning for one that is merely short."""
-    if not MIN_TOKEN_NBYTES <= len(token) <= MAX_TOKEN_NBYTES:
+    """Refuse a secret that is none; a warning for one that can be guessed by trying."""
+    if not 1 <= len(token) <= MAX_TOKEN_NBYTES:
         raise UsageError(
-            f"{where}: a token has from {MIN_TOKEN_NBYTES} to {MAX_TOKEN_NBYTES} bytes,"
-            f" this one {len(token)}",
+            f"{where}: a token has from 1 to {MAX_TOKEN_NBYTES} bytes, this one {len(token)}",
             hint="`openssl rand -hex 16` makes one",
         )
     if len(token) < SAFE_TOKEN_NBYTES:
-        return f"{where}: a token of fewer than {SAFE_TOKEN_NBYTES} bytes can be guessed"
+        return (
+            f"{where}: a token of fewer than {SAFE_TOKEN_NBYTES} bytes can be guessed;"
+            " `openssl rand -hex 16` makes a better one"
+        )
     return None
 
 

@@ -62,6 +62,7 @@ class BenchSettings:
     backend: Backend = "auto"
     device: str = "auto"
     port: int | None = None
+    port_range: range | None = None
     token: bytes | None = None
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S
     heartbeat_timeout_s: float = DEFAULT_HEARTBEAT_TIMEOUT_S

@@ -31,7 +31,7 @@ from packcast.group.hops import open_chain
 from packcast.group.launch import detect_launch
 from packcast.group.leave import Leaver
 from packcast.group.processgroup import begin_close, open_process_group
-from packcast.group.store import connect_store, serve_store
+from packcast.group.store import join_served_store, serve_store
 from packcast.packed.chain import Chain
 from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import check_buffers
@@ -143,7 +143,7 @@ def _open(settings: BenchSettings, seat: Seat) -> tuple[Ranks, str | None]:
         if assignment.loud:
             warning = f"{assignment.backend}: {assignment.reason}"
         rank, host = seat.launch.rank, channel.host_met()
-        store, port = serve_store(host, join_timeout_s)
+        store, port = serve_store(host, join_timeout_s, settings.port_range)
         boots = list(dict.fromkeys(info.boot_id for info in infos))
         begin = Begin(
             settings=_digest(settings),
@@ -164,7 +164,7 @@ def _open(settings: BenchSettings, seat: Seat) -> tuple[Ranks, str | None]:
                 f"{me.label} was started with other options than the sender, {channel.sender.label}"
             )
         rank, host = rank_of(me), channel.host_told(begin.host)
-        store = connect_store(host, begin.port, join_timeout_s)
+        store = join_served_store(host, begin.port, join_timeout_s)
     return _connect(settings, channel, begin, rank, host, store), warning
 
 
@@ -226,6 +226,7 @@ def _as_transfer(settings: BenchSettings) -> Settings:
         backend=settings.backend,
         device=settings.device,
         port=settings.port,
+        port_range=settings.port_range,
         token=settings.token,
         join_timeout_s=settings.join_timeout_s,
         heartbeat_timeout_s=settings.heartbeat_timeout_s,

@@ -3,7 +3,7 @@
 Imports neither torch nor numpy.
 """
 
-from packcast.checkpoint.checkpoint import Checkpoint, SourceFile, open_checkpoint
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.header import Header, parse_header, read_header
 from packcast.checkpoint.names import clash_of, name_fault
 from packcast.checkpoint.outgoing import (
@@ -14,6 +14,7 @@ from packcast.checkpoint.outgoing import (
     Segment,
     outgoing_files,
 )
+from packcast.checkpoint.sourcefile import SourceFile
 from packcast.checkpoint.tensors import DTYPE_BITS, Tensor
 
 __all__ = [

@@ -15,15 +15,12 @@ from functools import cache
 from pathlib import Path
 
 from packcast.checkpoint.cachefolder import refuse_cache_folder
-from packcast.checkpoint.header import Header, header_of
 from packcast.checkpoint.hub import hint_for_missing
 from packcast.checkpoint.index import Index, is_index, read_index
 from packcast.checkpoint.limits import HeaderLimits
-from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.names import clashes_of, name_fault
 from packcast.checkpoint.notours import what_folder_is
 from packcast.checkpoint.reading import (
-    FileState,
-    open_regular,
     shown,
     shown_name,
     unreadable,
@@ -37,48 +34,11 @@ from packcast.checkpoint.ruling import (
     roles_of,
     some,
 )
-from packcast.checkpoint.walk import Entry, Kind, leaves_out, outside, walk
+from packcast.checkpoint.sourcefile import SourceFile, open_plain, open_shard
+from packcast.checkpoint.walk import ALL_MAY, Entry, Kind, leaves_out, outside, walk
 from packcast.errors import CheckpointError, PackcastError, UsageError
 
 MAX_INDEXES = 100  # each is held against every shard
-MAX_MTIME_NS = (1 << 63) - 1  # in 2262; an offer has no later time
-
-
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """One file to read. `name` is logical (posix, relative), `path` has no symlink left in it.
-
-    `state` is as when the checkpoint was opened; `header` is None for a sidecar or an index. Of a
-    shard's tensors the index assigns those in `elsewhere` to another shard, and does not name those
-    in `unlisted`.
-    """
-
-    name: str
-    path: Path
-    state: FileState
-    executable: bool
-    header: Header | None
-    elsewhere: frozenset[str] = frozenset()
-    unlisted: frozenset[str] = frozenset()
-
-    @property
-    def nbytes(self) -> int:
-        return self.state.nbytes
-
-    @property
-    def mtime_ns(self) -> int:
-        """The modification time as it travels: the nearest that 64 bits of nanoseconds hold."""
-        return max(-MAX_MTIME_NS, min(self.state.mtime_ns, MAX_MTIME_NS))
-
-    def check_unchanged(self, found: os.stat_result, doing: str, hint: str) -> None:
-        """Raise CheckpointError unless `found` is the file that was opened, as it was then.
-
-        To be asked of a descriptor before it is read, and again when all has been read.
-        """
-        difference = self.state.difference(found)
-        if difference:
-            what = f"{self.name} changed while it was being {doing}: {difference}"
-            raise CheckpointError(what, hint=hint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +115,8 @@ def open_checkpoint(
     _check_name(path.name)
     if any(leaves_out(glob, path.name) for glob in exclude_files):
         raise UsageError(f"--exclude-files leaves out {path.name}, and there is nothing else")
-    files = (_shard(path.name, _resolved(path.name, path), HeaderLimits()),)
+    real = _resolved(path.name, path)
+    files = (open_shard(path.name, real, _folder_mode(real.parent), HeaderLimits()),)
     return Checkpoint(path, files, tuple(_clamped_times(files)))
 
 
@@ -173,11 +134,11 @@ def _open_directory(
     of_kind = {kind: [entry for entry in entries if entry.kind is kind] for kind in Kind}
     indexes, more = _read_indexes(of_kind[Kind.INDEX], all_files=all_files)
     warnings += more
-    open_shard = _opener(of_kind[Kind.SHARD])
+    open_named = _opener(of_kind[Kind.SHARD])
     indexes, more = fitting(
         indexes,
         {entry.name for entry in of_kind[Kind.SHARD] if entry.found},
-        lambda name: open_shard(name)[1],
+        lambda name: open_named(name)[1],
         all_files=all_files,
         exclude_files=exclude_files,
     )
@@ -188,14 +149,10 @@ def _open_directory(
     for entry in left:
         name = shown_name(entry.name)
         warnings.append(f"{name}: not in the index beside it: left out (--all-files takes it)")
-    shards, more = _judged([open_shard(entry.name)[0] for entry in chosen], indexes)
+    shards, more = _judged([open_named(entry.name)[0] for entry in chosen], indexes)
     warnings += more
     replaced = {index.name for index in indexes if index.is_stood_in_for}
-    ruling = [
-        _plain(entry.name, _checked(entry))
-        for entry in of_kind[Kind.INDEX]
-        if entry.name not in replaced
-    ]
+    ruling = [_plain(entry) for entry in of_kind[Kind.INDEX] if entry.name not in replaced]
     others: list[SourceFile] = []
     if sidecars:
         others, more = _sidecars(of_kind[Kind.SIDECAR])
@@ -203,7 +160,7 @@ def _open_directory(
         if of_kind[Kind.OTHER_WEIGHTS]:
             names = some(shown_name(entry.name) for entry in of_kind[Kind.OTHER_WEIGHTS])
             warnings.append(f"weights in other formats are left out: {names}")
-    files, more = _without_clashes([*shards, *ruling], others)
+    files, more = _beside_each_other([*shards, *ruling], others)
     return Checkpoint(path, files, (*warnings, *more, *_clamped_times(files)))
 
 
@@ -231,11 +188,12 @@ def _opener(entries: Sequence[Entry]) -> Callable[[str], tuple[SourceFile, froze
     limits = HeaderLimits()
 
     @cache
-    def open_shard(name: str) -> tuple[SourceFile, frozenset[str]]:
-        file = _shard(name, _checked(by_name[name]), limits)
+    def open_named(name: str) -> tuple[SourceFile, frozenset[str]]:
+        entry = by_name[name]
+        file = open_shard(name, _checked(entry), entry.folder_mode, limits)
         return file, frozenset(file.header.tensors.names if file.header else ())
 
-    return open_shard
+    return open_named
 
 
 def _nothing_here(
@@ -283,27 +241,27 @@ def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
         elif entry.is_outside:
             warnings.append(outside(entry.name, "left out"))
         else:
-            files.append(_plain(entry.name, _checked(entry)))
+            files.append(_plain(entry))
     return files, warnings
 
 
-def _without_clashes(
+def _beside_each_other(
     needed: Sequence[SourceFile], others: Sequence[SourceFile]
 ) -> tuple[tuple[SourceFile, ...], list[str]]:
     """All files by name; a sidecar that clashes with another file is left with a warning."""
     by_name = {file.name: file for file in (*needed, *others)}
     optional = {file.name for file in others}
-    warnings = []
-    while clash := clash_of(by_name):
-        first, second = clash
-        out = next((name for name in (second, first) if name in optional), None)
-        if out is None:
-            raise CheckpointError(
-                f"{first} and {second}: not every file system can hold both names"
-            )
-        kept = first if out == second else second
-        warnings.append(f"{out}: not every file system can hold it beside {kept}: left out")
+    left: dict[str, list[str]] = {}
+    for kept, out in clashes_of(list(by_name)):  # the needed files first: they are kept
+        if out not in optional:
+            raise CheckpointError(f"{kept} and {out}: not every file system can hold both names")
+        left.setdefault(kept, []).append(out)
         del by_name[out]
+    warnings = [
+        f"{some(names)}: not every file system can hold {'it' if len(names) == 1 else 'them'}"
+        f" beside {kept}: left out"
+        for kept, names in left.items()
+    ]
     return tuple(by_name[name] for name in sorted(by_name)), warnings
 
 
@@ -342,15 +300,15 @@ def _check_name(name: str) -> None:
         raise CheckpointError(f"{shown(name)}: the name {fault}, so it cannot be sent")
 
 
-def _shard(name: str, path: Path, limits: HeaderLimits) -> SourceFile:
-    with open_regular(path, name) as (fd, nbytes):
-        before = os.fstat(fd)
-        return _source(name, path, fd, before, header_of(fd, nbytes, name, limits))
+def _plain(entry: Entry) -> SourceFile:
+    return open_plain(entry.name, _checked(entry), entry.folder_mode)
 
 
-def _plain(name: str, path: Path) -> SourceFile:
-    with open_regular(path, name) as (fd, _):  # unreadable: better said now than in mid stream
-        return _source(name, path, fd, os.fstat(fd), None)
+def _folder_mode(folder: Path) -> int:
+    try:
+        return os.stat(folder).st_mode & ALL_MAY
+    except OSError as error:
+        raise unreadable(str(folder), error) from error
 
 
 def _resolved(name: str, path: Path) -> Path:
@@ -358,13 +316,3 @@ def _resolved(name: str, path: Path) -> Path:
         return path.resolve(strict=True)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks, before 3.13
         raise CheckpointError(f"{name}: its symlinks lead nowhere") from error
-
-
-def _source(
-    name: str, path: Path, fd: int, before: os.stat_result, header: Header | None
-) -> SourceFile:
-    executable = bool(before.st_mode & stat.S_IXUSR)
-    file = SourceFile(name, path, FileState.of(before), executable, header)
-    # Again, after its header was read: a rewrite in between would be sent under the old header.
-    file.check_unchanged(os.fstat(fd), "opened", "run it again once it is quiet")
-    return file

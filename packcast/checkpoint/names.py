@@ -12,7 +12,7 @@ told; knows no files.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 MAX_COMPONENT_NBYTES = 255
 MAX_DEPTH = 8
@@ -66,24 +66,29 @@ def _component_fault(component: str) -> str | None:
 
 
 def clash_of(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two names that cannot both exist on every file system, in the order met; or None.
+    """Two names that cannot both exist on every file system, in the order met; or None."""
+    return next(clashes_of(names), None)
+
+
+def clashes_of(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Each name that cannot be where an earlier one is, as (earlier, name), in the order met.
 
     Two names clash when they are equal but for case, or when one would have to be a directory of
-    the other.
+    the other. With a name that clashes itself no later one does.
     """
-    by_folded: dict[str, str] = {}
+    files: dict[str, str] = {}
+    folders: dict[str, str] = {}  # each with the first name in it
     for name in names:
         folded = _folded(name)
-        if folded in by_folded:
-            return by_folded[folded], name
-        by_folded[folded] = name
-    for folded, name in by_folded.items():
-        parent = folded
-        while "/" in parent:
-            parent = parent.rpartition("/")[0]
-            if parent in by_folded:
-                return by_folded[parent], name
-    return None
+        above = [folded[:at] for at, char in enumerate(folded) if char == "/"]
+        earlier = files.get(folded) or folders.get(folded)
+        earlier = earlier or next((files[folder] for folder in above if folder in files), None)
+        if earlier is not None:
+            yield earlier, name
+            continue
+        files[folded] = name
+        for folder in above:
+            folders.setdefault(folder, name)
 
 
 def _folded(name: str) -> str:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.header import LENGTH_NBYTES, Header, parse_header
 from packcast.checkpoint.index import is_index, read_index, rewritten
 from packcast.checkpoint.limits import MAX_HEADERS_NBYTES
+from packcast.checkpoint.sourcefile import SourceFile
 from packcast.checkpoint.tensors import Tensor
 from packcast.errors import CheckpointError, UsageError
 
@@ -34,6 +35,7 @@ _IN_PARTS = "send it in parts: --exclude-files chooses"
 class FileSpec:
     """What an outgoing file will be: all that a receiver knows of it before its bytes come.
 
+    `mode` and `folder_mode` are permission bits, of the file and of all folders that it is in.
     `elsewhere` and `unlisted` are positions in `header.tensors`: of tensors that the index assigns
     to another shard, which are never received as tensors, and of those that it does not name.
     """
@@ -41,7 +43,8 @@ class FileSpec:
     name: str
     nbytes: int
     mtime_ns: int
-    executable: bool
+    mode: int
+    folder_mode: int
     header: Header | None
     elsewhere: frozenset[int] = frozenset()
     unlisted: frozenset[int] = frozenset()
@@ -170,7 +173,8 @@ def _spec(file: SourceFile, nbytes: int, header: Header | None) -> FileSpec:
         frozenset(i for i, name in enumerate(names) if name in chosen) if chosen else frozenset()
         for chosen in (file.elsewhere, file.unlisted)
     )
-    return FileSpec(file.name, nbytes, file.mtime_ns, file.executable, header, elsewhere, unlisted)
+    modes = file.mode, file.folder_mode
+    return FileSpec(file.name, nbytes, file.mtime_ns, *modes, header, elsewhere, unlisted)
 
 
 def _header_json(header: Header, tensors: Sequence[Tensor]) -> bytes:

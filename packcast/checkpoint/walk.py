@@ -18,6 +18,7 @@ from packcast.checkpoint.reading import shown_name, unreadable
 from packcast.errors import CheckpointError
 
 MAX_ENTRIES = 100_000
+ALL_MAY = 0o777  # what travels of a mode: never set-user-ID, set-group-ID or sticky
 
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -35,7 +36,8 @@ class Kind(Enum):
 class Entry:
     """A file met on the walk; `found` is None where it is a symlink that leads nowhere.
 
-    `path` has no symlink left in it, so that it can be opened without following one. A file that
+    `path` has no symlink left in it, so that it can be opened without following one. `folder_mode`
+    is what all folders on the way allow, from the checkpoint's own down to the file. A file that
     `is_outside` was reached by a link that leads out of the checkpoint, and is not to be opened.
     """
 
@@ -43,6 +45,7 @@ class Entry:
     path: Path
     kind: Kind
     found: os.stat_result | None
+    folder_mode: int
     is_outside: bool = False
 
 
@@ -90,10 +93,11 @@ def walk(
     num_met = 0
     unused = dict.fromkeys(exclude_files)
     above: frozenset[tuple[int, int]] = frozenset()
-    todo = [("", real, above)]
+    todo = [("", real, ALL_MAY, above)]
     while todo:
-        prefix, directory, above = todo.pop()
-        identity = _identity(directory, prefix)
+        prefix, directory, mode_above, above = todo.pop()
+        status = _status(directory, prefix)
+        identity, folder_mode = (status.st_dev, status.st_ino), status.st_mode & mode_above
         if identity in above:
             warnings.append(
                 f"{shown_name(prefix[:-1])}: leads back to a directory above it: left out"
@@ -118,11 +122,11 @@ def walk(
                 path = path.resolve()
                 is_outside = not follow_links and not any(map(path.is_relative_to, homes))
             if found is None or not stat.S_ISDIR(found.st_mode):
-                entries.append(Entry(name, path, kind_of(name), found, is_outside))
+                entries.append(Entry(name, path, kind_of(name), found, folder_mode, is_outside))
             elif is_outside:
                 warnings.append(outside(name, "left out"))
             else:
-                todo.append((name + "/", path, above | {identity}))
+                todo.append((name + "/", path, folder_mode, above | {identity}))
     entries.sort(key=lambda entry: entry.name)
     warnings += [f"--exclude-files {shown_name(glob)}: matches no file" for glob in unused]
     return entries, sorted(warnings)
@@ -134,12 +138,11 @@ def outside(name: str, outcome: str) -> str:
     return f"{what} (--follow-links follows it)"
 
 
-def _identity(directory: Path, prefix: str) -> tuple[int, int]:
+def _status(directory: Path, prefix: str) -> os.stat_result:
     try:
-        found = os.stat(directory)
+        return os.stat(directory)
     except OSError as error:
         raise unreadable(shown_name(prefix or str(directory)), error) from error
-    return found.st_dev, found.st_ino
 
 
 def _listing(directory: Path, prefix: str) -> list[str]:

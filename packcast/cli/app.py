@@ -6,6 +6,7 @@ Nothing here imports torch; what needs it is imported inside the command that ne
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -48,6 +49,7 @@ from packcast.cli.streams import flush_streams
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
+from packcast.group.secret import secret_folders, user_token
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 from packcast.view import View
 
@@ -129,6 +131,7 @@ def send(
     workers: opt.Workers = None,
     listen: opt.Listen = None,
     port: opt.Port = None,
+    port_range: opt.PortRange = None,
     token_file: opt.TokenFile = None,
     readers: opt.Readers = "1",
     max_rate: opt.MaxRate = None,
@@ -175,6 +178,7 @@ def send(
         workers=workers,
         address=given.address("--listen", listen) if listen else None,
         port=port,
+        port_range=given.port_range(port_range),
         token=given.token(token_file, os.environ, warner(outcome, quiet=quiet)),
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
@@ -182,7 +186,7 @@ def send(
         from packcast.cli.dryrun import dry_run as dry_run_of
 
         return local.show(outcome, dry_run_of(outcome.settings, nproc), quiet=quiet)
-    given.check_send(outcome.settings, outcome.launch, nproc=nproc, quiet=quiet)
+    given.check_send(outcome.settings, outcome.launch, nproc=nproc)
     given.refuse_unused(
         typed_options(context),
         without_launcher=workers is not None,
@@ -193,6 +197,10 @@ def send(
     wanted.check(outcome.settings, (nproc or outcome.launch.local_world_size) - 1)
     if nproc is not None:
         return start_ranks(outcome, nproc)
+    if quiet and workers is not None and outcome.settings.token is None:
+        # A quiet command's output is a log, mostly, where others may read: no token belongs there.
+        secret, file = user_token(secret_folders(os.environ))
+        outcome.settings = replace(outcome.settings, token=secret, token_file=file)
     return _move(outcome, outcome.settings, wanted, progress, log=log, quiet=quiet)
 
 

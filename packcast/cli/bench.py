@@ -57,6 +57,7 @@ def bench(
     no_limits: bo.NoLimits = False,
     nproc: bo.Nproc = None,
     port: opt.Port = None,
+    port_range: opt.PortRange = None,
     token_file: opt.TokenFile = None,
     staging: opt.Staging = STAGING,
     backend: opt.BackendChoice = "auto",
@@ -116,6 +117,7 @@ def bench(
         backend=backend,
         device=given.device(device),
         port=port,
+        port_range=given.port_range(port_range),
         token=given.token(token_file, os.environ),
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )

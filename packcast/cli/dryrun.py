@@ -20,7 +20,7 @@ from packcast.cli.terminal import printable
 from packcast.errors import DestinationError
 from packcast.group.devices import has_gpu_driver, host_name
 from packcast.io.sinks.place import check_replaceable, locate
-from packcast.packed.plan import Chunk, pinned_nbytes, plan_chunks, ring_nbytes
+from packcast.packed.plan import Chunks, pinned_nbytes, plan_chunks, ring_nbytes
 from packcast.settings import Settings, fill_in, fitting_buffer_size
 from packcast.units import format_exact_size, format_size
 
@@ -51,7 +51,7 @@ class DryRun:
     settings: Settings
     checkpoint: Checkpoint
     contents: Contents
-    chunks: tuple[Chunk, ...]
+    chunks: Chunks
     buffer_size: int
     memory: Memory
     spaces: tuple[Space, ...]

@@ -26,7 +26,7 @@ EVERY_OPTION = "Every option also reads PACKCAST_<NAME>, as in PACKCAST_BUFFER_S
 # One line per paragraph: the help is wrapped to the terminal, but keeps the lines that it is given.
 SEND_HELP = """Send a checkpoint to every worker.
 
-In a single launch (torchrun, Slurm, --nproc) every rank runs this command: \
+In a single launch (torchrun, Slurm, mpirun, --nproc) every rank runs this command: \
 the lowest rank sends; the others write to --out, compare with --verify, \
 or, with neither, check what comes and drop it."""
 RECV_HELP = """Receive a checkpoint: write it, compare it with a local one, or drop it.
@@ -60,9 +60,9 @@ DOCTOR_EXAMPLES = f"""Example: packcast doctor /local --reach node1:29400
 BENCH_HELP = """Measure how fast weights go from one rank to the others, beside what the hardware \
 can do.
 
-Every rank runs this command: with torchrun, Slurm or --nproc; without any of them it starts \
-a rank for each GPU of this machine, or two on its CPUs. Without CKPT random weights are made \
-and removed again. The table goes to standard output.
+Every rank runs this command: with torchrun, Slurm, mpirun or --nproc; without any of them it \
+starts a rank for each GPU of this machine, or two on its CPUs. Without CKPT random weights are \
+made and removed again. The table goes to standard output.
 
 Lists are written 16MiB,64MiB; ranges 16MiB..1GiB:x4. All combinations are measured, \
 as far as they go together, and what `send` takes where nothing is said."""

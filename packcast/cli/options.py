@@ -240,7 +240,17 @@ Port = Annotated[
         min=1,
         max=65535,
         panel=LAUNCH,
-        help="Slurm: the port where rank 0 is met, instead of one derived from the job.",
+        help="Slurm, mpirun: the port where rank 0 is met, instead of one derived from the job.",
+    ),
+]
+PortRange = Annotated[
+    str | None,
+    option(
+        "--port-range",
+        metavar="A-B",
+        panel=LAUNCH,
+        help="Listen only on ports from A to B, where --listen and --port choose none. Two are "
+        "needed at a time. gloo and NCCL take others: see the README.",
     ),
 ]
 Address = Annotated[

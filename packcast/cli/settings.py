@@ -22,6 +22,7 @@ from packcast.settings import (
     SinkKind,
     check_destinations,
     check_device,
+    check_port_range,
     check_seconds,
     check_size,
     check_template,
@@ -137,6 +138,16 @@ def address(option: str, text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def port_range(text: str | None) -> range | None:
+    """`29400-29409`, both included."""
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    if not dash or not first.isdecimal() or not last.isdecimal():
+        raise UsageError(f"--port-range: {text!r} is not A-B", hint="as in 29400-29409")
+    return check_port_range("--port-range", int(first), int(last))
+
+
 def destination(
     out: str | None, verify: str | None, *, discard: bool = False, required: bool = False
 ) -> tuple[SinkKind, str | None]:
@@ -210,15 +221,8 @@ def _writable(option: str, text: str) -> str:
     return str(file)
 
 
-def check_send(
-    settings: Settings, launch: Launch, *, nproc: int | None, quiet: bool = False
-) -> None:
+def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None:
     """Who takes part in `send` must be said once, by a launcher or by an option."""
-    if quiet and settings.workers is not None and settings.token is None:
-        raise UsageError(
-            "-q does not show the token that `send` makes, which the workers need",
-            hint="set PACKCAST_TOKEN, or give --token-file",
-        )
     launch_checks.check_send(
         settings, launch, option, nproc=nproc, hint=launch_checks.WAYS_TO_LAUNCH
     )

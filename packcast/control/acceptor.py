@@ -43,8 +43,8 @@ _BACKLOG = 4096
 _ACCEPTS_PER_TURN = 64
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket that never blocks; "" is every address.
+def listen(host: str, port: int | range) -> socket.socket:
+    """A listening socket that never blocks; "" is every address, 0 any free port.
 
     Raises RendezvousError where it cannot be had.
     """

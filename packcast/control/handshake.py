@@ -144,7 +144,7 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket:
         why = f"its name cannot be resolved: {(error.strerror or str(error)).lower()}"
         raise _NotYet(why, min(RESOLVE_AGAIN_S, max(left_s / 4, RETRY_S))) from None
     except TimeoutError:
-        raise _NotYet("no answer") from None
+        raise _NotYet("no answer: the host is down, or a firewall blocks that port") from None
     except OSError as error:
         raise _NotYet((error.strerror or "no connection").lower()) from None
     return sock

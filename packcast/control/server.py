@@ -34,7 +34,7 @@ class ControlServer(Channel):
     `on_failure(error)` is called once, on the control thread, when a worker is lost or gives up,
     after the others were told; `gather` and `join` raise the same error. `me.rank` may be None
     where no launcher gave one: the sender is rank 0 then. Raises RendezvousError where it cannot
-    listen on `host:port`; port 0 takes a free one.
+    listen on `host:port`; port 0 takes a free one, and a range its first free one.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class ControlServer(Channel):
         expected: Expected,
         *,
         host: str,
-        port: int,
+        port: int | range,
         me: RankInfo,
         transfer_id: str,
         token: bytes | None,

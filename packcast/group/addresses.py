@@ -50,9 +50,10 @@ def text_of(address: Any) -> str:
     return host
 
 
-def host_and_port(host: str, port: int) -> str:
-    """Both as they are typed: `node1:29400`, `[fe80::1%eth0]:29400`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def host_and_port(host: str, port: int | range) -> str:
+    """Both as they are typed: `node1:29400`, `[fe80::1%eth0]:29400`, `node1:29400-29409`."""
+    ports = f"{port[0]}-{port[-1]}" if isinstance(port, range) else port
+    return f"[{host}]:{ports}" if ":" in host else f"{host}:{ports}"
 
 
 def is_literal(host: str) -> bool:
@@ -140,11 +141,23 @@ def interface_towards(host: str) -> str | None:
     return None if source is None else interface_of(source)
 
 
-def listening_socket(host: str, port: int) -> socket.socket:
+def listening_socket(host: str, port: int | range) -> socket.socket:
     """A socket that listens on the first address of `host` that can be had.
 
-    "" is every address, of both families where there are both. Raises OSError.
+    "" is every address, of both families where there are both. Of a range it takes the first port
+    that is free. Raises OSError.
     """
+    ports = port if isinstance(port, range) else range(port, port + 1)
+    for each in ports[:-1]:
+        try:
+            return _listening_socket(host, each)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    return _listening_socket(host, ports[-1])
+
+
+def _listening_socket(host: str, port: int) -> socket.socket:
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     found: Found = [(socket.AF_INET6, socket.SOCK_STREAM, 0, "", ("::", port))]
     if not both:

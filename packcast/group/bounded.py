@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
 
+_CHECK_EVERY_S = 0.1
 
-def within(limit_s: float, name: str, call: Callable[[], T]) -> tuple[T] | None:
+
+def within(
+    limit_s: float, name: str, call: Callable[[], T], *, check: Callable[[], object] | None = None
+) -> tuple[T] | None:
     """What `call` returned, in a tuple, or None where it has not in `limit_s`; what it raised is
-    raised. It runs on a daemon thread called `name`, which stays behind where it is stuck."""
+    raised, and what `check` raises while this waits. It runs on a daemon thread called `name`,
+    which stays behind where it is stuck."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -23,7 +29,13 @@ def within(limit_s: float, name: str, call: Callable[[], T]) -> tuple[T] | None:
 
     thread = threading.Thread(target=act, name=name, daemon=True)
     thread.start()
-    thread.join(limit_s)
+    if check is None:
+        thread.join(limit_s)
+    else:
+        deadline = time.monotonic() + limit_s
+        while thread.is_alive() and (left_s := deadline - time.monotonic()) > 0:
+            thread.join(min(left_s, _CHECK_EVERY_S))
+            check()
     if errors:
         raise errors[0]
     return (results[0],) if results else None

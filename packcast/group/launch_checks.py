@@ -18,7 +18,8 @@ WAYS_TO_LAUNCH = """ways to start the workers:
     here, three ranks   packcast send CKPT --out 'DIR-{rank}' --nproc 3
     on other hosts      packcast send CKPT --workers 3 --listen HOST:29400
     under torchrun      torchrun --no-python --nproc-per-node 4 packcast send CKPT --out D-{rank}
-    under Slurm         srun packcast send CKPT --out DIR"""
+    under Slurm         srun packcast send CKPT --out DIR
+    under mpirun        mpirun -n 4 packcast send CKPT --out 'D-{rank}'"""
 
 
 def launch_of(environ: Mapping[str, str], *, by_address: bool) -> Launch:
@@ -88,9 +89,9 @@ def check_recv(settings: Settings, launch: Launch, name_of: NameOf, *, hint: str
 def check_port(
     port: int | None, launch: Launch, name_of: NameOf, *, without_launcher: str | None = None
 ) -> None:
-    """A port is chosen for Slurm only; `without_launcher` is the setting that says it there."""
-    if port is not None and launch.kind != "slurm":
+    """A port is chosen for Slurm and mpirun; without a launcher `without_launcher` says it."""
+    if port is not None and launch.kind not in ("slurm", "mpirun"):
         hint = "torchrun has --master-port"
         if without_launcher is not None:
             hint += f"; without a launcher there is {name_of(without_launcher)}"
-        raise UsageError(f"{name_of('port')} is for Slurm", hint=hint)
+        raise UsageError(f"{name_of('port')} is for Slurm and mpirun", hint=hint)

@@ -165,13 +165,14 @@ def open_meeting(
     *,
     secret: bytes | None = None,
     call: int = 0,
+    log: Callable[[str], object] = lambda _text: None,
 ) -> Meeting:
     """Every rank of a launch calls this first; what they say there is signed with the `secret`.
 
-    Does not wait for the other ranks, only (up to `timeout_s`) for the store's host. `port` goes
-    before the one derived from the Slurm step; `call` counts the transfers of this launch, each of
-    which has keys of its own. Raises RendezvousError where the port is taken or the host does not
-    answer.
+    Does not wait for the other ranks, only (up to `timeout_s`) for the store's host: `log` is told
+    where that takes long. `port` goes before the one derived from the job; `call` counts the
+    transfers of this launch, each of which has keys of its own. Raises RendezvousError where the
+    port is taken or the host does not answer.
     """
     address = meeting_address(launch, environ, port)
     context = launch_context(launch, environ, call)
@@ -180,14 +181,14 @@ def open_meeting(
         return SignedKeys(_of_this_call(store, environ, call), secret, context)
 
     if launch.kind == "torchrun" and environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _joined(launch, address, timeout_s, signed, agents=True)
+        return _joined(launch, address, timeout_s, signed, log, agents=True)
     if launch.is_one_host and not (is_literal(address[0]) and is_loopback(address[0])):
         address = (LOOPBACK, address[1])
     if launch.rank:
-        return _joined(launch, address, timeout_s, signed)
+        return _joined(launch, address, timeout_s, signed, log)
     import torch.distributed as dist
 
-    option = "--port" if launch.kind == "slurm" else "--master-port (MASTER_PORT)"
+    option = "--master-port (MASTER_PORT)" if launch.kind == "torchrun" else "--port"
     on = _address_here(address[0])
     try:
         # Its own way there: its name may not be known yet, or be another host's.
@@ -196,7 +197,7 @@ def open_meeting(
         if not dist.is_initialized():
             raise
         # The port is most likely taken by the default group's own store, which serves as well.
-        return _joined(launch, address, timeout_s, signed)
+        return _joined(launch, address, timeout_s, signed, log)
     return Meeting(signed(store), address, None)
 
 
@@ -218,11 +219,12 @@ def _joined(
     address: tuple[str, int],
     timeout_s: float,
     signed: Callable[[Store], SignedKeys],
+    log: Callable[[str], object],
     *,
     agents: bool = False,
 ) -> Meeting:
     deadline = time.monotonic() + timeout_s
-    link = await_listener(*address, deadline)
+    link = await_listener(*address, deadline, log)
     try:
         left_s = max(deadline - time.monotonic(), GRACE_S)
         store = (

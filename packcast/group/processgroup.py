@@ -15,12 +15,14 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from packcast.errors import PackcastError, RendezvousError
+from packcast.group.bounded import within
 from packcast.packed.unfinished import keep, release_ended
 
 if TYPE_CHECKING:
     import torch
     from torch._C._distributed_c10d import BroadcastOptions, Store, Work
 
+_GLOO_LIMIT_S = 60.0
 _LOOK_UP_EVERY = timedelta(seconds=0.1)
 
 
@@ -161,8 +163,18 @@ def _gloo_group(
     import torch.distributed as dist
 
     gloo: Any = dist.ProcessGroupGloo
-    group: Group = gloo(store, rank, world_size, gloo_options(timeout, interface))
-    return group
+    options = gloo_options(timeout, interface)
+    # All ranks are about to do this, and gloo itself would try as long as a collective may take.
+    limit_s = min(timeout.total_seconds() + 1.0, _GLOO_LIMIT_S)
+    group: tuple[Group] | None = within(
+        limit_s, "packcast-gloo", lambda: gloo(store, rank, world_size, options)
+    )
+    if group is None:
+        raise RuntimeError(
+            f"some rank does not answer within {limit_s:g} s; does a firewall block the ports of"
+            " net.ipv4.ip_local_port_range?"
+        )
+    return group[0]
 
 
 def gloo_options(timeout: timedelta, interface: str | None, connections: int = 1) -> Any:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Protocol
 
 from packcast.errors import RendezvousError, UsageError
-from packcast.group.launch import Launch
+from packcast.group.launch import MPI_JOB_VARIABLE, Launch
 
 _NBYTES = 32
 _FILE = "launch-secret"
+_TOKEN_FILE = "token"
 
 OPEN_LAUNCH = (
     "this launch has no token: whoever reaches its network may join or end it;"
@@ -110,11 +111,11 @@ class SignedKeys:
 
 def launch_context(launch: Launch, environ: Mapping[str, str], call: int) -> str:
     """What is the same on all ranks of a launch, and another in every other launch."""
-    names = (
-        ("SLURM_JOB_ID", "SLURM_STEP_ID")
-        if launch.kind == "slurm"
-        else ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    )
+    names: tuple[str, ...] = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    if launch.kind == "slurm":
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID")
+    elif launch.kind == "mpirun":
+        names = (MPI_JOB_VARIABLE, "MASTER_PORT")
     said = [environ.get(name, "") for name in names]
     return " ".join(map(repr, (launch.kind, launch.world_size, *said, call)))
 
@@ -126,7 +127,7 @@ def launch_secret(
 
     Where all ranks are on one host it is derived from a file that only this user can read. Raises
     UsageError under Slurm on several hosts, where `srun` would hand on a token; None under torchrun
-    on several hosts, whose ranks share nothing then.
+    or mpirun on several hosts, whose ranks share nothing then.
     """
     if token is not None:
         return token
@@ -152,10 +153,20 @@ def secret_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
 
 def user_secret(folders: Sequence[Path]) -> bytes:
     """A secret of this user on this host, made where there is none yet."""
+    return _kept(folders, _FILE, secrets.token_bytes(_NBYTES))[0]
+
+
+def user_token(folders: Sequence[Path]) -> tuple[bytes, Path]:
+    """The same as text, for `--token-file`; and the file that it is in."""
+    return _kept(folders, _TOKEN_FILE, secrets.token_hex(_NBYTES // 2).encode())
+
+
+def _kept(folders: Sequence[Path], name: str, new: bytes) -> tuple[bytes, Path]:
+    """The secret in the first folder that can have it, which is `new` where there was none."""
     reasons = []
     for folder in folders:
         try:
-            return _secret_in(folder)
+            return _secret_in(folder, name, new), folder / name
         except OSError as error:
             reasons.append(f"{folder}: {error.strerror or error}")
     raise RendezvousError(
@@ -164,25 +175,25 @@ def user_secret(folders: Sequence[Path]) -> bytes:
     )
 
 
-def _secret_in(folder: Path) -> bytes:
+def _secret_in(folder: Path, name: str, new: bytes) -> bytes:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_private(os.stat(folder, follow_symlinks=False), stat.S_IFDIR, forbidden=0o022)
-    path = folder / _FILE
+    path = folder / name
     if not path.exists():
-        fd, name = tempfile.mkstemp(dir=folder)  # which nobody else can read
+        fd, made = tempfile.mkstemp(dir=folder)  # which nobody else can read
         try:
             with open(fd, "wb") as file:
-                file.write(secrets.token_bytes(_NBYTES))
-            os.link(name, path)  # complete, or not there; the first rank to come decides
+                file.write(new)
+            os.link(made, path)  # complete, or not there; the first rank to come decides
         except FileExistsError:
             pass
         finally:
-            os.unlink(name)
+            os.unlink(made)
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         _check_private(os.fstat(file.fileno()), stat.S_IFREG, forbidden=0o077)
         secret = file.read(_NBYTES)
     if len(secret) != _NBYTES:
-        raise OSError(f"{_FILE} is cut off")
+        raise OSError(f"{name} is cut off")
     return secret
 
 

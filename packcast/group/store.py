@@ -28,15 +28,33 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_TRY_LIMIT_S = 5.0
+_REACH_LIMIT_S = 10.0  # a lost SYN is sent again after 1, 3 and 7 s
 GRACE_S = 5.0  # beyond its own deadline a store call is held to be stuck
 
 
-def serve_store(host: str, timeout_s: float) -> tuple[Store, int]:
+def serve_store(host: str, timeout_s: float, ports: range | None = None) -> tuple[Store, int]:
     """Host a store on a free port of `host`'s interface only; returns it and the port.
 
     A store has no authentication, hence one interface. Its host must be the last to leave.
     """
-    return host_store(host, host, 0, timeout_s)
+    return host_store(host, host, ports or 0, timeout_s, option="--port-range")
+
+
+def join_served_store(host: str, port: int, timeout_s: float) -> Store:
+    """A client of a store that another rank has told this one of, so that it listens by now.
+
+    Raises RendezvousError soon where nothing answers, which is not for want of a sender.
+    """
+    try:
+        await_listener(host, port, time.monotonic() + _REACH_LIMIT_S).close()
+    except RendezvousError as error:
+        raise RendezvousError(
+            f"{error.message}, after {_REACH_LIMIT_S:g} s; the sender listens there, and its"
+            " control port was reached",
+            hint="does a firewall block that port? --port-range chooses ports that may pass",
+        ) from None
+    return connect_store(host, port, timeout_s)
 
 
 def connect_store(host: str, port: int, timeout_s: float) -> Store:
@@ -55,7 +73,7 @@ def connect_store(host: str, port: int, timeout_s: float) -> Store:
 
 
 def host_store(
-    on: str, host: str, port: int, timeout_s: float, *, option: str | None = None
+    on: str, host: str, port: int | range, timeout_s: float, *, option: str
 ) -> tuple[Store, int]:
     """Host a store on the addresses of `on`, this process its first client by way of `host`.
 
@@ -70,10 +88,10 @@ def host_store(
         taken = error.errno == errno.EADDRINUSE
         raise RendezvousError(
             f"cannot serve the store at {host_and_port(host, port)}: "
-            f"{'the port is taken' if taken else error.strerror or error}",
-            hint=f"choose another port with {option}" if taken and option else None,
+            f"{_taken(port) if taken else error.strerror or error}",
+            hint=f"choose another port with {option}" if taken else None,
         ) from None
-    port = listener.getsockname()[1]
+    port = int(listener.getsockname()[1])
     store = answer_in(
         timeout_s,
         f"cannot reach my own store at {host_and_port(host, port)}",
@@ -91,24 +109,37 @@ def host_store(
     return store, port
 
 
-def await_listener(host: str, port: int, deadline: float) -> socket.socket:
+def await_listener(
+    host: str, port: int, deadline: float, log: Callable[[str], object] | None = None
+) -> socket.socket:
     """A connection to `host:port`, once something listens there, whose name may not be known yet.
 
-    Raises RendezvousError at the deadline.
+    `log` is told where that takes longer. Raises RendezvousError at the deadline.
     """
     where = host_and_port(host, port)
     pause_s = 0.02
+    log_at = time.monotonic() + _TRY_LIMIT_S - 1.0
     while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
         try:
-            return connect(host, port, max(deadline - time.monotonic(), 0.1))
+            return connect(host, port, min(left_s, _TRY_LIMIT_S) if log else left_s)
+        except TimeoutError:
+            reason = "no answer: the host is down, or a firewall blocks that port"
         except OSError as error:
             reason = error.strerror or str(error)
+        if log is not None and time.monotonic() > log_at:
+            log(f"waiting for the launcher's store at {where} ({reason[0].lower()}{reason[1:]})")
+            log = None
         if time.monotonic() + pause_s > deadline:
             raise RendezvousError(
                 f"cannot reach the store at {where}: {reason}", hint=_only_here(host)
             )
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 1.0)
+
+
+def _taken(port: int | range) -> str:
+    return "all ports are taken" if isinstance(port, range) else "the port is taken"
 
 
 def _only_here(host: str) -> str | None:

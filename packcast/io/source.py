@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from packcast.checkpoint.checkpoint import SourceFile
 from packcast.checkpoint.outgoing import Literal, OutgoingFile, Run
 from packcast.checkpoint.reading import open_without_links
+from packcast.checkpoint.sourcefile import SourceFile
 from packcast.errors import CheckpointError, PackcastError, out_of_descriptors
 from packcast.io.digests import BlockDigests
 from packcast.io.files import FileTable

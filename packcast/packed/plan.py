@@ -5,10 +5,12 @@ Made before any byte moves, from nothing but sizes: every rank makes the same fr
 
 from __future__ import annotations
 
-import struct
+import sys
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import xxhash
 
@@ -169,9 +171,52 @@ def pinned_nbytes(buffer_size: int, staging_nbytes: int) -> int:
     return staging_count(buffer_size, staging_nbytes) * staged_nbytes(buffer_size)
 
 
-def plan_chunks(
-    file_nbytes: Sequence[int], buffer_size: int, roots: Sequence[int]
-) -> tuple[Chunk, ...]:
+class Chunks(Sequence[Chunk]):
+    """A plan, in columns of numbers: a chunk is made when it is asked for.
+
+    A million extents as objects would take 200 MB, and the search for cyclic garbage among them as
+    long as making them.
+    """
+
+    __slots__ = ("_trailer_nbytes", "bounds", "numbers", "roots")
+
+    def __init__(
+        self, numbers: array[int], bounds: array[int], roots: Sequence[int], trailer_nbytes: int
+    ) -> None:
+        """Of the file, offset and size of each extent, and where in them each chunk's begin."""
+        self.numbers = numbers
+        self.bounds = bounds
+        self.roots = tuple(roots)
+        self._trailer_nbytes = trailer_nbytes
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> Chunk: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[Chunk]: ...
+    def __getitem__(self, at: int | slice) -> Chunk | Sequence[Chunk]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        if not -len(self) <= at < len(self):
+            raise IndexError(at)
+        index = at % len(self)
+        begin, end = self.bounds[index : index + 2]
+        files, offsets, sizes = (self.numbers[begin + field : end : 3] for field in range(3))
+        root = self.roots[index % len(self.roots)]
+        extents = tuple(map(Extent, files, offsets, sizes))
+        return Chunk(index, root, extents, sum(sizes), self._trailer_nbytes)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Chunks):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def plan_chunks(file_nbytes: Sequence[int], buffer_size: int, roots: Sequence[int]) -> Chunks:
     """Cut files, given by their sizes, into chunks of at most `buffer_size` bytes.
 
     Small files come first, one after the other. Up to NUM_INTERLEAVED of the larger ones take turns
@@ -180,17 +225,8 @@ def plan_chunks(
     A chunk has parts of at most MAX_FILES_PER_CHUNK. Empty files have no extent: they are made from
     the offer alone.
     """
-    trailer = trailer_nbytes(buffer_size)
-    return tuple(
-        Chunk(
-            index,
-            roots[index % len(roots)],
-            extents,
-            sum(extent.nbytes for extent in extents),
-            trailer,
-        )
-        for index, extents in enumerate(_packed(_in_turns(file_nbytes), buffer_size))
-    )
+    numbers, bounds = _packed(_in_turns(file_nbytes), buffer_size)
+    return Chunks(numbers, bounds, roots, trailer_nbytes(buffer_size))
 
 
 def _in_turns(file_nbytes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
@@ -213,52 +249,54 @@ def _in_turns(file_nbytes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             active.append((file, stop, end))
 
 
-def _packed(runs: Iterable[tuple[int, int, int]], buffer_size: int) -> Iterator[tuple[Extent, ...]]:
-    """The runs, one after the other, in as few chunks as whole blocks allow."""
-    extents: list[Extent] = []
+def _packed(
+    runs: Iterable[tuple[int, int, int]], buffer_size: int
+) -> tuple[array[int], array[int]]:
+    """The runs, one after the other, in as few chunks as whole blocks allow: the numbers of their
+    extents, and where in them each chunk's begin and the last one's end."""
+    numbers, bounds = array("Q"), array("Q", [0])
     in_chunk: set[int] = set()
-    used = blocks = 0
     most_blocks = max_blocks(buffer_size)
+    room, blocks = buffer_size, most_blocks
+
+    def end_chunk() -> None:
+        nonlocal room, blocks
+        bounds.append(len(numbers))
+        in_chunk.clear()
+        room, blocks = buffer_size, most_blocks
+
     for file, offset, end in runs:
         if file not in in_chunk and len(in_chunk) == MAX_FILES_PER_CHUNK:
-            yield tuple(extents)
-            extents, in_chunk, used, blocks = [], set(), 0, 0
+            end_chunk()
         while offset < end:
             take = end - offset
-            if take > buffer_size - used or blocks + num_blocks(take) > most_blocks:
-                take = min(take, buffer_size - used, (most_blocks - blocks) * BLOCK)
+            if take > room or num_blocks(take) > blocks:
+                take = min(take, room, blocks * BLOCK)
                 if take < end - offset:
                     take -= take % BLOCK
             if take > 0:
-                _append(extents, file, offset, take)
+                if file in in_chunk and numbers[-3] == file and sum(numbers[-2:]) == offset:
+                    numbers[-1] += take  # it goes on where the last extent ends
+                else:
+                    numbers.extend((file, offset, take))
                 in_chunk.add(file)
-                used, blocks, offset = used + take, blocks + num_blocks(take), offset + take
-            if take <= 0 or used == buffer_size:
-                yield tuple(extents)
-                extents, in_chunk, used, blocks = [], set(), 0, 0
-    if extents:
-        yield tuple(extents)
+                room, blocks, offset = room - take, blocks - num_blocks(take), offset + take
+            if take <= 0 or not room:
+                end_chunk()
+    if in_chunk:
+        end_chunk()
+    return numbers, bounds
 
 
-def _append(extents: list[Extent], file: int, offset: int, nbytes: int) -> None:
-    """As one with the last one, where it goes on from there."""
-    if extents:
-        last = extents[-1]
-        if last.file == file and last.offset + last.nbytes == offset:
-            extents[-1] = Extent(file, last.offset, last.nbytes + nbytes)
-            return
-    extents.append(Extent(file, offset, nbytes))
-
-
-def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Sequence[Chunk]) -> str:
+def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Chunks) -> str:
     """A digest over every number in the plan; equal on two ranks iff their plans are the same."""
     digest = xxhash.xxh3_128()
-    digest.update(struct.pack(f"<QQ{len(file_nbytes)}Q", buffer_size, len(chunks), *file_nbytes))
-    for chunk in chunks:
-        numbers = [chunk.index, chunk.root, chunk.nbytes, len(chunk.extents)]
-        for extent in chunk.extents:
-            numbers += (extent.file, extent.offset, extent.nbytes)
-        digest.update(struct.pack(f"<{len(numbers)}Q", *numbers))
+    sizes = (buffer_size, len(chunks), len(chunks.roots), len(file_nbytes), *file_nbytes)
+    for numbers in (sizes, chunks.roots, chunks.bounds, chunks.numbers):
+        column = array("Q", numbers)
+        if sys.byteorder == "big":
+            column.byteswap()
+        digest.update(column)
     return digest.hexdigest()
 
 

@@ -30,6 +30,7 @@ from packcast.settings import (
     SinkKind,
     check_destinations,
     check_device,
+    check_port_range,
     check_seconds,
     check_size,
     check_template,
@@ -42,7 +43,7 @@ from packcast.view import View
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
 
-_WAYS = "under torchrun or Slurm every rank calls this; elsewhere say workers= and listen="
+_WAYS = "under torchrun, Slurm or mpirun every rank calls this; elsewhere say workers= and listen="
 _WHERE = "say address=(host, port), where send_checkpoint(..., listen=(host, port)) waits"
 
 _calls = itertools.count()  # alike on all ranks of a launch, as the calls are
@@ -70,6 +71,7 @@ def send_checkpoint(
     workers: int | None = None,
     listen: tuple[str, int] | None = None,
     port: int | None = None,
+    port_range: tuple[int, int] | None = None,
     token: str | bytes | None = None,
     join_timeout_s: float = DEFAULT_JOIN_TIMEOUT_S,
     heartbeat_timeout_s: float = DEFAULT_LIBRARY_HEARTBEAT_TIMEOUT_S,
@@ -78,7 +80,7 @@ def send_checkpoint(
 ) -> Report:
     """Send a safetensors checkpoint (a file or a directory) to every other rank of the group.
 
-    The group is that of torchrun or Slurm, by this process's environment; every rank of it calls
+    The group is that of torchrun, Slurm or mpirun, by this process's environment; every rank calls
     this or `receive_checkpoint`, equally often. The lowest rank that calls this is the sender;
     other ranks that do are workers: they write to `out` (with {rank}, {local_rank} and {host}
     filled in), compare with `verify`, or with neither check what comes and drop it. Without a
@@ -153,6 +155,7 @@ def send_checkpoint(
         workers=workers,
         address=_address("listen", listen),
         port=port,
+        port_range=_port_range(port_range),
         token=_token(token, view),
         join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
@@ -190,9 +193,9 @@ def receive_checkpoint(
 ) -> Report:
     """Receive what another rank sends with `send_checkpoint`, or `packcast send`.
 
-    Under torchrun or Slurm the group is the launcher's; else `address` is where the sender listens
-    (it may come later), `token` what it asks for, and `rank` the one to be, if that matters. The
-    checkpoint goes to exactly one of
+    Under torchrun, Slurm or mpirun the group is the launcher's; else `address` is where the sender
+    listens (it may come later), `token` what it asks for, and `rank` the one to be, if that
+    matters. The checkpoint goes to exactly one of
 
     - `out`: a directory that appears complete and proven, or not at all; `force` replaces an
       earlier copy. {rank}, {local_rank} and {host} are filled in. `in_place` fills the directory
@@ -313,6 +316,14 @@ def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | N
     if not is_host(host) or not 0 <= port <= 65535:
         raise UsageError(f"{where}: {address!r} names no host, or no port")
     return host, port
+
+
+def _port_range(ports: tuple[int, int] | None) -> range | None:
+    if ports is None:
+        return None
+    if not isinstance(ports, tuple) or [type(port) for port in ports] != [int, int]:
+        raise UsageError(f"port_range: {ports!r} is not (first, last)", hint="as (29400, 29409)")
+    return check_port_range("port_range", *ports)
 
 
 def _token(token: str | bytes | None, view: View | None) -> bytes | None:

@@ -17,7 +17,7 @@ from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.names import clash_of
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError
-from packcast.packed.plan import Chunk, check_buffers, plan_chunks, plan_digest
+from packcast.packed.plan import Chunks, check_buffers, plan_chunks, plan_digest
 from packcast.transfer.outline import (
     FileOutline,
     Outline,
@@ -100,7 +100,7 @@ class Offer:
         """Tensors in all shards."""
         return sum(len(spec.header.tensors) for spec in self.files if spec.header)
 
-    def chunks(self) -> tuple[Chunk, ...]:
+    def chunks(self) -> Chunks:
         """The plan, made here; TransferError unless it is the offered one."""
         sizes = [spec.nbytes for spec in self.files]
         chunks = plan_chunks(sizes, self.buffer_size, self.readers)
@@ -147,7 +147,8 @@ def _file_to_json(spec: FileSpec) -> dict[str, object]:
         "name": spec.name,
         "nbytes": spec.nbytes,
         "mtime_ns": spec.mtime_ns,
-        "executable": spec.executable,
+        "mode": spec.mode,
+        "folder_mode": spec.folder_mode,
         "header": len(spec.header.json_bytes) if spec.header else None,
         "elsewhere": sorted(spec.elsewhere),
         "unlisted": sorted(spec.unlisted),
@@ -215,7 +216,8 @@ def _files(data: bytes, at: int, files: Sequence[FileOutline]) -> Iterator[FileS
             file.name,
             file.nbytes,
             file.mtime_ns,
-            file.executable,
+            file.mode,
+            file.folder_mode,
             header,
             frozenset(file.elsewhere),
             frozenset(file.unlisted),

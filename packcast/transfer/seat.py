@@ -112,7 +112,13 @@ def take_seat(settings: Settings, view: View, leaver: WayOut, *, call: int) -> S
     me = _introduce(settings, launch, checkpoint)
     deadline = time.monotonic() + settings.join_timeout_s + _GRACE_S
     meeting = open_meeting(
-        launch, os.environ, settings.join_timeout_s, settings.port, secret=secret, call=call
+        launch,
+        os.environ,
+        settings.join_timeout_s,
+        settings.port,
+        secret=secret,
+        call=call,
+        log=view.note,
     )
     try:
         return _sit_with_launcher(
@@ -232,7 +238,8 @@ def _sit_without_launcher(
     host = _others_address(host, settings.join_timeout_s, view)
     server = _listen(settings.workers, (host, port), settings, me, transfer_id, token, view, leaver)
     where, *more = _hosts_to_reach(server.address[0])
-    view.listening(_recv_line(where, server.address[1], None if settings.token else token.decode()))
+    shown = None if settings.token else token.decode()
+    view.listening(_recv_line(where, server.address[1], shown, settings.token_file))
     if more:
         view.note(f"or by another address of this host: {', '.join(more)}")
     return _seat(launch, server, transfer_id, None, checkpoint, files)
@@ -304,7 +311,7 @@ def _listen(
     return ControlServer(
         expected,
         host=address[0],
-        port=address[1],
+        port=address[1] or settings.port_range or 0,
         me=me,
         transfer_id=transfer_id,
         token=token,
@@ -375,6 +382,8 @@ def _hosts_to_reach(listening: str) -> list[str]:
     return here or ["127.0.0.1"]
 
 
-def _recv_line(host: str, port: int, token: str | None) -> str:
+def _recv_line(host: str, port: int, token: str | None, token_file: Path | None) -> str:
     line = f"packcast recv {shlex.quote(host_and_port(host, port))} --out DIR"
+    if token_file is not None:
+        line += f" --token-file {shlex.quote(str(token_file))}"
     return f"PACKCAST_TOKEN={shlex.quote(token)} {line}" if token else line

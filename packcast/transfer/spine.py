@@ -16,7 +16,7 @@ from packcast.errors import PackcastError, TransferError
 from packcast.group.addresses import interface_of, interface_towards
 from packcast.group.leave import WayOut
 from packcast.group.rank_info import RankInfo
-from packcast.group.store import connect_store, serve_store
+from packcast.group.store import join_served_store, serve_store
 from packcast.io.landing import Sink
 from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.localcopy import local_copy
@@ -37,7 +37,7 @@ from packcast.transfer.agreement import (
 )
 from packcast.transfer.messages import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.moving import Mover
-from packcast.transfer.offer import Offer
+from packcast.transfer.offer import Offer, Selection
 from packcast.transfer.results import (
     agreed_digests,
     facts_of,
@@ -118,7 +118,7 @@ def send(
 
     view.phase("start")
     host = server.host_met()
-    store, port = serve_store(host, settings.join_timeout_s)
+    store, port = serve_store(host, settings.join_timeout_s, settings.port_range)
     server.broadcast(Go(host=host, port=port, sums=sums))
     hosts = {rank_of(info): info.host for info in infos}
     view.started(
@@ -202,7 +202,7 @@ def receive(
         go = client.expect(Go, patience_s)
         view.phase("start")
         host = client.host_told(go.host)
-        store = connect_store(host, go.port, settings.join_timeout_s)
+        store = join_served_store(host, go.port, settings.join_timeout_s)
         view.started(start_of(offer, is_sender=False), lambda: mover.snapshot({}))
 
         with StallWatch(mover, client, leaver, settings.stall_timeout_s):
@@ -271,8 +271,7 @@ def _make_sink(
         settings.target, rank=offer.rank, local_rank=seat.launch.local_rank, host=me.host
     )
     if settings.sink == "verify":
-        # In a single launch this rank has the sender's own options.
-        selection = bool(settings.include or settings.exclude)
+        selection = offer.selection != Selection((), ())
         return VerifySink(local_copy(Path(where), offer.files), offer.files, selection=selection)
     return WriteSink(
         Path(where),

@@ -70,7 +70,7 @@ def test_wrong_and_missing_tensors_are_counted() -> None:
 
 def test_each_wrong_block_of_a_copy_is_counted(tmp_path: Path) -> None:
     contents = {"a": random_bytes(3 * MIB + 5, 4), "sub/b": random_bytes(9 * MIB, 5)}
-    specs = [FileSpec(name, data.numel(), 0, False, None) for name, data in contents.items()]
+    specs = [FileSpec(name, data.numel(), 0, 0o644, 0o755, None) for name, data in contents.items()]
 
     def read(file: int, offset: int, into: memoryview) -> None:
         data = bytes(contents[specs[file].name][offset : offset + len(into)].tolist())

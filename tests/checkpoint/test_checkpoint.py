@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from packcast.checkpoint import checkpoint as checkpoint_module
+from packcast.checkpoint import names as names_module
+from packcast.checkpoint import sourcefile as sourcefile_module
 from packcast.checkpoint import walk as walk_module
-from packcast.checkpoint.checkpoint import MAX_MTIME_NS, Checkpoint, open_checkpoint
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.header import Header
 from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.reading import FileState
+from packcast.checkpoint.sourcefile import MAX_MTIME_NS
 from packcast.errors import CheckpointError, PackcastError, UsageError
 from tests.checkpoint.handmade import index, shard, sharded, write
 
@@ -44,7 +47,7 @@ def test_a_single_file_is_itself_alone(tmp_path: Path) -> None:
     assert (file.name, file.path) == ("model.safetensors", path.resolve())
     assert file.state == FileState.of(found)
     assert (file.nbytes, file.mtime_ns) == (found.st_size, found.st_mtime_ns)
-    assert file.executable
+    assert (file.mode, file.folder_mode) == (0o755, tmp_path.stat().st_mode & 0o777)
     assert file.header
     assert (checkpoint.num_tensors, checkpoint.nbytes) == (2, found.st_size)
     assert checkpoint.shards == checkpoint.files
@@ -68,7 +71,6 @@ def test_a_sharded_directory_has_its_shards_index_and_sidecars(tmp_path: Path) -
         False,
     ]
     assert checkpoint.num_tensors == 5
-    assert not any(file.executable for file in checkpoint.files)
 
 
 def test_without_sidecars_the_index_still_belongs(tmp_path: Path) -> None:
@@ -301,9 +303,52 @@ def test_names_that_differ_only_in_case_do_not_travel_together(tmp_path: Path) -
         pytest.skip("this file system folds case")
     checkpoint = open_checkpoint(tmp_path)
     assert names(checkpoint) == ["README.md", "model.safetensors"]
-    assert len(checkpoint.warnings) == 1
+    assert checkpoint.warnings == (
+        "Readme.md: not every file system can hold it beside README.md: left out",
+    )
     shard(tmp_path / "MODEL.safetensors", "x")
     assert "MODEL.safetensors and model.safetensors" in refused(tmp_path).message
+
+
+def test_ten_thousand_clashing_names_cost_no_more_than_as_many_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(tmp_path / "model.safetensors", "x")
+    letters = "abcdefghijklmn"
+    for number in range(10_000):
+        cased = (c.upper() if number >> bit & 1 else c for bit, c in enumerate(letters))
+        write(tmp_path / f"{''.join(cased)}.txt")
+    if len(list(tmp_path.iterdir())) < 10_001:
+        pytest.skip("this file system folds case")
+    looked_at: list[str] = []
+
+    def folded(name: str) -> str:
+        looked_at.append(name)
+        return name.casefold()
+
+    monkeypatch.setattr(names_module, "_folded", folded)
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(checkpoint.files) == 2
+    assert len(looked_at) == 10_001
+    [warning] = checkpoint.warnings
+    assert re.search(r" and \d+ more: not every file system can hold them beside \w+.txt", warning)
+
+
+def test_the_permission_bits_of_files_and_of_the_folders_above_are_known(tmp_path: Path) -> None:
+    modes = {"model.safetensors": 0o600, "run.sh": 0o4755, "private/deep/a.json": 0o644}
+    shard(tmp_path / "model.safetensors", "x")
+    for name in ("run.sh", "private/deep/a.json"):
+        write(tmp_path / name)
+    for name, mode in modes.items():
+        (tmp_path / name).chmod(mode)
+    for folder, mode in {"private/deep": 0o755, "private": 0o2710, "": 0o1775}.items():
+        (tmp_path / folder).chmod(mode)
+    found = {file.name: (file.mode, file.folder_mode) for file in open_checkpoint(tmp_path).files}
+    assert found == {
+        "model.safetensors": (0o600, 0o775),
+        "run.sh": (0o755, 0o775),
+        "private/deep/a.json": (0o644, 0o710),
+    }
 
 
 def test_pipes_sockets_and_devices_are_never_opened(tmp_path: Path) -> None:
@@ -402,7 +447,7 @@ def test_a_file_that_is_rewritten_while_its_header_is_read_is_an_error(
 ) -> None:
     path = shard(tmp_path / "model.safetensors", "x")
     before, data = path.stat(), path.read_bytes()
-    real_header_of = checkpoint_module.header_of
+    real_header_of = sourcefile_module.header_of
 
     def rewritten_meanwhile(fd: int, nbytes: int, where: str, limits: HeaderLimits) -> Header:
         header = real_header_of(fd, nbytes, where, limits)
@@ -411,7 +456,7 @@ def test_a_file_that_is_rewritten_while_its_header_is_read_is_an_error(
         return header
 
     time.sleep(0.02)  # for the change time, which moves in ticks of the kernel
-    monkeypatch.setattr(checkpoint_module, "header_of", rewritten_meanwhile)
+    monkeypatch.setattr(sourcefile_module, "header_of", rewritten_meanwhile)
     assert refused(tmp_path).message.startswith(
         "model.safetensors changed while it was being opened: it was written and its time set back"
     )

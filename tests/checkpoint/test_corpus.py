@@ -29,7 +29,7 @@ def offered(case: Case) -> tuple[bytes, dict[str, object]]:
     whole = file_bytes(case.header, case.data)
     header = whole[8 : len(whole) - len(case.data)]
     outline, place = messages(valid_offer())
-    outline |= {"samples": [], "files": [[NAME, len(whole), 1, False, None, [], []]]}
+    outline |= {"samples": [], "files": [[NAME, len(whole), 1, 0o644, 0o755, None, [], []]]}
     data = packed(outline).replace(b'"header": null', b'"header": %d' % len(header))
     return data + header, place
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packcast.checkpoint.names import MAX_DEPTH, clash_of, name_fault
+from packcast.checkpoint.names import MAX_DEPTH, clash_of, clashes_of, name_fault
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_an_allowed_name_never_leaves_its_directory(name: str) -> None:
         (["a", "b", "a"], ("a", "a")),
         (["Readme.md", "README.md"], ("Readme.md", "README.md")),
         (["stra\u00dfe", "STRASSE"], ("stra\u00dfe", "STRASSE")),
-        (["a/b", "a"], ("a", "a/b")),
+        (["a/b", "a"], ("a/b", "a")),
         (["A", "x", "a/b/c"], ("A", "a/b/c")),
     ],
 )
@@ -79,6 +79,18 @@ def test_names_that_cannot_live_together_are_found(
     names: list[str], clash: tuple[str, str] | None
 ) -> None:
     assert clash_of(names) == clash
+
+
+@given(st.lists(st.text("aA/\u00e9", min_size=1, max_size=5), max_size=12))
+def test_without_those_that_clash_the_others_can_live_together(names: list[str]) -> None:
+    left = list(names)
+    for earlier, name in clashes_of(names):
+        assert earlier in left
+        assert clash_of([earlier, name]) == (earlier, name)
+        left.reverse()
+        left.remove(name)
+        left.reverse()
+    assert clash_of(left) is None
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def test_without_a_selection_every_file_goes_verbatim(tmp_path: Path) -> None:
     files = outgoing_files(checkpoint)
     for at, (source, file) in enumerate(zip(checkpoint.files, files, strict=True)):
         assert (file.spec.name, file.spec.nbytes) == (source.name, source.nbytes)
-        assert (file.spec.mtime_ns, file.spec.executable) == (source.mtime_ns, source.executable)
+        assert (file.spec.mtime_ns, file.spec.mode) == (source.mtime_ns, source.mode)
+        assert file.spec.folder_mode == source.folder_mode
         assert file.spec.header is source.header
         assert file.segments == ((Run(at, 0, source.nbytes),) if source.nbytes else ())
 

@@ -60,7 +60,10 @@ class FakeLeaver:
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith(("PACKCAST_", "SLURM_")) or name in ("RANK", "WORLD_SIZE"):
+        if name.startswith(("PACKCAST_", "SLURM_", "OMPI_", "PMI_")) or name in (
+            "RANK",
+            "WORLD_SIZE",
+        ):
             monkeypatch.delenv(name)
 
 

@@ -225,11 +225,20 @@ def test_a_failure_that_was_survived_is_told_in_full(
     assert (result["exit_code"], result["checkpoint"]["bytes"]) == (6, 9)
 
 
-def test_a_token_that_nobody_would_see_is_not_made(
-    transfer: FakeTransfer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+def test_a_quiet_sender_keeps_the_token_that_it_makes_in_a_file_of_the_users(
+    transfer: FakeTransfer, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assert run([*SEND, "--workers", "3", "-q"]) == 2
-    assert "-q does not show the token" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    made = []
+    for _ in range(2):
+        assert run([*SEND, "--workers", "3", "-q"]) == 0
+        given = transfer.settings[-1]
+        assert given.token_file == tmp_path / "packcast" / "token"
+        assert given.token_file.stat().st_mode & 0o777 == 0o600
+        assert given.token_file.read_bytes() == given.token
+        made.append(given.token)
+    assert made[0] == made[1]
+    assert capsys.readouterr().err == ""
     monkeypatch.setenv("PACKCAST_TOKEN", "a secret")
     assert run([*SEND, "--workers", "3", "-q"]) == 0
     assert capsys.readouterr().err == ""

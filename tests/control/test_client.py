@@ -261,7 +261,8 @@ def test_a_sender_of_another_protocol_is_told_and_left_with_its_sentence(
 
     def says_it(sender: FakeSender) -> None:
         sender.accept(protocol=9)
-        sender.say(Abort(code=4, message="w speaks protocol 4, the sender protocol 9", hint=None))
+        message = f"w speaks protocol {PROTOCOL}, the sender protocol 9"
+        sender.say(Abort(code=4, message=message, hint=None))
         sender.stay()
 
     def says_nothing(sender: FakeSender) -> None:

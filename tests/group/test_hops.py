@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from packcast.errors import RendezvousError, TransferError
+from packcast.group import hops
 from packcast.group.hops import open_hops
 from tests.helpers.hops import open_all
 
@@ -59,6 +62,44 @@ def test_a_neighbour_that_never_comes_is_named() -> None:
             timeout_s=0.5,
             interface="lo",
             check=lambda: None,
+        )
+
+
+def test_a_neighbour_that_does_not_answer_is_named_with_its_host_and_a_firewall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(hops, "_CONNECT_LIMIT_S", 0.5)
+    store = dist.HashStore()
+    dist.PrefixStore("hop-0-1", store).set("here-1", "node2")  # and then nothing
+    with pytest.raises(RendezvousError, match=r"rank 1 \(node2\) could not be .* on lo") as caught:
+        open_hops(
+            *([0, 1], [0]),
+            rank=0,
+            store=store,
+            timeout_s=3.0,
+            interface="lo",
+            check=lambda: None,
+        )
+    assert "firewall" in (caught.value.hint or "")
+
+
+def test_who_waits_for_a_neighbour_to_answer_hears_the_verdict() -> None:
+    store = dist.HashStore()
+    dist.PrefixStore("hop-0-1", store).set("here-1", "node2")
+    started = time.monotonic()
+
+    def check() -> None:
+        if time.monotonic() > started + 0.3:
+            raise TransferError("lost rank 1")
+
+    with pytest.raises(TransferError, match="lost rank 1"):
+        open_hops(
+            *([0, 1], [0]),
+            rank=0,
+            store=store,
+            timeout_s=3.0,
+            interface="lo",
+            check=check,
         )
 
 

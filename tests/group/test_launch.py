@@ -21,6 +21,7 @@ from packcast.group.launch import (
     detect_launch,
     first_host,
     meeting_address,
+    mpi_port,
     slurm_nodelist,
     slurm_port,
 )
@@ -34,7 +35,8 @@ from packcast.group.meeting import (
     publish_failure,
     settle_sender,
 )
-from packcast.group.store import connect_store, serve_store
+from packcast.group.store import connect_store, join_served_store, serve_store
+from tests.helpers.commands import hydra_rank, open_mpi_rank
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -58,6 +60,16 @@ SLURM = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
     "SLURM_STEP_NODELIST": "gpu[07-09,12]",
 }
+
+# Rank 5 of 8 on two hosts, by the launchers of Open MPI, and of MPICH and Intel MPI.
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+MASTER = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 AT_1, AT_2 = Whereabouts(("127.0.0.1",), 1), Whereabouts(("127.0.0.1",), 2)
 
@@ -83,12 +95,24 @@ def test_torchrun_is_recognised_by_its_variables() -> None:
         (SLURM, False),
         (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "7", "SLURM_NODEID": "0"}, True),
         (TORCHRUN | {"PACKCAST_LAUNCH_FD": "9"}, True),
+        (OPEN_MPI | MASTER, False),
+        (open_mpi_rank("1", 1, 2), True),
+        (HYDRA | MASTER, False),
+        (HYDRA | MASTER | {"MASTER_ADDR": "localhost"}, True),
+        (hydra_rank(1, 2), True),
     ],
 )
 def test_it_is_known_where_all_ranks_are_on_one_host(
     environ: dict[str, str], is_one_host: bool
 ) -> None:
     assert detect_launch(environ).is_one_host == is_one_host
+
+
+def test_a_pod_of_an_operator_has_one_rank_and_ranks_set_by_hand_are_on_one_host() -> None:
+    by_hand = {name: TORCHRUN[name] for name in ("RANK", "WORLD_SIZE", *MASTER)}
+    assert detect_launch(by_hand).local_rank == 5
+    assert detect_launch(by_hand | {"PET_NODE_RANK": "5"}).local_rank == 0
+    assert detect_launch(TORCHRUN | {"PET_NODE_RANK": "5"}).local_rank == 1
 
 
 def test_ranks_of_nproc_are_known_by_what_they_inherit() -> None:
@@ -98,6 +122,34 @@ def test_ranks_of_nproc_are_known_by_what_they_inherit() -> None:
 
 def test_torchrun_inside_slurm_is_torchrun() -> None:
     assert detect_launch(SLURM | TORCHRUN).kind == "torchrun"
+
+
+@pytest.mark.parametrize("environ", [OPEN_MPI, HYDRA])
+def test_mpirun_is_recognised_by_its_variables(environ: dict[str, str]) -> None:
+    expected = Launch("mpirun", rank=5, world_size=8, local_rank=1, local_world_size=4)
+    assert detect_launch(environ | MASTER) == expected
+    assert detect_launch(environ | TORCHRUN).kind == "torchrun"  # started by mpirun, for each host
+
+
+@pytest.mark.parametrize("environ", [OPEN_MPI, HYDRA])
+def test_mpirun_inside_slurm_is_mpirun(environ: dict[str, str]) -> None:
+    # Its daemons are tasks of a step, whose numbers the ranks inherit.
+    daemon = SLURM | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    assert detect_launch(daemon | environ | MASTER).kind == "mpirun"
+
+
+def test_srun_that_serves_pmi_is_slurm() -> None:
+    assert detect_launch(SLURM | {"PMI_RANK": "6", "PMI_SIZE": "7"}).kind == "slurm"
+
+
+@pytest.mark.parametrize("environ", [OPEN_MPI, HYDRA])
+@pytest.mark.parametrize("missing", ["MASTER_ADDR", "MASTER_PORT"])
+def test_mpirun_on_several_hosts_has_to_be_told_where_rank_0_is(
+    environ: dict[str, str], missing: str
+) -> None:
+    with pytest.raises(RendezvousError, match=f"several hosts, but {missing} is not set") as caught:
+        detect_launch(environ | {name: MASTER[name] for name in MASTER if name != missing})
+    assert "mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29400" in (caught.value.hint or "")
 
 
 def test_srun_is_recognised_by_the_steps_own_numbers() -> None:
@@ -114,6 +166,8 @@ def test_srun_is_recognised_by_the_steps_own_numbers() -> None:
         {name: SLURM[name] for name in SLURM if name != "SLURM_STEP_ID"},  # a batch script
         SLURM | {"SLURM_STEP_ID": str(0xFFFFFFFA)},  # an interactive step of salloc
         SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --pty bash
+        open_mpi_rank("1", 0, 1),  # mpirun -n 1 bash
+        hydra_rank(0, 1),
     ],
 )
 def test_without_a_launcher_there_is_one_rank(environ: dict[str, str]) -> None:
@@ -127,6 +181,8 @@ def test_without_a_launcher_there_is_one_rank(environ: dict[str, str]) -> None:
         (TORCHRUN | {"RANK": "8"}, "rank 8 in a world of 8"),
         (TORCHRUN | {"MASTER_PORT": ""}, "MASTER_PORT is not"),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS is 'many'"),
+        (OPEN_MPI | MASTER | {"OMPI_COMM_WORLD_RANK": "8"}, "rank 8 in a world of 8"),
+        (HYDRA | MASTER | {"PMI_SIZE": "all"}, "PMI_SIZE is 'all'"),
     ],
 )
 def test_broken_launch_variables_are_named(environ: dict[str, str], sentence: str) -> None:
@@ -159,6 +215,12 @@ def test_an_empty_node_list_is_an_error() -> None:
 def test_steps_of_one_job_have_ports_of_their_own() -> None:
     ports = {slurm_port(SLURM | {"SLURM_STEP_ID": str(step)}) for step in range(20)}
     assert len(ports) == 20
+    assert all(20_000 <= port < 30_000 for port in ports)
+
+
+def test_launches_of_mpirun_on_one_host_have_ports_of_their_own() -> None:
+    ports = {mpi_port(open_mpi_rank(str(pid), 0, 2)) for pid in range(4000, 4020)}
+    assert len(ports) > 18
     assert all(20_000 <= port < 30_000 for port in ports)
 
 
@@ -342,6 +404,19 @@ def test_the_address_where_ranks_meet_is_the_launchers() -> None:
     assert meeting_address(by_slurm, SLURM, None) == ("gpu07", slurm_port(SLURM))
 
 
+def test_the_address_where_ranks_of_mpirun_meet() -> None:
+    several = OPEN_MPI | MASTER
+    assert meeting_address(detect_launch(several), several, None) == ("10.0.0.1", 29500)
+    assert meeting_address(detect_launch(several), several, 4000) == ("10.0.0.1", 4000)
+    here = open_mpi_rank("1", 1, 2)
+    assert meeting_address(detect_launch(here), here, None) == ("127.0.0.1", mpi_port(here))
+    nameless = hydra_rank(1, 2)
+    assert meeting_address(detect_launch(nameless), nameless, 4000) == ("127.0.0.1", 4000)
+    with pytest.raises(RendezvousError, match="PMIX_NAMESPACE") as caught:
+        meeting_address(detect_launch(nameless), nameless, None)
+    assert "--port 29400" in (caught.value.hint or "")
+
+
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
@@ -412,6 +487,35 @@ def test_an_unreachable_store_is_one_line_and_no_stack(capfd: pytest.CaptureFixt
     with pytest.raises(RendezvousError, match=f"store at 127.0.0.1:{port}: Connection refused"):
         connect_store("127.0.0.1", port, 0.2)
     assert capfd.readouterr().err == ""
+
+
+def test_a_store_that_listens_but_cannot_be_reached_is_soon_said_to_be_behind_a_firewall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stores, "_REACH_LIMIT_S", 0.3)
+    started = time.monotonic()
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)  # and takes no connection
+        address = listener.getsockname()
+        for other in (first, second):
+            other.setblocking(False)
+            other.connect_ex(address)
+        with pytest.raises(RendezvousError, match=f"store at 127.0.0.1:{address[1]}") as caught:
+            join_served_store("127.0.0.1", address[1], 300.0)
+    assert "firewall" in (caught.value.hint or "")
+    assert time.monotonic() - started < 10
+
+
+def test_a_store_takes_the_first_free_port_of_a_range() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = other.getsockname()[1]
+        held, port = serve_store("127.0.0.1", 10.0, range(taken, min(taken + 50, 65535)))
+        assert taken < port < taken + 50
+        del held
+        with pytest.raises(RendezvousError, match=f":{taken}-{taken}: all ports are taken") as none:
+            serve_store("127.0.0.1", 10.0, range(taken, taken + 1))
+    assert none.value.hint == "choose another port with --port-range"
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
+from packcast.errors import RendezvousError
+from packcast.group import processgroup
 from packcast.group.processgroup import (
     NCCL_GROUP_VARIABLES,
     begin_abort,
@@ -156,3 +158,22 @@ def test_nccl_is_told_of_one_interface_and_not_of_all_that_begin_alike() -> None
     assert interface_variable("gloo", "eth1") == {"GLOO_SOCKET_IFNAME": "eth1"}
     assert interface_variable("nccl", None) == {}
     assert set(NCCL_GROUP_VARIABLES.values()) == {"0"}
+
+
+def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_connecting_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+    from torch.distributed import HashStore
+
+    monkeypatch.setattr(processgroup, "_GLOO_LIMIT_S", 0.3)
+    with pytest.raises(RendezvousError, match=r"not answer within 0.3 s; does a firewall block"):
+        processgroup.open_process_group(
+            "gloo",
+            rank=0,
+            world_size=2,
+            store=HashStore(),
+            device=torch.device("cpu"),
+            timeout_s=2.0,
+            interface="lo",
+        )

@@ -156,9 +156,18 @@ def test_the_token_is_the_secret_where_there_is_one() -> None:
         assert launch_secret(launch, {}, b"the token", "context") == b"the token"
 
 
-def test_on_several_hosts_slurm_needs_a_token_and_torchrun_is_open_without_one() -> None:
+def test_on_several_hosts_slurm_needs_a_token_and_others_are_open_without_one() -> None:
     assert launch_secret(APART, {}, None, "context") is None
+    assert launch_secret(replace(APART, kind="mpirun"), {}, None, "context") is None
     with pytest.raises(UsageError, match="needs a token") as caught:
         launch_secret(replace(APART, kind="slurm"), {}, None, "context")
     assert caught.value.hint is not None
     assert "export PACKCAST_TOKEN=" in caught.value.hint
+
+
+def test_launches_of_mpirun_are_told_apart() -> None:
+    launch = replace(HERE, kind="mpirun")
+    one, other = (launch_context(launch, {"PMIX_NAMESPACE": name}, 0) for name in ("a@1", "a@2"))
+    assert one != other
+    by_port = {launch_context(launch, {"MASTER_PORT": port}, 0) for port in ("4000", "4001")}
+    assert len(by_port) == 2

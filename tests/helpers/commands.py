@@ -35,7 +35,7 @@ TIMEOUT_S = 60.0
 
 # What must not be in the environment, or a test would depend on who runs it.
 _LEFTOVERS = re.compile(
-    r"(PACKCAST|SLURM|TORCH|TORCHELASTIC|GLOO|NCCL|HELD|OMP)_.*"
+    r"(PACKCAST|SLURM|TORCH|TORCHELASTIC|GLOO|NCCL|HELD|OMP|OMPI|PMI|PMIX|MPI)_.*"
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|PYTHON.*|COLUMNS|CUDA_.*"
 )
 _MARK = "TEST_COMMANDS"
@@ -378,6 +378,27 @@ def slurm_task(job: str, rank: int, world_size: int) -> dict[str, str]:
         "SLURM_NTASKS": str(world_size),
         "SLURM_PROCID": str(rank),
         "SLURM_LOCALID": str(rank),
+    }
+
+
+def open_mpi_rank(launch: str, rank: int, world_size: int) -> dict[str, str]:
+    """What Open MPI's mpirun sets for a rank on this host alone, of what packcast reads."""
+    return {
+        "OMPI_COMM_WORLD_RANK": str(rank),
+        "OMPI_COMM_WORLD_SIZE": str(world_size),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(world_size),
+        "PMIX_NAMESPACE": f"prterun-here-{launch}@1",
+    }
+
+
+def hydra_rank(rank: int, world_size: int) -> dict[str, str]:
+    """What MPICH's and Intel MPI's mpiexec sets for a rank on this host alone."""
+    return {
+        "PMI_RANK": str(rank),
+        "PMI_SIZE": str(world_size),
+        "MPI_LOCALRANKID": str(rank),
+        "MPI_LOCALNRANKS": str(world_size),
     }
 
 

@@ -54,12 +54,29 @@ class Host:
         options = ("--target", str(self.pid), "--net", "--mount", "--uts", f"--wd={os.getcwd()}")
         return ["nsenter", *options, "--", *map(str, argv)]
 
+    def take_ports(self, ports: range) -> None:
+        """Those that its kernel chooses for who asks for none."""
+        setting = "/proc/sys/net/ipv4/ip_local_port_range"
+        order = f"echo {ports[0]} {ports[-1]} > {setting}"
+        subprocess.run(self.inside("sh", "-c", order), check=True, timeout=10)
+
     def ip(self, *argv: str) -> str:
         """`ip ARGV` there, and what it says."""
         ran = subprocess.run(
             self.inside("ip", *argv), check=True, capture_output=True, text=True, timeout=10
         )
         return ran.stdout
+
+
+def block_all_but(host: Host, interface: str, passed: range) -> None:
+    """A firewall that drops, without a word, what comes by TCP for other ports than those."""
+    # Whether a packet is for this host is asked first, unless that rule comes after ours.
+    host.ip("rule", "add", "pref", "10", "lookup", "local")
+    host.ip("rule", "del", "pref", "0")
+    # The kernel takes no range that ends with 65535.
+    for ports in (f"1-{passed[0] - 1}", f"{passed[-1] + 1}-65534"):
+        match = ("iif", interface, "ipproto", "tcp", "dport", ports)
+        host.ip("rule", "add", "pref", "5", *match, "blackhole")
 
 
 def connect(one: Host, address: str | None, other: Host, others: str | None) -> str:

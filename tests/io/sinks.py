@@ -34,9 +34,9 @@ CONTENT = {
 }
 
 
-def specs(content: Mapping[str, bytes], *, executable: str = "") -> list[FileSpec]:
+def specs(content: Mapping[str, bytes]) -> list[FileSpec]:
     return [
-        FileSpec(name, len(data), MTIME_NS, name == executable, None)
+        FileSpec(name, len(data), MTIME_NS, 0o644, 0o755, None)
         for name, data in sorted(content.items())
     ]
 

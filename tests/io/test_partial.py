@@ -35,7 +35,7 @@ import sys, time
 from pathlib import Path
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.io.sinks.write import WriteSink
-files = [FileSpec(name, 1000, 0, False, None) for name in sys.argv[3:]]
+files = [FileSpec(name, 1000, 0, 0o644, 0o755, None) for name in sys.argv[3:]]
 sink = WriteSink(Path(sys.argv[1]), files, transfer_id=sys.argv[2], force=True)
 sink.prepare()
 print("ready", flush=True)

@@ -50,7 +50,7 @@ def here(sent: Path, tmp_path: Path) -> Path:
 
 def specs(checkpoint: Checkpoint) -> list[FileSpec]:
     return [
-        FileSpec(file.name, file.nbytes, file.mtime_ns, file.executable, file.header)
+        FileSpec(file.name, file.nbytes, file.mtime_ns, file.mode, file.folder_mode, file.header)
         for file in checkpoint.files
     ]
 

@@ -9,12 +9,19 @@ import resource
 import stat
 import subprocess
 import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError
 from packcast.io import files, syscalls
+from packcast.io.sinks.owned import RECORD
 from packcast.io.sinks.write import WriteSink
 from tests.helpers.processes import num_descriptors
 from tests.io.sinks import (
@@ -26,7 +33,6 @@ from tests.io.sinks import (
     put_all,
     runs_of,
     sink_for,
-    specs,
     tree,
     write_tree,
 )
@@ -83,24 +89,92 @@ def test_nothing_shows_under_the_targets_name_before_publish(tmp_path: Path) -> 
     assert names_in(tmp_path) == ["out"]
 
 
-def test_times_are_the_sources_and_modes_follow_the_umask(tmp_path: Path) -> None:
-    content = {"run.sh": b"#!/bin/sh\n", "a.txt": b"a"}
-    old = os.umask(0o026)
+def test_times_are_the_sources(tmp_path: Path) -> None:
+    copy(tmp_path / "out")
+    found = {(tmp_path / "out" / name).stat().st_mtime_ns for name in CONTENT}
+    assert found == {MTIME_NS}
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    old = os.umask(mask)
     try:
-        sink = WriteSink(
-            tmp_path / "out", specs(content, executable="run.sh"), transfer_id="t", force=False
-        )
-        sink.prepare()
-        put_all(sink, content)
-        sink.finish()
-        sink.publish()
+        yield
     finally:
         os.umask(old)
-    run, plain = (tmp_path / "out/run.sh").stat(), (tmp_path / "out/a.txt").stat()
-    assert run.st_mtime_ns == plain.st_mtime_ns == MTIME_NS
-    assert stat.S_IMODE(plain.st_mode) == 0o640
-    assert stat.S_IMODE(run.st_mode) == 0o750  # executable where readable
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o751
+
+
+def prepared(target: Path, modes: Mapping[str, tuple[int, int]]) -> WriteSink:
+    """A sink of empty files of these modes, each with that of its folders; the files are there."""
+    files = [FileSpec(name, 0, MTIME_NS, *both, None) for name, both in modes.items()]
+    sink = WriteSink(target, files, transfer_id="t", force=False)
+    sink.prepare()
+    return sink
+
+
+@pytest.mark.parametrize(
+    ("mask", "modes"),
+    [
+        (0o022, {"": 0o755, "a": 0o600, "b": 0o755, "in": 0o755, "in/c": 0o644, "in/d": 0o600}),
+        (0o026, {"": 0o751, "a": 0o600, "b": 0o751, "in": 0o751, "in/c": 0o640, "in/d": 0o600}),
+        (0o077, {"": 0o700, "a": 0o600, "b": 0o700, "in": 0o700, "in/c": 0o600, "in/d": 0o600}),
+        (0o000, {"": 0o775, "a": 0o600, "b": 0o755, "in": 0o755, "in/c": 0o664, "in/d": 0o600}),
+    ],
+)
+def test_modes_are_the_sources_less_the_umask(
+    tmp_path: Path, mask: int, modes: dict[str, int]
+) -> None:
+    offered = {
+        "a": (0o600, 0o775),
+        "b": (0o755, 0o775),
+        "in/c": (0o664, 0o755),
+        "in/d": (0o000, 0o755),
+    }
+    with umask(mask):
+        sink = prepared(tmp_path / "out", offered)
+        sink.finish()
+        sink.publish()
+    assert {name: mode_of(tmp_path / "out" / name) for name in modes} == modes
+
+
+@given(st.integers(0, 0o777), st.integers(0, 0o777), st.integers(0, 0o777), st.integers(0, 0o077))
+def test_nothing_is_ever_more_open_than_its_source(
+    tmp_path_factory: pytest.TempPathFactory, mode: int, folder: int, nested: int, mask: int
+) -> None:
+    out = tmp_path_factory.getbasetemp() / f"out-{uuid.uuid4().hex}"
+    with umask(mask):
+        sink = prepared(out, {"a": (mode, folder), "in/deep/b": (mode, folder & nested)})
+        partial = Path(str(sink.left()))
+        found = {str(path.relative_to(partial)): mode_of(path) for path in partial.rglob("*")}
+        found[""] = mode_of(partial)
+        sink.abort()
+    assert found.pop(RECORD)
+    file, shut = (mode | 0o600) & ~mask, (folder & nested | 0o700) & ~mask
+    assert found == {
+        "": (folder | 0o700) & ~mask,
+        "a": file,
+        "in": shut,
+        "in/deep": shut,
+        "in/deep/b": file,
+    }
+
+
+def test_modes_hold_where_a_mount_point_or_the_current_directory_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o755)
+    with umask(0o022):
+        sink = prepared(tmp_path, {"a": (0o600, 0o700), "in/deep/b": (0o644, 0o700)})
+        sink.finish()
+        sink.publish()
+    found = {str(path.relative_to(tmp_path)): mode_of(path) for path in tmp_path.rglob("*")}
+    assert found == {"a": 0o600, "in": 0o700, "in/deep": 0o700, "in/deep/b": 0o644}
+    assert mode_of(tmp_path) == 0o755  # it was there
 
 
 def test_space_is_reserved_before_any_byte_comes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -34,6 +35,7 @@ from packcast.packed.plan import (
     unit_nbytes,
     units_of,
 )
+from packcast.transfer.outline import MAX_TURNS
 from packcast.units import parse_size
 from tests.helpers.blocks import blocks_of
 
@@ -181,7 +183,34 @@ def test_thousands_of_tiny_files_never_outgrow_the_trailer() -> None:
 
 
 def test_nothing_to_send_is_no_chunk() -> None:
-    assert plan_chunks([], MIB, [0]) == plan_chunks([0, 0], MIB, [0]) == ()
+    for files in ([], [0, 0]):
+        assert list(plan_chunks(files, MIB, [0])) == []
+
+
+@given(sizes, buffers)
+def test_a_plan_is_a_sequence_of_chunks(files: list[int], buffer_size: int) -> None:
+    plan = plan_chunks(files, buffer_size, [3, 1])
+    chunks = list(plan)
+    assert len(plan) == len(chunks)
+    assert [plan[i - len(plan)] for i in range(len(plan))] == chunks
+    assert plan[1::2] == chunks[1::2]
+    assert plan == plan_chunks(files, buffer_size, [3, 1])
+    assert plan != plan_chunks(files, buffer_size, [3])
+    for at in (len(plan), -len(plan) - 1):
+        with pytest.raises(IndexError):
+            plan[at]
+
+
+def test_a_plan_of_a_million_extents_takes_less_than_100_megabytes() -> None:
+    part = 32  # of the largest that an offer may have
+    tracemalloc.start()
+    try:
+        plan = plan_chunks([(MAX_TURNS * TURN - BLOCK) // 1000 // part] * 1000, 16 * MIB, [0])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert MAX_TURNS // part <= len(plan.numbers) // 3 < 1.5 * MAX_TURNS // part
+    assert peak < 100_000_000 / part
 
 
 def test_the_digest_tells_plans_apart() -> None:

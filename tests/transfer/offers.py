@@ -13,6 +13,7 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.group.rank_info import RankInfo
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.transfer.offer import Offer, Place, Sample, Selection
+from packcast.transfer.outline import FileOutline
 
 Message = dict[str, object]
 
@@ -32,11 +33,11 @@ def header_text(*sizes: int) -> str:
 def shard(name: str, *sizes: int, mtime_ns: int = 1) -> FileSpec:
     json_bytes = header_text(*sizes).encode()
     nbytes = LENGTH_NBYTES + len(json_bytes) + sum(sizes)
-    return FileSpec(name, nbytes, mtime_ns, False, parse_header(json_bytes, nbytes, name))
+    return FileSpec(name, nbytes, mtime_ns, 0o644, 0o755, parse_header(json_bytes, nbytes, name))
 
 
-def sidecar(name: str, nbytes: int, *, executable: bool = False) -> FileSpec:
-    return FileSpec(name, nbytes, 1_600_000_000_123_456_789, executable, None)
+def sidecar(name: str, nbytes: int, *, mode: int = 0o644, folder_mode: int = 0o755) -> FileSpec:
+    return FileSpec(name, nbytes, 1_600_000_000_123_456_789, mode, folder_mode, None)
 
 
 FILES = (
@@ -44,7 +45,7 @@ FILES = (
     sidecar("empty.txt", 0),
     shard("model-00001-of-00002.safetensors", 2 * BLOCK, 77, mtime_ns=5),
     shard("model-00002-of-00002.safetensors", 300),
-    sidecar("nested/deeper/run.sh", BLOCK + 1, executable=True),
+    sidecar("nested/deeper/run.sh", BLOCK + 1, mode=0o500, folder_mode=0o700),
 )
 OFFER = Offer(
     files=FILES,
@@ -66,7 +67,7 @@ OFFER = Offer(
 # These stand in a message for JSON that Python does not write.
 DIGITS, NESTED = "@digits@", "@nested@"
 _RAW = {DIGITS: b"9" * 5000, NESTED: b"[" * 100_000 + b"]" * 100_000}
-_FIELDS = ("name", "nbytes", "mtime_ns", "executable", "header", "elsewhere", "unlisted")
+_FIELDS = tuple(FileOutline.model_fields)
 
 # Never what an offer's field may be, but for the flags.
 JUNK: dict[str, object] = {
@@ -132,7 +133,10 @@ def packed(message: object) -> bytes:
     files = outline.get("files") if isinstance(outline, dict) else None
     for at, file in enumerate(files if isinstance(files, list) else ()):
         if isinstance(file, list):
-            file = {**dict(zip(_FIELDS, file, strict=False)), **dict.fromkeys(map(str, file[7:]))}
+            file = {
+                **dict(zip(_FIELDS, file, strict=False)),
+                **dict.fromkeys(map(str, file[len(_FIELDS) :])),
+            }
             files[at] = file
         if isinstance(file, dict) and isinstance(file.get("header"), str):
             headers.append(file["header"].encode("utf-8", "surrogatepass"))

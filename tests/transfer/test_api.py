@@ -445,7 +445,7 @@ def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
         ({"workers": 1, "listen": "h:1"}, r"listen: 'h:1' is not \(host, port\)"),
         ({"workers": 1, "listen": ("h", 99999)}, "listen"),
         ({"workers": 1, "listen": ("h", 1)}, "workers= needs token="),
-        ({"workers": 1, "listen": ("h", 1), "token": b""}, "token: a token has from 8"),
+        ({"workers": 1, "listen": ("h", 1), "token": b""}, "token: a token has from 1"),
         ({"buffer_size": 1000}, "buffer_size: 1000 is too small"),
         ({"buffer_size": MIB + 1}, "not a multiple"),
         ({"num_buffers": 0}, "0 buffers"),
@@ -457,6 +457,8 @@ def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
         ({"include": "model.*"}, "include: give a list"),
         ({"join_timeout_s": 0}, "join_timeout_s: a limit of 0 s"),
         ({"stall_timeout_s": float("nan")}, "stall_timeout_s"),
+        ({"port_range": (29400, 29399)}, "port_range: 29400-29399 is not a range"),
+        ({"port_range": "29400-29409"}, r"port_range: '29400-29409' is not \(first, last\)"),
         ({"port": 5, "workers": 1, "listen": ("h", 1)}, "port= is for Slurm"),
     ],
 )

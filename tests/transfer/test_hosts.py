@@ -19,7 +19,7 @@ from tests.helpers.commands import (
     slurm_task,
     wait_all,
 )
-from tests.helpers.hosts import Host, connect, give_default_route, needs_hosts
+from tests.helpers.hosts import Host, block_all_but, connect, give_default_route, needs_hosts
 from tests.helpers.sockets import listening
 
 pytestmark = needs_hosts
@@ -216,3 +216,69 @@ def test_a_loopback_address_for_another_host_is_an_error_that_says_so_on_both(
     assert "this listens on 127.0.0.1, where only ranks of this host reach it" in sent.error
     assert "127.0.0.1 is this host itself" in received.error
     assert time.monotonic() - started < TIMEOUT_S
+
+
+def start_through_firewall(two: Two, checkpoint: Path, out: Path) -> tuple[Command, Command]:
+    send = two.start(
+        two.node1,
+        *("send", checkpoint, "--workers", "1", "--listen", "10.77.0.1:29417"),
+        *("--port-range", "29418-29419"),
+        environment=TOKEN,
+    )
+    return send, two.start(two.node2, "recv", "10.77.0.1:29417", "--out", out, environment=TOKEN)
+
+
+def test_a_firewall_that_passes_the_ports_chosen_passes_a_transfer(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    block_all_but(two.node1, two.cable, range(29417, 29431))
+    two.node1.take_ports(range(29420, 29431))  # for gloo
+    send, recv = start_through_firewall(two, checkpoint, tmp_path / "copy")
+    assert_arrived(checkpoint, tmp_path / "copy", send, recv)
+
+
+def test_the_stores_port_is_named_within_seconds_where_a_firewall_blocks_it(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    block_all_but(two.node1, two.cable, range(29417, 29418))
+    started = time.monotonic()
+    for ended in wait_all(start_through_firewall(two, checkpoint, tmp_path / "copy")):
+        assert ended.returncode == 4
+        assert "cannot reach the store at 10.77.0.1:29418" in ended.error
+        assert "does a firewall block that port?" in ended.error
+    assert time.monotonic() - started < TIMEOUT_S
+
+
+def test_a_launchers_port_that_a_firewall_blocks_is_named_while_a_rank_waits(
+    two: Two, checkpoint: Path, tmp_path: Path
+) -> None:
+    block_all_but(two.node1, two.cable, range(29430, 29431))
+    ranks = [
+        two.start(
+            host,
+            *("send", checkpoint, "--out", tmp_path / "copy"),
+            environment=rank_environment(rank, 2, 29412)
+            | {"LOCAL_RANK": "0", "MASTER_ADDR": "10.77.0.1"}
+            | TOKEN,
+        )
+        for rank, host in enumerate((two.node1, two.node2))
+    ]
+    line = r"waiting for the launcher's store at 10.77.0.1:29412 \(no answer: .* a firewall blocks"
+    ranks[1].read_until(line)
+
+
+def test_ipv6_alone_is_enough(two: Two, checkpoint: Path, tmp_path: Path) -> None:
+    for host, address in ((two.node1, "fd00:77::1/64"), (two.node2, "fd00:77::2/64")):
+        host.ip("-4", "address", "flush", "dev", two.cable)
+        host.ip("address", "add", address, "dev", two.cable)
+    send = two.start(
+        two.node1,
+        *("send", checkpoint, "--workers", "1", "--listen", "[fd00:77::1]:0"),
+        *("--port-range", "29431-29440"),
+        environment=TOKEN,
+    )
+    assert host_said(send) == "[fd00:77::1]"
+    recv = two.start(
+        two.node2, "recv", "[fd00:77::1]:29431", "--out", tmp_path / "copy", environment=TOKEN
+    )
+    assert_arrived(checkpoint, tmp_path / "copy", send, recv)

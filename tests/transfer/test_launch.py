@@ -14,8 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.checkpoints import same_tree
-from tests.helpers.commands import Commands, free_port, slurm_task
+from tests.helpers.checkpoints import same_tree, sharded
+from tests.helpers.commands import (
+    Commands,
+    free_port,
+    hydra_rank,
+    open_mpi_rank,
+    slurm_task,
+    wait_all,
+)
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PACKCAST = (sys.executable, "-m", "packcast")
@@ -151,3 +158,60 @@ def test_launch_slurm(commands: Commands, real_checkpoint: Path, tmp_path: Path)
         result = rank.wait()
         assert result.returncode == 0, result.stderr
     assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
+
+
+@pytest.mark.parametrize("launcher", ["open-mpi", "hydra", "hydra-master-port"])
+def test_launch_mpirun(
+    commands: Commands, real_checkpoint: Path, tmp_path: Path, launcher: str
+) -> None:
+    launch, port = str(random.randrange(10**6)), str(free_port())
+    option = ["--port", port] if launcher == "hydra" else []
+    ranks = [
+        commands.packcast(
+            *("send", real_checkpoint, "--out", tmp_path / "copy-{rank}", *option),
+            environment={
+                "open-mpi": open_mpi_rank(launch, rank, 3),
+                "hydra": hydra_rank(rank, 3),
+                "hydra-master-port": hydra_rank(rank, 3) | {"MASTER_PORT": port},
+            }[launcher],
+        )
+        for rank in range(3)
+    ]
+    for rank in ranks:
+        result = rank.wait()
+        assert result.returncode == 0, result.stderr
+    assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
+
+
+def test_explicit_workers_win_over_mpirun(
+    commands: Commands, real_checkpoint: Path, tmp_path: Path
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    token = {"PACKCAST_TOKEN": "for this transfer"}
+    send = commands.packcast(
+        *("send", real_checkpoint, "--workers", "1", "--listen", address),
+        environment=open_mpi_rank("1", 1, 8) | token,
+    )
+    recv = commands.packcast(
+        *("recv", address, "--out", tmp_path / "copy"),
+        environment=open_mpi_rank("1", 3, 8) | token,
+    )
+    for rank in (send, recv):
+        result = rank.wait()
+        assert result.returncode == 0, result.stderr
+    assert_identical(real_checkpoint, [tmp_path / "copy"])
+
+
+def test_a_quiet_sender_shows_the_file_of_the_token_and_not_the_token(
+    commands: Commands, tmp_path: Path
+) -> None:
+    checkpoint, out = sharded(tmp_path / "model", 1, 1000), tmp_path / "copy"
+    home = {"XDG_STATE_HOME": str(tmp_path / "state")}
+    sender = commands.packcast(
+        *("send", checkpoint, "--workers", "1", "--listen", "127.0.0.1:0", "-q"), environment=home
+    )
+    address, file = sender.read_until(r"packcast recv (\S+) --out DIR --token-file (\S+)").groups()
+    assert Path(file).read_text() not in sender.stderr
+    worker = commands.packcast("recv", address, "--out", out, "--token-file", file)
+    assert [end.returncode for end in wait_all([sender, worker])] == [0, 0]
+    same_tree(checkpoint, out)

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from packcast.checkpoint import outgoing as outgoing_module
-from packcast.checkpoint.checkpoint import MAX_MTIME_NS, open_checkpoint
+from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import MAX_FILES, outgoing_files
+from packcast.checkpoint.sourcefile import MAX_MTIME_NS
 from packcast.errors import CheckpointError, TransferError
 from packcast.packed.plan import BLOCK, TURN
 from packcast.transfer.offer import Offer, Place, Sample, Selection
@@ -61,6 +62,7 @@ FIELDS = (
     *("include", "exclude"),
     *(name for name in OTHERS if name not in ("place", "selection")),
 )
+MODES = (0o644, 0o755)  # of a file, and of its folders
 PLACE_FIELDS = ("rank", "device", "ranks_on_host", "readers_on_host")
 
 
@@ -156,18 +158,25 @@ def test_a_place_of_a_wrong_type_or_size_is_refused(name: str, junk: str) -> Non
 @pytest.mark.parametrize("junk", [junk for junk in JUNK if junk != "true"])
 def test_a_flag_that_is_neither_true_nor_false_is_refused(junk: str) -> None:
     refused_with(loud=JUNK[junk])
-    refused_file("a", 1, 1, JUNK[junk], None)
 
 
 @pytest.mark.parametrize("junk", JUNK)
 def test_a_file_of_wrong_types_is_refused(junk: str) -> None:
     refused_with(files=[JUNK[junk]], samples=[])
-    refused_file(JUNK[junk], 1, 1, False, None)
-    refused_file("a", JUNK[junk], 1, False, None)
+    refused_file(JUNK[junk], 1, 1, *MODES, None)
+    refused_file("a", JUNK[junk], 1, *MODES, None)
+    refused_file("a", 1, 1, JUNK[junk], 0o755, None)
+    refused_file("a", 1, 1, 0o644, JUNK[junk], None)
     if junk != "minus one":  # as a time it is one, just before 1970
-        refused_file("a", 1, JUNK[junk], False, None)
+        refused_file("a", 1, JUNK[junk], *MODES, None)
     if junk != "null":
-        refused_file("a", 1, 1, False, JUNK[junk])
+        refused_file("a", 1, 1, *MODES, JUNK[junk])
+
+
+@pytest.mark.parametrize("mode", [-1, 0o1000, 0o4755, 0o2755, 0o1777, 0o100644])
+def test_a_mode_of_more_than_permission_bits_is_refused(mode: int) -> None:
+    assert "mode" in refused_file("a", 1, 1, mode, 0o755, None, [], [])
+    assert "folder_mode" in refused_file("a", 1, 1, 0o644, mode, None, [], [])
 
 
 def test_lists_nested_past_reason_are_refused_like_any_junk() -> None:
@@ -207,7 +216,7 @@ def test_lists_nested_past_reason_are_refused_like_any_junk() -> None:
     ],
 )
 def test_a_name_that_leaves_the_target_or_the_rules_is_refused(name: str) -> None:
-    refused_file(name, 1, 1, False, None)
+    refused_file(name, 1, 1, *MODES, None)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +232,14 @@ def test_a_name_that_leaves_the_target_or_the_rules_is_refused(name: str) -> Non
     ],
 )
 def test_two_names_for_one_place_are_refused(one: str, other: str) -> None:
-    entries = [[name, 1, 1, False, None, [], []] for name in (one, "between", other)]
+    entries = [[name, 1, 1, *MODES, None, [], []] for name in (one, "between", other)]
     assert "cannot both be there" in refused_with(files=entries, samples=[])
 
 
 @pytest.mark.parametrize("positions", [None, "01", [2], [-1], [True], ["0"], [0, 1, 0]])
-@pytest.mark.parametrize("field", [5, 6])
+@pytest.mark.parametrize("field", [6, 7])
 def test_positions_are_those_of_tensors(field: int, positions: object) -> None:
-    entry: list[object] = ["a.safetensors", len(header_text(1, 1)) + 10, 1, False]
+    entry: list[object] = ["a.safetensors", len(header_text(1, 1)) + 10, 1, *MODES]
     entry += [header_text(1, 1), [0], [1]]
     message, place = messages(valid_offer())
     message |= {"files": [entry], "samples": []}
@@ -243,7 +252,7 @@ def test_positions_are_those_of_tensors(field: int, positions: object) -> None:
 def test_an_absurdly_long_name_costs_no_more_than_itself(parts: str) -> None:
     name = parts * ((8 << 20) // len(parts))
     message, place = messages(valid_offer())
-    message |= {"files": [[name, 1, 1, False, None, [], []]], "samples": []}
+    message |= {"files": [[name, 1, 1, *MODES, None, [], []]], "samples": []}
     data = packed(message)
     tracemalloc.start()
     try:
@@ -275,7 +284,7 @@ def test_an_absurdly_long_name_costs_no_more_than_itself(parts: str) -> None:
     ids=lambda value: f"{len(value)} characters" if isinstance(value, str) else None,
 )
 def test_a_header_that_does_not_fit_its_file_is_refused(text: str, nbytes: int) -> None:
-    refused_file("m.safetensors", nbytes, 1, False, text)
+    refused_file("m.safetensors", nbytes, 1, *MODES, text)
 
 
 @pytest.mark.parametrize(
@@ -360,20 +369,23 @@ def test_a_device_that_is_none_for_the_backend_is_refused(backend: str, device: 
 
 def too_large() -> Iterator[Message]:
     """Offers that are only too much."""
-    yield {"files": [["a", MAX_NBYTES, 1, False, None, [], []]], "buffer_size": BLOCK}
-    yield {"files": [["a", (MAX_CHUNKS + 1) * BLOCK, 1, False, None, [], []]], "buffer_size": BLOCK}
+    yield {"files": [["a", MAX_NBYTES, 1, *MODES, None, [], []]], "buffer_size": BLOCK}
+    yield {
+        "files": [["a", (MAX_CHUNKS + 1) * BLOCK, 1, *MODES, None, [], []]],
+        "buffer_size": BLOCK,
+    }
     half = MAX_NBYTES // 2 + 1
     yield {
-        "files": [[name, half, 1, False, None, [], []] for name in "ab"],
+        "files": [[name, half, 1, *MODES, None, [], []] for name in "ab"],
         "buffer_size": 16 << 30,
     }
-    yield {"files": [["a", MAX_NBYTES + 1, 1, False, None, [], []]], "buffer_size": 16 << 30}
+    yield {"files": [["a", MAX_NBYTES + 1, 1, *MODES, None, [], []]], "buffer_size": 16 << 30}
     yield {
-        "files": [["a", (MAX_TURNS + 1) * TURN, 1, False, None, [], []]],
+        "files": [["a", (MAX_TURNS + 1) * TURN, 1, *MODES, None, [], []]],
         "buffer_size": 16 << 30,
     }
-    yield {"files": [["a", 1, MAX_MTIME_NS + 1, False, None, [], []]]}
-    yield {"files": [["a", 1, 1, False, None, [], []]] * (MAX_FILES + 1)}
+    yield {"files": [["a", 1, MAX_MTIME_NS + 1, *MODES, None, [], []]]}
+    yield {"files": [["a", 1, 1, *MODES, None, [], []]] * (MAX_FILES + 1)}
     yield {"samples": [[0, 0, 1, "ab"]] * (MAX_SAMPLES + 1)}
     yield {"staging": MAX_NBYTES + 1}
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.reading import FileState, unreadable
+from packcast.checkpoint.sourcefile import SourceFile
 from packcast.checkpoint.walk import Kind, walk
 from packcast.errors import CheckpointError
 
@@ -55,7 +56,8 @@ def _local_file(name: str, path: Path) -> SourceFile:
         name=name,
         path=real,
         state=FileState.of(status),
-        executable=False,
+        mode=0,
+        folder_mode=0,
         header=None,
     )
 

@@ -6,9 +6,11 @@ Pure: touches no file system.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+import stat
+from collections.abc import Collection, Iterable
 
 from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError
 
 _TRANSFER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -30,11 +32,15 @@ def check_names(names: Collection[str], transfer_id: str) -> None:
         raise DestinationError(f"the offered names {clash[0]!r} and {clash[1]!r} clash")
 
 
-def folders_of(names: Collection[str]) -> list[str]:
-    """Every folder that the files need, parents first."""
-    folders = set()
-    for name in names:
-        while "/" in name:
-            name = name.rpartition("/")[0]
-            folders.add(name)
-    return sorted(folders)
+def folder_modes(files: Iterable[FileSpec]) -> dict[str, int]:
+    """Every folder that the files need, parents first and "" for the copy itself, with its mode.
+
+    That is what the source's folder allows: `folder_mode` is no more, of a file anywhere in it.
+    """
+    modes = {"": 0}
+    for spec in files:
+        folder = spec.name
+        while folder:
+            folder = folder.rpartition("/")[0]
+            modes[folder] = modes.get(folder, 0) | spec.folder_mode
+    return {folder: modes[folder] | stat.S_IRWXU for folder in sorted(modes)}

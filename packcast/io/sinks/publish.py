@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 
+from packcast.checkpoint.walk import ALL_MAY
 from packcast.errors import DestinationError
 from packcast.io.sinks.owned import entries, open_folder, remove_entry
 from packcast.io.sinks.place import Place, check_replaceable, destination_error
@@ -177,10 +178,12 @@ def _move(from_fd: int, into_fd: int, name: str) -> None:
     folder, _, last = name.rpartition("/")
     components = folder.split("/") if folder else []
     for depth in range(len(components)):
+        here = "/".join(components[: depth + 1])
+        mode = os.stat(here, dir_fd=from_fd, follow_symlinks=False).st_mode & ALL_MAY
         above_fd = open_folder(into_fd, "/".join(components[:depth]))
         try:
             with suppress(FileExistsError):
-                os.mkdir(components[depth], dir_fd=above_fd)
+                os.mkdir(components[depth], mode, dir_fd=above_fd)
         finally:
             os.close(above_fd)
     source_fd = open_folder(from_fd, folder)

@@ -13,9 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from packcast.checkpoint.checkpoint import Checkpoint, SourceFile
+from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.index import is_index
 from packcast.checkpoint.outgoing import FileSpec
+from packcast.checkpoint.sourcefile import SourceFile
 from packcast.checkpoint.tensors import Tensor
 from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, PackcastError
@@ -120,6 +121,7 @@ class VerifySink:
     def _choose(self, index: int, spec: FileSpec, local: SourceFile) -> bool:
         """Whether the file's size says nothing, as it is not compared as a whole."""
         if index_left_out(self._is_selection, spec.name):
+            self.notes.append(f"{spec.name}: not compared, since that of a selection is shorter")
             return True
         chosen = chosen_tensors(spec.header, local.path, spec.name) if spec.header else None
         if chosen is None:

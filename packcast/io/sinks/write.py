@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from packcast.errors import DestinationError, PackcastError, TransferError
 from packcast.io.files import FileTable
 from packcast.io.schedule import Schedule, Span
 from packcast.io.sinks.attributes import take_over_attributes
-from packcast.io.sinks.offered import check_names, folders_of
+from packcast.io.sinks.offered import check_names, folder_modes
 from packcast.io.sinks.owned import mark_as_own, open_folder
 from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.place import (
@@ -72,6 +73,7 @@ class WriteSink:
         self._given = target
         self._files = tuple(files)
         self._names = frozenset(spec.name for spec in self._files)
+        self._folders = folder_modes(self._files)
         self._transfer_id = transfer_id
         self._force = force
         self._in_place = in_place
@@ -135,9 +137,8 @@ class WriteSink:
             with ThreadPoolExecutor(_NUM_SYNC_THREADS, "packcast-sync") as pool:
                 list(pool.map(self._finish_file, indices))
             # Bottom up, so that a durable name never leads to one that is not.
-            for folder in reversed(folders_of(self._names)):
+            for folder in reversed(self._folders):
                 sync_folder(self._partial_fd, folder)
-            sync_folder(self._partial_fd, "")
             self._raise_if_aborted()
 
     def publish(self) -> None:
@@ -206,7 +207,7 @@ class WriteSink:
         with self._while_wanted():
             self._holder_fd = os.open(place.holder, _HOLDER_FLAGS)
             try:
-                os.mkdir(place.partial, dir_fd=self._holder_fd)
+                os.mkdir(place.partial, self._folders[""], dir_fd=self._holder_fd)
             except FileExistsError:
                 check_in_use(self._holder_fd, place.partial, place.partial_path)
                 self._close_folders()
@@ -224,17 +225,18 @@ class WriteSink:
         return True
 
     def _make_folders(self) -> None:
-        for folder in folders_of(self._names):
+        for folder, mode in self._folders.items():
+            if not folder:
+                continue  # the partial directory itself
             above, _, last = folder.rpartition("/")
             with self._while_wanted():
                 above_fd = open_folder(self._partial_fd, above)
                 try:
-                    os.mkdir(last, dir_fd=above_fd)
+                    os.mkdir(last, mode, dir_fd=above_fd)
                 finally:
                     os.close(above_fd)
 
     def _make_file(self, index: int) -> None:
-        spec = self._files[index]
         with self._while_wanted():
             try:
                 fd = self._open(index, _FILE_FLAGS | os.O_CREAT | os.O_EXCL)
@@ -242,9 +244,6 @@ class WriteSink:
                 raise destination_error(error, f"make {self._path_of(index)}") from error
             self._table.adopt(index, fd)
             self._table.release(index)
-            if spec.executable:
-                mode = os.fstat(fd).st_mode & 0o777
-                os.fchmod(fd, mode | (mode & 0o444) >> 2)
 
     # -- finishing and removing ------------------------------------------------------------------
 
@@ -327,10 +326,13 @@ class WriteSink:
         return os.path.join(self._placed().target, self._files[index].name)
 
     def _open(self, index: int, flags: int) -> int:
-        folder, _, last = self._files[index].name.rpartition("/")
+        spec = self._files[index]
+        folder, _, last = spec.name.rpartition("/")
         folder_fd = open_folder(self._partial_fd, folder)
         try:
-            return os.open(last, flags, 0o666, dir_fd=folder_fd)
+            # With its mode from the start: nobody else may open it even for a moment.
+            mode = spec.mode | stat.S_IRUSR | stat.S_IWUSR
+            return os.open(last, flags, mode, dir_fd=folder_fd)
         finally:
             os.close(folder_fd)
 
