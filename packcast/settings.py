@@ -60,6 +60,7 @@ class Settings:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     readers: int | None = 1  # None: all
+    max_rate: float | None = None  # bytes per second that the sender lets go
     buffer_size: int | None = None  # None: by the checkpoint's size
     num_buffers: int = DEFAULT_NUM_BUFFERS
     staging: int = DEFAULT_STAGING

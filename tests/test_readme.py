@@ -93,7 +93,8 @@ def test_two_workers_compute_exactly_what_the_trainer_does_after_each_of_three_r
 ) -> None:
     script = tmp_path / "example.py"
     script.write_text(REPLAY)
-    ended = commands.run([*TORCHRUN, "--standalone", "--nproc-per-node", "3", script])
+    launched = commands.start_warm([*TORCHRUN, "--standalone", "--nproc-per-node", "3", script])
+    ended = launched.wait()
     assert ended.returncode == 0, ended.stderr
     said = ended.stdout
     lines = re.findall(r"^step (\d) rank (\d): (.+)$", said, re.MULTILINE)

@@ -36,7 +36,7 @@ class Kind(Enum):
 class Entry:
     """A file met on the walk; `found` is None where it is a dangling symlink.
 
-        `path` has no symlink left in it, so that it can be opened without following one. `folder_mode`
+    `path` has no symlink left in it, so that it can be opened without following one. `folder_mode`
     is what all folders on the way allow, from the checkpoint's own down to the file. A file that
     `is_outside` was reached by a symlink to outside of the checkpoint: it is not to be opened.
     """

@@ -32,6 +32,7 @@ from packcast.cli.helps import (
     VERIFY_HELP,
 )
 from packcast.cli.hub import checkpoint_path
+from packcast.cli.jsonlog import JsonLog, Views
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.progress import make_view
 from packcast.cli.start import (
@@ -50,6 +51,7 @@ from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
 from packcast.group.secret import secret_folders, user_token
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
+from packcast.view import View
 
 COMMANDS = ("send", "recv", "bench", "inspect", "verify", "clean", "doctor")
 
@@ -132,6 +134,7 @@ def send(
     port_range: opt.PortRange = None,
     token_file: opt.TokenFile = None,
     readers: opt.Readers = "1",
+    max_rate: opt.MaxRate = None,
     buffer_size: opt.BufferSize = None,
     num_buffers: opt.NumBuffers = DEFAULT_NUM_BUFFERS,
     staging: opt.Staging = STAGING,
@@ -144,11 +147,13 @@ def send(
     digest: opt.DigestChoice = "xxh128",
     report: opt.FileReport = None,
     json: opt.Json = None,
+    log_json: opt.LogJson = None,
     progress: opt.Progress = "auto",
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
     outcome = begin(context, "send", json=json, verbose=verbose)
+    log = given.log_target(log_json)
     sink, target = given.destination(out, verify)
     outcome.settings = Settings(
         command="send",
@@ -166,6 +171,7 @@ def send(
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
         readers=given.readers(readers),
+        max_rate=given.max_rate(max_rate),
         **given.buffers(buffer_size, num_buffers, staging),
         backend=backend,
         device=given.device(device),
@@ -195,7 +201,7 @@ def send(
         # A quiet command's output is a log, mostly, where others may read: no token belongs there.
         secret, file = user_token(secret_folders(os.environ))
         outcome.settings = replace(outcome.settings, token=secret, token_file=file)
-    return _move(outcome, outcome.settings, wanted, progress, quiet=quiet)
+    return _move(outcome, outcome.settings, wanted, progress, log=log, quiet=quiet)
 
 
 @app.command(help=RECV_HELP, epilog=RECV_EXAMPLES)
@@ -218,11 +224,13 @@ def recv(
     digest: opt.DigestChoice = "xxh128",
     report: opt.FileReport = None,
     json: opt.Json = None,
+    log_json: opt.LogJson = None,
     progress: opt.Progress = "auto",
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
     outcome = begin(context, "recv", json=json, verbose=verbose)
+    log = given.log_target(log_json)
     sink, target = given.destination(out, verify, discard=discard, required=True)
     outcome.settings = Settings(
         command="recv",
@@ -237,7 +245,7 @@ def recv(
         rank=rank,
         **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
-    given.check_recv(outcome.settings, outcome.launch, json=json)
+    given.check_recv(outcome.settings, outcome.launch, json=json, log=log)
     given.refuse_unused(
         typed_options(context),
         without_launcher=False,
@@ -246,7 +254,7 @@ def recv(
     )
     wanted = Afterwards(manifest, digest, report)
     wanted.check(outcome.settings, outcome.launch.local_world_size)
-    return _move(outcome, outcome.settings, wanted, progress, quiet=quiet)
+    return _move(outcome, outcome.settings, wanted, progress, log=log, quiet=quiet)
 
 
 app.command(help=BENCH_HELP, epilog=BENCH_EXAMPLES)(bench)
@@ -264,18 +272,23 @@ def _move(
     wanted: Afterwards,
     mode: opt.ProgressMode,
     *,
+    log: str | None,
     quiet: bool,
 ) -> int:
     """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
     outcome.display.verbose = outcome.verbose
+    view: View = outcome.display
+    if log is not None:
+        outcome.log = JsonLog(log, outcome.launch)
+        view = Views(outcome.display, outcome.log)
     leaver = be_a_rank(outcome)
     try:
-        outcome.display.phase("load")
+        view.phase("load")
         from packcast import transfer
 
-        report = transfer.run(settings, outcome.display, leaver)
+        report = transfer.run(settings, view, leaver)
         report = wanted.write(report, outcome.launch)
     except (Exception, KeyboardInterrupt) as error:
         leaver.leave(command_failure(error))

@@ -289,6 +289,15 @@ Readers = Annotated[
         help="How many `send` ranks read the checkpoint and share the sending.",
     ),
 ]
+MaxRate = Annotated[
+    str | None,
+    option(
+        "--max-rate",
+        metavar="RATE",
+        panel=TUNING,
+        help="Send no faster than this, as in 2GB/s or 500MB/s.",
+    ),
+]
 
 BufferSize = Annotated[
     str | None,
@@ -370,6 +379,15 @@ Json = Annotated[
         metavar="FILE|-",
         panel=OUTPUT,
         help="Write the result as JSON. With {rank} in FILE every rank writes its own.",
+    ),
+]
+LogJson = Annotated[
+    str | None,
+    option(
+        "--log-json",
+        metavar="FILE",
+        panel=OUTPUT,
+        help="Write what happens, a JSON object on each line. With {rank} in FILE every rank's.",
     ),
 ]
 Progress = Annotated[

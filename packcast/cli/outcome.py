@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from packcast.cli.jsonlog import JsonLog
 from packcast.cli.progress import Display
 from packcast.cli.report import report_document, to_json
 from packcast.cli.summary import end_lines
@@ -67,12 +68,15 @@ class Outcome:
     settings: Settings | None = None
     launch: Launch = ALONE
     display: Display | None = None
+    log: JsonLog | None = None
     before_error: Callable[[PackcastError], None] | None = None  # a bench's rows so far
 
     def failed(self, error: PackcastError) -> None:
         """Print the error and write the result; also on a thread other than the main one."""
         if self.display:
             self.display.close()
+        if self.log:
+            self.log.ended(error)
         second: PackcastError | None = None
         if self.before_error:
             try:
@@ -96,8 +100,12 @@ class Outcome:
             self.display.close()
             if report.ok:
                 self.display.ended("\n".join(end_lines(report)))
+        error: PackcastError | None = None
         if not report.ok:
             error = error_from_code(report.exit_code, report.error or "failed", report.hint)
+        if self.log:
+            self.log.ended(error)
+        if error is not None:
             record_failure(error)
             # With --nproc the sender says on the same terminal what each worker has found.
             if report.is_sender or self.verbose or received() is None:

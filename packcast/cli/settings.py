@@ -29,7 +29,7 @@ from packcast.settings import (
     check_token,
     is_host,
 )
-from packcast.units import parse_duration, parse_size
+from packcast.units import parse_duration, parse_rate, parse_size
 
 T = TypeVar("T")
 
@@ -99,6 +99,16 @@ def limits(join: str, heartbeat: str, stall: str) -> Limits:
         heartbeat_timeout_s=seconds("--heartbeat-timeout", heartbeat),
         stall_timeout_s=seconds("--stall-timeout", stall),
     )
+
+
+def max_rate(text: str | None) -> float | None:
+    """In bytes per second."""
+    if text is None:
+        return None
+    bytes_per_second = parsed("--max-rate", text, parse_rate)
+    if not bytes_per_second > 0:
+        raise UsageError("--max-rate: must be greater than 0")
+    return bytes_per_second
 
 
 def readers(text: str) -> int | None:
@@ -197,18 +207,27 @@ def token(
 
 def json_target(text: str | None) -> str | None:
     """Where the result goes; checked now, not when the transfer is over."""
-    if text is None or text == "-":
-        return text
-    file = path(check_template("--json", text))
+    return text if text is None or text == "-" else _writable("--json", text)
+
+
+def log_target(text: str | None) -> str | None:
+    """Where --log-json writes."""
+    if text == "-":
+        raise UsageError("--log-json: standard output is for the result", hint="name a file")
+    return None if text is None else _writable("--log-json", text)
+
+
+def _writable(option: str, text: str) -> str:
+    file = path(check_template(option, text))
     if file.is_dir():
-        raise UsageError(f"--json: {text} is a directory", hint="give a file's name")
+        raise UsageError(f"{option}: {text} is a directory", hint="give a file's name")
     if not any(name in str(file.parent) for name in PLACEHOLDERS):
         if not file.parent.is_dir():
             raise UsageError(
-                f"--json: the directory {file.parent} does not exist", hint="create it first"
+                f"{option}: the directory {file.parent} does not exist", hint="create it first"
             )
         if not os.access(file if file.exists() else file.parent, os.W_OK):
-            raise UsageError(f"--json: {text} is not writable", hint=_WRITABLE)
+            raise UsageError(f"{option}: {text} is not writable", hint=_WRITABLE)
     return str(file)
 
 
@@ -219,12 +238,15 @@ def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None
     )
 
 
-def check_recv(settings: Settings, launch: Launch, *, json: str | None) -> None:
+def check_recv(
+    settings: Settings, launch: Launch, *, json: str | None, log: str | None = None
+) -> None:
     """Without a launcher `recv` must be told where the sender is."""
-    if launch.kind != "none" and json is not None and "{rank}" not in json:
-        raise UsageError(
-            "--json: all ranks would write the same file", hint="put {rank} in its name"
-        )
+    for name, file in (("--json", json), ("--log-json", log)):
+        if launch.kind != "none" and file is not None and "{rank}" not in file:
+            raise UsageError(
+                f"{name}: all ranks would write the same file", hint="put {rank} in its name"
+            )
     launch_checks.check_recv(settings, launch, option, hint=LISTENING_SENDER)
 
 

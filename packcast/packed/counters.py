@@ -67,6 +67,7 @@ class Counters:
         self._trace: list[StageEvent] | None = [] if trace else None
         self.newest: Extent | None = None  # the newest bytes that the loop has seen
         self.standing: str | None = None  # the stage that the loop stands still for just now
+        self.num_pauses = 0  # that the loop made on purpose, to keep to a rate
         self.loop_seconds = 0.0  # of CPU time that the loop's thread took, once it is over
 
     def add(self, stage: Stage, chunk: int, nbytes: int, begin: float, end: float) -> None:

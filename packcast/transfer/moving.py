@@ -36,8 +36,10 @@ from packcast.io.staging import Buffers
 from packcast.io.summed import Summed
 from packcast.packed.chain import Chain
 from packcast.packed.counters import Counters
+from packcast.packed.lanes import Passage
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import Chunk, slot_nbytes
+from packcast.packed.ratelimit import RateLimit
 from packcast.packed.ring import Broadcast, Ring, Slot
 from packcast.packed.trailer import transfer_tag
 from packcast.transfer.offer import Offer
@@ -150,11 +152,12 @@ class Mover:
         stall_timeout_s: float,
         sums: bool,
         survives: bool,
+        max_rate: float | None = None,
     ) -> Moved:
         """Make the process group and send or receive every chunk. All ranks.
 
         `sums` if some rank needs them: all readers must be told alike. `survives` if this process
-        goes on after a failure.
+        goes on after a failure. `max_rate`, in bytes per second, on the sender.
         """
         self._survives = survives and self._device.type == "cuda"
         timeout_s = stall_timeout_s + _GROUP_TIMEOUT_BEYOND_STALL_S
@@ -168,7 +171,7 @@ class Mover:
         if not isinstance(self._group, Chain):
             self._connect(self._group, channel)
         channel.be_patient(0.0)  # what may hold the interpreter for long is over
-        return self.run(self._group, channel)
+        return self.run(self._group, channel, max_rate)
 
     def prove_by_sums(self) -> None:
         """Before `run`, on all ranks: who needs sums of what the roots send shall have them."""
@@ -176,7 +179,7 @@ class Mover:
             with self._room_told():
                 self._summed = Summed(self._source, self._buffers)
 
-    def run(self, group: Group | Chain, channel: Channel) -> Moved:
+    def run(self, group: Group | Chain, channel: Channel, max_rate: float | None = None) -> Moved:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
         self._group = group
         with self._closed_on_error(group, channel), self._cause_told(channel), self._inside():
@@ -185,7 +188,7 @@ class Mover:
                 self._chunks,
                 rank=self._offer.rank,
                 ring=self._ring,
-                broadcast=self._broadcast(group, channel),
+                broadcast=self._limited(self._broadcast(group, channel), channel, max_rate),
                 source=self._summed or self._source,
                 drain=self._landing,
                 begin=partial(self._begin, group),
@@ -235,6 +238,26 @@ class Mover:
             broadcast(tensor, root)
 
         return broadcast_until_failure
+
+    def _limited(self, broadcast: Broadcast, channel: Channel, max_rate: float | None) -> Broadcast:
+        """Every chunk waits until the rate allows it, whoever its root is.
+
+        The broadcasts come in one order on all ranks, so other readers wait for the sender here.
+        """
+        if max_rate is None:
+            return broadcast
+        limit = RateLimit(max_rate)
+
+        def pause(seconds: float) -> None:
+            if failure := channel.wait_failure(seconds):
+                raise failure
+            self.counters.num_pauses += 1
+
+        def broadcast_at_rate(tensor: torch.Tensor, root: int) -> Passage | None:
+            limit.take(tensor.nbytes, pause)
+            return broadcast(tensor, root)
+
+        return broadcast_at_rate
 
     def _run_dry(self, group: Group | Chain, channel: Channel, error: BaseException) -> None:
         """This rank has failed, or heard that another has, and its process will go on: nobody's
@@ -384,6 +407,7 @@ class Mover:
     def progress(self) -> Progress:
         """What this rank's heartbeats carry."""
         moved = sum(total.nbytes for total in self.counters.totals().values())
+        moved += self.counters.num_pauses  # or the others would take a pause for a stall
         return Progress(self.nbytes_done(), moved, stage=self.counters.standing or "")
 
     def _digests(self) -> list[str] | None:

@@ -135,6 +135,7 @@ def send(
             stall_timeout_s=settings.stall_timeout_s,
             sums=sums,
             survives=leaver.survives,
+            max_rate=settings.max_rate,
         )
         server.gather(Moved, None)  # the stall watch is its bound
     server.broadcast(Close())

@@ -50,7 +50,8 @@ class StallWatch:
         last: object = None
         since = time.monotonic()
         while not self._over.wait(min(0.5, self._timeout_s / 4)):
-            now = (self._mover.counters.totals(), self._channel.moved_elsewhere())
+            counters = self._mover.counters
+            now = (counters.totals(), counters.num_pauses, self._channel.moved_elsewhere())
             if now != last:
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > self._timeout_s:

@@ -188,7 +188,7 @@ def test_every_message_has_its_property_tests() -> None:
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=120)
 def test_every_message_is_the_same_after_the_wire(data: st.DataObject) -> None:
     model = data.draw(st.sampled_from(MODELS))
     message = data.draw(st.builds(model, **FIELDS[model]))
@@ -202,7 +202,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(MODELS), st.data())
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_any_json_is_a_message_within_its_bounds_or_one_error(
     model: type[Message], data: st.DataObject
 ) -> None:

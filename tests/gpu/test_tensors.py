@@ -31,5 +31,6 @@ def test_every_tensor_is_right_handed_out_and_received_into_over_nccl(
 
 def test_the_same_program_is_right_over_gloo(commands: Commands, tmp_path: Path) -> None:
     options = ["--standalone", "--nproc-per-node", "3", "-m", "tests.gpu.tensors"]
-    ended = commands.run([*TORCHRUN, *options, tmp_path, "2"], {"CUDA_VISIBLE_DEVICES": ""})
+    argv = [*TORCHRUN, *options, tmp_path, "2"]
+    ended = commands.start_warm(argv, {"CUDA_VISIBLE_DEVICES": ""}).wait()
     assert_right(ended, 3)

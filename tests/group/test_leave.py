@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -193,8 +194,10 @@ forever()
 """
 
 
-@pytest.mark.parametrize("second", ENDINGS)
-@pytest.mark.parametrize("first", ENDINGS)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [*zip(ENDINGS, ENDINGS, strict=True), *itertools.pairwise(ENDINGS)],
+)
 def test_a_second_signal_waits_for_the_clean_up_and_says_so(
     first: signal.Signals, second: signal.Signals
 ) -> None:
@@ -237,7 +240,7 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(number: signal.S
     leaver = Leaver(show)
     watch_signals(leaver)
     print("ready")
-    time.sleep(1)
+    time.sleep(0.5)
     leaver.leave(TransferError("by itself"))
     """
     code, _, err = signalled(script.format(name=number.name), number)
@@ -246,7 +249,7 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored(number: signal.S
 
 def test_ranks_leave_it_to_their_launcher_when_to_wait_no_longer() -> None:
     script = CLEANING.replace("watch_signals(leaver)", "watch_signals(leaver, patient=True)")
-    code, _, err = signalled(script.format(clean_up="time.sleep(1)"), *[signal.SIGINT] * 4)
+    code, _, err = signalled(script.format(clean_up="time.sleep(0.7)"), *[signal.SIGINT] * 4)
     assert (code, err) == (130, "interrupted by SIGINT\n")
 
 

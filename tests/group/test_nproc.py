@@ -299,8 +299,9 @@ def test_ctrl_c_on_a_terminal_ends_all(launch: Callable[..., Launch]) -> None:
     assert run.exit_code() == 130
 
 
-@pytest.mark.parametrize("numbers", [(2, 2), (15, 15), (1, 1), (2, 15), (1, 2)])
-@pytest.mark.parametrize("gap_s", [0.02, 0.3])
+@pytest.mark.parametrize(
+    ("numbers", "gap_s"), [((2, 2), 0.02), ((2, 2), 0.3), ((15, 15), 0.02), ((1, 2), 0.3)]
+)
 def test_a_second_signal_waits_until_the_ranks_have_cleaned_up(
     launch: Callable[..., Launch], numbers: tuple[int, int], gap_s: float
 ) -> None:

@@ -6,18 +6,14 @@ Imported by a program that has imported torch, but has no thread yet: half the w
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packcast.group.store import connect_store, serve_store
+from tests.helpers.commands import Ended, run_warm
 
 if TYPE_CHECKING:
     from torch.distributed import Store
-
-_REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -41,14 +37,8 @@ def become_two(limit_s: float) -> OfTwo:
     return OfTwo(1, connect_store("127.0.0.1", port, limit_s), child)
 
 
-def run_program(text: str) -> subprocess.CompletedProcess[str]:
+def run_program(text: str) -> Ended:
     """The program, which has ended well."""
-    ran = subprocess.run(
-        [sys.executable, "-c", text],
-        env=os.environ | {"PYTHONPATH": str(_REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    ran = run_warm(text)
     assert ran.returncode == 0, ran.stderr
     return ran

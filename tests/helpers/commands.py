@@ -6,11 +6,13 @@ A rank that hangs fails its test with what it has said so far.
 from __future__ import annotations
 
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from packcast.units import MIB
-from tests.helpers.forge import REPOSITORY, Forked, fork
+from tests.helpers.forge import RANKS, REPOSITORY, Forked, fork
 from tests.helpers.native import HELD_READS, built
 
 HELD_DISK = Path(__file__).parent / "held_disk"
@@ -50,8 +52,15 @@ def clean_environment() -> dict[str, str]:
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
-# Of the process that is forked; not of a test, or each would have such a process of its own.
-_BASE = clean_environment()
+# Of the process that is forked; not of a test, or each would have such a process of its own. The
+# level of torch's log is what packcast sets, which has to be before torch is imported.
+_BASE = clean_environment() | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+
+
+_FIRST_PORT = 10_000
+_MAX_CLAIMS = 64
+_DICE = random.SystemRandom()  # a seed of hypothesis would give the same ports to all
+_claims: list[socket.socket] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +126,15 @@ class Command:
         environment: Mapping[str, str],
         output: Path,
         base: Mapping[str, str] | None,
+        host: int | None = None,
     ) -> None:
         self.argv = list(argv)
         self.process: subprocess.Popen[bytes] | Forked
         self._stdout, self._stderr = Path(f"{output}.stdout"), Path(f"{output}.stderr")
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             if base is not None:
-                self.process = fork(self.argv, environment, base, self._stdout, self._stderr)
+                files = self._stdout, self._stderr
+                self.process = fork(self.argv, environment, base, *files, host)
                 return
             self.process = subprocess.Popen(
                 self.argv,
@@ -187,7 +198,9 @@ class Commands:
         self._folder = folder
         self._mark = uuid.uuid4().hex
         self._commands: list[Command] = []
-        self._environment = clean_environment() | {_MARK: self._mark}
+        self._ranks = folder / f"ranks-{self._mark}"
+        self._ranks.mkdir()
+        self._environment = clean_environment() | {_MARK: self._mark, RANKS: str(self._ranks)}
 
     def __enter__(self) -> Commands:
         return self
@@ -218,9 +231,12 @@ class Commands:
         environment: Mapping[str, str] | None = None,
         *,
         disk: HeldDisk | None = None,
+        host: int | None = None,
     ) -> Command:
-        """The same for Python, where it saves seconds: torch is imported already."""
-        return self._start(argv, environment, disk, _BASE)
+        """The same for Python, where it saves seconds: torch is imported already. On `host`, a
+        process of hosts.py, if given.
+        """
+        return self._start(argv, environment, disk, _BASE, host)
 
     def run(
         self,
@@ -291,7 +307,9 @@ class Commands:
     def await_reached(self, disk: HeldDisk) -> None:
         """Until a process waits for its disk."""
         with suppress(AssertionError):
-            eventually((disk.gate / "reached").exists, "the held disk")
+            eventually(
+                lambda: (disk.gate / "reached").exists() or not self.alive(), "the held disk"
+            )
         if not (disk.gate / "reached").exists():
             said = [(c.process.poll(), c.argv, c.stderr) for c in self._commands]
             pytest.fail(f"the disk was not reached; the processes: {said}")
@@ -300,11 +318,12 @@ class Commands:
         """The processes of this test that have not ended, grandchildren too."""
         # The kernel shows of a fork's environment only what it was before.
         forks = {c.pid for c in self._commands if c.process.poll() is None}
+        forks |= {pid for pid in self._forked_ranks() if _is_running(pid)}
         return sorted(forks | {pid for pid, _ in _environments(self._mark)})
 
     def pids(self) -> set[int]:
         """The same, and some that have ended; for any thread, since nobody is waited for."""
-        forks = {command.pid for command in self._commands}
+        forks = {*(command.pid for command in self._commands), *self._forked_ranks()}
         return forks | {pid for pid, _ in _environments(self._mark)}
 
     def _start(
@@ -313,17 +332,29 @@ class Commands:
         environment: Mapping[str, str] | None,
         disk: HeldDisk | None,
         base: Mapping[str, str] | None,
+        host: int | None = None,
     ) -> Command:
         output = self._folder / f"process-{len(self._commands)}"
         extra = (disk.environment() if disk else {}) | dict(environment or {})
-        started = Command(list(map(str, argv)), self._environment | extra, output, base)
+        started = Command(list(map(str, argv)), self._environment | extra, output, base, host)
         self._commands.append(started)
         return started
 
     def pid_of_rank(self, rank: int) -> int:
         """A rank that a launcher has started."""
         ranks = {environment.get("RANK"): pid for pid, environment in _environments(self._mark)}
+        ranks |= {said: pid for pid, said in self._forked_ranks().items()}
         return ranks[str(rank)]
+
+    def _forked_ranks(self) -> dict[int, str]:
+        """Those that a fork's `--nproc` has started, by pid; see forge.py."""
+        return {int(path.name): path.read_text() for path in self._ranks.iterdir()}
+
+
+def run_warm(program: str, *argv: str | Path) -> Ended:
+    """A program in a process of its own that has imported torch already, and its end."""
+    with tempfile.TemporaryDirectory() as folder, Commands(Path(folder)) as commands:
+        return commands.start_warm([sys.executable, "-c", program, *argv]).wait()
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -372,9 +403,29 @@ def hydra_rank(rank: int, world_size: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    """A port of loopback that is nobody's, nor becomes somebody's until a process listens there.
+
+    It is none of those that the kernel gives to whoever asks for any, and other tests, also of
+    other runs on this machine, see the claim.
+    """
+    while True:
+        port = _DICE.randrange(_FIRST_PORT, _first_ephemeral_port())
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0packcast-test-port-{port}")
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        if len(_claims) > _MAX_CLAIMS:
+            _claims.pop(0).close()
+        return port
+
+
+def _first_ephemeral_port() -> int:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    return first if first >= 2 * _FIRST_PORT else 1 << 16
 
 
 def wait_all(commands: Sequence[Command], timeout_s: float = TIMEOUT_S) -> list[Ended]:
@@ -389,6 +440,13 @@ def eventually(is_so: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_
     while not is_so():
         assert time.monotonic() < deadline, f"waited for {what} for {timeout_s:g} s"
         time.sleep(0.01)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _environments(mark: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -1,12 +1,15 @@
 """Processes without the seconds that torch takes to be imported: one imports it, all are its forks.
 
 Both ends: `fork` asks from a test, `python -m tests.helpers.forge` answers. A fork is a process as
-any other: a session, an environment and an exit of its own; packcast itself is imported there.
+any other: a session, an environment and an exit of its own; packcast itself is imported there. The
+ranks that `--nproc` starts in a fork are forks of that.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import ctypes
 import functools
 import importlib
 import json
@@ -17,10 +20,16 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 REPOSITORY = Path(__file__).parents[2]
+# A folder where each rank that a fork has started leaves a file: its pid, and in it its rank.
+RANKS = "TEST_RANKS"
+
+_REAL = {name: getattr(os, name) for name in ("preadv", "pwrite", "rename")}
 
 
 class Forked:
@@ -91,15 +100,18 @@ def fork(
     base: Mapping[str, str],
     stdout: Path,
     stderr: Path,
+    host: int | None = None,
 ) -> Forked:
-    """Start `python -m MODULE ...` or `python FILE ...`, as `argv` says.
+    """Start `python -m MODULE ...`, `python -c PROGRAM ...` or `python FILE ...`, as `argv` says.
 
     `base` is the environment that torch was imported in: what it read then cannot be changed.
+    `host` is a process whose network, names and mounts the fork is to have.
     """
     assert argv[0] == sys.executable
     forge = _forge(frozenset(base.items()))
     files = [os.devnull, str(stdout), str(stderr)]
-    pid = forge.ask({"argv": argv[1:], "environment": dict(environment), "files": files})
+    question = {"argv": argv[1:], "environment": dict(environment), "files": files, "host": host}
+    pid = forge.ask(question)
     assert pid is not None
     return Forked(forge, pid)
 
@@ -117,7 +129,9 @@ def _serve() -> dict[str, object] | None:
     return None
 
 
-def _become(argv: Sequence[str], environment: Mapping[str, str], files: Sequence[str]) -> None:
+def _become(
+    argv: Sequence[str], environment: Mapping[str, str], files: Sequence[str], host: int | None
+) -> None:
     """What the interpreter does between its start and the program."""
     os.setsid()
     for number, (path, flags) in enumerate(
@@ -126,8 +140,26 @@ def _become(argv: Sequence[str], environment: Mapping[str, str], files: Sequence
         descriptor = os.open(path, flags)
         os.dup2(descriptor, number)
         os.close(descriptor)
+    if host is not None:
+        _move_to(host)
+    _run(argv, environment)
+
+
+def _move_to(host: int) -> None:
+    """As `nsenter` does, and Python itself only from 3.12 on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    opened = [os.open(f"/proc/{host}/ns/{name}", os.O_RDONLY) for name in ("net", "uts", "mnt")]
+    for descriptor in opened:
+        if libc.setns(descriptor, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+        os.close(descriptor)
+    os.chdir(REPOSITORY)
+
+
+def _run(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    vars(subprocess)["Popen"] = _Popen
     if "HELD_DISK" in os.environ:
         importlib.import_module("tests.helpers.held_disk.sitecustomize")
     if "SLOW_DISK" in os.environ:
@@ -135,9 +167,75 @@ def _become(argv: Sequence[str], environment: Mapping[str, str], files: Sequence
     if argv[0] == "-m":
         sys.argv = list(argv[1:])
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif argv[0] == "-c":
+        sys.argv = ["-c", *argv[2:]]
+        exec(argv[1], {"__name__": "__main__"})
     else:
         sys.argv = list(argv)
         runpy.run_path(argv[0], run_name="__main__")
+
+
+class _Popen(subprocess.Popen[Any]):
+    """What a fork starts processes with; a rank of `--nproc` is a fork of it.
+
+    Such a rank is `python -P -c PROGRAM ARGUMENTS`.
+    """
+
+    def __init__(self, args: Any, *more: Any, **options: Any) -> None:
+        self._command, self._options = args, options
+        super().__init__(args, *more, **options)
+
+    def _execute_child(self, *args: Any, **options: Any) -> None:
+        is_rank = (
+            {*self._options} == {"env", "pass_fds", "start_new_session"}
+            and list(self._command[:3]) == [sys.executable, "-P", "-c"]
+            and "RANK" in self._options["env"]
+        )
+        if not is_rank or len(os.listdir("/proc/self/task")) > 1:
+            super()._execute_child(*args, **options)  # type: ignore[misc]
+            return
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid == 0:
+            _leave_as(self._command[2:], self._options["env"], self._options["pass_fds"])
+
+
+def _leave_as(argv: Sequence[str], environment: Mapping[str, str], fds: Sequence[int]) -> NoReturn:
+    """Be a rank to its end, and never come back into the launcher's own frames."""
+    code = 1
+    try:
+        _become_rank(argv, environment, fds)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _become_rank(
+    argv: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]
+) -> None:
+    """As if the launcher's program had not been there."""
+    os.setsid()
+    Path(environment[RANKS], str(os.getpid())).write_text(environment["RANK"])
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            is_sigint = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_sigint else signal.SIG_DFL)
+    kept = {0, 1, 2, *descriptors}
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        if descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+    vars(os).update(_REAL)
+    for name in list(sys.modules):
+        if name.partition(".")[0] == "packcast" or name.startswith("tests.helpers."):
+            del sys.modules[name]
+    _run(argv, environment)
 
 
 if __name__ == "__main__":

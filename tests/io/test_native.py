@@ -230,7 +230,7 @@ def test_it_is_c11_without_a_warning(optimised: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "rounds"),
     [
-        (("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), 5),
+        (("-fsanitize=address,undefined", "-fno-sanitize-recover=all"), 2),
         (("-fsanitize=thread",), 1),
     ],
     ids=["address", "thread"],

@@ -337,13 +337,12 @@ def test_more_threads_than_the_system_allows_are_an_error_and_those_begun_end(
 
 def test_a_fork_in_mid_work_ends_as_if_there_were_no_pool(pool: str) -> None:
     script = (USES_NATIVE if pool == "native" else "import tests.io.pools as p\n") + (
-        "import os, sys, time, gc\n"
+        "import os, sys, gc, signal\n"
         "from packcast.io.work import Task\n"
         "running = p.Bench(1 << 20).start(Task.WRITE)\n"
-        "began = time.monotonic()\n"
         "if os.fork() == 0:\n"
-        "    del running; gc.collect()\n"
-        "    print(time.monotonic() - began < 0.5, flush=True); sys.exit(0)\n"
+        "    signal.alarm(20)\n"  # it would wait forever for threads that are not there
+        "    del running; gc.collect(); sys.exit(0)\n"
         "assert os.wait()[1] == 0\n"
         "running.allow(1); print(running.close(20))\n"
     )
@@ -356,4 +355,4 @@ def test_a_fork_in_mid_work_ends_as_if_there_were_no_pool(pool: str) -> None:
         cwd=REPOSITORY,
         timeout=60,
     )
-    assert done.stdout.split() == ["True", "True"], done
+    assert done.stdout == "True\n", done

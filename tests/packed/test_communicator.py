@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import datetime
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,9 +21,8 @@ from packcast.packed.compat import (
     packed_nccl_broadcast_consumer,
 )
 from packcast.packed.replay import ReplayReceiver, ReplaySender
+from tests.helpers.commands import run_warm
 from tests.packed.wire_model import Player, Recorder
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 class Bare:
@@ -516,11 +512,5 @@ else:
 
 
 def test_src_is_the_rank_within_the_group_whoever_made_it(tmp_path: Path) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", THREE_RANKS, str(tmp_path / "store")],
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    ran = run_warm(THREE_RANKS, tmp_path / "store")
     assert ran.stdout == "ended [0, 0, 0]\n", ran.stderr

@@ -70,7 +70,7 @@ def item(name: str, nbytes: int) -> Item:
     return Item(name, torch.uint8, (nbytes,), bytes((len(name) + i) % 251 for i in range(nbytes)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(items_and_limits(), st.integers(1, 4))
 @example(([], 10), 2)
 @example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1)
@@ -84,7 +84,7 @@ def test_the_producer_puts_the_models_bytes_on_the_wire(
     assert set(recorder.roots) <= {0}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(items_and_limits(), st.integers(1, 4))
 @example(([], 10), 2)
 @example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1)
@@ -137,7 +137,7 @@ def test_neighbours_of_one_shape_are_unpacked_each_for_itself(
         assert_received(items, limit, received)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(items_and_limits(), st.integers(1, 4), st.booleans())
 @example(([], 10), 2, False)
 @example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1, True)
@@ -245,7 +245,7 @@ def over_gloo(producer: Callable[[Gloo], object], consumer: Callable[[Gloo], Rec
     return run_ranks(2, body, timeout_s=20)[1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(items_and_limits(), st.integers(1, 4), st.integers(1, 4), st.booleans())
 @example(([Item("e", torch.float64, (0, 3), b""), item("a", 1)], 0), 1, 2, False)
 @example(([Item("e", torch.float64, (0, 3), b"")] * 2, 10), 2, 1, False)
@@ -268,7 +268,7 @@ def digestible(sizes: Sequence[int]) -> list[Item]:
 SIZES = st.lists(st.integers(0, 120), max_size=20).map(digestible)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(SIZES, st.integers(0, 250), st.integers(1, 3))
 def test_the_original_receives_what_ours_sends(
     items: list[Item], limit: int, num_buffers: int
@@ -284,7 +284,7 @@ def test_the_original_receives_what_ours_sends(
     assert_received(items, limit, received)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(SIZES, st.integers(0, 250), st.integers(1, 3))
 def test_ours_receives_what_the_original_sends(
     items: list[Item], limit: int, num_buffers: int

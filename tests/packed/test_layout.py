@@ -59,7 +59,7 @@ def plans(draw: st.DrawFn) -> tuple[tuple[TensorSpec, ...], int]:
     return tuple(specs), ALIGNMENT * draw(st.integers(1, 40))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plans())
 @example(((), ALIGNMENT))
 @example(((TensorSpec("a", (3, 5000), torch.uint8),), 1024))
@@ -163,7 +163,7 @@ def test_the_ends_of_a_default_plan_are_not_cut() -> None:
     assert [chunk.nbytes >> 20 for chunk in chunks] == [64, 64, 64, 8]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plans(), st.integers(1, 4))
 def test_small_ends_carry_the_same_bytes_in_the_same_order(
     plan: tuple[tuple[TensorSpec, ...], int], units: int
@@ -196,7 +196,7 @@ def joined(chunks: Sequence[ReplayChunk]) -> list[tuple[int, int, int]]:
     return runs
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plans(), st.integers(1, 1024))
 def test_a_plan_is_understood_as_it_was_described(
     plan: tuple[tuple[TensorSpec, ...], int], num_buffers: int
@@ -309,7 +309,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_whatever_is_in_a_description_it_is_a_plan_or_a_transfer_error(data: st.DataObject) -> None:
     plan = json.loads(json.dumps(PLAN))
@@ -329,7 +329,7 @@ def test_whatever_is_in_a_description_it_is_a_plan_or_a_transfer_error(data: st.
     assert sum(chunk.nbytes for chunk in lay_out(specs, buffer_size, 0)) <= 1 << 48
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_a_transfer_error(noise: bytes) -> None:
     with pytest.raises(TransferError):

@@ -49,7 +49,7 @@ from tests.packed.wire_model import (
 # What arrives
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(items_and_limits(), st.integers(1, 4), st.integers(1, 8), st.booleans(), st.booleans())
 @example(([], 0), 2, 1, False, True)
 @example(([Item("e", torch.float64, (0, 3), b"")] * 1, 0), 1, 1, True, True)

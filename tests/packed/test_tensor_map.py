@@ -122,7 +122,7 @@ def plans(draw: st.DrawFn) -> tuple[Runs, list[int], list[Carried]]:
     return runs, file_nbytes, chunks
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(plans())
 @example(([], [5], [Carried((Extent(0, 0, 5),))]))
 @example(([(0, 3, 3), (0, 3, 3), (0, 3, 4), (0, 4, 4)], [4], [Carried((Extent(0, 0, 4),))]))

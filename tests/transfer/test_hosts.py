@@ -40,7 +40,7 @@ class Two:
         self._commands = commands
 
     def start(self, host: Host, *argv: str | Path, environment: dict[str, str]) -> Command:
-        return self._commands.start(host.inside(*PACKCAST, *argv), environment)
+        return self._commands.start_warm([*PACKCAST, *argv], environment, host=host.pid)
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def spoil(tree: Any, data: st.DataObject) -> None:
         holder[key] = deepcopy(JUNK[junk]) if isinstance(junk, str) else junk
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_spoilt_offer_is_refused_or_is_an_offer_and_nothing_else(data: st.DataObject) -> None:
     message, place = messages(valid_offer())
@@ -89,7 +89,7 @@ def check(data: bytes, place: dict[str, object]) -> None:
     assert covered == sizes
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_spoilt_bytes_are_refused_or_an_offer_and_nothing_else(data: st.DataObject) -> None:
     offer = valid_offer()
