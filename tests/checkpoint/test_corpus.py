@@ -209,7 +209,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "with an index of commas": (
         indexed(b'{"weight_map":[' + b"0," * 1_300_000 + b"0]}"),
-        "more than 400,000 tensors need",
+        "larger than 400,000 tensors need",
     ),
     **{
         f"with an index that names {target!r}": (indexed({"t": target}), said)

@@ -49,10 +49,12 @@ def num_threads() -> int:
 def no_thread_left() -> Iterator[None]:
     """Asserts that whatever threads begin within have ended when it is left."""
     before = num_threads()
+    others = set(threading.enumerate())  # of an earlier test, maybe about to end
     yield
     # A thread that has been joined is in /proc for a moment longer.
     eventually(lambda: num_threads() <= before, "the threads' end")
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("packcast")]
+    begun = set(threading.enumerate()) - others
+    assert not [thread.name for thread in begun if thread.name.startswith("packcast")]
 
 
 def address(buffer: bytearray) -> int:

@@ -143,7 +143,7 @@ def test_abort_while_four_threads_write_leaves_nothing(
             each.result()
         assert names_in(tmp_path) == []
         writing.result()
-    assert num_descriptors() == num_before
+    assert num_descriptors() <= num_before
 
 
 @pytest.mark.parametrize("step", ["prepare", "finish"])
@@ -167,7 +167,7 @@ def test_abort_during_a_step_leaves_nothing(tmp_path: Path, step: str, delay_s: 
     timer.join()
     assert names_in(tmp_path) == []
     assert was_aborted or delay_s
-    assert num_descriptors() == num_before
+    assert num_descriptors() <= num_before
 
 
 # -- death ---------------------------------------------------------------------------------------
