@@ -74,10 +74,10 @@ class Passed:
     """The mark of a chunk on its way to the next rank: once it has passed, its memory is free."""
 
     event = None
-    passed_at = 0.0
 
     def __init__(self, works: list[Work], wait: Callable[[Work, float], bool]) -> None:
         self._works = works
+        self.passed_at = time.perf_counter()  # or later, when it is seen
         self._wait = wait
 
     def passed(self) -> bool:
@@ -89,6 +89,7 @@ class Passed:
         deadline = time.monotonic() + limit_s
         while self._works and self._wait(self._works[0], deadline - time.monotonic()):
             self._works.pop(0)
+            self.passed_at = time.perf_counter()
         return not self._works
 
     def synchronize(self) -> None:

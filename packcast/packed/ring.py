@@ -161,7 +161,8 @@ class Ring:
             slot.sent = broadcast(memory, chunk.root)
             self.num_broadcast += 1
             slot.arrived = self.comm.mark()
-        self.clock.span("broadcast", chunk.index, chunk.nbytes, begin, slot.arrived)
+        over = slot.sent or slot.arrived
+        self.clock.span("broadcast", chunk.index, chunk.nbytes, begin, over)
 
     def run_dry(
         self, chunks: Sequence[Carried], tokens: int, broadcast: Broadcast, patience_s: float

@@ -235,11 +235,13 @@ def test_a_mark_says_when_the_next_rank_has_the_chunk() -> None:
     mark = chains[0].carry(memory, 0)
     assert not mark.passed()
     assert not mark.passes_within(0.05)
+    waited_until = time.perf_counter()
     received = torch.zeros_like(memory)
     chains[1].begin(received, 0)
     assert chains[1].carry(received, 0).passed()
     assert mark.passes_within(10)
     assert mark.passed()
+    assert mark.passed_at > waited_until
     assert received.equal(memory)
 
 
