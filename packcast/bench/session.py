@@ -191,10 +191,6 @@ def _connect(
         raise channel.wait_failure(_CAUSE_LIMIT_S) or error from error
     channel.be_patient(0.0)
 
-    def check() -> None:
-        if channel.failure:
-            raise channel.failure
-
     def open_chain_of(roots: Sequence[int], name: str) -> Chain:
         from torch._C._distributed_c10d import PrefixStore
 
@@ -205,7 +201,7 @@ def _connect(
             store=PrefixStore(name, store),
             timeout_s=settings.stall_timeout_s + _PATIENCE_S,
             interface=interface,
-            check=check,
+            check=channel.check,
         )
 
     return Ranks(

@@ -21,7 +21,7 @@ _MAX_REF_NBYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class HubModel:
     """A model on the hub; without a revision it is `main`."""
 
     name: str
@@ -34,10 +34,10 @@ class Model:
         return f"hf download {self.name}{more}"
 
 
-def model_of(text: str) -> Model | None:
+def model_of(text: str) -> HubModel | None:
     """The model that the text names, if it could be one; whether there is such a path or not."""
     found = _NAME.fullmatch(_PREFIX.sub("", text, count=1))
-    return Model(found[1], found[2]) if found else None
+    return HubModel(found[1], found[2]) if found else None
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
@@ -52,7 +52,7 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
     return Path(above).expanduser() / "huggingface" / "hub"
 
 
-def snapshot_of(model: Model, environ: Mapping[str, str]) -> Path | None:
+def snapshot_of(model: HubModel, environ: Mapping[str, str]) -> Path | None:
     """Its folder in the cache, if the revision is there."""
     folder = _folder(model, environ)
     revision = model.revision or "main"
@@ -88,5 +88,5 @@ def hint_for_missing(path: Path, environ: Mapping[str, str] = os.environ) -> str
     return f"{what}; `{model.command}` brings it there, or --download"
 
 
-def _folder(model: Model, environ: Mapping[str, str]) -> Path:
+def _folder(model: HubModel, environ: Mapping[str, str]) -> Path:
     return cache_folder(environ) / f"models--{model.name.replace('/', '--')}"

@@ -51,7 +51,7 @@ _SECRET = "PACKCAST_TOKEN"
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """One thing that was looked at; `fix` is what to do about it."""
 
     topic: str
@@ -69,10 +69,10 @@ def doctor(
 ) -> tuple[Listing, PackcastError | None]:
     """Look at everything, telling each finding as it comes; the error is that of a self-test, or
     says that something else is a problem."""
-    findings: list[Finding] = []
+    findings: list[Diagnosis] = []
     failure: PackcastError | None = None
 
-    def take(found: Finding) -> None:
+    def take(found: Diagnosis) -> None:
         findings.append(found)
         tell(line_of(found))
 
@@ -88,7 +88,7 @@ def doctor(
         fix = None
         if failed is not None:
             fix = failed.hint or f"try it by hand: packcast send CKPT --nproc 2 --backend {backend}"
-        take(Finding("self-test", "problem" if failed else "ok", told, fix))
+        take(Diagnosis("self-test", "problem" if failed else "ok", told, fix))
         failure = failure or failed
     problems = [it for it in findings if it.state == "problem"]
     if problems and failure is None:
@@ -107,20 +107,20 @@ def doctor(
     return Listing(text, document, ()), failure
 
 
-def line_of(found: Finding) -> str:
+def line_of(found: Diagnosis) -> str:
     """A finding for people, with what to do on a line of its own."""
     line = f"{_MARKS[found.state]}  {found.topic:<11} {found.text}"
     return printable(f"{line}\n{'':18}-> {found.fix}" if found.fix else line)
 
 
-def versions() -> Iterator[Finding]:
+def versions() -> Iterator[Diagnosis]:
     """Of all that takes part."""
     names = ["torch", "safetensors", "xxhash"]
     found = [f"{name} {version}" for name in names if (version := version_of(name))]
     nccl = nccl_version()
     where = f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
     told = ", ".join([f"packcast {packcast.__version__}", *found, f"NCCL {nccl or 'none'}", where])
-    yield Finding("versions", "ok", told)
+    yield Diagnosis("versions", "ok", told)
 
 
 def version_of(distribution: str) -> str | None:
@@ -140,15 +140,15 @@ def nccl_version() -> str | None:
     return None
 
 
-def pool() -> Iterator[Finding]:
+def pool() -> Iterator[Diagnosis]:
     """Which I/O threads read and write."""
     if pool_kind() == "native":
-        yield Finding("I/O threads", "ok", "native")
+        yield Diagnosis("I/O threads", "ok", "native")
         return
     reason = native.installed()
     if not isinstance(reason, str):
         reason = "PACKCAST_POOL asks for them"
-    yield Finding(
+    yield Diagnosis(
         "I/O threads",
         "note",
         f"Python's, which are slower: {reason}",
@@ -156,19 +156,19 @@ def pool() -> Iterator[Finding]:
     )
 
 
-def devices() -> Iterator[Finding]:
+def devices() -> Iterator[Diagnosis]:
     """Every GPU that torch sees, with its free memory."""
     cpus = f"{len(os.sched_getaffinity(0))} CPUs"
     available = available_nbytes()
     memory = f", {format_size(available)} of memory available" if available else ""
-    yield Finding("host", "ok", f"{host_name()}, {cpus}{memory}")
+    yield Diagnosis("host", "ok", f"{host_name()}, {cpus}{memory}")
     if not has_gpu_driver():
-        yield Finding("GPUs", "ok", "no driver; transfers go over gloo, through host memory")
+        yield Diagnosis("GPUs", "ok", "no driver; transfers go over gloo, through host memory")
         return
     import torch
 
     if not torch.cuda.is_available():
-        yield Finding(
+        yield Diagnosis(
             "GPUs",
             "note",
             f"there is a driver, but torch {torch.__version__} uses no GPU",
@@ -182,14 +182,14 @@ def devices() -> Iterator[Finding]:
         told = f"cuda:{index} {name}, {format_size(free)} of {format_size(total)} free"
         fix = f"buffers take {format_size(needed)}: choose smaller ones with --buffer-size"
         short = free < 2 * needed
-        yield Finding("GPUs", "note" if short else "ok", told, fix if short else None)
+        yield Diagnosis("GPUs", "note" if short else "ok", told, fix if short else None)
 
 
-def network() -> Iterator[Finding]:
+def network() -> Iterator[Diagnosis]:
     """The addresses of this host, and which interface a transfer would use."""
     found = addresses_here()
     if not found:
-        yield Finding(
+        yield Diagnosis(
             "network",
             "note",
             "loopback only: other hosts cannot reach this one",
@@ -197,12 +197,12 @@ def network() -> Iterator[Finding]:
         )
     for place, address in enumerate(found):
         first = ", used unless --listen names another" if place == 0 else ""
-        yield Finding("network", "ok", f"{interface_of(address)} {address}{first}")
+        yield Diagnosis("network", "ok", f"{interface_of(address)} {address}{first}")
     name = socket.gethostname()
     try:
         named = sorted({text_of(address) for *_, address in resolve(name, 0)})
     except OSError as error:
-        yield Finding(
+        yield Diagnosis(
             "name",
             "note",
             f"{name} does not resolve here ({error.strerror})",
@@ -210,51 +210,51 @@ def network() -> Iterator[Finding]:
         )
         return
     if found and all(map(is_loopback, named)):
-        yield Finding(
+        yield Diagnosis(
             "name",
             "note",
             f"{name} is {', '.join(named)} here, which other hosts cannot reach",
             f"--listen {found[0]}:29400, or change /etc/hosts",
         )
     else:
-        yield Finding("name", "ok", f"{name} is {', '.join(named)}")
+        yield Diagnosis("name", "ok", f"{name} is {', '.join(named)}")
 
 
-def reachable(host: str, port: int) -> Iterator[Finding]:
+def reachable(host: str, port: int) -> Iterator[Diagnosis]:
     """Whether this host finds and reaches another one, at a port that nobody may serve yet."""
     where = host_and_port(host, port)
     try:
         found = sorted({text_of(address) for *_, address in resolve(host, port)})
     except OSError as error:
         fix = "use the address, or correct the name service (/etc/hosts, DNS)"
-        yield Finding("reach", "problem", f"{host} has no address: {error.strerror}", fix)
+        yield Diagnosis("reach", "problem", f"{host} has no address: {error.strerror}", fix)
         return
     over = interface_towards(host)
-    yield Finding("reach", "ok", f"{host} is {', '.join(found)}, by way of {over or 'nothing'}")
+    yield Diagnosis("reach", "ok", f"{host} is {', '.join(found)}, by way of {over or 'nothing'}")
     try:
         socket.create_connection((host, port), _REACH_LIMIT_S).close()
     except ConnectionRefusedError:
         told = f"{where} is reachable; no process listens there now"
-        yield Finding("reach", "ok", told)
+        yield Diagnosis("reach", "ok", told)
     except OSError as error:
         told = f"{where}: {error.strerror or f'no answer in {_REACH_LIMIT_S:g} s'}"
         fix = "a firewall between the hosts may block that port"
-        yield Finding("reach", "problem", told, fix)
+        yield Diagnosis("reach", "problem", told, fix)
     else:
-        yield Finding("reach", "ok", f"{where} answers")
+        yield Diagnosis("reach", "ok", f"{where} answers")
 
 
-def limits() -> Iterator[Finding]:
+def limits() -> Iterator[Diagnosis]:
     """What the system allows one process: files, and locked memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft < _WANTED_FILES
     fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if few else None
-    yield Finding("open files", "note" if few else "ok", f"at most {soft:,}", fix)
+    yield Diagnosis("open files", "note" if few else "ok", f"at most {soft:,}", fix)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     wanted = DEFAULT_STAGING
     told = "unlimited" if locked == resource.RLIM_INFINITY else format_size(locked)
     low = has_gpu_driver() and locked != resource.RLIM_INFINITY and locked < wanted
-    yield Finding(
+    yield Diagnosis(
         "pinned",
         "note" if low else "ok",
         f"locked memory at most {told} (ulimit -l); a rank with a GPU pins {format_size(wanted)}",
@@ -263,7 +263,7 @@ def limits() -> Iterator[Finding]:
     available = available_nbytes()
     needed = ring_nbytes(MAX_FITTING_SIZE, DEFAULT_NUM_BUFFERS) + wanted
     if available is not None and available < 2 * needed:
-        yield Finding(
+        yield Diagnosis(
             "memory",
             "note",
             f"{format_size(available)} available, and a rank may take {format_size(needed)}",
@@ -271,32 +271,32 @@ def limits() -> Iterator[Finding]:
         )
 
 
-def space(folders: Sequence[Path]) -> Iterator[Finding]:
+def space(folders: Sequence[Path]) -> Iterator[Diagnosis]:
     """Room where copies may go; and in /dev/shm, which NCCL between GPUs of one host uses."""
     for folder in folders:
         try:
             free = shutil.disk_usage(folder).free
         except OSError as error:
             told = f"{folder}: {(error.strerror or str(error)).lower()}"
-            yield Finding("space", "problem", told, "give a directory that exists")
+            yield Diagnosis("space", "problem", told, "give a directory that exists")
             continue
         told = f"{format_size(free)} free at {folder.resolve()}"
         if not os.access(folder, os.W_OK):
-            yield Finding("space", "problem", f"{told}, which is not writable", "choose another")
+            yield Diagnosis("space", "problem", f"{told}, which is not writable", "choose another")
         else:
-            yield Finding("space", "note" if free < _LITTLE_SPACE else "ok", told)
+            yield Diagnosis("space", "note" if free < _LITTLE_SPACE else "ok", told)
     shared = Path("/dev/shm")
     if has_gpu_driver() and shared.is_dir() and shutil.disk_usage(shared).free < 64 << 20:
-        yield Finding(
+        yield Diagnosis(
             "space", "problem", "/dev/shm is full", "docker run --ipc=host, or --shm-size"
         )
 
 
-def variables() -> Iterator[Finding]:
+def variables() -> Iterator[Diagnosis]:
     """What is set that changes how a transfer goes; no secrets."""
     names = sorted(name for name in os.environ if name.startswith(_VARIABLES))
     shown = (f"{name}={'...' if name == _SECRET else os.environ[name]}" for name in names)
-    yield Finding("environment", "ok", " ".join(shown) or "no variable that matters here is set")
+    yield Diagnosis("environment", "ok", " ".join(shown) or "no variable that matters here is set")
 
 
 def _backends() -> list[str]:

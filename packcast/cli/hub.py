@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from packcast.checkpoint.hub import Model, model_of, resolved
+from packcast.checkpoint.hub import HubModel, model_of, resolved
 from packcast.cli.settings import path
 from packcast.errors import CheckpointError, UsageError
 
@@ -36,7 +36,7 @@ def checkpoint_path(
     return _download(model, say)
 
 
-def _download(model: Model, say: Callable[[str], None] | None) -> Path:
+def _download(model: HubModel, say: Callable[[str], None] | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:

@@ -83,6 +83,11 @@ class Channel:
         """Why the transfer has ended, once it has; never changes after that."""
         return self._failure
 
+    def check(self) -> None:
+        """Raise the failure, if there is one."""
+        if self._failure is not None:
+            raise self._failure
+
     def wait_failure(self, timeout_s: float) -> PackcastError | None:
         """The failure, waited for: what broke a collective is often known here a moment later."""
         with contextlib.suppress(PackcastError):
@@ -276,8 +281,7 @@ class Channel:
 
     def _try_commit(self) -> bool:
         self._settle()
-        if self._failure is not None:
-            raise self._failure
+        self.check()
         self._is_committed = True
         return True
 

@@ -120,8 +120,7 @@ class ControlClient(Channel):
 
     def send(self, message: Message) -> None:
         """Send a message to the sender; raises the failure. One already gone gets nothing."""
-        if self._failure is not None:
-            raise self._failure
+        self.check()
         self._post(self._connection.send, message.encode())
 
     def expect(self, kind: type[M], timeout_s: float | None) -> M:

@@ -118,7 +118,7 @@ def _try(host: str, port: int, hello: Hello, token: bytes | None, deadline: floa
     sock = _connect(host, port, deadline)
     where = host_and_port(host, port)
     try:
-        talk = _Talk(sock, where, deadline)
+        talk = _Exchange(sock, where, deadline)
         return talk.introduce(hello, talk.prove(token))
     except ProtocolError as error:
         sock.close()
@@ -150,7 +150,7 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket:
     return sock
 
 
-class _Talk:
+class _Exchange:
     """The handshake on one connection."""
 
     def __init__(self, sock: socket.socket, where: str, deadline: float) -> None:

@@ -148,8 +148,7 @@ class ControlServer(Channel):
         return {rank: one.progress for rank, one in list(self._by_rank.items())}
 
     def _send_all(self, connections: list[Connection], message: Message) -> None:
-        if self._failure is not None:
-            raise self._failure
+        self.check()
         self._post(self._send_frame, connections, message.encode())
 
     # For the control thread: joining.

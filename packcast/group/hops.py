@@ -63,8 +63,8 @@ def open_hops(
     it; None where no chunk passes.
 
     All ranks call this with the same arguments and store, and it waits for the neighbours.
-    Raises RendezvousError where they do not connect, and what `check` raises while it waits: the
-    verdict on the transfer, if there is one.
+    Raises RendezvousError where they do not connect, and what `check` raises while it waits:
+    why the transfer has failed, if it has.
     """
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore
@@ -130,7 +130,7 @@ def _meet(
     check()  # or a neighbour who does not know of it yet would connect, and wait
     store.set(f"here-{rank}", printable(host_name()))
     while True:
-        check()  # once there is a verdict the store may go with its host
+        check()  # once there is a failure the store may go with its host
         if store.check([f"here-{neighbour}"]):
             host = store.get(f"here-{neighbour}").decode(errors="replace")
             return printable(host)[:MAX_NAME_LENGTH]  # anybody may have written it

@@ -69,12 +69,12 @@ def open_process_group(
 
 
 def broadcast_over(
-    group: Group, verdict: Callable[[], PackcastError | None]
+    group: Group, failure: Callable[[], PackcastError | None]
 ) -> Callable[[torch.Tensor, int], None]:
     """The group's broadcast of a tensor from a rank of it: on a GPU ordered on the current stream,
     on a CPU over when it returns.
 
-    A thread that waits for gloo looks up now and then, and raises the `verdict` if there is one:
+    A thread that waits for gloo looks up now and then, and raises the `failure` if there is one:
     gloo itself would keep it until its connections end. The group is kept then until they do.
     """
     from torch._C._distributed_c10d import BroadcastOptions
@@ -85,7 +85,7 @@ def broadcast_over(
         options.asyncOp = False
         work = group.broadcast([tensor], options)
         if not tensor.is_cuda:
-            _await(group, tensor, work, verdict)
+            _await(group, tensor, work, failure)
         elif work is not None:  # NCCL's may be: then it went onto the current stream itself
             work.wait()
 
@@ -93,14 +93,14 @@ def broadcast_over(
 
 
 def _await(
-    group: Group, tensor: torch.Tensor, work: Work, verdict: Callable[[], PackcastError | None]
+    group: Group, tensor: torch.Tensor, work: Work, failure: Callable[[], PackcastError | None]
 ) -> None:
     while True:
         try:
             work.wait(_LOOK_UP_EVERY)
             return
         except RuntimeError:
-            error = verdict()
+            error = failure()
             if work.is_completed():
                 work.wait()  # it has ended meanwhile, or this is its own error
                 return

@@ -93,7 +93,7 @@ class Passed:
         return not self._works
 
     def synchronize(self) -> None:
-        """Block until it has passed; raises the verdict once there is one, else gloo's error."""
+        """Block until it has passed; raises the failure once there is one, else gloo's error."""
         while not self.passes_within(_LOOK_UP_EVERY_S):
             pass
 
@@ -102,7 +102,7 @@ class Chain:
     """This rank's place in the chains of all chunks; one thread uses it, in chunk order.
 
     `before` and `after` are the hops towards this rank and from it; None where no chunk passes.
-    `check` raises the verdict on the transfer if there is one. All ranks give the same `order`.
+    `check` raises why the transfer has failed, if it has. All ranks give the same `order`.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Chain:
     def carry(self, memory: torch.Tensor, root: int) -> Passed:
         """Block until the chunk is here, passing it on meanwhile; it may be read afterwards.
 
-        And written again once the mark that is returned has passed. Raises the verdict once there
+        And written again once the mark that is returned has passed. Raises the failure once there
         is one, or RuntimeError where gloo failed first.
         """
         self._check()
@@ -222,7 +222,7 @@ class Chain:
             pass
 
     def _ends_within(self, work: Work, limit_s: float) -> bool:
-        """Has the work ended, waited for? Raises the verdict, or the work's own error."""
+        """Has the work ended, waited for? Raises the failure, or the work's own error."""
         if not work.is_completed():
             if limit_s <= 0:
                 return False

@@ -60,7 +60,7 @@ _left_behind: list[Mover] = []  # that failed, with a collective that would not 
 
 
 @dataclass(frozen=True, slots=True)
-class Moved:
+class DataPhase:
     """What the data phase left: when it began (`time.perf_counter()`), and proof of each file.
 
     `ended` is when the last byte was through on this rank, before its buffers were let go. The
@@ -153,7 +153,7 @@ class Mover:
         sums: bool,
         survives: bool,
         max_rate: float | None = None,
-    ) -> Moved:
+    ) -> DataPhase:
         """Make the process group and send or receive every chunk. All ranks.
 
         `sums` if some rank needs them: all readers must be told alike. `survives` if this process
@@ -179,7 +179,9 @@ class Mover:
             with self._room_told():
                 self._summed = Summed(self._source, self._buffers)
 
-    def run(self, group: Group | Chain, channel: Channel, max_rate: float | None = None) -> Moved:
+    def run(
+        self, group: Group | Chain, channel: Channel, max_rate: float | None = None
+    ) -> DataPhase:
         """Send or receive every chunk over a group that is there. All ranks, once per Mover."""
         self._group = group
         with self._closed_on_error(group, channel), self._cause_told(channel), self._inside():
@@ -195,7 +197,7 @@ class Mover:
                 on_failure=partial(self._run_dry, group, channel) if self._survives else None,
             )
         self._is_moved = True
-        return Moved(
+        return DataPhase(
             began=began,
             ended=ended,
             digests=self._digests(),
@@ -233,8 +235,7 @@ class Mover:
             return broadcast
 
         def broadcast_until_failure(tensor: torch.Tensor, root: int) -> None:
-            if channel.failure:
-                raise channel.failure
+            channel.check()
             broadcast(tensor, root)
 
         return broadcast_until_failure
@@ -263,7 +264,7 @@ class Mover:
         """This rank has failed, or heard that another has, and its process will go on: nobody's
         memory may go while others' GPUs still read it. Whoever hears of it does the same."""
         assert not isinstance(group, Chain), "no GPU passes chunks on along a chain"
-        channel.fail(error if isinstance(error, PackcastError) else _bug(error))
+        channel.fail(_told(error))
         with suppress(RuntimeError):
             self._ring.run_dry(
                 self._chunks,
@@ -323,7 +324,8 @@ class Mover:
                     store=store,
                     timeout_s=timeout_s,
                     interface=interface,
-                    check=partial(_raise_failure, channel),
+                    # No closure: the frames of an error would keep it, and the buffers with it.
+                    check=channel.check,
                 )
             return open_process_group(
                 "nccl",
@@ -359,7 +361,7 @@ class Mover:
             yield
         except BaseException as error:
             if isinstance(group, Chain):
-                channel.fail(error if isinstance(error, PackcastError) else _bug(error))
+                channel.fail(_told(error))
                 group.close()
             raise
 
@@ -454,11 +456,6 @@ class Mover:
             ) from error
 
 
-def _raise_failure(channel: Channel) -> None:
-    """No closure: the frames of an error keep those, and so channel and buffers, with it."""
-    if channel.failure:
-        raise channel.failure
-
-
-def _bug(error: BaseException) -> PackcastError:
-    return TransferError(repr(error))
+def _told(error: BaseException) -> PackcastError:
+    """What the other ranks hear of an error."""
+    return error if isinstance(error, PackcastError) else TransferError(repr(error))

@@ -18,7 +18,7 @@ from packcast.report import RankReport, Report, StageReport, ranks_text
 from packcast.settings import Settings
 from packcast.transfer.agreement import rank_of
 from packcast.transfer.messages import Proved, Published, StageFigures
-from packcast.transfer.moving import Moved
+from packcast.transfer.moving import DataPhase
 from packcast.transfer.offer import Offer
 
 _MAX_SENTENCES = 8
@@ -52,7 +52,9 @@ def agreed_digests(
     return {spec.name: digest for spec, digest in zip(offer.files, digests, strict=True)}
 
 
-def proof_of(offer: Offer, moved: Moved, counters: Counters, sink: Sink, seconds: float) -> Proved:
+def proof_of(
+    offer: Offer, moved: DataPhase, counters: Counters, sink: Sink, seconds: float
+) -> Proved:
     """What this worker has proven: call it once its sink has finished."""
     return Proved(
         digests=moved.digests,
@@ -126,7 +128,7 @@ def facts_of(proof: Proved, published: Published | None) -> dict[str, object]:
 def make_report(
     settings: Settings,
     offer: Offer,
-    moved: Moved,
+    moved: DataPhase,
     counters: Counters,
     *,
     seconds: float,
@@ -215,5 +217,5 @@ def rank_reports(
 
 
 def since(began: float) -> float:
-    """Seconds from `began`, by the clock that `Moved.began` was read from."""
+    """Seconds from `began`, by the clock that `DataPhase.began` was read from."""
     return time.perf_counter() - began

@@ -12,13 +12,13 @@ import pytest
 
 from packcast.cli import doctor, selftest
 from packcast.cli.app import run
-from packcast.cli.doctor import Finding, line_of, version_line
+from packcast.cli.doctor import Diagnosis, line_of, version_line
 from packcast.errors import TransferError
 
 Capture = pytest.CaptureFixture[str]
 
 
-def states(findings: Iterator[Finding]) -> dict[str, str]:
+def states(findings: Iterator[Diagnosis]) -> dict[str, str]:
     return {found.topic: found.state for found in findings}
 
 
@@ -112,7 +112,7 @@ def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_to_do_has_a_line_of_its_own_and_no_control_characters() -> None:
-    text = line_of(Finding("topic", "note", "odd\x1b[2J", "do it"))
+    text = line_of(Diagnosis("topic", "note", "odd\x1b[2J", "do it"))
     assert text == f"note  topic       odd\\x1b[2J\n{' ' * 18}-> do it"
 
 

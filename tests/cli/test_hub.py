@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from packcast.checkpoint.hub import Model, cache_folder, hint_for_missing, model_of
+from packcast.checkpoint.hub import HubModel, cache_folder, hint_for_missing, model_of
 from packcast.cli.app import run
 from packcast.cli.hub import checkpoint_path
 from packcast.errors import CheckpointError, UsageError
@@ -142,7 +142,7 @@ def test_a_download_needs_the_library_and_is_made_once(
         checkpoint_path("org/other@v2", download=True)
     checkpoint_path("org/name", download=True)
     assert asked == [("org/other", "v1"), ("org/other", "v2")]
-    assert Model("org/other", "v1").command == "hf download org/other --revision v1"
+    assert HubModel("org/other", "v1").command == "hf download org/other --revision v1"
 
 
 @pytest.mark.parametrize(
