@@ -57,8 +57,8 @@ def run(settings: BenchSettings, view: BenchView, exit_handler: ProcessExit) -> 
 
     Returns the exit code, the same on all ranks: 0, 5 where no row could be measured, 6 where
     bytes were wrong. Raises PackcastError after telling the other ranks; a lost rank or a stall
-    ends the process through `exit_handler`. Files that it made are removed however it ends. Only the
-    sender's view is told anything.
+    ends the process through `exit_handler`. Files that it made are removed however it ends. Only
+    the sender's view is updated.
     """
     for buffer_size in settings.buffer_sizes:
         for num_buffers in settings.num_buffers:

@@ -275,8 +275,8 @@ def _move(
     log: str | None,
     quiet: bool,
 ) -> int:
-    """Run the transfer. What goes wrong in it leaves through the exit_handler, which ends the process at
-    once: tearing down a broken process group can hang."""
+    """Run the transfer. A failure in it ends the process at once, through the exit handler: tearing
+    down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
     outcome.display.verbose = outcome.verbose
     view: View = outcome.display

@@ -136,8 +136,8 @@ def warner(outcome: Outcome, *, quiet: bool) -> Callable[[str], None]:
 def be_a_rank(outcome: Outcome) -> ProcessExit:
     """Take signals, and die with the launcher. Before torch, whose threads must inherit the mask.
 
-    What goes wrong from here on leaves through the exit_handler, which ends the process at once: tearing
-    down a broken process group can hang.
+    A failure from here on ends the process at once, through the exit handler: tearing down a broken
+    process group can hang.
     """
     exit_handler = ProcessExit(outcome.failed, say=say)
     handover = received()

@@ -1,8 +1,8 @@
-"""The one way out of what a peer, a signal or an error ends, from whichever thread.
+"""How a process ends after a peer's failure, a signal or an error, from whichever thread.
 
-For a command that is the process itself (`ProcessExit`): collectives, destroy and abort can hang for
-ever, so nobody waits for the main thread: what must be undone is registered here, and the end is
-`os._exit`. Imports no torch, not even late: another thread may hold the import lock for the
+For a command that is the process itself (`ProcessExit`): collectives, destroy and abort can hang
+for ever, so nobody waits for the main thread. Clean-ups are registered here, and the process ends
+by `os._exit`. Imports no torch, not even late: another thread may hold the import lock for the
 seconds that torch takes.
 """
 

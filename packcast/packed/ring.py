@@ -1,8 +1,8 @@
 """The slots: device buffers made once, taken strictly in chunk order on every rank.
 
 Chunk i uses slot i mod `num_buffers`. On CUDA a slot's reuse is ordered by events between three
-streams (fill, communication, drain) and the host never waits; on a CPU the host waits for the events
-of those who used it last.
+streams (fill, communication, drain) and the host never waits; on a CPU the host waits for the
+events of those who used it last.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Ring:
             sent.synchronize()
 
     def take(self, chunk: Carried) -> Slot:
-        """The chunk's slot, once its former use is over for the streams, or on a CPU for the host."""
+        """The chunk's slot, once its former use is over: for the streams, on a CPU for the host."""
         slot = self._slot_of(chunk)
         if self.is_host:
             slot.synchronize()

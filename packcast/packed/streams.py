@@ -1,6 +1,6 @@
 """Streams and events, also for the CPU, where the caller's own thread is the stream.
 
-A stream does its work in order; an event is a point in it that another stream or the host waits for.
+A stream works in order; an event is a point in it that another stream or the host waits for.
 """
 
 from __future__ import annotations

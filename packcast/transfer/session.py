@@ -59,7 +59,7 @@ Opened = tuple[Checkpoint | None, tuple[OutgoingFile, ...], PackcastError | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """This process's place in the group. The sender has a server and a checkpoint.
+    """The result of the rendezvous. The sender has a server and a checkpoint.
 
     `checkpoint` is there too on other ranks that ran `send` and can see it: they may be readers.
     A launcher's ranks have met in the `rendezvous`.
@@ -73,7 +73,7 @@ class Session:
     files: tuple[OutgoingFile, ...]
 
     def have_joined(self) -> None:
-        """All have: nobody needs the rendezvous any more, and its port is free before bytes move."""
+        """All ranks have joined: close the rendezvous, so that its port is free."""
         if self.rendezvous is not None:
             self.rendezvous.close()
 

@@ -73,8 +73,9 @@ def run(
 
     Returns this rank's report, whose exit code is 6 where a comparison found a difference. Raises
     PackcastError after telling the other ranks; a failure that comes from them, a lost rank or a
-    stall goes to `exit_handler`, from another thread, since a collective may be hanging. `call` counts
-    the transfers of one launch, alike on all ranks. A worker with `make_destination` receives tensors.
+    stall goes to `exit_handler`, from another thread, since a collective may be hanging. `call`
+    counts the transfers of one launch, alike on all ranks. A worker with `make_destination`
+    receives tensors.
     """
     if settings.command == "send":
         check_ring(settings.buffer_size, settings.num_buffers, settings.staging)

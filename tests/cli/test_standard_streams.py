@@ -77,7 +77,8 @@ def test_what_a_stream_cannot_spell_is_written_as_escapes(
 
 def test_nothing_is_written_into_files_that_got_a_closed_streams_number(tmp_path: Path) -> None:
     program = (
-        "from packcast.cli.standard_streams import secure_streams; secure_streams(); import os, sys;"
+        "from packcast.cli.standard_streams import secure_streams; secure_streams();"
+        " import os, sys;"
         " file = open(sys.argv[1], 'wb', buffering=0); assert file.fileno() > 2;"
         " os.write(2, b'a library complains'); print('talk', file=sys.stderr)"
     )

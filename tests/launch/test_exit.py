@@ -81,7 +81,8 @@ def test_the_first_to_leave_decides_and_the_others_wait() -> None:
         start("""
         exit_handler = ProcessExit(show)
         exit_handler.on_leave(lambda: time.sleep(0.3))
-        threading.Timer(0.1, lambda: (exit_handler.leave(UsageError("late")), print("back"))).start()
+        late = lambda: (exit_handler.leave(UsageError("late")), print("back"))
+        threading.Timer(0.1, late).start()
         exit_handler.leave(CheckpointError("first"))
         """)
     )

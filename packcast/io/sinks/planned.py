@@ -24,7 +24,7 @@ class PlannedTensors:
     Without those `left_out`, by file and position in its header.
 
     For every chunk, in order: `begin` it, put its bytes where `rows` and `addresses` say, and once
-    they are proven say that it has `landed`. `begin` and `landed` are for a thread each, `stop` for
+    they are verified say that it has `landed`. `begin` and `landed` are for a thread each, `stop` for
     any, at any time. Made on the stream that is to write there, as `begin` is called on it.
     """
 
@@ -84,9 +84,9 @@ class PlannedTensors:
             self.addresses.index_copy_(0, begun, pointers)
 
     def landed(self, chunk: int) -> None:
-        """This chunk, and all before it, are proven and in memory: those that end go to the destination.
+        """This chunk and all before it are verified and in memory: complete tensors are passed on.
 
-        Who takes them may keep us waiting.
+        Blocks while the destination has no room for them.
         """
         for index in self._done.of(chunk).tolist():
             with self._lock:

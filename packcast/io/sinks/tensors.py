@@ -1,4 +1,4 @@
-"""The sink that makes tensors of what comes: runs of files become parts of tensors on a destination.
+"""The sink that makes tensors: runs of files become parts of tensors at a destination.
 
 Knows headers and memory; not who takes the tensors, nor where the bytes come from.
 """
@@ -25,11 +25,11 @@ _OFFSET, _NBYTES = 1, 3  # of a span's fields
 
 
 class TensorSink:
-    """Puts proven runs of the offered shards into tensors on `destination`; sidecars are dropped.
+    """Puts verified runs of the offered shards into tensors at `destination`; drops sidecars.
 
     Calls as a sink's: prepare, spans and open_files, finish, publish; abort at any time. On the
-    host I/O threads copy into the tensors, chunk by chunk. Where bytes stay on the device, `planned`
-    stands for that (see DeviceLanding). Holds no memory but that of tensors that are not complete.
+    host I/O threads copy into the tensors, chunk by chunk. Where bytes stay on the device,
+    DeviceLanding uses `planned` instead. Holds no memory but that of incomplete tensors.
     """
 
     stage: Final = "unpack"
