@@ -23,9 +23,9 @@ class PlannedTensors:
 
     Without those `left_out`, by file and position in its header.
 
-    For every chunk, in order: `begin` it, put its bytes where `rows` and `addresses` say, and once
-    they are verified say that it has `landed`. `begin` and `landed` are for a thread each, `stop` for
-    any, at any time. Made on the stream that is to write there, as `begin` is called on it.
+    For every chunk, in order: `begin` it, put its bytes where `rows` and `addresses` say, and call
+    `landed` once they are verified. `begin` and `landed` are for one thread each, `stop` for any, at
+    any time. Construct it, and call `begin`, on the stream that writes there.
     """
 
     def __init__(
