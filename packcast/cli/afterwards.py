@@ -1,6 +1,6 @@
-"""What is written beside the result once a transfer is over: a manifest of the copy, a report.
+"""Files written after a transfer: a manifest of the copy, a report per file and tensor.
 
-By the rank that has the copy, over what is on its disk. Imports no torch.
+The rank that has the copy writes them from what is on its disk. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from packcast.settings import Settings, check_template, fill_in
 
 @dataclass(frozen=True, slots=True)
 class Afterwards:
-    """What is wanted; {rank}, {local_rank} and {host} are still in the names."""
+    """The files that the user asked for; {rank}, {local_rank} and {host} are not filled in yet."""
 
     manifest: str | None = None
     digest: DigestKind = "xxh128"
@@ -48,7 +48,7 @@ class Afterwards:
                 )
 
     def write(self, report: Report, launch: Launch) -> Report:
-        """Write it, if this rank has what it is about; raises PackcastError."""
+        """Write the files if this rank has the copy; raises PackcastError."""
         if report.rank is None:
             return report
         facts = report.workers.get(report.rank, {})

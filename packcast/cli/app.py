@@ -1,6 +1,6 @@
-"""The commands: each reads its options into Settings, makes one call and tells the outcome.
+"""The commands: each parses its options into Settings, makes one call and reports the outcome.
 
-Nothing here imports torch; what needs it is imported inside the command that needs it.
+Imports no torch; a command that needs it imports it when it runs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ COMMANDS = ("send", "recv", "bench", "inspect", "verify", "clean", "doctor")
 
 app = typer.Typer(
     name="packcast",
-    help="Broadcast a safetensors checkpoint from one process to many, byte for byte proven.",
+    help="Broadcast a safetensors checkpoint from one process to many, verified byte for byte.",
     epilog="Example: packcast send CKPT --out '/local/copy-{rank}' --nproc 3",
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -198,7 +198,7 @@ def send(
     if nproc is not None:
         return start_ranks(outcome, nproc)
     if quiet and workers is not None and outcome.settings.token is None:
-        # A quiet command's output is a log, mostly, where others may read: no token belongs there.
+        # The output of a quiet command usually goes to a log that others may read: show no token.
         secret, file = user_token(secret_folders(os.environ))
         outcome.settings = replace(outcome.settings, token=secret, token_file=file)
     return _move(outcome, outcome.settings, wanted, progress, log=log, quiet=quiet)

@@ -1,6 +1,6 @@
-"""`packcast clean`: partial copies that nobody uses any more, listed, and removed with --yes.
+"""`packcast clean`: list unused partial copies, and remove them with --yes.
 
-Imports no torch. Nothing is removed that may be in use, or whose maker is not on record.
+Imports no torch. Never removes a copy that may be in use, or that has no record of its owner.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from packcast.units import format_size
 
 
 def clean(folder: Path, *, yes: bool) -> tuple[Listing, DestinationError | None]:
-    """List what is in `folder` and what belongs to it as a target; with `yes` remove the unused.
+    """List the partial copies in `folder` and beside it; with `yes` remove the unused ones.
 
-    The error tells what could not be removed.
+    The error names the copies that could not be removed.
     """
     real = os.path.realpath(folder)
     try:

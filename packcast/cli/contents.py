@@ -1,6 +1,6 @@
-"""What `inspect` and `--dry-run` say alike of files that are sent: sizes, dtypes, the largest.
+"""The part of `inspect` and `--dry-run` that is alike: sizes, dtypes, the largest tensor.
 
-Pure functions, out of names, sizes and headers.
+Pure functions of names, sizes and headers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MAX_LEFT_OUT = 12
 
 
 class Listed(Protocol):
-    """A file of a checkpoint, or one that goes out."""
+    """A file of a checkpoint, or an outgoing file."""
 
     @property
     def name(self) -> str: ...
@@ -136,7 +136,7 @@ def kind_of_file(file: Listed) -> str:
 
 
 def left_out_lines(found: Sequence[LeftOut]) -> str:
-    """What is not sent and why, by reason; empty where all is."""
+    """The files that are not sent, by reason; empty if all are sent."""
     by_reason: dict[str, list[str]] = {}
     for it in found:
         by_reason.setdefault(it.reason, []).append(it.name)

@@ -1,6 +1,6 @@
-"""`packcast doctor`: what this machine is, what is wrong with it, and a transfer to itself.
+"""`packcast doctor`: describe this machine, find problems, and run a self-test.
 
-torch is imported only where it is asked for.
+Imports torch only for the checks that need it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def doctor(
     tests: bool,
     tell: Callable[[str], None],
 ) -> tuple[Listing, PackcastError | None]:
-    """Look at everything, telling each finding as it comes; the error is that of a self-test, or
+    """Run all checks and pass on each finding as it comes; the error is that of a self-test, or
     says that something else is a problem."""
     findings: list[Diagnosis] = []
     failure: PackcastError | None = None
@@ -84,11 +84,11 @@ def doctor(
             take(found)
     for backend in _backends() if tests else []:
         tell(f"      {'self-test':<11} two ranks over {backend} ...")
-        told, failed = self_test(backend)
+        text, failed = self_test(backend)
         fix = None
         if failed is not None:
             fix = failed.hint or f"try it by hand: packcast send CKPT --nproc 2 --backend {backend}"
-        take(Diagnosis("self-test", "problem" if failed else "ok", told, fix))
+        take(Diagnosis("self-test", "problem" if failed else "ok", text, fix))
         failure = failure or failed
     problems = [it for it in findings if it.state == "problem"]
     if problems and failure is None:
@@ -108,7 +108,7 @@ def doctor(
 
 
 def line_of(found: Diagnosis) -> str:
-    """A finding for people, with what to do on a line of its own."""
+    """A finding as text, with the fix on a line of its own."""
     line = f"{_MARKS[found.state]}  {found.topic:<11} {found.text}"
     return printable(f"{line}\n{'':18}-> {found.fix}" if found.fix else line)
 
@@ -119,12 +119,12 @@ def versions() -> Iterator[Diagnosis]:
     found = [f"{name} {version}" for name in names if (version := version_of(name))]
     nccl = nccl_version()
     where = f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
-    told = ", ".join([f"packcast {packcast.__version__}", *found, f"NCCL {nccl or 'none'}", where])
-    yield Diagnosis("versions", "ok", told)
+    text = ", ".join([f"packcast {packcast.__version__}", *found, f"NCCL {nccl or 'none'}", where])
+    yield Diagnosis("versions", "ok", text)
 
 
 def version_of(distribution: str) -> str | None:
-    """What is installed, without importing it."""
+    """The installed version of a package, without importing it."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -179,10 +179,10 @@ def devices() -> Iterator[Diagnosis]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
-        told = f"cuda:{index} {name}, {format_size(free)} of {format_size(total)} free"
+        text = f"cuda:{index} {name}, {format_size(free)} of {format_size(total)} free"
         fix = f"buffers take {format_size(needed)}: choose smaller ones with --buffer-size"
         short = free < 2 * needed
-        yield Diagnosis("GPUs", "note" if short else "ok", told, fix if short else None)
+        yield Diagnosis("GPUs", "note" if short else "ok", text, fix if short else None)
 
 
 def network() -> Iterator[Diagnosis]:
@@ -221,7 +221,7 @@ def network() -> Iterator[Diagnosis]:
 
 
 def reachable(host: str, port: int) -> Iterator[Diagnosis]:
-    """Whether this host finds and reaches another one, at a port that nobody may serve yet."""
+    """Whether this host resolves and reaches HOST:PORT; no process need listen there yet."""
     where = host_and_port(host, port)
     try:
         found = sorted({text_of(address) for *_, address in resolve(host, port)})
@@ -234,30 +234,30 @@ def reachable(host: str, port: int) -> Iterator[Diagnosis]:
     try:
         socket.create_connection((host, port), _REACH_LIMIT_S).close()
     except ConnectionRefusedError:
-        told = f"{where} is reachable; no process listens there now"
-        yield Diagnosis("reach", "ok", told)
+        text = f"{where} is reachable; no process listens there now"
+        yield Diagnosis("reach", "ok", text)
     except OSError as error:
-        told = f"{where}: {error.strerror or f'no answer in {_REACH_LIMIT_S:g} s'}"
+        text = f"{where}: {error.strerror or f'no answer in {_REACH_LIMIT_S:g} s'}"
         fix = "a firewall between the hosts may block that port"
-        yield Diagnosis("reach", "problem", told, fix)
+        yield Diagnosis("reach", "problem", text, fix)
     else:
         yield Diagnosis("reach", "ok", f"{where} answers")
 
 
 def limits() -> Iterator[Diagnosis]:
-    """What the system allows one process: files, and locked memory."""
+    """Limits of this process: open files and locked memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = soft < _WANTED_FILES
     fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if few else None
     yield Diagnosis("open files", "note" if few else "ok", f"at most {soft:,}", fix)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     wanted = DEFAULT_STAGING
-    told = "unlimited" if locked == resource.RLIM_INFINITY else format_size(locked)
+    text = "unlimited" if locked == resource.RLIM_INFINITY else format_size(locked)
     low = has_gpu_driver() and locked != resource.RLIM_INFINITY and locked < wanted
     yield Diagnosis(
         "pinned",
         "note" if low else "ok",
-        f"locked memory at most {told} (ulimit -l); a rank with a GPU pins {format_size(wanted)}",
+        f"locked memory at most {text} (ulimit -l); a rank with a GPU pins {format_size(wanted)}",
         "ulimit -l unlimited, which NCCL over InfiniBand needs" if low else None,
     )
     available = available_nbytes()
@@ -277,14 +277,14 @@ def space(folders: Sequence[Path]) -> Iterator[Diagnosis]:
         try:
             free = shutil.disk_usage(folder).free
         except OSError as error:
-            told = f"{folder}: {(error.strerror or str(error)).lower()}"
-            yield Diagnosis("space", "problem", told, "give a directory that exists")
+            text = f"{folder}: {(error.strerror or str(error)).lower()}"
+            yield Diagnosis("space", "problem", text, "give a directory that exists")
             continue
-        told = f"{format_size(free)} free at {folder.resolve()}"
+        text = f"{format_size(free)} free at {folder.resolve()}"
         if not os.access(folder, os.W_OK):
-            yield Diagnosis("space", "problem", f"{told}, which is not writable", "choose another")
+            yield Diagnosis("space", "problem", f"{text}, which is not writable", "choose another")
         else:
-            yield Diagnosis("space", "note" if free < _LITTLE_SPACE else "ok", told)
+            yield Diagnosis("space", "note" if free < _LITTLE_SPACE else "ok", text)
     shared = Path("/dev/shm")
     if has_gpu_driver() and shared.is_dir() and shutil.disk_usage(shared).free < 64 << 20:
         yield Diagnosis(
@@ -293,7 +293,7 @@ def space(folders: Sequence[Path]) -> Iterator[Diagnosis]:
 
 
 def variables() -> Iterator[Diagnosis]:
-    """What is set that changes how a transfer goes; no secrets."""
+    """Environment variables that affect a transfer; secrets are not shown."""
     names = sorted(name for name in os.environ if name.startswith(_VARIABLES))
     shown = (f"{name}={'...' if name == _SECRET else os.environ[name]}" for name in names)
     yield Diagnosis("environment", "ok", " ".join(shown) or "no variable that matters here is set")

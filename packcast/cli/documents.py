@@ -1,8 +1,9 @@
-"""The shapes of all JSON results but the bench's, as models; `packcast/result.schema.json` is made
-of them by `python -m packcast.cli.documents`.
+"""Models of all JSON results except the bench's.
 
-Sizes are bytes, times are seconds, rates bytes per second. No command imports this: what is written
-is made elsewhere, and tests compare.
+`python -m packcast.cli.documents` prints `packcast/result.schema.json` from them.
+
+Sizes are bytes, times are seconds, rates bytes per second. No command imports this; tests compare
+the results of the commands with it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 
 class Model(BaseModel):
-    """Nothing but what is declared."""
+    """A model that forbids undeclared fields."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Document(Model):
-    """What every result begins with; `schema` is 1."""
+    """The fields that every result begins with; `schema` is 1."""
 
     model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
 
@@ -50,7 +51,7 @@ class LargestTensor(Model):
 
 
 class ListedCheckpoint(Model):
-    """What is sent, summed up."""
+    """Totals of the files that are sent."""
 
     path: str
     files: int
@@ -135,7 +136,7 @@ class WouldSend(Document):
 
 
 class DifferingFile(Model):
-    """A file that is another one, with the tensors that are."""
+    """A file that differs, with the tensors that differ."""
 
     file: str
     offset: int | None
@@ -144,7 +145,7 @@ class DifferingFile(Model):
 
 
 class ComparedCopy(Model):
-    """A copy beside what it should be; the names are all there are."""
+    """A copy compared with what it should be; the lists of names are complete."""
 
     path: str
     against: str
@@ -167,7 +168,7 @@ class Verified(Document):
 
 
 class PartialCopy(Model):
-    """What a killed transfer left behind, or one that is under way."""
+    """The partial copy of a killed transfer, or of one that is running."""
 
     path: str
     state: Literal["used", "unused", "unknown"]
@@ -184,7 +185,7 @@ class Cleaned(Document):
 
 
 class Finding(Model):
-    """One thing that was looked at; `fix` says what to do about it."""
+    """The result of one check; `fix` says what to do about it."""
 
     topic: str
     state: Literal["ok", "note", "problem"]
@@ -217,9 +218,9 @@ class FirstDifference(Model):
 
 
 class WorkerResult(Model):
-    """What a worker said of itself; on the worker only what its sink says. Which fields there are
-    depends on `sink`. Lists of names are cut off at 8 KiB; `comparison` of the worker's own result
-    has all."""
+    """What a worker reported; in the worker's own result only the fields of its sink. The fields
+    depend on `sink`. Lists of names are cut off at 8 KiB; `comparison` in the worker's own result
+    is complete."""
 
     device: str | None = None
     pool: str | None = None
@@ -246,7 +247,7 @@ class WorkerResult(Model):
 
 
 class SentCheckpoint(Model):
-    """What went; the path is known on the sender only."""
+    """The checkpoint that was sent; only the sender knows the path."""
 
     path: str | None
     files: int
@@ -255,7 +256,7 @@ class SentCheckpoint(Model):
 
 
 class RankResult(Model):
-    """One rank; `ok` is null where nobody knows how it ended."""
+    """One rank; `ok` is null if it is not known how it ended."""
 
     rank: int
     role: Literal["sender", "worker"]
@@ -266,7 +267,7 @@ class RankResult(Model):
 
 
 class GroupResult(Model):
-    """Who took part, over what and why."""
+    """The ranks, the backend, and why that backend."""
 
     backend: str | None
     reason: str | None
@@ -302,7 +303,7 @@ class Transferred(Document):
 
 
 class Failed(Document):
-    """What ended before it knew more, as on a usage error."""
+    """A command that failed early, for example on a usage error."""
 
     command: str
 

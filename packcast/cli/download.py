@@ -18,9 +18,9 @@ def checkpoint_path(
     download: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Where it is: in the file system, else in the Hugging Face cache, after a download if wanted.
+    """The path of a checkpoint: a file, else in the Hugging Face cache, downloaded if asked.
 
-    What is nowhere stays as it is: whoever opens it says so, with a hint.
+    A name that is found nowhere is returned unchanged; opening it raises the error, with a hint.
     """
     given = path(text)
     found = resolved(given, environ)

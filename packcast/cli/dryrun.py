@@ -1,6 +1,6 @@
-"""`packcast send --dry-run`: what would go, in which chunks, and what it needs. No torch.
+"""`packcast send --dry-run`: the files, chunks, memory and disk space of a transfer. No torch.
 
-Raises what `send` would raise before it moves a byte, as far as it can be known here.
+Raises the errors that `send` would raise before it moves a byte, as far as this host can know.
 """
 
 from __future__ import annotations

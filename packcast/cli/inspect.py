@@ -1,4 +1,4 @@
-"""`packcast inspect`: what is in a checkpoint, from its headers alone. No torch, no tensor data."""
+"""`packcast inspect`: the contents of a checkpoint, read from its headers. No torch."""
 
 from __future__ import annotations
 

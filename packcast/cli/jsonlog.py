@@ -1,6 +1,6 @@
-"""A log for machines, `--log-json FILE`: a JSON object on each line, as things happen.
+"""`--log-json FILE`: a JSON object on each line, written as the event happens.
 
-Each has `time` (seconds since 1970) and `event`. Sizes are bytes. By event there are besides:
+Each has `time` (seconds since 1970) and `event`. Sizes are bytes. The other fields by event:
 
     phase     phase: load, join, offer, start, data, finish, publish, done
     join      joined, wanted: numbers of workers; missing: ranks; newest: the last one, or null
@@ -33,8 +33,8 @@ PROGRESS_EVERY_S = 10.0
 
 
 class JsonLog(View):
-    """The file of one rank. Without {rank} in its name it is the sender's, in a launch of several
-    ranks: lines wait until it is known who that is.
+    """The log file of one rank. Without {rank} in its name only the sender writes: lines are kept
+    until the launch has decided which rank sends.
     """
 
     def __init__(self, name: str, launch: Launch) -> None:
@@ -99,7 +99,7 @@ class JsonLog(View):
         self._over.set()
 
     def ended(self, error: PackcastError | None) -> None:
-        """The last line; after it nothing is written."""
+        """Write the last line."""
         self._over.set()
         self._settle(is_mine=self._is_first)  # of a run that ended before it was known
         self._write(
@@ -125,7 +125,7 @@ class JsonLog(View):
         )
 
     def _settle(self, *, is_mine: bool) -> None:
-        """Whether this rank is to write, unless that is known already."""
+        """Decide whether this rank writes, unless that is decided already."""
         with self._lock:
             if self._file is None and not self._is_dropped:
                 if is_mine:
@@ -160,7 +160,7 @@ class JsonLog(View):
         self._waiting.clear()
 
     def _give_up(self, error: OSError) -> None:
-        """A full disk of logs ends no transfer."""
+        """A failed write of the log does not fail the transfer."""
         say(f"packcast: warning: --log-json: {self._path}: {error.strerror}; no more is logged")
         self._drop()
 
@@ -173,7 +173,7 @@ class JsonLog(View):
 
 
 class Views(View):
-    """Several, each of which is told everything."""
+    """Passes every call on to several views."""
 
     def __init__(self, *views: View) -> None:
         self._views = views

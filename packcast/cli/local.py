@@ -1,6 +1,6 @@
-"""The commands that look at this machine alone: inspect, verify, clean, doctor; no transfer.
+"""The commands without a transfer: inspect, verify, clean, doctor.
 
-Each reads its options, makes one call and shows what was found.
+Each parses its options, makes one call and prints the result.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def doctor(
 def _show_all(
     outcome: Outcome, listing: Listing, failure: PackcastError | None, *, quiet: bool
 ) -> int:
-    """What was found, then what is wrong with it; the exit code."""
+    """Print a listing, then its warnings; returns the exit code."""
     show(outcome, listing, quiet=quiet)
     if failure is None:
         return 0
@@ -126,7 +126,7 @@ def _show_all(
 
 
 def show(outcome: Outcome, listing: Listing, *, quiet: bool) -> int:
-    """What was asked for on standard output: the text, or the JSON in its place."""
+    """Print the listing to standard output, as text or as JSON."""
     if not quiet:
         for warning in listing.warnings:
             say(f"packcast: warning: {warning}")

@@ -1,6 +1,6 @@
 """The options of the command line, declared once: names, help, panels, environment variables.
 
-Knows nothing of what they are for; `cli/parsing.py` reads and checks the values.
+`cli/parsing.py` parses and checks the values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OUTPUT = "Output"
 
 
 def variable_of(name: str) -> str:
-    """The variable that an option is read from where it is not typed: PACKCAST_BUFFER_SIZE."""
+    """The environment variable of an option: PACKCAST_BUFFER_SIZE."""
     return "PACKCAST_" + name.removeprefix("--").replace("-", "_").upper()
 
 

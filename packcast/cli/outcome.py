@@ -1,4 +1,4 @@
-"""How a command ends: the error or the end line for people, the JSON result, the exit code.
+"""The end of a command: error or summary, JSON result, exit code.
 
 The one place that prints an error. Knows no torch.
 """
@@ -37,9 +37,9 @@ _TRY_VERBOSE = "run again with -v for the traceback"
 
 
 def command_failure(error: BaseException) -> PackcastError:
-    """Every way in which a command can fail, Ctrl-C too, as one of ours with an exit code.
+    """Any exception of a command, Ctrl-C too, as a PackcastError with an exit code.
 
-    `errors.as_packcast_error` is for threads on the way, which know what they were doing.
+    `errors.as_packcast_error` is the same for threads, which can say what they were doing.
     """
     if isinstance(error, PackcastError):
         return error
@@ -57,7 +57,7 @@ def command_failure(error: BaseException) -> PackcastError:
 
 @dataclass(slots=True)
 class Outcome:
-    """What is known, while a command runs, of how its end must be told."""
+    """What the end of the running command needs to know."""
 
     argv: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
@@ -94,7 +94,7 @@ class Outcome:
             self._say_error(second)
 
     def finished(self, report: Report) -> int:
-        """Tell the result, which may be a failure that was survived; returns the exit code."""
+        """Print and write the result, which may be a failure; returns the exit code."""
         report = replace(report, total_seconds=time.monotonic() - self.began)
         if self.display:
             self.display.close()
@@ -107,14 +107,14 @@ class Outcome:
             self.log.ended(error)
         if error is not None:
             record_failure(error)
-            # With --nproc the sender says on the same terminal what each worker has found.
+            # With --nproc the sender prints each worker's failure on the same terminal.
             if report.is_sender or self.verbose or received() is None:
                 self._say_error(error)
         self._write_report(report)
         return report.exit_code
 
     def write_document(self, document: dict[str, object], rank: int | None = None) -> None:
-        """Write the JSON where --json says; nothing without it."""
+        """Write the JSON result to the file of --json, if given."""
         if self.json is None:
             return
         text = to_json(document)
@@ -136,12 +136,14 @@ class Outcome:
         tried = self.verbose and error.hint == _TRY_VERBOSE
         hint = f"\n  {error.hint}" if error.hint and not tried else ""
         text = f"packcast: error: {error.message}{hint}"
-        # What was told an address is in no launch, whatever the environment: it may be tried again.
+        # A rank with an explicit address belongs to no launch, whatever the environment says.
         by_address = self.settings is not None and self.settings.by_address
         said = None if by_address else said_here()
         if said is None or self.verbose:  # then each rank's follows its traceback
             say(text)
-        elif received() is None or not isinstance(error, Interrupted):  # of that --nproc tells
+        elif received() is None or not isinstance(
+            error, Interrupted
+        ):  # --nproc reports the interruption
             say_once(text, said)
 
     def _write_report(self, report: Report) -> None:
@@ -168,7 +170,7 @@ class Outcome:
 def failure_report(
     settings: Settings, launch: Launch, display: Display | None, error: PackcastError
 ) -> Report:
-    """The result of a run that ended in `error`, as far as the display was told of it."""
+    """The result of a run that ended in `error`, with what the display knows of it."""
     report = Report(
         command=settings.command,
         checkpoint=None if settings.checkpoint is None else os.path.abspath(settings.checkpoint),

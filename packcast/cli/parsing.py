@@ -1,6 +1,6 @@
-"""What was typed on the command line, read and checked: the only way into `packcast.settings`.
+"""Parses and checks the values of options: from text to the fields of `packcast.settings`.
 
-Every complaint is a UsageError that names the option. Knows no torch, and does nothing yet.
+Every error is a UsageError that names the option. Imports no torch; has no side effects.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LISTENING_SENDER = "`packcast send --workers N --listen HOST:PORT` prints the li
 
 
 def parsed(option: str, text: str, parse: Callable[[str], T]) -> T:
-    """What `parse` makes of it, whose UsageError is given the name of the option."""
+    """`parse(text)`; a UsageError gets the name of the option."""
     try:
         return parse(text)
     except UsageError as error:
@@ -49,12 +49,12 @@ def parsed(option: str, text: str, parse: Callable[[str], T]) -> T:
 
 
 def option(name: str) -> str:
-    """What a setting is called here."""
+    """The option of a setting."""
     return "HOST:PORT" if name == "address" else f"--{name.replace('_', '-')}"
 
 
 def path(text: str) -> Path:
-    """`~` is the home directory, also where no shell has said so: `--out=~/x`, quotes, a file."""
+    """A path, with `~` expanded, which no shell does in `--out=~/x` or in quotes."""
     return Path(text).expanduser() if text.startswith("~") else Path(text)
 
 
@@ -85,7 +85,7 @@ class TimeLimits(TypedDict):
 
 
 def buffers(buffer_size: str | None, num_buffers: int, staging: str) -> BufferOptions:
-    """The ring and the staging, if such a ring can be built."""
+    """The sizes of ring and staging; raises UsageError if no such ring can be built."""
     nbytes = None if buffer_size is None else size("--buffer-size", buffer_size)
     pinned = size("--staging", staging)
     check_ring(nbytes, num_buffers, pinned)
@@ -124,7 +124,7 @@ def readers(text: str) -> int | None:
 
 
 def device(text: str) -> str:
-    """Whether it is there is found out later, on the device's host."""
+    """Whether the device exists is checked later, on its host."""
     return check_device("--device", text)
 
 
@@ -169,7 +169,7 @@ def destination(
 
 
 def in_place(wanted: bool, sink: SinkKind) -> bool:
-    """Only what is written can be written in place."""
+    """--in-place needs a sink that writes."""
     if wanted and sink != "write":
         raise UsageError("--in-place needs --out", hint="it keeps the directory --out DIR")
     return wanted
@@ -206,7 +206,7 @@ def token(
 
 
 def json_target(text: str | None) -> str | None:
-    """Where the result goes; checked now, not when the transfer is over."""
+    """The file of --json, checked before the transfer."""
     return text if text is None or text == "-" else _writable("--json", text)
 
 
@@ -232,14 +232,14 @@ def _writable(option: str, text: str) -> str:
 
 
 def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None:
-    """Who takes part in `send` must be said once, by a launcher or by an option."""
+    """The ranks of `send` must be given once, by a launcher or by an option."""
     validation.check_send(settings, launch, option, nproc=nproc, hint=validation.WAYS_TO_LAUNCH)
 
 
 def check_recv(
     settings: Settings, launch: Launch, *, json: str | None, log: str | None = None
 ) -> None:
-    """Without a launcher `recv` must be told where the sender is."""
+    """Without a launcher `recv` needs the sender's address."""
     for name, file in (("--json", json), ("--log-json", log)):
         if launch.kind != "none" and file is not None and "{rank}" not in file:
             raise UsageError(
@@ -251,10 +251,10 @@ def check_recv(
 def refuse_unused(
     typed: Collection[str], *, without_launcher: bool, writes: bool, has_manifest: bool
 ) -> None:
-    """Raise UsageError for an option that was typed and would change nothing: whoever did expects
-    that it does. `without_launcher` is a sender that waits for others, with options of their own.
+    """Raise UsageError for an option on the command line that would have no effect.
 
-    What is in the environment may be meant for the commands of a whole host.
+    `without_launcher`: a sender with --workers, whose workers have options of their own. Variables
+    of the environment are not checked: they may be set for all commands of a host.
     """
     for name in _WORKERS_OWN:
         if name in typed and without_launcher:

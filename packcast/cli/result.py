@@ -1,4 +1,4 @@
-"""A Report for machines: JSON, schema 1. Pure functions."""
+"""The JSON result of a Report, schema 1. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCHEMA = 1
 
 
 def to_json(document: dict[str, object]) -> str:
-    """One JSON document, ended by a line feed. Names that are no text become escapes."""
+    """One JSON document with a final line feed. File names that are not valid text are escaped."""
     head = {"schema": SCHEMA, "version": packcast.__version__}
     return json.dumps({**head, **document}, indent=2, allow_nan=False) + "\n"
 
@@ -102,5 +102,5 @@ def comparison_document(comparison: Comparison) -> dict[str, object]:
 
 
 def count(number: int, noun: str, nouns: str | None = None) -> str:
-    """`1 file`, `3 files`; `nouns` where it is more than an s."""
+    """`1 file`, `3 files`; `nouns` is an irregular plural."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {nouns or noun + 's'}"

@@ -21,7 +21,7 @@ _KEPT = ("PACKCAST_POOL",)
 
 
 def self_test(backend: str) -> tuple[str, PackcastError | None]:
-    """Send over this backend; a sentence of how it went, and what went wrong."""
+    """Run a transfer over this backend; returns a sentence, and the fix if it failed."""
     with tempfile.TemporaryDirectory(prefix="packcast-doctor-") as folder:
         checkpoint, copy = Path(folder, "model"), Path(folder, "copy")
         _make(checkpoint)

@@ -1,7 +1,7 @@
-"""The standard streams as a command finds them: closed, full, hung up, ASCII, non-blocking.
+"""Standard output and standard error that may be closed, full, hung up, ASCII or non-blocking.
 
-What people are told is never worth a transfer: what standard error cannot take is dropped. A result
-that standard output cannot take is an error, said once. Knows no command.
+A failed write to standard error is ignored: no transfer fails for a message. A failed write of the
+result to standard output is an error, reported once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _PATIENCE_S = 1.0  # for a terminal or pipe that takes nothing just now
 
 
 def secure_streams() -> None:
-    """Have nothing that is written there raise anything but our own errors.
+    """Replace sys.stdout and sys.stderr, so that writes raise only our own errors.
 
-    First of all in a process: a descriptor that is closed would be given to the next file that is
-    opened, and what a library complains about would be written into that.
+    Call it first in a process: the number of a closed descriptor would go to the next file that is
+    opened, and a library's message would be written into that file.
     """
     _open_closed(0, os.O_RDONLY)
     _open_closed(1, os.O_RDONLY)  # so that a result which is written there is missed
@@ -32,7 +32,7 @@ def secure_streams() -> None:
 
 
 def flush_streams() -> None:
-    """Write what is kept back; raises DestinationError where a result cannot be written."""
+    """Flush the result; raises DestinationError if it cannot be written."""
     sys.stdout.flush()
     sys.stderr.flush()
 
@@ -79,7 +79,7 @@ class _Stream(io.RawIOBase):
         return True
 
     def write(self, data: object) -> int:
-        """All of it, or none that anybody hears of again after a failure."""
+        """Write all of it; after a failure ignore everything."""
         assert isinstance(data, bytes | bytearray | memoryview)
         view = memoryview(data).cast("B")
         if not self._has_failed:
@@ -98,7 +98,7 @@ class _Stream(io.RawIOBase):
                     return
 
     def _wait(self) -> bool:
-        """Until something can be written; False where that is not worth waiting for."""
+        """Wait until a write is possible; False to give up."""
         raise NotImplementedError
 
     def _fail(self, error: OSError) -> bool:
@@ -107,7 +107,7 @@ class _Stream(io.RawIOBase):
 
 
 class _Talk(_Stream):
-    """Standard error, for people."""
+    """Standard error: messages."""
 
     is_unbuffered = True
 
@@ -119,14 +119,14 @@ class _Talk(_Stream):
 
 
 class _Result(_Stream):
-    """Standard output, for what was asked for."""
+    """Standard output: the result."""
 
     def _wait(self) -> bool:
         select.select([], [self._fd], [])
         return True
 
     def _fail(self, error: OSError) -> bool:
-        if error.errno != errno.EPIPE:  # who reads has what was wanted, as `head` has
+        if error.errno != errno.EPIPE:  # the reader has all it wanted, as `head` does
             self._has_failed = True
             reason = "it is closed" if error.errno == errno.EBADF else error.strerror
             raise DestinationError(f"cannot write to standard output: {reason}") from None

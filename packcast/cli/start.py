@@ -1,6 +1,6 @@
-"""How a command's process becomes what it is: the parent of ranks, or a rank with its way out.
+"""The start of a command that moves data: as the parent of ranks, or as a rank.
 
-What all commands that move data begin with. Nothing here imports torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from packcast.launch.nproc import run_nproc
 from packcast.launch.validation import launch_of
 from packcast.settings import Settings, fill_in
 
-_BY_ADDRESS = ("workers", "listen", "address")  # options that say who takes part
+_BY_ADDRESS = ("workers", "listen", "address")  # options that choose the ranks
 _PLAIN = [
     (re.compile(pattern), words)
     for pattern, words in (
@@ -43,12 +43,12 @@ _PLAIN = [
     )
 ]
 _OPTION = re.compile(r"'?(--[a-z][a-z-]*)'?")
-# What Kubernetes sets in every pod beside a service called packcast: PACKCAST_PORT=tcp://10.0.0.1:80
+# Kubernetes sets PACKCAST_PORT=tcp://10.0.0.1:80 in every pod if a service is called packcast.
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")
 
 
 def begin(context: typer.Context, command: str, *, json: str | None, verbose: bool) -> Outcome:
-    """What even a wrong command line's end must know: -v and --json."""
+    """Set what the report of a usage error needs: -v and --json."""
     outcome = context.obj
     assert isinstance(outcome, Outcome)
     outcome.command, outcome.verbose = command, verbose
@@ -60,14 +60,14 @@ def begin(context: typer.Context, command: str, *, json: str | None, verbose: bo
 
 
 def forget_service_links(environ: MutableMapping[str, str]) -> None:
-    """Drop what has the name of an option of ours, but is Kubernetes' word of a service."""
+    """Remove PACKCAST_PORT if Kubernetes has set it for a service called packcast."""
     name = variable_of("--port")
     if _SERVICE_LINK.fullmatch(environ.get(name, "")):
         del environ[name]
 
 
 def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Behind each option that the error's message names, the variable that it was read from."""
+    """Add to each option in the error's message the environment variable that it was read from."""
     typed = {word.partition("=")[0] for word in takewhile(lambda word: word != "--", argv)}
 
     def with_variable(found: re.Match[str]) -> str:
@@ -80,7 +80,7 @@ def name_variables(error: PackcastError, argv: Sequence[str], environ: Mapping[s
 
 
 def plain_words(message: str) -> str:
-    """The parser's message about an invalid value, in our words."""
+    """The option parser's message in plain words."""
     for pattern, words in _PLAIN:
         message = pattern.sub(words, message)
     return message
@@ -93,7 +93,7 @@ def typed_options(context: typer.Context) -> set[str]:
 
 
 def start_ranks(outcome: Outcome, nproc: int) -> int:
-    """Be the parent of `nproc` ranks that run the same command; the exit code of the whole."""
+    """Start `nproc` ranks that run the same command; returns the exit code of the launch."""
     os.environ.pop("PACKCAST_NPROC", None)  # or every rank would start ranks of its own
     argv = given.without_nproc(outcome.argv)
 
@@ -124,7 +124,7 @@ def _clear_leftovers(settings: Settings | None, nproc: int, *, remove: bool) -> 
 
 
 def warner(outcome: Outcome, *, quiet: bool) -> Callable[[str], None]:
-    """Where a warning goes that is the same for all ranks of a host: one of them gives it."""
+    """A function that prints a warning on one rank of each host."""
 
     def warn(text: str) -> None:
         if not quiet and outcome.launch.local_rank == 0 and outcome.launch.kind != "nproc":
@@ -145,6 +145,6 @@ def be_a_rank(outcome: Outcome) -> ProcessExit:
     if outcome.launch.kind in ("nproc", "torchrun"):
         die_with_parent(handover.launcher_pid if handover is not None else None)
     if not outcome.verbose:
-        # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
+        # Otherwise torch's threads report a lost peer in thirty lines of C++ before we do in one.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return exit_handler

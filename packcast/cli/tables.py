@@ -10,7 +10,7 @@ from packcast.cli.terminal import printable
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What `inspect` and `--dry-run` found: for people, for machines, and what is odd about it."""
+    """The result of `inspect` or `--dry-run`: text, JSON document, warnings."""
 
     text: str
     document: dict[str, object]

@@ -40,7 +40,7 @@ def say_once(text: str, said: Path) -> None:
             file.seek(0)
             if line in file:
                 return
-            # Before it is noted: who is killed in between is not taken to have said it.
+            # Print before noting it: a process that is killed in between has not printed it.
             say(text)
             file.write(line)
     except OSError:  # the launcher has gone, and has taken the file along
@@ -48,7 +48,7 @@ def say_once(text: str, said: Path) -> None:
 
 
 def _stream_id() -> str:
-    """Under a launcher's --redirects or --tee each rank has a standard error of its own."""
+    """Identifies standard error: under --redirects or --tee each rank has its own."""
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -68,7 +68,7 @@ class TerminalLock:
         self._fd: int | None = None
 
     def acquire(self) -> bool:
-        """True if nobody else draws here; also where standard error is no terminal."""
+        """True if no other process draws on this terminal, or if standard error is no terminal."""
         if self._fd is not None:
             return True
         try:

@@ -1,4 +1,4 @@
-"""`packcast verify`: copies beside their manifest, or beside each other; no transfer, no torch."""
+"""`packcast verify`: compare copies with a manifest or with each other; no transfer, no torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _WORDS = {"*": "differs", "-": "missing", "+": "extra", "!": "unreadable"}
 
 @dataclass(frozen=True, slots=True)
 class VerifyOptions:
-    """What is to be compared with what, and what is to be written."""
+    """The copies, what to compare them with, and the files to write."""
 
     directories: tuple[Path, ...]
     against: Path | None = None
@@ -45,10 +45,10 @@ class VerifyOptions:
 
 
 def verify(options: VerifyOptions, *, quiet: bool) -> tuple[Listing, VerificationError | None]:
-    """Compare, and write what was asked for; the error says how many copies differ.
+    """Compare, and write the files; the error says how many copies differ.
 
-    Raises UsageError where there is nothing to compare with, CheckpointError where what is compared
-    with cannot be read.
+    Raises UsageError if there is nothing to compare with, CheckpointError if the reference is
+    unreadable.
     """
     began = time.monotonic()
     first, *others = [
@@ -132,7 +132,7 @@ def _text(
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """What a person reads of one copy: that it is the same, or every file that is not."""
+    """One copy as text: that it is the same, or every file that differs."""
     path, against = comparison.path, comparison.against
     if comparison.equal:
         return [f"{path}: identical to {against}, {count(len(comparison.files), 'file')}"]
@@ -181,7 +181,7 @@ def _document(
 
 
 class _Counted:
-    """How many bytes were read, from any thread, told every ten seconds."""
+    """Counts the bytes read, on any thread, and prints the count every ten seconds."""
 
     def __init__(self, copies: Sequence[LocalCopy], *, quiet: bool) -> None:
         self.nbytes = 0

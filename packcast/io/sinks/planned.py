@@ -24,7 +24,7 @@ class PlannedTensors:
     Without those `left_out`, by file and position in its header.
 
     For every chunk, in order: `begin` it, put its bytes where `rows` and `addresses` say, and call
-    `landed` once they are verified. `begin` and `landed` are for one thread each, `stop` for any, at
+    `landed` once they are verified. `begin` and `landed` are for one thread each, `stop` for any at
     any time. Construct it, and call `begin`, on the stream that writes there.
     """
 
