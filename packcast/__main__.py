@@ -1,10 +1,10 @@
-"""`packcast` and `python -m packcast`: the command line's front door, and its way out."""
+"""`packcast` and `python -m packcast`: the entry point of the command line."""
 
 from __future__ import annotations
 
 import signal
 
-# Whoever stops this while it is still being imported is not to see where.
+# Ctrl-C during the imports must not print a traceback.
 _INTERRUPT = signal.getsignal(signal.SIGINT)
 if _INTERRUPT is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -28,7 +28,7 @@ def main() -> None:
         code = run(sys.argv[1:])
     except KeyboardInterrupt:  # before a command has begun, or after it has ended
         code = 128 + signal.SIGINT
-    with suppress(PackcastError):  # which has been said, if it is to be said
+    with suppress(PackcastError):  # already reported
         flush_streams()
     if "torch" in sys.modules:
         # All that was begun has ended, and taking torch's modules down takes half a second.

@@ -1,6 +1,6 @@
-"""Every error a user can meet, each with its exit code. Knows nothing of the rest but a report.
+"""All errors, each with its exit code.
 
-PackcastError                 1   (a bug, where nothing better is known)
+PackcastError                 1   (a bug)
 +-- UsageError                2
 +-- CheckpointError           3   what is on disk is not a checkpoint, or changed under us
 +-- RendezvousError           4   the group: ranks are missing, too many, or incompatible
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class PackcastError(Exception):
-    """What went wrong and where, and as `hint` the next step; one or two lines together.
+    """A message, and as `hint` the next step; one or two lines together.
 
     A library call sets `report` if the transfer reached its end: a difference was found, or a
     worker could not publish. The hint may name an option of the

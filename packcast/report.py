@@ -1,6 +1,6 @@
-"""What came out of one run on one rank: plain data between the transfer and the command line.
+"""The result of a transfer on one rank: plain data.
 
-Knows no torch, and not how it will be shown.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from packcast.comparison import Comparison
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """One rank of the group; `ok` is None where nobody knows how it ended."""
+    """One rank of the group; `ok` is None if it is not known how it ended."""
 
     rank: int
     role: Literal["sender", "worker"]
@@ -46,8 +46,7 @@ class Report:
     The sender's covers the whole group, a worker's itself. Sizes in bytes. `rank` is this
     process's own, None where it failed before it had one. `workers` holds small JSON-able facts
     per rank, such as where it wrote; `digests` maps a file's logical name to its hex digest. The
-    peaks are of what packcast took itself: a model of the caller's is no part of them, nor are
-    tensors that were received whole.
+    peaks count packcast's own memory: not the caller's model, nor tensors that were received.
     """
 
     command: Literal["send", "recv"]

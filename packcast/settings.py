@@ -1,7 +1,7 @@
-"""What a user asked for, typed and checked: plain data between whoever asks and the transfer.
+"""The settings of a transfer, and their checks: plain data.
 
-Knows no torch, no files' contents and no command line library. A check's `where` is what the user
-calls the value: `--device` on the command line, `device` in a library call.
+Imports no torch and no command line library. A check's `where` is the user's name of the value:
+`--device` on the command line, `device` in a library call.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Settings:
     sink: SinkKind = "discard"
     target: str | None = None  # --out or --verify, with {rank}, {local_rank}, {host} still in it
     force: bool = False
-    in_place: bool = False  # the target directory stays the one that it is
+    in_place: bool = False  # fill the existing target directory
     sidecars: bool = True
     all_files: bool = False
     follow_links: bool = False  # that lead out of the checkpoint
@@ -79,14 +79,14 @@ class Settings:
 
     @property
     def by_address(self) -> bool:
-        """Whether it is said here who takes part, rather than by a launcher."""
+        """Whether the settings choose the ranks, rather than a launcher."""
         return self.workers is not None or self.address is not None
 
 
 def fitting_buffer_size(nbytes: int) -> int:
-    """The buffer size for a checkpoint of `nbytes` where nobody says one, in bytes.
+    """The default buffer size for a checkpoint of `nbytes`, in bytes.
 
-    Large buffers cost less, each; but there should be several, so that all stages are busy.
+    Large buffers cost less per byte; but several are needed to keep all stages busy.
     """
     size = MIN_FITTING_SIZE
     while size < MAX_FITTING_SIZE and size * _ENOUGH_BUFFERS < nbytes:
@@ -145,7 +145,7 @@ def is_host(text: str) -> bool:
 
 
 def check_token(where: str, token: bytes) -> str | None:
-    """Refuse a secret that is none; a warning for one that can be guessed by trying."""
+    """Raise UsageError for an unusable token; returns a warning for a short one."""
     if not 1 <= len(token) <= MAX_TOKEN_NBYTES:
         raise UsageError(
             f"{where}: a token must have 1 to {MAX_TOKEN_NBYTES} bytes, not {len(token)}",
@@ -160,7 +160,7 @@ def check_token(where: str, token: bytes) -> str | None:
 
 
 def check_device(where: str, device: str) -> str:
-    """Whether it is there is found out later, on the device's host."""
+    """Whether the device exists is checked later, on its host."""
     if not _DEVICE.fullmatch(device):
         raise UsageError(
             f"{where}: {device!r} is not one of auto, cpu, cuda, cuda:N",

@@ -1,8 +1,7 @@
-"""What a transfer tells whoever watches it: an interface whose methods do nothing here.
+"""The interface of a display: a transfer calls it, and its methods do nothing here.
 
-A display subclasses View; the transfer never knows which one it has, nor whether there is one.
-Every method is called from the thread that makes the transfer (the command line's main thread,
-a thread of its own in a library call), but where it says otherwise; `close` by the caller.
+A display subclasses View. Methods are called on the thread of the transfer (the main thread of a
+command, a thread of its own in a library call) unless they say otherwise; `close` by the caller.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class WorkerState:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Where this rank is, read from the counters at any time and from any thread.
+    """The progress of this rank; may be read at any time from any thread.
 
     `nbytes_done` is what is through everywhere, as far as this rank knows: on the sender that of
     the slowest worker. `stages` maps a stage (read, h2d, broadcast, d2h, write, verify, discard) to
@@ -42,18 +41,18 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Joining:
-    """Who has joined the sender so far; times by `time.monotonic()`."""
+    """The workers that have joined the sender; times by `time.monotonic()`."""
 
     joined: int
     wanted: int
-    missing: tuple[int, ...]  # ranks, where a launcher has given them out
+    missing: tuple[int, ...]  # ranks, if a launcher has assigned them
     newest: str | None  # label of the last one to come
     deadline: float
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The start line: what goes, to whom, over what and why."""
+    """The start line: what is sent, to which ranks, over which backend and why."""
 
     rank: int
     is_sender: bool

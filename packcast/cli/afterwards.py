@@ -60,7 +60,7 @@ class Afterwards:
             return report
         root = Path(str(facts["target"]))
         manifest = self._place(self.manifest, report.rank, launch)
-        hashes = hash_files(root, list(report.digests), self.digest, proven=report.digests)
+        hashes = hash_files(root, list(report.digests), self.digest, received=report.digests)
         write_manifest(manifest, root, hashes)
         mine = {**facts, "manifest": os.path.abspath(manifest)}
         return replace(report, workers={**report.workers, report.rank: mine})

@@ -15,7 +15,7 @@ from packcast.packed.trailer import SUM_NBYTES, SUM_OFFSET
 
 
 class ChecksummedSource:
-    """A source whose chunks carry, in their trailers, the sum of what it put into the slot."""
+    """A source that adds to each chunk's trailer the sum of the bytes in the slot."""
 
     def __init__(self, source: Source[Chunk], buffers: Buffers) -> None:
         self._source = source

@@ -29,7 +29,7 @@ _SHARD = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class LocalCopy:
-    """What is at `path`, by logical name; of a single file the name is its own."""
+    """The files at `path`, by logical name; a single file has its own name."""
 
     path: Path
     files: dict[str, Path]
@@ -78,7 +78,7 @@ class _Run:
 
 @dataclass(slots=True)
 class _Pair:
-    """A file that both have, and what is found of it."""
+    """A file that both have, and how it differs."""
 
     name: str
     one: Path
@@ -86,7 +86,7 @@ class _Pair:
     one_nbytes: int = 0
     other_nbytes: int = 0
     tensors: Sequence[Tensor] = ()
-    fixed: dict[str, Mark] = field(default_factory=dict)  # of tensors that headers tell already
+    fixed: dict[str, Mark] = field(default_factory=dict)  # of tensors, known from the headers
     runs: list[_Run] = field(default_factory=list)
     differing: set[int] = field(default_factory=set)
     offset: int | None = None
@@ -103,7 +103,7 @@ class _Pair:
 def compare_copies(
     reference: LocalCopy, copy: LocalCopy, on_bytes: OnBytes = lambda nbytes: None
 ) -> Comparison:
-    """Every byte of `copy` beside that of `reference`; nothing that differs is raised."""
+    """Compare every byte of `copy` with `reference`; a difference is no error."""
     theirs = dict(copy.files)
     if reference.path.is_file() and copy.path.is_file():
         theirs = {next(iter(reference.files)): copy.path}
@@ -130,7 +130,7 @@ def compare_with_manifest(
     hashes: dict[str, str],
     on_bytes: OnBytes = lambda nbytes: None,
 ) -> Comparison:
-    """Every file of `copy` beside its hash; which tensors of a file differ no manifest tells."""
+    """Compare every file of `copy` with its hash; which tensors differ is not known then."""
     wanted = {name: hashes[path] for name, path in names_under(copy.root, list(hashes)).items()}
 
     def one(name: str) -> ComparedFile:

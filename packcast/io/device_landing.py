@@ -1,7 +1,7 @@
-"""The consumer's end where bytes stay on the device: copied into tensors, or dropped.
+"""The receiving end whose bytes stay on the device: copied into tensors, or dropped.
 
-They are proven by sums: only those and trailers come to the host, where a thread compares them
-before tensors are given out.
+Sums verify the bytes: only sums and trailers come to the host, where a thread compares them
+before tensors are delivered.
 """
 
 from __future__ import annotations
@@ -76,11 +76,10 @@ class DeviceSink(Protocol):
 class DeviceLanding:
     """Takes chunks out of slots into the tensors of `sink`, copying from device to device.
 
-    Where in each chunk the tensors are is worked out here, before any byte moves. The root has to
-    send sums (packed/checksum.py): they prove the way from its GPU's slot, and the file digests are
-    what the root took of the bytes that it read. At most 16 chunks are ahead of their proof. A
-    damaged chunk ends it; a `tolerant` one goes on, and has no digests of it. Works on a CPU's ring
-    too.
+    The tables of tensors are made here, before any byte moves. The root must send sums
+    (packed/checksum.py): they verify the bytes from its GPU's slot on; the file digests are those
+    that the root took of the bytes that it read. At most 16 chunks wait for their verification. A
+    damaged chunk raises; with `tolerant` it only has no digests. Works on a CPU's ring too.
     """
 
     def __init__(
@@ -150,7 +149,7 @@ class DeviceLanding:
         self._counters.newest = chunk.extents[-1]
 
     def finish(self) -> None:
-        """Block until every chunk is proven and every tensor handed on; raises what went wrong."""
+        """Block until every chunk is verified and every tensor passed on; raises the failure."""
         self._queue.put(None)
         with self._counters.waiting_on(self.stage):
             self._thread.join()
@@ -163,7 +162,7 @@ class DeviceLanding:
         return self._digests
 
     def close(self) -> None:
-        """End the thread; after a failure what is queued is dropped."""
+        """End the thread; after a failure queued chunks are dropped."""
         self._failure = self._failure or TransferError("the transfer is over")
         self._free.put(None)
         self._queue.put(None)

@@ -1,6 +1,6 @@
 """The open files of a schedule: opened once, before the first unit that needs them.
 
-Knows descriptors and indices of files; not what is read from them or written to them.
+Knows descriptors and indices of files only.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _KEPT_FREE = 256  # for sockets, libraries and everything else in the process
 
 
 class Resources(Protocol):
-    """What the I/O threads need for a unit beside its memory: open files, or others' memory."""
+    """What the I/O threads need for a unit besides staging: open files, or memory of tensors."""
 
     @property
     def descriptors(self) -> array[int]:
         """By file, for those that are open; the same array always."""
 
     def admit(self, unit: ScheduledUnit, *, is_next: bool) -> bool:
-        """Before the unit is allowed: have all that it needs. False: not before an earlier unit
-        is retired; never where it `is_next`, that is, all earlier ones are."""
+        """Acquire what the unit needs, before it is allowed. False: try again once an earlier unit
+        is retired; never if it `is_next`, that is, if all earlier ones are retired."""
 
     def retire(self, unit: ScheduledUnit) -> None:
         """The unit is done, and all before it."""

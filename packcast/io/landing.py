@@ -1,6 +1,6 @@
-"""The consumer's end: chunks go from slots through staging to a sink, each block proven on the way.
+"""The receiving end: chunks go from slots through staging to a sink, each block verified.
 
-Every block is compared with its digest in the chunk's trailer before anything is done with it.
+Every block is compared with its digest in the chunk's trailer before the sink gets it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from packcast.packed.trailer import read_trailer
 class Sink(Protocol):
     """Where a worker's bytes go: write, verify, discard."""
 
-    notes: list[str]  # what a person should know although it went well
+    notes: list[str]  # warnings of a successful transfer
 
     @property
     def stage(self) -> Stage:
@@ -38,7 +38,7 @@ class Sink(Protocol):
 
     @property
     def task(self) -> Task:
-        """What is done with each proven block."""
+        """What the I/O threads do with each verified block."""
 
     def prepare(self) -> None:
         """Before READY: check and reserve; raises DestinationError or CheckpointError."""
@@ -47,10 +47,10 @@ class Sink(Protocol):
         """The runs of files that `task` is about; after `prepare`, before any byte comes."""
 
     def open_files(self, schedule: Schedule) -> Resources:
-        """What the I/O threads use for them; after `spans`."""
+        """The resources of the spans; called after `spans`."""
 
     def error_of(self, failure: Failure, span: Span) -> PackcastError:
-        """What the system said of a span; damage on the way is not the sink's concern."""
+        """The error for a failed system call on a span; damaged blocks are Landing's concern."""
 
     def compared(self, span: Span, offset: int) -> None:
         """A span of a file differs, first at byte `offset` of it; before `finish`."""
@@ -65,7 +65,7 @@ class Sink(Protocol):
         """Leave nothing behind; from any thread, at any time before `publish`."""
 
     def result(self) -> dict[str, object]:
-        """What there is to report."""
+        """The facts for the report."""
 
 
 class UnitEvent:
@@ -88,9 +88,9 @@ class UnitEvent:
 
 
 class Landing:
-    """Takes chunks out of slots and has their blocks put into `sink` by I/O threads.
+    """Takes chunks out of slots; I/O threads put their blocks into `sink`.
 
-    A damaged block ends it; a `tolerant` one goes on, and `digests` tell what came.
+    A damaged block raises; with `tolerant`, `digests` show what arrived instead.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Landing:
 
     @property
     def stage(self) -> Stage:
-        """The sink's stage: what the loop waits for when it waits here."""
+        """The sink's stage, which the loop waits for here."""
         return self._sink.stage
 
     def drain(self, chunk: Chunk, slot: Slot) -> None:
@@ -178,7 +178,7 @@ class Landing:
         return digests
 
     def close(self) -> None:
-        """End the threads; after a failure what is under way is dropped."""
+        """End the threads; after a failure unfinished units are dropped."""
         self._runner.close(self._ring)
 
     def _await_place(self, unit: ScheduledUnit) -> None:
@@ -187,7 +187,7 @@ class Landing:
         if before < self._runner.num_done:
             return
         self._pass_on()
-        # What is not allowed yet waits for its copy, while the sink may have nothing to do.
+        # Units that are not allowed yet wait for their copy; the sink may be idle.
         stage: Stage = self.stage if before < self._runner.num_allowed else "d2h"
         with self._counters.waiting_on(stage):
             self._runner.wait(before, self._pass_on)
@@ -212,7 +212,7 @@ class Landing:
         except TransferError:
             if not self._tolerant:
                 raise
-            digests = bytes(DIGEST_NBYTES * num_blocks)  # without its word nothing is proven
+            digests = bytes(DIGEST_NBYTES * num_blocks)  # without its digests nothing is verified
         at = begin * DIGEST_NBYTES
         self._runner.digests[at : at + len(digests)] = digests
 

@@ -1,7 +1,7 @@
-"""Lists of files with the hash of each, as `xxhsum -c` and `sha256sum -c` read them.
+"""Manifests: files with their hashes, in the format of `xxhsum -c` and `sha256sum -c`.
 
-A file is hashed as a whole, in a pass of its own, since those programs know nothing of blocks; the
-digests of a transfer are of blocks, and the same pass compares them. Imports no torch.
+Those programs hash whole files, and a transfer hashes blocks: so a manifest takes a second pass,
+which also compares the block digests. Imports no torch.
 """
 
 from __future__ import annotations
@@ -75,31 +75,31 @@ def hash_files(
     names: Sequence[str],
     kind: DigestKind,
     *,
-    proven: Mapping[str, str] | None = None,
+    received: Mapping[str, str] | None = None,
     on_bytes: OnBytes = lambda nbytes: None,
 ) -> dict[str, str]:
     """The hash of each file under `root`; raises CheckpointError where one cannot be read.
 
-    With `proven`, digests of a transfer by name, VerificationError where a file is no longer what
-    was received.
+    With `received`, the digests of a transfer by name, raises VerificationError for a file that
+    has changed since.
     """
 
     def one(name: str) -> tuple[str, str | None]:
         try:
-            return hash_file(root / name, kind, on_bytes, blocks=proven is not None)
+            return hash_file(root / name, kind, on_bytes, blocks=received is not None)
         except OSError as error:
             raise CheckpointError(f"{root / name}: cannot be read: {error.strerror}") from error
 
     with ThreadPoolExecutor(NUM_THREADS, "packcast-hash") as pool:
         found = dict(zip(names, pool.map(one, names), strict=True))
     for name, (_, digest) in found.items():
-        if proven is not None and proven.get(name, digest) != digest:
+        if received is not None and received.get(name, digest) != digest:
             raise VerificationError(f"{root / name} has changed since it was received")
     return {name: whole for name, (whole, _) in found.items()}
 
 
 def refuse_inside(manifest: Path, root: Path, option: str = "--manifest") -> None:
-    """Raise UsageError where a manifest would be part of the copy that it is of."""
+    """Raise UsageError if the manifest would lie inside the copy."""
     inside = os.path.join(os.path.realpath(root), "")
     if os.path.realpath(manifest).startswith(inside):
         raise UsageError(

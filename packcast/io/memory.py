@@ -1,4 +1,4 @@
-"""The host's memory, as the kernel counts it. Knows no torch and nobody who wants some of it."""
+"""The host's memory, as the kernel counts it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def available_nbytes() -> int | None:
-    """What programs could still be given without swapping; None where the kernel does not say."""
+    """Memory that programs can still get without swapping; None if unknown."""
     try:
         facts = _MEMINFO.read_text()
     except OSError:  # a sandbox without /proc

@@ -155,7 +155,7 @@ class NativePool:
         if code:
             raise OSError(code, os.strerror(code))
         self._closing = threading.Lock()
-        # Not freed before nobody can be in a call: whoever is in one holds this object.
+        # Freed only when no thread can be in a call: a caller holds this object.
         weakref.finalize(self, _free, self._functions, self._handle, work, os.getpid())
 
     def allow(self, num_units: int) -> None:

@@ -1,6 +1,6 @@
 """Pinned host memory of an exact size: torch's own allocator rounds up to a power of two, for good.
 
-Knows mappings and CUDA's registration of them; not what the memory is used for.
+Knows mappings and their registration with CUDA only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class PinnedMemory:
         self.address = self.tensor.data_ptr()
 
     def close(self, *, is_idle: bool) -> None:
-        """Unpin it; only where `is_idle`: no copy or I/O thread uses it or may still begin to.
+        """Unpin the memory if `is_idle`: no copy or I/O thread uses it or can begin to.
 
         Any thread, any number of times: a broken transfer is closed again once its collective has
         been aborted, by another thread than the one that was stuck in it.
@@ -65,12 +65,12 @@ class PinnedMemory:
 
 
 def _populate(mapping: mmap.mmap) -> None:
-    """Have every page there now: a host without room says so here, instead of killing us later."""
+    """Touch every page now: without room this raises here; later the kernel kills the process."""
     try:
         mapping.madvise(_MADV_POPULATE_WRITE)
         return
     except OSError as error:
-        if error.errno != errno.EINVAL:  # which an older kernel says
+        if error.errno != errno.EINVAL:  # older kernels
             raise
     for at in range(0, len(mapping), PAGE):
         mapping[at] = 0
@@ -80,7 +80,7 @@ def _register(tensor: torch.Tensor) -> None:
     cudart = torch.cuda.cudart()
     code = cudart.cudaHostRegister(tensor.data_ptr(), tensor.numel(), 0)
     if int(code) != 0:
-        # CUDA keeps it for whoever launches a kernel next in this thread: that is to be this one.
+        # CUDA reports the error at this thread's next kernel launch: take it now.
         with suppress(RuntimeError):
             torch.ones(1, device="cuda")
         raise RuntimeError(f"cudaHostRegister failed with code {int(code)}")

@@ -14,8 +14,9 @@ _CHOICE = "PACKCAST_POOL"
 
 
 def pool_kind() -> str:
-    """`native` or `python`: which I/O threads this process uses. UsageError where PACKCAST_POOL
-    asks for what is not there."""
+    """`native` or `python`: the I/O threads of this process.
+
+    Raises UsageError if PACKCAST_POOL names a pool that is missing."""
     choice = os.environ.get(_CHOICE, "auto")
     if choice not in ("auto", "native", "python"):
         raise UsageError(f"{_CHOICE} is {choice!r}", hint="say native, python or auto")
@@ -26,8 +27,8 @@ def pool_kind() -> str:
 
 
 def start_pool(work: Work, num_threads: int) -> Pool:
-    """Start the I/O threads; they wait for units to be allowed. TransferError where the system
-    has no room for them."""
+    """Start the I/O threads; they wait for units to be allowed. Raises TransferError if the system
+    cannot start them."""
     library = native.installed()
     try:
         if pool_kind() == "native" and not isinstance(library, str):

@@ -34,7 +34,7 @@ _CHANGED_HINT = "nothing was published; send it again when no process writes to 
 
 
 class FileReader:
-    """The source files behind outgoing files: where a run of bytes is, and what went wrong."""
+    """The source files of outgoing files: the position of each run, and errors of reading."""
 
     def __init__(self, files: Sequence[OutgoingFile], sources: Sequence[SourceFile]) -> None:
         self._files = files
@@ -146,7 +146,7 @@ class FileReader:
 class FileSource:
     """Fills slots from outgoing files.
 
-    Beside a GPU staging bounds how far it reads ahead of the copies; on a CPU the slots do.
+    Staging limits how far it reads ahead beside a GPU; the slots do on a CPU.
     """
 
     def __init__(
@@ -237,7 +237,7 @@ class FileSource:
                 self._runner.wait(unit.index)
             return
         self._reuse_staging()
-        # What is not allowed yet waits for staging, which is full of what waits for its copy.
+        # Units that are not allowed yet wait for staging: all slots wait for a copy to the device.
         stage: Stage = "read" if unit.index < self._runner.num_allowed else "h2d"
         with self._counters.waiting_on(stage):
             self._runner.wait(unit.index, self._reuse_staging)

@@ -1,6 +1,6 @@
 """Host memory between files and slots: pinned beside a GPU, the slots themselves on a CPU.
 
-It has room for so many units; unit u takes the place of unit u minus so many, once that is done.
+With room for n units, unit u uses the slot of unit u - n once that is done.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Staging:
             self._here(unit).copy_(self._in(slot, unit), non_blocking=True)
 
     def trailer_offset(self, unit: ScheduledUnit) -> int:
-        """Where a chunk's trailer comes to lie with its first unit: behind it, as with the last."""
+        """Where a chunk's trailer lies beside its first unit: behind it, as beside the last."""
         if unit.is_last:
             return unit.memory_offset + unit.chunk.trailer_offset
         return unit.memory_offset + self.unit_nbytes
@@ -94,7 +94,7 @@ class Staging:
             )
 
     def free(self, *, is_idle: bool) -> None:
-        """Nobody wants it any more; `is_idle`: no copy and no I/O thread can be using it."""
+        """Free the memory; `is_idle`: no copy and no I/O thread can be using it."""
         if self._pinned is not None:
             self._pinned.close(is_idle=is_idle)
 

@@ -53,7 +53,7 @@ def fallocate(fd: int, nbytes: int) -> None:
 
 def start_writeback(fd: int, offset: int, nbytes: int) -> None:
     """Have the kernel begin to write the file's dirty pages to disk; does not wait for the disk,
-    unless it has too much to do already. Errors of the disk are left for fsync to tell."""
+    unless its queue is full. fsync reports errors of the disk."""
     if _libc.sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE) != 0:
         _raise_errno()
 
@@ -80,13 +80,13 @@ def is_local(fd: int) -> bool:
     room = ctypes.create_string_buffer(_STATFS_NBYTES)
     if _libc.fstatfs(fd, room) != 0:
         return False
-    # The first member: a word, whose sign is nobody's business.
+    # The first member: a word; its sign does not matter.
     word = ctypes.c_uint32 if platform.machine() == "s390x" else ctypes.c_ulong
     return word.from_buffer(room).value & 0xFFFFFFFF in _LOCAL.values()
 
 
 def mount_id(fd: int) -> int | None:
-    """Which mount the descriptor lies in; tells bind mounts apart, which `st_dev` does not."""
+    """The mount of the descriptor; unlike `st_dev` it distinguishes bind mounts."""
     try:
         with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as facts:
             for line in facts:
@@ -105,8 +105,8 @@ def address_of(data: memoryview) -> int:
 def first_difference(one: int, other: int, nbytes: int) -> int | None:
     """The first offset at which two runs of memory differ; None if they are equal.
 
-    By memcmp over addresses: no copy, and the GIL is free meanwhile. `==` of two memoryviews
-    goes element by element and holds it.
+    memcmp over addresses copies nothing and releases the GIL. `==` of two memoryviews compares
+    element by element and holds it.
     """
     if _libc.memcmp(one, other, nbytes) == 0:
         return None

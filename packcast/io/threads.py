@@ -1,6 +1,6 @@
-"""The loop of an I/O thread in Python, where there is no compiled one: the same schedule, slower.
+"""The loop of an I/O thread in Python, for hosts without the compiled one: same schedule, slower.
 
-Follows _pool.c step by step; a change of one is a change of both.
+Follows _pool.c step by step; change both together.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ class ThreadPool:
             with self._changed:
                 self._failure = self._failure or failed.failure
             self.stop()
-        except BaseException as error:  # a bug: whoever waits is told
+        except BaseException as error:  # a bug: wakes the waiting thread
             self._error = error
             self.stop()
 
     def _do_next(self) -> bool:
-        """Do the next grain that nobody does, once it is allowed; whether there was one."""
+        """Do the next free grain, once it is allowed; False at the end."""
         with self._changed:
             grain = next(self._grains, None)
             if grain is None:
@@ -163,7 +163,7 @@ class ThreadPool:
             if found != work.digests[at : at + DIGEST_NBYTES]:
                 if not work.tolerant:
                     raise _FailedPiece(Failure(FailureKind.DAMAGED, 0, index, -1, begin))
-                work.digests[at : at + DIGEST_NBYTES] = bytes(DIGEST_NBYTES)  # not proven
+                work.digests[at : at + DIGEST_NBYTES] = bytes(DIGEST_NBYTES)  # not verified
             self._do_parts(index, spans, begin, data)
         if work.task is Task.WRITE:
             for _, span in spans:

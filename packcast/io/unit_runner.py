@@ -32,7 +32,7 @@ _LONG_S = 1.0
 class UnitRunner:
     """A schedule's pool, staging and resources, from the first unit to the last.
 
-    `error_of` puts a failure of the pool into words. A unit is done when `wait` says so, in order.
+    `error_of` makes an error of a pool's failure. Units are done in order, once `wait` returns.
     """
 
     def __init__(
@@ -85,8 +85,8 @@ class UnitRunner:
         self._admit()
 
     def wait(self, unit: int, meanwhile: Callable[[], object] | None = None) -> None:
-        """Block until the units up to this one are done, which must have been allowed, or be by
-        `meanwhile`, which is called now and then. Raises why they will not be."""
+        """Block until the units up to this one are done. They must be allowed already, or by
+        `meanwhile`, which is called now and then. Raises the failure if they cannot be done."""
         limit_s = _LONG_S if meanwhile is None else _LOOK_AFTER_S
         while self.num_done <= unit:
             while not self._ends_within(self.num_done, limit_s):

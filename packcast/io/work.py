@@ -1,4 +1,4 @@
-"""What a pool of I/O threads is given, and what it has to say: one vocabulary for both pools.
+"""The input of a pool of I/O threads, and its results: the same types for both pools.
 
 The numbers are those of _pool.c.
 """
@@ -16,7 +16,7 @@ from packcast.packed.plan import BLOCK, DIGEST_NBYTES, MAX_PIECE
 
 
 class Task(enum.IntEnum):
-    """What is done with each block of memory, beside hashing it."""
+    """What to do with each block of memory, besides hashing it."""
 
     READ = 0  # filled from its spans, and its digest recorded
     WRITE = 1  # compared with its digest, then written to its spans, if it has any
@@ -33,8 +33,9 @@ class FailureKind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The first failure of a pool: of `span`, at byte `offset` of its file; where a block does not
-    have its digest, of `piece`, at byte `offset` of that."""
+    """The first failure of a pool: in `span`, at byte `offset` of its file.
+
+    For a block with another digest: in `piece`, at byte `offset` of that."""
 
     kind: FailureKind
     errno: int
@@ -44,7 +45,7 @@ class Failure:
 
     @property
     def reason(self) -> str:
-        """What the kernel said."""
+        """The system's error message."""
         return os.strerror(self.errno)
 
 
@@ -60,8 +61,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A schedule with all that its pieces refer to, which stays alive and in place until the pool
-    has ended.
+    """A schedule and the memory that its pieces refer to, which is kept until the pool has ended.
 
     `address` is where the memory begins that `owner` keeps alive. `descriptors`, by file, are set
     before a unit that needs them is allowed. `digests` has a digest for every block: found by READ,
@@ -100,7 +100,7 @@ def make_differences(schedule: Schedule, task: Task) -> array[int]:
 
 
 class PoolStopped(Exception):
-    """A unit will not be done: `failure` says why, or None where the pool was told to stop."""
+    """A unit cannot be done: `failure` says why, None after a stop."""
 
     def __init__(self, failure: Failure | None) -> None:
         super().__init__(str(failure))
@@ -115,8 +115,8 @@ class Pool(Protocol):
         ready. Never fewer than before."""
 
     def wait(self, unit: int, timeout_s: float) -> bool:
-        """Block until the unit is done, at most so long; is it? Raises PoolStopped where it never
-        will be."""
+        """Block until the unit is done, at most `timeout_s`; whether it is. Raises PoolStopped if
+        it cannot be done."""
 
     def stop(self) -> None:
         """Have the threads end after the block at hand; does not wait."""

@@ -1,7 +1,7 @@
-"""What a directory has beside its name and its files, given to another one: the owner, the mode,
-extended attributes (access lists and labels among them) and the flags of its file system.
+"""Copies the attributes of one directory to another: owner, mode, extended attributes (access lists
+and labels too) and file system flags.
 
-Knows descriptors; not what the directories are for.
+Knows descriptors only.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def take_over_attributes(target: str, new_fd: int) -> list[str]:
 
 
 def copy_attributes(from_fd: int, to_fd: int) -> list[str]:
-    """Give one directory what another has; returns what could not be had, as words.
+    """Copy the attributes; returns what could not be copied, as text.
 
-    The owner first, since that takes bits of the mode away. The new one is writable for its owner
-    whatever the mode: it is still to be filled.
+    The owner first, since a change of owner clears bits of the mode. The new directory stays
+    writable for its owner, since files are still to come.
     """
     found = os.fstat(from_fd)
     missing = []

@@ -1,4 +1,4 @@
-"""The sink of a worker that only proves what comes: every byte is dropped.
+"""The sink that verifies every byte and drops it.
 
 Knows no files.
 """
@@ -16,8 +16,8 @@ from packcast.packed.plan import Chunk, Extent
 
 
 class DiscardSink:
-    """Takes runs that are already proven, and forgets them: by their digests on a CPU, by sums
-    beside a GPU, where they need not come to the host for that (see DeviceLanding)."""
+    """Drops verified runs. On a CPU digests verify them; beside a GPU sums do, so that the bytes
+    need not come to the host (see DeviceLanding)."""
 
     stage: Final = "discard"
     task: Final = Task.WRITE  # to nowhere

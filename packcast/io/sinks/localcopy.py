@@ -1,4 +1,4 @@
-"""What there is on this host to compare an offer with, by name and size.
+"""The local files to compare an offer with, by name and size.
 
 Opens no file.
 """
@@ -20,11 +20,11 @@ from packcast.errors import CheckpointError
 
 
 def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
-    """What is at `path` of the offered files, by name and size only.
+    """The offered files that exist at `path`, by name and size only.
 
-    Headers are not parsed: a damaged copy must come out as different, not as unreadable. Files
-    beside them that were not offered are listed too, but for weights in other formats. Raises
-    CheckpointError where nothing is.
+    Headers are not parsed: a damaged copy must come out as different, not as unreadable. Other
+    files there are listed too, except weights in other formats. Raises CheckpointError if there is
+    no file.
     """
     try:
         mode = os.stat(path).st_mode
@@ -38,7 +38,7 @@ def local_copy(path: Path, files: Sequence[FileSpec]) -> Checkpoint:
         raise CheckpointError(f"{path}: there is nothing to compare with")
     offered = {spec.name for spec in files}
     beside: set[str] = set()
-    with suppress(CheckpointError):  # too many to be a copy; that is not what is asked here
+    with suppress(CheckpointError):  # too many to be a copy
         entries, _ = walk(path)
         beside = {it.name for it in entries if it.kind is not Kind.OTHER_WEIGHTS}
     found_files = (

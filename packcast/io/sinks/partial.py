@@ -1,6 +1,6 @@
-"""Partial directories: which of them nobody uses any more, by their records, and their removal.
+"""Partial directories: which are unused, by their records, and their removal.
 
-Knows directories and names; not what is in the copies.
+Knows directories and names only.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Partial:
 
 
 def name_beside(name: str, transfer_id: str) -> str:
-    """What a target's partial directory is called beside it."""
+    """The name of a target's partial directory beside it."""
     beside = f".{name}.packcast-{transfer_id}"
     if len(os.fsencode(beside)) > _MAX_NAME_NBYTES:
         beside = f"{STAGE_PREFIX}{transfer_id}-{_digest(name)}"
@@ -88,9 +88,9 @@ def remove_if_unused(partial: Partial) -> bool:
 
 
 def remove_partial(holder_fd: int, name: str) -> None:
-    """Remove a partial directory, its record last: a removal that is cut off can be gone on with.
+    """Remove a partial directory, its record last, so that an interrupted removal can be resumed.
 
-    Never raises; `is_there` tells how it went.
+    Never raises; `is_there` tells whether it is gone.
     """
     with suppress(OSError):
         folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=holder_fd)
@@ -160,7 +160,7 @@ def _found(folder: str, holder_fd: int, name: str) -> Partial | None:
     try:
         folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=holder_fd)
     except OSError:
-        return None  # gone meanwhile, or no directory
+        return None  # already gone, or no directory
     try:
         record_fd, state, owner = look(folder_fd)
         if record_fd >= 0:
@@ -171,7 +171,7 @@ def _found(folder: str, holder_fd: int, name: str) -> Partial | None:
 
 
 def _nbytes_below(folder_fd: int) -> int:
-    """What the files below take on the disk."""
+    """Bytes of the files below, on disk."""
     total = 0
     with suppress(OSError):
         for _, _, files, dir_fd in os.fwalk(dir_fd=folder_fd):

@@ -19,9 +19,9 @@ from packcast.packed.tensor_map import Groups, Rows, map_tensors
 
 
 class PlannedTensors:
-    """The offered tensors that `destination` takes, by their place in the plan, and their memory.
+    """The offered tensors that `destination` takes, in the plan's order, and their memory.
 
-    Without those `left_out`, by file and position in its header.
+    `left_out` names the tensors to leave out, by file and position in its header.
 
     For every chunk, in order: `begin` it, put its bytes where `rows` and `addresses` say, and call
     `landed` once they are verified. `begin` and `landed` are for one thread each, `stop` for any at
@@ -101,6 +101,6 @@ class PlannedTensors:
             return [memory for memory in self.memory if memory is not None]
 
     def stop(self) -> None:
-        """No more memory is made. What there is stays until nobody can be writing there."""
+        """Allocate no more memory. Memory is kept until no copy can write to it."""
         with self._lock:
             self._stopped = True

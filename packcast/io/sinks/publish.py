@@ -1,6 +1,6 @@
-"""The moment a complete copy appears under its final name, in one step where that can be had.
+"""Publishing: a complete copy gets its final name, in one step where possible.
 
-Knows directories and names; not how the files came to be there.
+Knows directories and names only.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def seal(target: Target, partial_fd: int, claim_fd: int) -> None:
 
 
 def publish(target: Target, holder_fd: int, offered: Collection[str], *, force: bool) -> list[str]:
-    """Give the complete partial directory its final name, durably; returns the promises not kept.
+    """Give the complete partial directory its final name, durably; returns warnings.
 
-    Raises NotDurable once the new name is out. Whatever else raises (DestinationError) leaves the
-    partial directory where it is, and says so: by now it is a proven copy.
+    Raises NotDurable if the new name exists but may not survive a power cut. Any other failure
+    (DestinationError) keeps the partial directory, a verified copy, and names it.
     """
     try:
         if target.inside:
@@ -115,9 +115,9 @@ def _make_durable(target: Target, holder_fd: int, *, more: str = "") -> None:
 
 
 def _remove_old(target: Target, holder_fd: int, offered: Collection[str]) -> list[str]:
-    """Remove what the exchange brought to the partial directory's name; the new copy is out.
+    """Remove the old copy, which the exchange moved to the partial directory's name.
 
-    What has been put into the old directory since it was last looked at stays there.
+    Files that others have put there since the last check are kept.
     """
     try:
         old_fd = open_folder(holder_fd, target.partial)
@@ -200,7 +200,7 @@ def _move(from_fd: int, into_fd: int, name: str) -> None:
 
 
 def sync_folder(root_fd: int, folder: str) -> None:
-    """Make a folder's names durable; a file system that cannot be told to is left alone."""
+    """Make a folder's names durable, if its file system supports that."""
     fd = open_folder(root_fd, folder)
     try:
         os.fsync(fd)
@@ -221,6 +221,6 @@ def sync_parents_of(folders: Sequence[str], target: Target) -> None:
             finally:
                 os.close(fd)
     except PermissionError:
-        return  # a parent that may be written but not read: it cannot be told to
+        return  # a parent that may be written but not read cannot be synced
     except OSError as error:
         raise NotDurable(target, error) from error

@@ -1,8 +1,8 @@
-"""The record in a partial directory: which process made it, and whether that still lives.
+"""The record in a partial directory: which process made it, and whether that process still runs.
 
-A process that is killed cannot remove its own. So each holds a record, locked for as long as the
-process that made it lives: who gets the lock afterwards knows that it is dead. Where a lock proves
-nothing (network and user-space file systems), a process of this machine must be gone by its pid.
+A killed process cannot remove its partial directory. So each directory has a record that its
+process keeps locked: if another process gets the lock, the owner is dead. On network and user-space
+file systems a lock proves nothing; there the owner's pid must be gone, on this machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = "/proc/self/ns/pid"
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# unused: proven; used: its process lives; unknown: packcast cannot tell.
+# unused: certainly; used: its process runs; unknown: cannot be told.
 State = Literal["unused", "used", "unknown"]
 
 
@@ -66,8 +66,8 @@ def claim(partial_fd: int) -> int:
 def check_in_use(holder_fd: int, name: str, path: str) -> None:
     """Raise DestinationError unless another rank of this transfer holds the partial directory.
 
-    A rank that believed in any directory of that name would drop its bytes, and nobody would write
-    them. One that was made just now gets its record within the limit.
+    Otherwise this rank would drop its bytes although no rank writes them. A directory that was made
+    just now gets its record within the limit.
     """
     deadline = time.monotonic() + _RECORD_LIMIT_S
     while True:
@@ -136,7 +136,7 @@ def look(folder_fd: int) -> tuple[int, State, str | None]:
 
 
 def _lock(fd: int, record: dict[str, object]) -> None:
-    """Raises BlockingIOError where another process has it; one that removes it is waited for."""
+    """Raises BlockingIOError if another process has the lock; waits for one that is removing it."""
     deadline = time.monotonic() + _REMOVAL_LIMIT_S
     while True:
         try:
@@ -189,7 +189,7 @@ def _pid_namespace() -> str | None:
 
 
 def _start_of(pid: int) -> int | None:
-    """When the process was started, in ticks since the boot; None where there is none."""
+    """When the process was started, in ticks since boot; None if it does not exist."""
     try:
         stat_line = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:

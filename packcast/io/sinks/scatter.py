@@ -1,6 +1,6 @@
-"""Chunks out of their slots into planned tensors: one kernel for each, with tables made once.
+"""Copies chunks from slots into tensors: one kernel per chunk, with tables made once.
 
-Plain copies where there is no kernel. It works on the current stream, whichever that is.
+Plain copies where there is no kernel. Works on the current stream.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Scatter:
     def copy(self, chunk: int, slot: torch.Tensor, host_table: torch.Tensor) -> None:
         """Give the chunk's copies to the current stream, always the same one.
 
-        `host_table` must stay as it is until that has got there.
+        `host_table` must not change until the copies are done.
         """
         self._planned.begin(chunk)
         if self._move is None:
@@ -64,12 +64,12 @@ class Scatter:
             self._move(table, slot, into_slot=False)
 
     def landed(self, chunk: int) -> None:
-        """The copies of this chunk, and of all before it, are over, and proven."""
+        """The copies of this chunk and of all before it are done and verified."""
         self._planned.landed(chunk)
 
     def give_up(self) -> None:
-        """The current stream may be at work for long, or stuck: what it uses is not to be given to
-        others when it is dropped here."""
+        """The current stream may still be busy, or stuck: keep its memory from reuse after it is
+        dropped here."""
         self._planned.stop()
         if self._device.type != "cuda":
             return

@@ -1,4 +1,4 @@
-"""Where the tensors of a selection are in a local file that has more of them, at other offsets.
+"""Maps the tensors of a selection to their offsets in a local file that has more tensors.
 
 Knows headers only.
 """
@@ -47,7 +47,7 @@ class SelectedTensors:
 
 
 def selected_tensors(offered: Header, path: Path, name: str) -> SelectedTensors | None:
-    """None where the local file is no safetensors file, or has the very header that is offered."""
+    """None if the local file is no safetensors file, or has exactly the offered header."""
     try:
         local = read_header(path, name)
     except CheckpointError:

@@ -22,7 +22,7 @@ _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 def free_nbytes(fd: int) -> int | None:
-    """What an ordinary user may still write there; None where the file system does not say."""
+    """Bytes that an ordinary user can still write there; None if the file system does not say."""
     room = os.fstatvfs(fd)
     # Some network and user-space file systems report nothing at all.
     return room.f_bavail * room.f_frsize if room.f_blocks else None

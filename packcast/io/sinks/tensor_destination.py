@@ -69,7 +69,7 @@ class TensorDestination(Protocol):
         and whole ones that were given away, are no part of it."""
 
     def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
-        """Before READY: raise UsageError where the offered tensors do not fit.
+        """Before READY: raise UsageError if the offered tensors do not fit.
 
         The tensors that it leaves out because of the index, by file and position in its header.
         """
@@ -89,13 +89,13 @@ class TensorDestination(Protocol):
         """
 
     def complete(self, tensor: Tensor, memory: torch.Tensor) -> None:
-        """All of the tensor is in its memory and proven; the device has done with it."""
+        """The tensor is complete and verified; the device is done with it."""
 
     def finish(self) -> None:
-        """After the last `complete`: block until everything is where it belongs."""
+        """After the last `complete`: block until all tensors are delivered."""
 
     def stop(self) -> None:
-        """The transfer is over; whoever blocks here is to go on. Any thread, any time."""
+        """The transfer is over: wake the threads that block here. Any thread, any time."""
 
 
 class _Tally:
@@ -262,7 +262,7 @@ class GivenTensors:
         """Nothing is on its way."""
 
     def stop(self) -> None:
-        """Nobody blocks here."""
+        """No thread blocks here."""
 
     def _check_tensor(self, where: str, tensor: Tensor) -> None:
         dtype = torch_dtype(tensor, where)

@@ -1,6 +1,6 @@
 """The sink that makes tensors: runs of files become parts of tensors at a destination.
 
-Knows headers and memory; not who takes the tensors, nor where the bytes come from.
+Knows headers and memory only.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TensorSink:
         return self._destination.peak_nbytes
 
     def prepare(self) -> None:
-        """Raise UsageError where a tensor cannot be received, before anything is."""
+        """Raise UsageError if a tensor cannot be received."""
         old = [(file, i) for file, spec in enumerate(self._files) for i in spec.elsewhere]
         self._left_out = {*old, *self._destination.check(self._files)}
         self.notes += _notes(self._files, old, self._left_out)
@@ -69,7 +69,7 @@ class TensorSink:
         return planned
 
     def spans(self, extent: Extent) -> Iterator[Span]:
-        """On the host: runs of tensors; where those lie in memory is for `admit` to say.
+        """Runs of tensors, on the host; `admit` gives their addresses.
 
         An empty tensor is in the run that has the byte before it.
         """
@@ -99,7 +99,7 @@ class TensorSink:
             tensor = self._planned.index_of.get(self._keys[span])
             memory = None if tensor is None else self._planned.memory[tensor]
             if memory is None:
-                self._spans[at + _NBYTES] = 0  # nobody wants it
+                self._spans[at + _NBYTES] = 0  # not wanted
             else:
                 self._spans[at + _OFFSET] += memory.data_ptr()
         return True
@@ -110,10 +110,10 @@ class TensorSink:
         self._planned.landed(unit.index)
 
     def hold(self) -> None:
-        """Whoever has the sink keeps the memory."""
+        """The owner of the sink keeps the memory."""
 
     def let_go(self) -> None:
-        """Whoever has the sink keeps the memory."""
+        """The owner of the sink keeps the memory."""
 
     def error_of(self, failure: Failure, span: Span) -> PackcastError:
         return TransferError(f"copying into tensors failed: {failure.reason}")
@@ -129,7 +129,7 @@ class TensorSink:
         """Nothing to name."""
 
     def abort(self) -> None:
-        """Wake whoever waits for the taker; tensors that are handed out stay."""
+        """Wake the thread that waits for the taker; delivered tensors are kept."""
         with self._lock:
             self._aborted = True
         if self._planned is not None:
@@ -144,7 +144,7 @@ class TensorSink:
 def _notes(
     files: Sequence[FileSpec], old: Sequence[tuple[int, int]], left_out: set[tuple[int, int]]
 ) -> list[str]:
-    """What is to be said of tensors that are in several shards."""
+    """A warning about tensors that are in several shards."""
     notes = []
     if old:
         copies = "1 tensor" if len(old) == 1 else f"{len(old)} tensors"

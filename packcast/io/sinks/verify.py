@@ -1,6 +1,6 @@
-"""The sink that writes nothing: compares what arrives with a checkpoint that is there already.
+"""The sink that compares the received bytes with a local checkpoint.
 
-Knows local files and the offered headers; not where the bytes come from.
+Knows local files and the offered headers only.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FILE_FLAGS = os.O_RDONLY | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where a local file and the offered one part."""
+    """The first difference between a local file and the offered one."""
 
     file: str
     offset: int  # of the first byte that differs, in the file
@@ -43,12 +43,12 @@ class Difference:
 
 
 class VerifySink:
-    """Compares proven runs with the `local` checkpoint and records where they differ.
+    """Compares verified runs with the `local` checkpoint and records where they differ.
 
     Calls as a sink's: prepare, spans and open_files, compared, finish, publish; abort at any time.
-    A difference is never raised; CheckpointError is, where the local checkpoint cannot be read or
-    changes meanwhile. Read `difference` after finish. Of a `selection` of tensors each is compared
-    with the local one of its name, wherever that is in the file of the same name, and no index is.
+    A difference is no error. Raises CheckpointError if the local checkpoint cannot be read or
+    changes. Read `difference` after finish. With a `selection` each tensor is compared with the
+    local tensor of its name, wherever it is in the file; indexes are not compared.
     """
 
     stage: Final = "verify"
@@ -82,7 +82,7 @@ class VerifySink:
         return len(self._found)
 
     def prepare(self) -> None:
-        """Record what sizes tell already: files that are missing here, longer or shorter."""
+        """Record the differences in size: files that are missing here, longer or shorter."""
         for index, (spec, local) in enumerate(zip(self._files, self._locals, strict=True)):
             if self._is_selection and local is not None and self._choose(index, spec, local):
                 continue
@@ -158,7 +158,7 @@ class VerifySink:
         self._record(span.file, offset, {(span.file, index)} if is_inside else set(), None)
 
     def finish(self) -> None:
-        """After the last extent: make sure that what was compared with is still what is there."""
+        """After the last extent: check that the local files have not changed."""
         self._table.close()
         for local in self._locals:
             if local is not None:

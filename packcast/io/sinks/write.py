@@ -1,6 +1,6 @@
-"""The sink that writes: a partial directory that becomes the target in one step, or is removed.
+"""The sink that writes a partial directory, which becomes the target in one step or is removed.
 
-Knows files and threads; not where the bytes come from, nor who else takes part.
+Knows files and threads only.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class WriteSink:
     """Writes the offered files into `target`, a directory, which appears complete or not at all.
 
     Calls, in order: prepare, spans and open_files, finish, publish, from one thread. abort from any
-    thread, at any time; what I/O threads still write is then lost. Where several sinks of one
+    thread, at any time; later writes of I/O threads are lost. Where several sinks of one
     transfer name the same directory, one writes and the others drop their bytes. All raise
-    DestinationError for what the file system says, and TransferError when they meet an abort.
+    DestinationError for a failed system call, and TransferError after an abort.
     """
 
     stage: Final = "write"
@@ -113,7 +113,7 @@ class WriteSink:
             self._raise_if_aborted()
 
     def spans(self, extent: Extent) -> Iterable[Span]:
-        """Where the extent's bytes are to be written; nowhere where another sink writes."""
+        """Where to write the extent's bytes; empty if another sink writes."""
         return (Span(extent.file, extent.offset, 0, extent.nbytes),) if self.wrote else ()
 
     def open_files(self, schedule: Schedule) -> FileTable:
@@ -173,7 +173,7 @@ class WriteSink:
     def abort(self) -> None:
         """Stop, and remove what was made; any thread, any number of times, never raises.
 
-        Returns when it is gone, whoever removed it. After publish was called: nothing.
+        Returns when it is gone. Does nothing after publish was called.
         """
         with suppress(Exception):
             with self._lock:
@@ -203,7 +203,7 @@ class WriteSink:
     # -- making ----------------------------------------------------------------------------------
 
     def _make_partial(self, target: Target) -> bool:
-        """Whether this sink is the one that writes; an exclusive mkdir decides."""
+        """Make the partial directory; False if another sink of this transfer made it first."""
         with self._while_wanted():
             self._holder_fd = os.open(target.holder, _HOLDER_FLAGS)
             try:
@@ -298,7 +298,7 @@ class WriteSink:
             except BaseException as error:
                 was_aborted = self._state is _State.ABORTED
                 self.abort()
-                # What fails because the ground was taken away is not news of its own.
+                # A failure after the abort only follows from it.
                 if was_aborted and isinstance(error, Exception):
                     raise _aborted() from None
                 if isinstance(error, OSError):
@@ -330,7 +330,7 @@ class WriteSink:
         folder, _, last = spec.name.rpartition("/")
         folder_fd = open_folder(self._partial_fd, folder)
         try:
-            # With its mode from the start: nobody else may open it even for a moment.
+            # With its final mode from the start, so that no other user can open it.
             mode = spec.mode | stat.S_IRUSR | stat.S_IWUSR
             return os.open(last, flags, mode, dir_fd=folder_fd)
         finally:
@@ -344,7 +344,7 @@ class WriteSink:
             raise destination_error(error, f"write {self._path_of(index)}") from error
 
     def _close(self, index: int, fd: int) -> None:
-        # A network file system may write only now, and tells once what went wrong.
+        # A network file system may write only now, and reports an error once.
         try:
             os.close(fd)
         except OSError as error:
