@@ -234,10 +234,15 @@ pool = Bench(1000).start(Task.WRITE)
         ("del pool", ["start", "stop", "join", "free"]),
         # Where a daemon thread may still be waiting in the pool.
         ("sys.exit()", ["start", "stop", "join"]),
+        # A fork has none of its threads.
+        (
+            "import os\nif not os.fork():\n    del pool\n    os._exit(0)\nos.wait()\ndel pool",
+            ["start", "stop", "join", "free"],
+        ),
     ],
-    ids=["dropped", "at exit"],
+    ids=["dropped", "at exit", "forked"],
 )
-def test_a_pool_that_others_may_be_waiting_in_is_ended_but_not_freed(
+def test_a_pool_is_freed_once_and_only_where_nobody_may_be_waiting_in_it(
     program: str, calls: list[str]
 ) -> None:
     done = subprocess.run(
