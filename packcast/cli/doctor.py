@@ -145,15 +145,10 @@ def pool() -> Iterator[Diagnosis]:
     if pool_kind() == "native":
         yield Diagnosis("I/O threads", "ok", "native")
         return
-    reason = native.installed()
+    reason, hint = native.installed(), "install packcast again where there is a C compiler"
     if not isinstance(reason, str):
-        reason = "PACKCAST_POOL asks for them"
-    yield Diagnosis(
-        "I/O threads",
-        "note",
-        f"Python's, which are slower: {reason}",
-        "install packcast again where there is a C compiler",
-    )
+        reason, hint = "PACKCAST_POOL asks for them", "unset PACKCAST_POOL"
+    yield Diagnosis("I/O threads", "note", f"Python's, which are slower: {reason}", hint)
 
 
 def devices() -> Iterator[Diagnosis]:

@@ -8,8 +8,8 @@
 
    Memory order. `allowed` is stored with release and loaded with acquire, so that a thread that
    sees a unit allowed also sees the bytes, digests and descriptors that the caller put there.
-   `left[u]` is decremented with acquire-release and loaded with acquire, so that whoever sees 0
-   also sees what every thread wrote for the unit (the decrements form one release sequence). The
+   `left[u]` is decremented with release and loaded with acquire, so that whoever sees 0 also sees
+   what every thread wrote for the unit (the decrements form one release sequence). The
    totals are statistics and relaxed. `stop` is only a wish and relaxed; what it means is under the
    mutex. Sleeping and waking is done under the mutex, so that no wake-up is lost. */
 
@@ -335,7 +335,7 @@ static void *work(void *argument)
         if (!do_grain(me, index, from, to))
             break;
         count(pool, to - from, began);
-        if (atomic_fetch_sub_explicit(&pool->left[piece->unit], 1, memory_order_acq_rel) == 1) {
+        if (atomic_fetch_sub_explicit(&pool->left[piece->unit], 1, memory_order_release) == 1) {
             pthread_mutex_lock(&pool->mutex);
             pthread_cond_broadcast(&pool->changed);
             pthread_mutex_unlock(&pool->mutex);
@@ -397,7 +397,9 @@ void packcast_pool_stop(struct pool *pool)
     pthread_mutex_unlock(&pool->mutex);
 }
 
-/* How many threads have not ended within `timeout_ns`: then nothing may be freed. */
+/* How many threads have not ended within `timeout_ns`: then nothing may be freed. Any thread, any
+   number of times: joined once, under the mutex, which a thread that has counted itself out does
+   not take again. */
 int64_t packcast_pool_join(struct pool *pool, int64_t timeout_ns)
 {
     struct timespec deadline = deadline_of(timeout_ns);
@@ -406,12 +408,9 @@ int64_t packcast_pool_join(struct pool *pool, int64_t timeout_ns)
         if (pthread_cond_timedwait(&pool->changed, &pool->mutex, &deadline) == ETIMEDOUT)
             break;
     int64_t num_alive = pool->num_alive;
+    while (num_alive == 0 && pool->num_started > 0)
+        pthread_join(pool->threads[--pool->num_started].id, NULL);
     pthread_mutex_unlock(&pool->mutex);
-    if (num_alive == 0) {
-        for (int64_t i = 0; i < pool->num_started; i++)
-            pthread_join(pool->threads[i].id, NULL);
-        pool->num_started = 0;
-    }
     return num_alive;
 }
 

@@ -16,7 +16,7 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError
 from packcast.io.digests import SEND_AGAIN, BlockDigests
 from packcast.io.files import Resources
-from packcast.io.schedule import Schedule, ScheduledUnit, Span, make_schedule
+from packcast.io.schedule import Schedule, ScheduledUnit, Span
 from packcast.io.staging import Buffers, Staging
 from packcast.io.unit_runner import UnitRunner
 from packcast.io.work import Failure, FailureKind, Task
@@ -105,47 +105,32 @@ class Landing:
     ) -> None:
         self._chunks = chunks
         self._sink = sink
+        self.stage: Stage = sink.stage  # what the loop waits for when it waits here
         self._tolerant = tolerant
         self._files = files
         self._ring = buffers.ring
         self._counters = buffers.ring.counters
         self._tag = buffers.tag
         self._staging = Staging(buffers)
-        try:
-            self._schedule = make_schedule(
-                chunks, self._staging.unit_nbytes, self._staging.place, sink.spans
-            )
-            self._units = self._schedule.units_by_chunk()
-            self._runner = UnitRunner(
-                sink.task,
-                sink.stage,
-                self._schedule,
-                self._staging,
-                sink.open_files(self._schedule),
-                num_threads=num_threads,
-                counters=self._counters,
-                error_of=partial(_error_of, sink, files, self._schedule),
-                tolerant=tolerant,
-            )
-        except BaseException:
-            self._staging.free(is_idle=True)
-            raise
+        self.pinned_nbytes = self._staging.pinned_nbytes
+        self._runner = UnitRunner(
+            sink.task,
+            sink.stage,
+            chunks,
+            self._staging,
+            spans_of=sink.spans,
+            resources_of=sink.open_files,
+            error_of=partial(_error_of, sink, files),
+            num_threads=num_threads,
+            counters=self._counters,
+            tolerant=tolerant,
+        )
         self._copies: deque[tuple[ScheduledUnit, Completion]] = deque()  # into staging, under way
-
-    @property
-    def pinned_nbytes(self) -> int:
-        """Pinned memory that this end holds."""
-        return self._staging.pinned_nbytes
-
-    @property
-    def stage(self) -> Stage:
-        """The sink's stage, which the loop waits for here."""
-        return self._sink.stage
 
     def drain(self, chunk: Chunk, slot: Slot) -> None:
         """Give the chunk to the drain stream, and each unit to the sink once it is copied."""
         ring, begin = self._ring, None
-        units = self._units[chunk.index]
+        units = self._runner.units[chunk.index]
         for unit in units:
             self._await_place(unit)
             with ring.drain:
@@ -166,10 +151,10 @@ class Landing:
     def finish(self) -> None:
         """Block until every byte is in the sink; raises the first thing that went wrong."""
         with self._counters.waiting_on(self.stage):
-            self._runner.wait(len(self._schedule.units) - 1, self._pass_on)
+            self._runner.wait(len(self._runner.schedule.units) - 1, self._pass_on)
         for index, offset in enumerate(self._runner.differences):
             if offset >= 0:
-                self._sink.compared(self._schedule.span(index), offset)
+                self._sink.compared(self._runner.schedule.span(index), offset)
 
     def digests(self) -> BlockDigests:
         """Of every block that came, once all are through; after `finish`."""
@@ -205,7 +190,7 @@ class Landing:
     def _take_promised_digests(self, first: ScheduledUnit) -> None:
         """Those of the chunk of which this is the first unit, from its trailer."""
         chunk, begin = first.chunk, first.blocks.start
-        num_blocks = self._units[chunk.index][-1].blocks.stop - begin
+        num_blocks = self._runner.units[chunk.index][-1].blocks.stop - begin
         page = self._staging.view(self._staging.trailer_offset(first), chunk.trailer_nbytes)
         try:
             digests = read_trailer(page, self._tag, chunk, num_blocks)

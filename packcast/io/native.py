@@ -11,7 +11,6 @@ import importlib
 import os
 import sys
 import sysconfig
-import threading
 import weakref
 from array import array
 from collections.abc import Iterator
@@ -26,8 +25,6 @@ from packcast.io.work import Failure, FailureKind, PoolStopped, Task, Totals, Wo
 _ABI = 2
 _TOLERANT, _WRITEBACK, _UNHASHED = 1, 2, 4
 _END_LIMIT_S = 1.0
-
-_stuck: list[object] = []  # work of threads that never ended: nothing of it may be freed
 
 
 class _Hash128(ctypes.Structure):
@@ -154,9 +151,10 @@ class NativePool:
         code = self._functions.packcast_pool_start(ctypes.byref(config), ctypes.byref(self._handle))
         if code:
             raise OSError(code, os.strerror(code))
-        self._closing = threading.Lock()
         # Freed only when no thread can be in a call: a caller holds this object.
-        weakref.finalize(self, _free, self._functions, self._handle, work, os.getpid())
+        weakref.finalize(
+            self, _end, self._functions, self._handle, work, weakref.ref(self), os.getpid()
+        )
 
     def allow(self, num_units: int) -> None:
         self._functions.packcast_pool_allow(self._handle, num_units)
@@ -172,8 +170,7 @@ class NativePool:
 
     def close(self, limit_s: float) -> bool:
         self.stop()
-        with self._closing:
-            return _joined(self._functions, self._handle, limit_s)
+        return not self._functions.packcast_pool_join(self._handle, int(limit_s * 1e9))
 
     def totals(self) -> Totals:
         values = (ctypes.c_int64 * 4)()
@@ -189,15 +186,20 @@ class NativePool:
         return Failure(FailureKind(kind), *where) if kind else None
 
 
-def _joined(functions: ctypes.CDLL, handle: ctypes.c_void_p, limit_s: float) -> bool:
-    return not functions.packcast_pool_join(handle, int(limit_s * 1e9))
-
-
-def _free(functions: ctypes.CDLL, handle: ctypes.c_void_p, work: Work, pid: int) -> None:
+def _end(
+    functions: ctypes.CDLL,
+    handle: ctypes.c_void_p,
+    work: Work,
+    pool: weakref.ref[NativePool],
+    pid: int,
+) -> None:
+    """When the pool is dropped; or at the interpreter's end, where another thread may be in a call
+    of it: then the process takes its memory along."""
     if os.getpid() != pid:
         return  # a fork has none of the threads, but maybe a mutex that one of them held
     functions.packcast_pool_stop(handle)
-    if _joined(functions, handle, _END_LIMIT_S):
+    if functions.packcast_pool_join(handle, int(_END_LIMIT_S * 1e9)):
+        # One is stuck: nothing of the work may ever be freed, not even by the interpreter's end.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(work))
+    elif pool() is None:
         functions.packcast_pool_free(handle)
-    else:
-        _stuck.append(work)

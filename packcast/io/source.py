@@ -15,12 +15,12 @@ from contextlib import suppress
 from itertools import accumulate
 
 from packcast.checkpoint.outgoing import Literal, OutgoingFile, SourceRun
-from packcast.checkpoint.reading import open_without_links
+from packcast.checkpoint.reading import open_without_links, read_exactly
 from packcast.checkpoint.sourcefile import SourceFile
 from packcast.errors import CheckpointError, PackcastError, out_of_descriptors
 from packcast.io.digests import BlockDigests
 from packcast.io.files import FileTable
-from packcast.io.schedule import IN_MEMORY, ScheduledUnit, Span, make_schedule
+from packcast.io.schedule import IN_MEMORY, ScheduledUnit, Span
 from packcast.io.staging import Buffers, Staging
 from packcast.io.unit_runner import UnitRunner
 from packcast.io.work import Failure, FailureKind, Task
@@ -60,7 +60,8 @@ class FileReader:
             else:
                 fd = self._open(segment.source)
                 try:
-                    self._read_exactly(segment.source, fd, segment.offset + skip, part)
+                    where = self._sources[segment.source].name
+                    part[:] = read_exactly(fd, nbytes, segment.offset + skip, where)
                 finally:
                     os.close(fd)
             at += nbytes
@@ -127,18 +128,6 @@ class FileReader:
         finally:
             os.close(fd)
 
-    def _read_exactly(self, source: int, fd: int, offset: int, into: memoryview) -> None:
-        name = self._sources[source].name
-        while into:
-            try:
-                num_read = os.preadv(fd, [into], offset)
-            except OSError as error:
-                raise CheckpointError(f"{name}: reading failed: {error.strerror}") from error
-            if not num_read:
-                message = f"{name} ended at byte {offset} while it was being sent"
-                raise CheckpointError(message, hint=_CHANGED_HINT)
-            into, offset = into[num_read:], offset + num_read
-
     def _check_unchanged(self, source: int, fd: int) -> None:
         self._sources[source].check_unchanged(os.fstat(fd), "sent", _CHANGED_HINT)
 
@@ -162,33 +151,22 @@ class FileSource:
         self._ring = buffers.ring
         self._counters = buffers.ring.counters
         self._tag = buffers.tag
-        self._staging = Staging(buffers)
-        schedule = make_schedule(
-            chunks, self._staging.unit_nbytes, self._staging.place, reader.spans
-        )
-        self._units = schedule.units_by_chunk()
         self._files = reader.open_files()
-        try:
-            self._runner = UnitRunner(
-                Task.READ,
-                "read",
-                schedule,
-                self._staging,
-                self._files,
-                num_threads=num_threads,
-                counters=self._counters,
-                error_of=lambda failure: reader.error_of(failure, schedule.span(failure.span)),
-            )
-        except BaseException:
-            self._staging.free(is_idle=True)
-            raise
+        self._staging = Staging(buffers)
+        self.pinned_nbytes = self._staging.pinned_nbytes
+        self._runner = UnitRunner(
+            Task.READ,
+            "read",
+            chunks,
+            self._staging,
+            spans_of=reader.spans,
+            resources_of=lambda _: self._files,
+            error_of=lambda schedule, it: reader.error_of(it, schedule.span(it.span)),
+            num_threads=num_threads,
+            counters=self._counters,
+        )
         self._copies: deque[Completion] = deque()  # out of staging, under way
         self._num_copied = 0
-
-    @property
-    def pinned_nbytes(self) -> int:
-        """Pinned memory that this end holds."""
-        return self._staging.pinned_nbytes
 
     def read_ahead(self) -> None:
         """Before the loop: begin to read, as far as there is staging; no slot is in use yet."""
@@ -199,12 +177,12 @@ class FileSource:
 
     def begin(self, chunk: Chunk) -> None:
         """On a CPU: the chunk has its slot, which may be read into from now on."""
-        self._runner.allow(self._units[chunk.index][-1].index + 1)
+        self._runner.allow(self._runner.units[chunk.index][-1].index + 1)
 
     def fill(self, chunk: Chunk, slot: Slot) -> None:
         """Give the chunk and its trailer to the fill stream, each unit as soon as it was read."""
         ring, begin = self._ring, None
-        units = self._units[chunk.index]
+        units = self._runner.units[chunk.index]
         with ring.fill:
             for unit in units:
                 self._wait(unit)

@@ -6,12 +6,13 @@ Used by the loop's thread, but `stop` and `close`, which any thread may call.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from packcast.errors import PackcastError, TransferError
 from packcast.io.files import Resources
 from packcast.io.pool import CLOSE_LIMIT_S, start_pool
-from packcast.io.schedule import Schedule
+from packcast.io.schedule import Schedule, SpansOf, make_schedule
 from packcast.io.staging import Staging, becomes_idle
 from packcast.io.work import (
     Failure,
@@ -22,6 +23,7 @@ from packcast.io.work import (
     make_digests,
 )
 from packcast.packed.counters import Counters, Stage
+from packcast.packed.plan import Chunk
 from packcast.packed.ring import Ring
 
 # How long to wait in one go where there are copies to look after meanwhile, and where not.
@@ -30,53 +32,58 @@ _LONG_S = 1.0
 
 
 class UnitRunner:
-    """A schedule's pool, staging and resources, from the first unit to the last.
+    """The schedule of some chunks with its pool, staging and resources, from first to last unit.
 
-    `error_of` makes an error of a pool's failure. Units are done in order, once `wait` returns.
+    It takes over `staging`, and frees it if it cannot be constructed. `spans_of` is as for
+    `make_schedule`; `resources_of` is called after that. `error_of` makes an error of a pool's
+    failure. Units are done in order, once `wait` returns.
     """
 
     def __init__(
         self,
         task: Task,
         stage: Stage,
-        schedule: Schedule,
+        chunks: Sequence[Chunk],
         staging: Staging,
-        resources: Resources,
         *,
+        spans_of: SpansOf,
+        resources_of: Callable[[Schedule], Resources],
+        error_of: Callable[[Schedule, Failure], PackcastError],
         num_threads: int,
         counters: Counters,
-        error_of: Callable[[Failure], PackcastError],
         tolerant: bool = False,
     ) -> None:
-        self.schedule = schedule
-        self.digests = make_digests(schedule)
-        self.differences = make_differences(schedule, task)
         self.num_allowed = self.num_done = 0
-        self._stage = stage
         self._staging = staging
-        self._resources = resources
+        self._stage = stage
         self._counters = counters
         self._error_of = error_of
         self._wanted = 0
         self._closing = threading.Lock()
         self._closed = False
-        resources.hold()
-        work = Work(
-            stage,
-            task,
-            schedule,
-            staging.address,
-            (staging.memory, resources),
-            resources.descriptors,
-            self.digests,
-            self.differences,
-            tolerant,
-        )
-        try:
+        with ExitStack() as undoing:
+            undoing.callback(staging.free, is_idle=True)
+            schedule = make_schedule(chunks, staging.unit_nbytes, staging.place, spans_of)
+            self.schedule = schedule
+            self.units = schedule.units_by_chunk()
+            self.digests = make_digests(schedule)
+            self.differences = make_differences(schedule, task)
+            self._resources = resources = resources_of(schedule)
+            resources.hold()
+            undoing.callback(resources.let_go)
+            work = Work(
+                stage,
+                task,
+                schedule,
+                staging.address,
+                (staging.memory, resources),
+                resources.descriptors,
+                self.digests,
+                self.differences,
+                tolerant,
+            )
             self._pool = start_pool(work, num_threads)
-        except BaseException:
-            resources.let_go()
-            raise
+            undoing.pop_all()
         counters.follow(stage, self._pool.totals)
 
     def allow(self, num_units: int) -> None:
@@ -119,7 +126,7 @@ class UnitRunner:
         except PoolStopped as stopped:
             if stopped.failure is None:
                 raise TransferError("the transfer is over") from None
-            raise self._error_of(stopped.failure) from None
+            raise self._error_of(self.schedule, stopped.failure) from None
 
     def _admit(self) -> None:
         begin = self.num_allowed

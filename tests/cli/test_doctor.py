@@ -14,6 +14,7 @@ from packcast.cli import doctor, selftest
 from packcast.cli.app import run
 from packcast.cli.doctor import Diagnosis, line_of, version_line
 from packcast.errors import TransferError
+from packcast.io import native
 
 Capture = pytest.CaptureFixture[str]
 
@@ -32,6 +33,20 @@ def test_without_its_self_test_it_imports_and_sends_nothing(
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["ok"] is True
     assert "self-test" not in [it["topic"] for it in found["findings"]]
+
+
+def test_why_io_threads_are_pythons_comes_with_what_would_change_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PACKCAST_POOL", "python")
+    monkeypatch.setattr(native, "installed", lambda: native.Library)
+    (asked_for,) = doctor.pool()
+    assert "PACKCAST_POOL asks for them" in asked_for.text
+    assert asked_for.fix == "unset PACKCAST_POOL"
+    monkeypatch.setattr(native, "installed", lambda: "it was not compiled")
+    (not_compiled,) = doctor.pool()
+    assert "it was not compiled" in not_compiled.text
+    assert "C compiler" in str(not_compiled.fix)
 
 
 def test_two_ranks_send_to_each_other_and_the_copy_is_compared(capsys: Capture) -> None:

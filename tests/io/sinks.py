@@ -14,7 +14,6 @@ import xxhash
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.io.landing import Sink
-from packcast.io.schedule import make_schedule
 from packcast.io.sinks.write import WriteSink
 from packcast.io.unit_runner import UnitRunner
 from packcast.packed.counters import Counters
@@ -62,9 +61,15 @@ def digests_of(data: bytes | memoryview) -> bytes:
 class Memory:
     """Stands for staging: all bytes at once, and nothing to give back."""
 
-    def __init__(self, data: bytes) -> None:
-        self.memory = array("B", data)
+    unit_nbytes = 1 << 40
+
+    def __init__(self, runs: Sequence[bytes]) -> None:
+        self._begins = list(accumulate(map(len, runs), initial=0))
+        self.memory = array("B", b"".join(runs))
         self.address, _ = self.memory.buffer_info()
+
+    def place(self, chunk: Chunk, unit: int) -> int:
+        return self._begins[chunk.index]
 
     def free(self, *, is_idle: bool) -> None: ...
 
@@ -75,22 +80,21 @@ class Putting:
     def __init__(self, sink: Sink, runs: Iterable[tuple[int, int, bytes]]) -> None:
         runs = [run for run in runs if run[2]]
         self._sink = sink
-        begins = list(accumulate((len(data) for *_, data in runs), initial=0))
         chunks = [
             Chunk(i, 0, (Extent(file, offset, len(data)),), len(data), 0)
             for i, (file, offset, data) in enumerate(runs)
         ]
-        schedule = make_schedule(chunks, 1 << 40, lambda chunk, _: begins[chunk.index], sink.spans)
         self._num_units = len(chunks)
         self._runner = UnitRunner(
             sink.task,
             sink.stage,
-            schedule,
-            Memory(b"".join(data for *_, data in runs)),
-            sink.open_files(schedule),
+            chunks,
+            Memory([data for *_, data in runs]),
+            spans_of=sink.spans,
+            resources_of=sink.open_files,
+            error_of=lambda schedule, it: sink.error_of(it, schedule.span(it.span)),
             num_threads=4,
             counters=Counters(),
-            error_of=lambda failure: sink.error_of(failure, schedule.span(failure.span)),
         )
         self._runner.digests[:] = b"".join(digests_of(data) for *_, data in runs) or bytes(16)
 

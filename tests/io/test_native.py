@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,9 +23,11 @@ from packcast.io.schedule import IN_MEMORY, Span
 from packcast.io.threads import ThreadPool
 from packcast.io.work import FailureKind, Task
 from packcast.packed.plan import BLOCK
+from tests.helpers.forge import REPOSITORY
 from tests.helpers.native import SOURCE, built, compiler
+from tests.helpers.waiting import Waiter
 from tests.io.conftest import use_native
-from tests.io.pools import NBYTES, Bench, Opened, promised, random_bytes
+from tests.io.pools import NBYTES, Bench, Opened, no_thread_left, promised, random_bytes
 from tests.io.sinks import digests_of
 
 HERE = Path(__file__).parent
@@ -203,6 +207,57 @@ def test_short_and_interrupted_reads_and_writes_go_on_where_they_stopped(
     bench.fds = fds[::-1]
     assert bench.do(Task.COMPARE) is None
     assert bench.found() == {}
+
+
+TRACED = f"""
+import sys
+from pathlib import Path
+from packcast.io import native
+from packcast.io.work import Task
+from tests.io.pools import Bench
+class Traced:
+    def __init__(self, functions): self.functions = functions
+    def __getattr__(self, name):
+        print(name.removeprefix("packcast_pool_"), flush=True)
+        return getattr(self.functions, name)
+library = native.open_library(Path("{built()}"))
+traced = native.Library(Traced(library.functions), library.hash_address)
+native.installed = lambda: traced
+pool = Bench(1000).start(Task.WRITE)
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("program", "calls"),
+    [
+        ("del pool", ["start", "stop", "join", "free"]),
+        # Where a daemon thread may still be waiting in the pool.
+        ("sys.exit()", ["start", "stop", "join"]),
+        # A fork has none of its threads.
+        (
+            "import os\nif not os.fork():\n    del pool\n    os._exit(0)\nos.wait()\ndel pool",
+            ["start", "stop", "join", "free"],
+        ),
+    ],
+    ids=["dropped", "at exit", "forked"],
+)
+def test_a_pool_is_freed_once_and_only_where_nobody_may_be_waiting_in_it(
+    program: str, calls: list[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TRACED + program], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    assert done.stdout.split() == calls, done.stderr
+
+
+@needs_compiler
+def test_many_threads_may_close_a_pool_at_once(library: Path) -> None:
+    with no_thread_left():
+        for _ in range(20):
+            running = Bench(NBYTES).start(Task.WRITE, threads=4)
+            closing = [Waiter(partial(running.close, 20)) for _ in range(6)]
+            assert all(each.result() for each in closing)
 
 
 def test_the_two_pools_number_tasks_failures_and_flags_alike() -> None:

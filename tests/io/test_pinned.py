@@ -14,7 +14,7 @@ import torch
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
 from packcast.errors import TransferError
-from packcast.io import pinned
+from packcast.io import pinned, runner
 from packcast.io.pinned import PinnedMemory
 from packcast.io.source import FileReader, FileSource
 from packcast.packed.plan import BLOCK, PAGE, plan_chunks
@@ -108,6 +108,26 @@ def test_staging_stays_pinned_while_an_io_thread_is_stuck_in_a_read_into_it(
         assert len(cudart.pinned) == 1
         gate.open()
         eventually(lambda: source.close() or not cudart.pinned, "the end of the stuck read")
+
+
+@pytest.mark.parametrize("what", ["spans", "start_pool"])
+def test_staging_of_an_end_that_cannot_be_made_is_unpinned(
+    tmp_path: Path, cudart: Cudart, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"w": ("U8", (3 * BLOCK,))})
+    checkpoint = open_checkpoint(tmp_path / "m.safetensors")
+    files = outgoing_files(checkpoint)
+    chunks = plan_chunks([files[0].spec.nbytes], BLOCK, [0])
+    reader = FileReader(files, checkpoint.files)
+
+    def fail(*_: object) -> None:
+        assert len(cudart.pinned) == 1
+        raise TransferError("no room")
+
+    monkeypatch.setattr(runner if what == "start_pool" else reader, what, fail)
+    with pytest.raises(TransferError, match="no room"):
+        FileSource(chunks, reader, make_buffers(BLOCK, 2, staging_nbytes=4 * BLOCK), num_threads=2)
+    assert cudart.pinned == []
 
 
 @pytest.mark.gpu
