@@ -14,7 +14,7 @@ import torch
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
 from packcast.errors import TransferError
-from packcast.io import pinned, runner
+from packcast.io import pinned, unit_runner
 from packcast.io.pinned import PinnedMemory
 from packcast.io.source import FileReader, FileSource
 from packcast.packed.plan import BLOCK, PAGE, plan_chunks
@@ -124,7 +124,7 @@ def test_staging_of_an_end_that_cannot_be_made_is_unpinned(
         assert len(cudart.pinned) == 1
         raise TransferError("no room")
 
-    monkeypatch.setattr(runner if what == "start_pool" else reader, what, fail)
+    monkeypatch.setattr(unit_runner if what == "start_pool" else reader, what, fail)
     with pytest.raises(TransferError, match="no room"):
         FileSource(chunks, reader, make_buffers(BLOCK, 2, staging_nbytes=4 * BLOCK), num_threads=2)
     assert cudart.pinned == []
