@@ -335,6 +335,7 @@ class Mover:
                 device=self._device,
                 timeout_s=timeout_s,
                 interface=interface,
+                check=channel.check,
             )
         except RendezvousError as error:
             raise channel.wait_failure(_FAILURE_WAIT_S) or error from error
