@@ -315,6 +315,7 @@ class Mover:
         self, store: Store, interface: str | None, channel: Channel, timeout_s: float
     ) -> Group | Chain:
         offer = self._offer
+        self.counters.standing = "connect"
         try:
             if offer.backend == "gloo":
                 return open_chain(
@@ -339,6 +340,8 @@ class Mover:
             )
         except RendezvousError as error:
             raise channel.wait_failure(_FAILURE_WAIT_S) or error from error
+        finally:
+            self.counters.standing = None
 
     def _connect(self, group: Group, channel: Channel) -> None:
         """NCCL's first broadcast, a quarter of a second, while readers fill the staging."""
