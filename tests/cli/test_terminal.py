@@ -15,7 +15,7 @@ import pytest
 from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say_once
 from packcast.errors import PackcastError
-from packcast.group.leave import said_here
+from packcast.launch.exit import said_here
 from packcast.settings import Settings
 from tests.helpers.commands import clean_environment, open_mpi_rank, slurm_task
 from tests.helpers.handovers import hand_over
