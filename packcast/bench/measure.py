@@ -190,6 +190,7 @@ def _connect(
             device=device,
             timeout_s=_GROUP_TIMEOUT_S,
             interface=interface,
+            check=channel.check,
         )
     except RendezvousError as error:
         raise channel.wait_failure(_CAUSE_LIMIT_S) or error from error

@@ -91,13 +91,7 @@ def open_checkpoint(
     in the directory or in the blobs of a Hugging Face cache, and with `follow_links` everywhere.
     Raises CheckpointError, and UsageError where nothing is left.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError as error:
-        what = "a dangling symlink" if path.is_symlink() else "no such file or directory"
-        raise CheckpointError(f"{path}: {what}", hint=hint_for_missing(path)) from error
-    except OSError as error:
-        raise unreadable(str(path), error) from error
+    mode = mode_of(path)
     if stat.S_ISDIR(mode):
         return _open_directory(
             path,
@@ -118,6 +112,17 @@ def open_checkpoint(
     real = _resolved(path.name, path)
     files = (open_shard(path.name, real, _folder_mode(real.parent), HeaderLimits()),)
     return Checkpoint(path, files, tuple(_clamped_times(files)))
+
+
+def mode_of(path: Path) -> int:
+    """The type and mode of what lies there. Raises CheckpointError where there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError as error:
+        what = "a dangling symlink" if path.is_symlink() else "no such file or directory"
+        raise CheckpointError(f"{path}: {what}", hint=hint_for_missing(path)) from error
+    except OSError as error:
+        raise unreadable(str(path), error) from error
 
 
 def _open_directory(

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from packcast.checkpoint.checkpoint import mode_of
 from packcast.cli import local
 from packcast.cli import options as opt
 from packcast.cli import parsing as given
@@ -155,11 +156,12 @@ def send(
     outcome = begin(context, "send", json=json, verbose=verbose)
     log = given.log_target(log_json)
     sink, target = given.destination(out, verify)
+    path = checkpoint_path(
+        checkpoint, download=download and outcome.launch.rank == 0, say=None if quiet else say
+    )
     outcome.settings = Settings(
         command="send",
-        checkpoint=checkpoint_path(
-            checkpoint, download=download and outcome.launch.rank == 0, say=None if quiet else say
-        ),
+        checkpoint=path,
         sink=sink,
         target=target,
         force=force,
@@ -187,6 +189,8 @@ def send(
 
         return local.show(outcome, dry_run_of(outcome.settings, nproc), quiet=quiet)
     given.check_send(outcome.settings, outcome.launch, nproc=nproc)
+    if outcome.launch.kind == "none":  # this host sends: a wrong path is said before torch comes
+        mode_of(path)
     given.refuse_unused(
         typed_options(context),
         without_launcher=workers is not None,

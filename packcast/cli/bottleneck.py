@@ -19,6 +19,7 @@ _WINDOW_S = 3.0
 
 # What a worker's loop waits for, as what the worker does.
 _STATES = {
+    "connect": "connecting",
     "broadcast": "receiving",
     "d2h": "copying",
     "h2d": "copying",

@@ -79,11 +79,12 @@ def start_lines(start: Start, *, verbose: bool = False) -> list[str]:
     else:
         whom = f"receiving {what} as rank {start.rank} of {start.world_size}"
     buffers = f"{start.num_buffers} buffers of {format_exact_size(start.buffer_size)}"
-    staging = f"staging {format_exact_size(start.staging)}"
+    if start.device != "cpu":  # there the buffers are the staging too
+        buffers += f", staging {format_exact_size(start.staging)}"
     pool = f", {start.pool} I/O threads" if verbose else ""
     return [
         whom,
-        f"  {start.backend} on {start.device} ({start.reason}); {buffers}, {staging}{pool}",
+        f"  {start.backend} on {start.device} ({start.reason}); {buffers}{pool}",
     ]
 
 

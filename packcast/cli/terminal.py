@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 
@@ -48,10 +49,15 @@ def say_once(text: str, said: Path) -> None:
 
 
 def _stream_id() -> str:
-    """Identifies standard error: under --redirects or --tee each rank has its own."""
+    """Identifies standard error: under --redirects or --tee each rank has its own, a file.
+
+    Pipes lead to the launcher, which shows together what comes out of them: they count as one.
+    """
     try:
         found = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
+        return ""
+    if stat.S_ISFIFO(found.st_mode) or stat.S_ISSOCK(found.st_mode):
         return ""
     return f"{found.st_dev} {found.st_ino} "
 

@@ -81,7 +81,7 @@ class _Visitor:
 
 
 class Acceptor:
-    """Accepts connections until `close`.
+    """Accepts connections until `close`. `without_token` is the last who had another token.
 
     `on_hello(connection, hello)` gets each worker that has proven the token: the server serves it,
     or answers with `refuse`. `on_mismatch(error)` hears of a proven worker of another protocol.
@@ -111,6 +111,7 @@ class Acceptor:
         self._visitors: dict[str, dict[_Visitor, None]] = {}
         self._num_visitors = 0
         self._num_strangers = 0
+        self.without_token: str | None = None
         self._quiet_until = 0.0
         loop.add_reader(listener, self._accept)
 
@@ -175,6 +176,7 @@ class Acceptor:
         if not proof.is_right(self._token, challenge):
             connection.send(frame_of(REJECTED, b""))
             self._remove(visitor)
+            self.without_token = connection.address
             self._note_stranger(connection, "its token is wrong")
             self._linger(connection)
             return

@@ -114,7 +114,7 @@ def addresses_here() -> list[str]:
     has but itself.
     """
     towards_the_world = [source_towards(host) for host in _SOMEWHERE_ELSE]
-    all_of_them = [*filter(None, towards_the_world), *(address for address, _ in _interfaces())]
+    all_of_them = [*filter(None, towards_the_world), *(address for address, _ in interfaces())]
     return [
         address
         for address in dict.fromkeys(all_of_them)
@@ -132,7 +132,7 @@ def interface_of(address: str) -> str | None:
         ip = ip.ipv4_mapped
     # All of 127.0.0.0/8 is this host, though only one address of it is on an interface.
     wanted = "127.0.0.1" if ip.is_loopback and ip.version == 4 else str(ip)
-    return next((name for found, name in _interfaces() if found == wanted), None)
+    return next((name for found, name in interfaces() if found == wanted), None)
 
 
 def interface_towards(host: str) -> str | None:
@@ -202,7 +202,7 @@ def _needs_interface(address: str) -> bool:
     return ip.version == 6 and ip.is_link_local
 
 
-def _interfaces() -> Iterator[tuple[str, str]]:
+def interfaces() -> Iterator[tuple[str, str]]:
     """Every address of this host, secondary ones too, and its interface's name."""
     names = array.array("B", bytes(_MAX_INTERFACES * _IFREQ.size))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

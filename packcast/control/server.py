@@ -220,7 +220,12 @@ class ControlServer(Channel):
     def _expire_join(self, limit_s: float) -> None:
         if self._ranks is None:
             error = self._membership.missing(limit_s)
-            if is_loopback(self.address[0]):
+            if address := self._acceptor.without_token:
+                error.hint = (
+                    f"a process at {address} came with another token:"
+                    " set the same PACKCAST_TOKEN on both sides"
+                )
+            elif is_loopback(self.address[0]):
                 error.hint = (
                     f"this listens on {self.address[0]}, where only ranks of this host reach it: "
                     "the others need another address (--listen, MASTER_ADDR)"
@@ -286,7 +291,8 @@ class ControlServer(Channel):
         connection = incident.connection
         self._drop(connection)
         self._membership.remove(connection)
-        self._log(f"{connection.label} left before all had joined")
+        if self._failure is None:  # or it leaves because it has heard of that
+            self._log(f"{connection.label} left before all had joined")
 
     def _note(self, connection: Connection, sentence: str | None) -> None:
         if connection.info is None or connection.info.rank is None:

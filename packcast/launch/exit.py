@@ -22,6 +22,8 @@ from typing import NoReturn, Protocol
 
 from packcast.errors import Interrupted, PackcastError
 from packcast.launch.handover import received
+from packcast.launch.launchers import detect_launch, launch_name
+from packcast.launch.secret import local_folder
 
 # To remove a checkpoint's files may take seconds; who stops processes by a signal (torchrun, Slurm,
 # Kubernetes) kills them after thirty.
@@ -30,6 +32,7 @@ _PRINT_LIMIT_S = 1.0
 _LOOK_LIMIT_S = 0.5
 # The sender tells the others before it leaves, and waits up to 0.7 s for that to arrive.
 _VERDICT_WAIT_S = 1.2
+_SAID_LASTS_S = 30.0
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 _PR_SET_PDEATHSIG = 1
 
@@ -236,13 +239,30 @@ def said_here(environ: Mapping[str, str] = os.environ) -> Path | None:
     """A file of this launch's ranks on this host, where they note what one of them has said.
 
     Beside the error files of torchrun, whose folders are `attempt_0/<local rank>`, and which
-    removes them; None where no launcher gives such a place.
+    removes them. Slurm and mpirun give no such place: then it is in a folder of the user's for
+    temporary files, and holds for as long as ranks need to end one after the other.
     """
     handover = received()
     if handover is not None:
         return handover.said
     error_file = environ.get("TORCHELASTIC_ERROR_FILE")
-    return Path(error_file).parent.parent / "packcast-said" if error_file else None
+    if error_file:
+        return Path(error_file).parent.parent / "packcast-said"
+    try:
+        launch = detect_launch(environ)
+        name = launch_name(launch, environ)
+        return _fresh(local_folder(), f"said-{name}") if name else None
+    except (OSError, PackcastError):
+        return None  # the launcher's variables may be what is wrong
+
+
+def _fresh(folder: Path, name: str) -> Path:
+    """The file of that name in the folder, where what earlier ones have said is forgotten."""
+    for old in folder.glob("said-*"):
+        with suppress(FileNotFoundError):
+            if time.time() - old.stat().st_mtime > _SAID_LASTS_S:
+                old.unlink()
+    return folder / name
 
 
 def ignored_signals(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:

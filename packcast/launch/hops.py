@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packcast.control.rank_info import MAX_NAME_LENGTH, printable
 from packcast.errors import RendezvousError
 from packcast.launch.devices import host_name
 from packcast.launch.processgroup import gloo_options
+from packcast.launch.reach import ephemeral_ports, meet
 from packcast.launch.time_limit import within
 from packcast.packed.unfinished import release_ended
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
     from packcast.packed.chain import Chain, Hop
 
-_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_LONGEST_PAUSE_S = 0.1
 _CONNECT_LIMIT_S = 15.0  # once both are about to connect, which takes milliseconds
 
 
@@ -82,7 +79,8 @@ def open_hops(
         neighbour = downstream if is_upstream else upstream
         own = PrefixStore(f"hop-{upstream}-{downstream}", store)
         try:
-            host = _meet(own, rank, neighbour, timeout_s, check)
+            said = meet(own, rank, neighbour, timeout_s, check, printable(host_name()))
+            host = printable(said)[:MAX_NAME_LENGTH]
             options = gloo_options(timedelta(seconds=timeout_s), interface, connections)
             connect = partial(gloo, own, int(not is_upstream), 2, options)
             # gloo itself would try to connect for as long as a collective may take.
@@ -105,36 +103,5 @@ def _blocked(hosts: dict[int, str], interface: str | None) -> RendezvousError:
     return RendezvousError(
         f"{ends} could not be connected over gloo{on} within {_CONNECT_LIMIT_S:g} s: no answer",
         hint="does a firewall block it? gloo listens on ports of net.ipv4.ip_local_port_range,"
-        f" {_ephemeral_ports()} here; GLOO_SOCKET_IFNAME chooses another network interface",
+        f" {ephemeral_ports()} here; GLOO_SOCKET_IFNAME chooses another network interface",
     )
-
-
-def _ephemeral_ports() -> str:
-    """The ports of which the kernel chooses for who asks for none, as gloo does."""
-    try:
-        return "-".join(_PORT_RANGE.read_text().split())
-    except OSError:
-        return "32768-60999"  # the kernel's default
-
-
-def _meet(
-    store: Store, rank: int, neighbour: int, timeout_s: float, check: Callable[[], object]
-) -> str:
-    """Wait until the neighbour is about to connect, too; returns the name of its host.
-
-    Who waits for it in gloo's constructor cannot be told that it has died, or that another has;
-    and torch writes to standard error where a wait in a store takes longer than allowed.
-    """
-    deadline = time.monotonic() + timeout_s
-    pause_s = 0.002
-    check()  # or a neighbour who does not know of it yet would connect, and wait
-    store.set(f"here-{rank}", printable(host_name()))
-    while True:
-        check()  # once there is a failure the store may go with its host
-        if store.check([f"here-{neighbour}"]):
-            host = store.get(f"here-{neighbour}").decode(errors="replace")
-            return printable(host)[:MAX_NAME_LENGTH]  # anybody may have written it
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"rank {neighbour} has not come within {timeout_s:g} s")
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

@@ -103,6 +103,18 @@ def mpi_port(environ: Mapping[str, str]) -> int:
     return _DERIVED_PORTS[zlib.crc32(job.encode()) % len(_DERIVED_PORTS)]
 
 
+def launch_name(launch: Launch, environ: Mapping[str, str]) -> str | None:
+    """What tells a launch of Slurm or mpirun from others of this user, fit for a file's name."""
+    if launch.kind == "slurm":
+        job = environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID", "")
+        name = f"{job}.{environ['SLURM_STEP_ID']}"
+    elif launch.kind == "mpirun":
+        name = environ.get(MPI_JOB_VARIABLE, "")
+    else:
+        return None
+    return f"{launch.kind}-{zlib.crc32(name.encode()):08x}" if name else None
+
+
 def rendezvous_address(
     launch: Launch, environ: Mapping[str, str], port: int | None
 ) -> tuple[str, int]:

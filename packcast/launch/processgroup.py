@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from packcast.errors import PackcastError, RendezvousError
+from packcast.launch.reach import check_ring, ephemeral_ports
 from packcast.launch.time_limit import within
 from packcast.packed.unfinished import keep, release_ended
 
@@ -42,13 +43,15 @@ def open_process_group(
     device: torch.device,
     timeout_s: float,
     interface: str | None,
+    check: Callable[[], object],
 ) -> Group:
     """Make a process group of our own; all ranks call this with the same store, and it waits.
 
     It stands beside torch.distributed's default group, which may be there or not, and is in none
     of torch's tables: nothing global changes. gloo and NCCL talk over `interface` unless the
     environment names one. `timeout_s` is a backstop: whoever watches the ranks must be faster.
-    Raises RendezvousError where the ranks do not connect.
+    Raises RendezvousError where the ranks do not connect, and what `check` raises while it waits:
+    why the transfer has failed, if it has.
     """
     from torch._C._distributed_c10d import PrefixStore
 
@@ -57,8 +60,16 @@ def open_process_group(
     timeout = timedelta(seconds=timeout_s)
     try:
         if backend == "nccl":
+            check_ring(
+                rank=rank,
+                world_size=world_size,
+                store=own,
+                timeout_s=timeout_s,
+                interface=interface,
+                check=check,
+            )
             return _nccl_group(own, rank, world_size, timeout, device, interface)
-        return _gloo_group(own, rank, world_size, timeout, interface)
+        return _gloo_group(own, rank, world_size, timeout, interface, check)
     except RuntimeError as error:  # torch's DistError and its kin
         reason = str(error).splitlines()[0]
         where = f" over {interface}" if interface else ""
@@ -158,7 +169,12 @@ def _in_background(
 
 
 def _gloo_group(
-    store: Store, rank: int, world_size: int, timeout: timedelta, interface: str | None
+    store: Store,
+    rank: int,
+    world_size: int,
+    timeout: timedelta,
+    interface: str | None,
+    check: Callable[[], object],
 ) -> Group:
     import torch.distributed as dist
 
@@ -167,12 +183,12 @@ def _gloo_group(
     # All ranks are about to do this, and gloo itself would try as long as a collective may take.
     limit_s = min(timeout.total_seconds() + 1.0, _GLOO_LIMIT_S)
     group: tuple[Group] | None = within(
-        limit_s, "packcast-gloo", lambda: gloo(store, rank, world_size, options)
+        limit_s, "packcast-gloo", lambda: gloo(store, rank, world_size, options), check=check
     )
     if group is None:
         raise RuntimeError(
             f"some rank does not answer within {limit_s:g} s; does a firewall block the ports of"
-            " net.ipv4.ip_local_port_range?"
+            f" net.ipv4.ip_local_port_range, {ephemeral_ports()} here?"
         )
     return group[0]
 

@@ -145,10 +145,18 @@ def launch_secret(
 def secret_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
     """Where a user's secret may lie, the first choice first."""
     state = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    return (
-        Path(state) / "packcast",
-        Path(tempfile.gettempdir()) / f"packcast-{os.geteuid()}",  # where home may not be written
-    )
+    return Path(state) / "packcast", _temporary_folder()  # where home may not be written
+
+
+def local_folder() -> Path:
+    """A folder of this user on this host, for a while. Raises OSError where it is not private."""
+    folder = _temporary_folder()
+    _make_private(folder)
+    return folder
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"packcast-{os.geteuid()}"
 
 
 def user_secret(folders: Sequence[Path]) -> bytes:
@@ -176,8 +184,7 @@ def _kept(folders: Sequence[Path], name: str, new: bytes) -> tuple[bytes, Path]:
 
 
 def _secret_in(folder: Path, name: str, new: bytes) -> bytes:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_private(os.stat(folder, follow_symlinks=False), stat.S_IFDIR, forbidden=0o022)
+    _make_private(folder)
     path = folder / name
     if not path.exists():
         fd, made = tempfile.mkstemp(dir=folder)  # which nobody else can read
@@ -195,6 +202,11 @@ def _secret_in(folder: Path, name: str, new: bytes) -> bytes:
     if len(secret) != _NBYTES:
         raise OSError(f"{name} is cut off")
     return secret
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(os.stat(folder, follow_symlinks=False), stat.S_IFDIR, forbidden=0o022)
 
 
 def _check_private(found: os.stat_result, kind: int, *, forbidden: int) -> None:

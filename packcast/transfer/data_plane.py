@@ -315,6 +315,7 @@ class DataPlane:
         self, store: Store, interface: str | None, channel: Channel, timeout_s: float
     ) -> Group | Chain:
         offer = self._offer
+        self.counters.standing = "connect"
         try:
             if offer.backend == "gloo":
                 return open_chain(
@@ -335,9 +336,12 @@ class DataPlane:
                 device=self._device,
                 timeout_s=timeout_s,
                 interface=interface,
+                check=channel.check,
             )
         except RendezvousError as error:
             raise channel.wait_failure(_FAILURE_WAIT_S) or error from error
+        finally:
+            self.counters.standing = None
 
     def _connect(self, group: Group, channel: Channel) -> None:
         """NCCL's first broadcast, a quarter of a second, while readers fill the staging."""

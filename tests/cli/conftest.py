@@ -95,6 +95,17 @@ def transfer(monkeypatch: pytest.MonkeyPatch) -> FakeTransfer:
 
 
 @pytest.fixture
+def beside_checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work in a directory with checkpoints that nobody opens: `c` and `ckpt`."""
+    folder = tmp_path_factory.mktemp("beside")
+    for name in ("c", "ckpt"):
+        (folder / name).touch()
+    monkeypatch.chdir(folder)
+
+
+@pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """One shard of two tensors and a config."""
     folder = tmp_path / "ckpt"

@@ -26,6 +26,8 @@ from .conftest import FakeTransfer, snapshot_of, start_of
 SEND = ("send", "c", "--listen", "h:1")
 Capture = pytest.CaptureFixture[str]
 
+pytestmark = pytest.mark.usefixtures("beside_checkpoints")
+
 
 def test_send_hands_its_options_to_the_transfer(transfer: FakeTransfer, capsys: Capture) -> None:
     options = "--workers 3 --listen h:1 --buffer-size 2MiB --num-buffers 3"

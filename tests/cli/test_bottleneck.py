@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from packcast.cli.bottleneck import Bottleneck, culprit_of
+from packcast.cli.bottleneck import Bottleneck, culprit_of, state_of
 from packcast.view import Snapshot, WorkerState
 
 from .conftest import snapshot_of
@@ -10,6 +10,11 @@ from .conftest import snapshot_of
 
 def test_a_worker_that_waits_for_its_disk_holds_up_those_that_wait_for_bytes() -> None:
     assert culprit_of(snapshot_of(20, workers={1: 20, 2: 30}, rank_1="write")) == (1, "write")
+
+
+def test_a_worker_that_does_not_get_connected_is_named() -> None:
+    assert culprit_of(snapshot_of(0, workers={1: 0}, rank_1="connect")) == (1, "connect")
+    assert state_of(WorkerState(0, "connect"), 100) == "connecting"
 
 
 def test_of_several_that_write_the_slowest_is_named() -> None:

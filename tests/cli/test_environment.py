@@ -15,6 +15,8 @@ from tests.cli.conftest import FakeTransfer
 Capture = pytest.CaptureFixture[str]
 RECV = ["recv", "h:1", "--discard"]
 
+pytestmark = pytest.mark.usefixtures("beside_checkpoints")
+
 
 @pytest.mark.parametrize("link", ["tcp://10.0.0.1:29400", "udp://[fd00::1]:53"])
 def test_what_kubernetes_says_of_a_service_called_packcast_is_no_option(

@@ -34,6 +34,8 @@ class Mistake:
 TABLE = [
     # -- the checkpoint ---------------------------------------------------------------------------
     Mistake("send nothere --dry-run", 3, "nothere: no such file or directory", "has no entry not"),
+    Mistake("send ckpy --nproc 2", 3, "ckpy: no such file or directory", "did you mean ckpt?"),
+    Mistake("send ckpy --workers 1 --listen h:1", 3, "ckpy: no such file", "did you mean ckpt?"),
     Mistake("inspect /no/such/path", 3, "/no/such/path: no such file", "directory / has no entry"),
     Mistake("send ckpy --dry-run", 3, "ckpy: no such file or directory", "did you mean ckpt?"),
     Mistake("verify ckpt modle", 3, "modle: no such file or directory", "did you mean model"),

@@ -168,12 +168,14 @@ def drawn(snapshot: Snapshot, width: int, **more: Any) -> str:
 def test_the_start_line_says_what_to_whom_over_what_and_why() -> None:
     assert start_lines(start_of()) == [
         "sending 2 files, 7 tensors, 1.0 GiB to 3 workers",
-        "  gloo on cpu (no GPU on host-a); 4 buffers of 16MiB, staging 512MiB",
+        "  gloo on cpu (no GPU on host-a); 4 buffers of 16MiB",
     ]
+    on_gpu = replace(start_of(), device="cuda:0")
+    assert start_lines(on_gpu)[1].endswith("; 4 buffers of 16MiB, staging 512MiB")
 
 
 def test_a_verbose_start_line_says_which_io_threads_read_and_write() -> None:
-    assert start_lines(start_of(), verbose=True)[1].endswith(", staging 512MiB, native I/O threads")
+    assert start_lines(start_of(), verbose=True)[1].endswith(" of 16MiB, native I/O threads")
 
 
 def test_control_characters_reach_no_terminal() -> None:

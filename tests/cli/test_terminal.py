@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +15,9 @@ import pytest
 from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say_once
 from packcast.errors import PackcastError
+from packcast.launch.exit import said_here
 from packcast.settings import Settings
+from tests.helpers.commands import clean_environment, open_mpi_rank, slurm_task
 from tests.helpers.handovers import hand_over
 
 
@@ -94,3 +99,65 @@ def test_where_each_rank_has_a_log_of_its_own_each_says_it_there(
             monkeypatch.setattr(sys, "stderr", stream)
             say_once("error: gone", tmp_path / "said")
     assert [log.read_text() for log in logs] == ["error: gone\n"] * 2
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def run_tasks(tasks: list[dict[str, str]], *argv: str) -> list[str]:
+    """What tasks of a launcher say, one after the other, each into a pipe of its own."""
+    said = []
+    for task in tasks:
+        ran = subprocess.run(
+            [sys.executable, "-m", "packcast", *argv],
+            env=clean_environment() | {"TMPDIR": tempfile.gettempdir()} | task,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert ran.returncode == 2
+        said.append(ran.stderr)
+    return said
+
+
+@pytest.mark.parametrize("launcher", ["slurm", "mpirun"])
+def test_a_wrong_command_line_is_said_once_for_all_tasks_of_a_step(
+    launcher: str, temporary: Path
+) -> None:
+    def tasks_of(step: str) -> list[dict[str, str]]:
+        of_rank = slurm_task if launcher == "slurm" else open_mpi_rank
+        return [of_rank(step, rank, 3) for rank in range(3)]
+
+    first = run_tasks(tasks_of("71"), "send", "x", "--force")
+    assert first[0].startswith("packcast: error: --force needs --out")
+    assert first[1:] == ["", ""]
+    assert run_tasks(tasks_of("72"), "send", "x", "--force") == first  # another step's own
+    assert (temporary / f"packcast-{os.geteuid()}").stat().st_mode & 0o077 == 0
+
+
+def test_what_an_earlier_try_in_the_same_step_has_said_is_said_again(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in slurm_task("71", 0, 2).items():
+        monkeypatch.setenv(name, value)
+    file = said_here()
+    assert file is not None
+    file.write_text("said")
+    assert said_here() == file
+    assert file.exists()
+    os.utime(file, (1, 1))
+    assert said_here() == file
+    assert not file.exists()
+
+
+def test_a_folder_that_others_may_write_is_not_asked_what_was_said(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in slurm_task("71", 0, 2).items():
+        monkeypatch.setenv(name, value)
+    folder = temporary / f"packcast-{os.geteuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    assert said_here() is None

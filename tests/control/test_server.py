@@ -337,6 +337,18 @@ def test_tokens_that_do_not_match_are_said_by_side(
     assert group.seen.failures == []
 
 
+def test_a_worker_with_another_token_is_remembered_where_one_is_missing(group: Group) -> None:
+    server = group.server(1, token=b"secret")
+    with pytest.raises(RendezvousError, match="token is not the sender's"):
+        group.client(server, info(), token=b"other")
+    with Joining(server, limit_s=0.1) as joining:
+        pass
+    assert joining.error is not None
+    assert "1 of 1 worker has not joined" in str(joining.error)
+    hint = getattr(joining.error, "hint", "")
+    assert hint.startswith("a process at 127.0.0.1 came with another token: set the same")
+
+
 def test_nothing_is_read_of_a_worker_without_proof(group: Group) -> None:
     server = group.server(token=b"secret")
     with Raw(server.address) as raw:

@@ -36,7 +36,7 @@ rank, store = two.rank, two.store
 before = dict(os.environ)
 group = open_process_group(
     "gloo", rank=rank, world_size=2, store=store, device=torch.device("cpu"), timeout_s=20.0,
-    interface=interface_of("127.0.0.1"),
+    interface=interface_of("127.0.0.1"), check=lambda: None,
 )
 tensor = torch.full((4,), rank)
 broadcast_over(group, lambda: None)(tensor, 0)
@@ -53,7 +53,7 @@ assert os.waitpid(two.child, 0)[1] == 0
 try:
     open_process_group(
         "gloo", rank=0, world_size=2, store=serve_store("127.0.0.1", 1.0)[0],
-        device=torch.device("cpu"), timeout_s=1.0, interface=None,
+        device=torch.device("cpu"), timeout_s=1.0, interface=None, check=lambda: None,
     )
 except RendezvousError as error:
     print(error.message)
@@ -176,4 +176,5 @@ def test_a_rank_that_does_not_answer_is_waited_for_no_longer_than_connecting_tak
             device=torch.device("cpu"),
             timeout_s=2.0,
             interface="lo",
+            check=lambda: None,
         )
