@@ -34,7 +34,6 @@ from packcast.cli.helps import (
 from packcast.cli.hub import checkpoint_path
 from packcast.cli.jsonlog import JsonLog, Views
 from packcast.cli.outcome import Outcome, command_failure
-from packcast.cli.progress import make_view
 from packcast.cli.start import (
     be_a_rank,
     begin,
@@ -47,6 +46,7 @@ from packcast.cli.start import (
 )
 from packcast.cli.streams import flush_streams
 from packcast.cli.terminal import say
+from packcast.cli.views import make_view
 from packcast.errors import PackcastError, UsageError
 from packcast.group.leave import record_failure
 from packcast.group.secret import secret_folders, user_token

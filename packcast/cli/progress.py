@@ -1,4 +1,4 @@
-"""What a person sees of a transfer: lines, or (cli/richview.py) bars. One renderer per terminal.
+"""What a person sees of a transfer: lines; cli/richview.py has bars. One renderer per terminal.
 
 Reads snapshots only; knows nothing of torch or of how bytes move.
 """
@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from packcast.cli.options import ProgressMode
 from packcast.cli.rate import Meter, done_of, percent, start_lines, time_left
 from packcast.cli.terminal import TerminalLock, can_draw, say
 from packcast.cli.waiting import MAX_ROWS, HoldUp, culprit_of, joining_line, slowest_of
@@ -234,16 +233,3 @@ class PlainLines:
             return ""
         host = f" ({self._hosts[rank]})" if rank in self._hosts else ""
         return f"slowest rank {rank}{host}"
-
-
-def make_view(
-    mode: ProgressMode, settings: Settings, launch: Launch, *, quiet: bool = False
-) -> Display:
-    """The display that `--progress` asks for, on this terminal or file."""
-    if quiet or mode == "none":
-        return SilentView(settings, launch, quiet=quiet)
-    if mode != "plain" and can_draw():  # bars need a terminal, whatever was asked for
-        from packcast.cli.richview import RichView  # 60 ms that a log file does not need
-
-        return RichView(settings, launch)
-    return PlainView(settings, launch)
