@@ -50,7 +50,7 @@ from packcast.transfer.results import (
 )
 from packcast.transfer.seat import Seat, take_seat
 from packcast.transfer.stall import StallWatch
-from packcast.transfer.telling import start_of, told_who_joins, worker_states
+from packcast.transfer.telling import start_of, told_by_sender, told_who_joins, worker_states
 from packcast.view import View
 
 # Of a device and how many bytes of finished tensors may wait: where tensors are received.
@@ -182,7 +182,7 @@ def receive(
     """A worker's side, which may read too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
     view.note(f"joined {client.sender.label}, waiting for the other workers")
-    me, world_size = client.await_joined(patience_s)
+    me, world_size = client.await_joined(patience_s, told_by_sender(view))
     seat.have_joined()
 
     view.phase("offer")
