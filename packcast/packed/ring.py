@@ -75,6 +75,10 @@ class Slot:
         """Has everyone done with the slot? Never blocks."""
         return all(mark is None or mark.passed() for mark in self._marks())
 
+    def is_sent(self) -> bool:
+        """Is its last broadcast over? Never blocks."""
+        return all(mark is None or mark.passed() for mark in (self.arrived, self.sent))
+
     def synchronize(self) -> None:
         """Block this host thread until everyone has done with the slot."""
         for mark in self._marks():
@@ -223,6 +227,13 @@ class Ring:
     def is_idle(self) -> bool:
         """Are all lanes empty? Never blocks."""
         return all(lane.is_idle() for lane in (self.fill, self.comm, self.drain))
+
+    def is_sending(self) -> bool:
+        """Is a broadcast under way of which this rank has all bytes? Never blocks."""
+        return any(
+            not slot.is_sent() and (slot.filled is None or slot.filled.passed())
+            for slot in self._slots
+        )
 
     def _count(self, counters: Counters | None) -> None:
         """From now on, while the lanes are empty."""
