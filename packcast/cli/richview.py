@@ -29,7 +29,7 @@ _STATE_WIDTH = 12
 _BESIDE_LABEL = 4 + 8 + 9 + _STATE_WIDTH + 5 + 10  # the other columns, spaces, a short bar
 _LEAST_HOST = 8
 _VERBS: dict[Phase, str] = {
-    "load": "starting",
+    "load": "starting: importing torch",
     "join": "joining",
     "offer": "preparing",
     "finish": "finishing",

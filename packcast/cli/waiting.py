@@ -30,7 +30,12 @@ _STATES = {
 }
 
 HERE = -1  # in the place of a rank: the one that looks
-Culprit = tuple[int | None, str]  # rank and stage; None: the network, or --max-rate
+Culprit = tuple[int | None, str]  # rank and stage; without a rank one of these:
+_WITHOUT_RANK = {
+    "limit": "limited by --max-rate",
+    "network": "limited by the network",
+    "others": "complete here, waiting for the other workers",
+}
 
 
 def joining_line(joining: Joining, now: float) -> str:
@@ -76,7 +81,8 @@ def culprit_of(snapshot: Snapshot) -> Culprit | None:
     """Who holds the transfer up at this moment; None where nobody does, or nobody knows.
 
     The rate that was asked for; else a worker that waits for its own disk or device, the slowest
-    of them; else whoever looks; else, on the sender, the network.
+    of them; else whoever looks; else, on the sender, the network; and on a worker that has all
+    bytes, the others.
     """
     total = snapshot.nbytes_total
     if snapshot.stage == "limit":
@@ -91,9 +97,9 @@ def culprit_of(snapshot: Snapshot) -> Culprit | None:
         return rank, busy[rank].stage
     if snapshot.stage not in ("", "broadcast"):
         return HERE, snapshot.stage
-    if not snapshot.workers or snapshot.nbytes_done >= total:
-        return None
-    return None, "network"
+    if snapshot.workers:
+        return (None, "network") if snapshot.nbytes_done < total else None
+    return (None, "others") if snapshot.stages and snapshot.nbytes_done >= total else None
 
 
 class HoldUp:
@@ -132,7 +138,7 @@ class HoldUp:
             return None
         rank, stage = self._culprit
         if rank is None:
-            return "limited by --max-rate" if stage == "limit" else "limited by the network"
+            return _WITHOUT_RANK[stage]
         host = f" ({hosts[rank]})" if rank in hosts else ""
         who = "this host" if rank == HERE else f"rank {rank}{host}"
         return f"waiting on {who}: {stage}, {now - self._since:.0f} s"

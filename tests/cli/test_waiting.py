@@ -75,6 +75,11 @@ def test_a_worker_says_that_it_waits_for_its_own_disk() -> None:
     assert culprit_of(snapshot_of(20, mine="broadcast")) is None
 
 
+def test_a_worker_that_is_done_says_that_it_waits_for_the_others() -> None:
+    done = snapshot_of(100, mine="")
+    assert said_of([done] * 4)[3] == "complete here, waiting for the other workers"
+
+
 WRITES = snapshot_of(20, workers={1: 20, 2: 30}, rank_1="write")
 RECEIVES = snapshot_of(20, workers={1: 20, 2: 30})
 
