@@ -219,7 +219,7 @@ class PlainLines:
             f"{done:3d} %",
             done_of(snapshot),
             format_speed(rates.whole),
-            time_left(snapshot, rates.lasting),
+            time_left(snapshot, rates),
             self._slowest(snapshot),
             self._hold_up.line(self._hosts, now),
         ]

@@ -17,7 +17,7 @@ from rich.text import Text
 from packcast.cli.progress import Display
 from packcast.cli.rate import Meter, Rates, stages_line, time_left
 from packcast.cli.terminal import printable
-from packcast.cli.waiting import HoldUp, chosen_workers, is_done, joining_line
+from packcast.cli.waiting import RECEIVING, HoldUp, chosen_workers, is_done, joining_line
 from packcast.group.launch import Launch
 from packcast.settings import Settings
 from packcast.units import format_size, format_speed
@@ -115,10 +115,10 @@ def frame(
     for _ in range(2 + (width >= MEDIUM) + (width >= WIDE)):
         bars.add_column(no_wrap=True)
 
-    def add(label: str, nbytes: int, rate: float, state: str, *, of_total: str = "") -> None:
+    def add(label: str, nbytes: int, rate: float | None, state: str, of_total: str = "") -> None:
         share = f"{100 * nbytes // total if total else 100}%"
         # Of fixed widths, so that the bar does not change its length with every second.
-        cells = [share.rjust(4), format_speed(rate).rjust(9)]
+        cells = [share.rjust(4), "" if rate is None else format_speed(rate).rjust(9)]
         if width >= MEDIUM:
             cells.insert(1, format_size(nbytes).rjust(8) + of_total)
         if width >= WIDE:
@@ -126,9 +126,10 @@ def frame(
         bars.add_row(label, _bar(nbytes, total), *cells)
 
     of_total = f" of {format_size(total)}"
-    left = time_left(snapshot, rates.lasting)
-    add(verb, snapshot.nbytes_done, rates.whole, left, of_total=of_total)
-    labels = [f"  {kind} rank {rank}" if kind else f"  rank {rank}" for kind, rank in rows]
+    left = time_left(snapshot, rates)
+    add(verb, snapshot.nbytes_done, rates.whole, left, of_total)
+    digits = len(str(max(snapshot.workers, default=0)))
+    labels = [f"  {kind.ljust(8) if kind else ''}rank {rank:{digits}}" for kind, rank in rows]
     if width >= WIDE:
         room = width - _BESIDE_LABEL - len(of_total) - max(map(len, labels), default=0)
         labels = [
@@ -136,8 +137,10 @@ def frame(
             for label, (_, rank) in zip(labels, rows, strict=True)
         ]
     for label, (_, rank) in zip(labels, rows, strict=True):
-        nbytes = snapshot.workers[rank].nbytes
-        add(label, nbytes, rates.workers.get(rank, 0.0), hold_up.state(rank))
+        rate, state = rates.workers.get(rank, 0.0), hold_up.state(rank)
+        if state == RECEIVING and not rate:
+            state = "waiting"
+        add(label, snapshot.workers[rank].nbytes, None if state == "done" else rate, state)
     lines: list[RenderableType] = [bars]
     if len(rows) < len(snapshot.workers):
         done = sum(is_done(worker, total) for worker in snapshot.workers.values())

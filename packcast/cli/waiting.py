@@ -17,9 +17,10 @@ MAX_NAMED = 4
 SHOW_AFTER_S = 2.0  # what holds it up for less changes with every look
 _WINDOW_S = 3.0
 
+RECEIVING = "receiving"
 # What a worker's loop waits for, as what the worker does.
 _STATES = {
-    "broadcast": "receiving",
+    "broadcast": RECEIVING,
     "d2h": "copying",
     "h2d": "copying",
     "read": "reading",
@@ -31,9 +32,9 @@ _STATES = {
 
 HERE = -1  # in the place of a rank: the one that looks
 Culprit = tuple[int | None, str]  # rank and stage; without a rank one of these:
-_WITHOUT_RANK = {
-    "limit": "limited by --max-rate",
-    "network": "limited by the network",
+_LIMITS = {"limit": "--max-rate", "network": "the network"}
+_ON_OTHERS = {  # what a worker knows of them
+    "bytes": "waiting for bytes from the other ranks",
     "others": "complete here, waiting for the other workers",
 }
 
@@ -113,7 +114,11 @@ class HoldUp:
 
     def add(self, snapshot: Snapshot, now: float) -> None:
         """Take one look."""
-        self._looks.append((now, culprit_of(snapshot), snapshot))
+        culprit = culprit_of(snapshot)
+        if culprit is None and snapshot.stages and not snapshot.workers and self._looks:
+            has_moved = snapshot.stages != self._looks[-1][2].stages
+            culprit = None if has_moved else (None, "bytes")
+        self._looks.append((now, culprit, snapshot))
         while self._looks[0][0] < now - _WINDOW_S:
             self._looks.popleft()
         most = Counter(found for _, found, _ in self._looks).most_common(1)[0][0]
@@ -137,8 +142,10 @@ class HoldUp:
         if self._culprit is None or now - self._since < SHOW_AFTER_S:
             return None
         rank, stage = self._culprit
+        took = f"{now - self._since:.0f} s"
         if rank is None:
-            return _WITHOUT_RANK[stage]
+            limit = _LIMITS.get(stage)
+            return f"limited by {limit}" if limit else f"{_ON_OTHERS[stage]}, {took}"
         host = f" ({hosts[rank]})" if rank in hosts else ""
         who = "this host" if rank == HERE else f"rank {rank}{host}"
-        return f"waiting on {who}: {stage}, {now - self._since:.0f} s"
+        return f"waiting on {who}: {stage}, {took}"

@@ -5,6 +5,7 @@ Each step is one call; what a step does is told where it lives.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -220,9 +221,10 @@ def receive(
         view.phase("finish")
         close = mover.begin_close()
         mover.counters.standing = "sync"
+        synced_from = time.perf_counter()
         sink.finish()
         mover.counters.standing = None
-        seconds = since(moved.began)
+        seconds = moved.ended - moved.began + since(synced_from)  # not of waiting for the others
         proof = proof_of(offer, moved, mover.counters, sink, seconds)
         client.send(proof)
         closed = close()

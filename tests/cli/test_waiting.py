@@ -72,12 +72,18 @@ def test_who_is_done_is_not_waited_for() -> None:
 
 def test_a_worker_says_that_it_waits_for_its_own_disk() -> None:
     assert said_of([snapshot_of(20, mine="write")] * 4)[3] == "waiting on this host: write, 3 s"
-    assert culprit_of(snapshot_of(20, mine="broadcast")) is None
+    receiving = [snapshot_of(done) for done in range(20, 24)]
+    assert said_of(receiving)[3] is None
+
+
+def test_a_worker_to_which_nothing_comes_says_so() -> None:
+    said = said_of([snapshot_of(20)] * 9)
+    assert said[8] == "waiting for bytes from the other ranks, 7 s"
 
 
 def test_a_worker_that_is_done_says_that_it_waits_for_the_others() -> None:
     done = snapshot_of(100, mine="")
-    assert said_of([done] * 4)[3] == "complete here, waiting for the other workers"
+    assert said_of([done] * 4)[3] == "complete here, waiting for the other workers, 3 s"
 
 
 WRITES = snapshot_of(20, workers={1: 20, 2: 30}, rank_1="write")
