@@ -5,7 +5,7 @@ from __future__ import annotations
 from packcast.cli.options import ProgressMode
 from packcast.cli.progress import Display, PlainView, SilentView
 from packcast.cli.terminal import can_draw
-from packcast.group.launch import Launch
+from packcast.launch.launchers import Launch
 from packcast.settings import Settings
 
 

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from packcast.cli import progress, views
+from packcast.cli.bottleneck import Bottleneck, joining_line
 from packcast.cli.progress import (
     Display,
     JoiningLines,
@@ -25,8 +26,7 @@ from packcast.cli.rate import Meter, Rates, RateWindow, start_lines, time_left
 from packcast.cli.richview import RichView, frame
 from packcast.cli.terminal import TerminalLock, printable
 from packcast.cli.views import make_view
-from packcast.cli.waiting import HoldUp, joining_line
-from packcast.group.launch import Launch
+from packcast.launch.launchers import Launch
 from packcast.settings import Settings
 from packcast.view import Joining, Snapshot, WorkerState
 
@@ -177,7 +177,7 @@ def drawn(snapshot: Snapshot, width: int, hosts: dict[int, str] | None = None) -
 
 def draw(snapshot: Snapshot, console: Console, hosts: dict[int, str] | None = None) -> None:
     """The screen after three seconds, of which the last moved all bytes."""
-    meter, hold_up = Meter(2.0), HoldUp()
+    meter, hold_up = Meter(2.0), Bottleneck()
     for second in range(4):
         hold_up.add(snapshot, float(second))
     meter.rates(replace(snapshot, nbytes_done=0, workers={}), 2.0)

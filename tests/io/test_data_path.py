@@ -16,8 +16,8 @@ from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
 from packcast.io import source as source_module
 from packcast.io.landing import Landing
-from packcast.io.runner import UnitRunner
 from packcast.io.source import FileReader, FileSource
+from packcast.io.unit_runner import UnitRunner
 from packcast.packed import plan
 from packcast.packed.counters import StageTotal
 from packcast.packed.pipeline import run_pipeline
