@@ -18,7 +18,7 @@ READY := .venv/.ready
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench bench-gpu bench-disk reference test test-gpu lint type check clean
+.PHONY: help setup demo bench bench-gpu bench-disk reference picture test test-gpu lint type check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -90,6 +90,9 @@ bench-disk: $(READY) ## the same for a disk, from and to DISK=.bench (a minute)
 
 reference: $(READY) ## write the README's table of options
 	$(BIN)/python -m tests.reference
+
+picture: $(READY) ## write the README's picture of a run (a minute)
+	$(BIN)/python -m tests.picture
 
 test: $(READY) ## run the tests that need no GPU
 	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)

@@ -35,18 +35,17 @@ class Snapshot:
     nbytes_total: int
     stages: dict[str, int]
     workers: dict[int, WorkerState]
-    at: str  # the file that the newest chunk belongs to
-    stage: str = ""  # that this rank's loop waits for
+    stage: str = ""  # that this rank waits for; "limit" is --max-rate
 
 
 @dataclass(frozen=True, slots=True)
 class Joining:
-    """The workers that have joined the sender; times by `time.monotonic()`."""
+    """The workers that have joined; the sender waits until `deadline` (`time.monotonic()`)."""
 
     joined: int
     wanted: int
-    missing: tuple[int, ...]  # ranks, if a launcher has assigned them
-    newest: str | None  # label of the last one to come
+    missing: tuple[int, ...]  # ranks, if a launcher has assigned them; on a worker the first 8
+    newest: str | None  # label of the last one to come; on the sender
     deadline: float
 
 
@@ -79,7 +78,7 @@ class View:
         """No launcher: the exact `packcast recv ...` line to run on each worker."""
 
     def joining(self, joining: Joining) -> None:
-        """The sender waits for workers: at first, and again for each that has come."""
+        """Workers are waited for: at first, and again as they come."""
 
     def warn(self, text: str) -> None:
         """Something to know that stops nothing (also from the control thread)."""

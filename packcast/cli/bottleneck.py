@@ -17,10 +17,11 @@ MAX_NAMED = 4
 SHOW_AFTER_S = 2.0  # what holds it up for less changes with every look
 _WINDOW_S = 3.0
 
+RECEIVING = "receiving"
 # What a worker's loop waits for, as what the worker does.
 _STATES = {
     "connect": "connecting",
-    "broadcast": "receiving",
+    "broadcast": RECEIVING,
     "d2h": "copying",
     "h2d": "copying",
     "read": "reading",
@@ -30,29 +31,34 @@ _STATES = {
     "sync": "syncing",
 }
 
-HERE = -1  # in the place of a rank: the one that looks, a worker
-Culprit = tuple[int | None, str]  # rank (None: the network) and stage
+HERE = -1  # in the place of a rank: the one that looks
+Culprit = tuple[int | None, str]  # rank and stage; without a rank one of these:
+_LIMITS = {"limit": "--max-rate", "network": "the network"}
+_ON_OTHERS = {  # what a worker knows of them
+    "bytes": "waiting for bytes from the other ranks",
+    "others": "complete here, waiting for the other workers",
+}
 
 
 def joining_line(joining: Joining, now: float) -> str:
-    """`2 of 11 workers, waiting for ranks 3, 7, 8, 9 and 5 more; 4:50 left`."""
-    line = f"{joining.joined} of {count(joining.wanted, 'worker')}"
+    """`2 of 11 workers have joined, not ranks 3, 7, 8, 9 and 5 more; waits up to 4:50`."""
+    have = "has" if joining.wanted == 1 else "have"
+    line = f"{joining.joined} of {count(joining.wanted, 'worker')} {have} joined"
     if joining.joined >= joining.wanted:
-        return f"{line} joined, preparing"
-    left = f"{format_countdown(joining.deadline - now)} left"
+        return f"{line}, preparing"
+    limit = f"waits up to {format_countdown(joining.deadline - now)}"
     if not joining.missing:
-        return f"{line}, waiting for {joining.wanted - joining.joined} more; {left}"
-    named = ", ".join(map(str, joining.missing[:MAX_NAMED]))
-    more = len(joining.missing) - MAX_NAMED
-    ranks = f"rank{'s' * (len(joining.missing) > 1)} {named}" + f" and {more} more" * (more > 0)
-    return f"{line}, waiting for {ranks}; {left}"
+        return f"{line}; {limit}"
+    num_missing = joining.wanted - joining.joined
+    ranks = ", ".join(map(str, joining.missing[:MAX_NAMED]))
+    if num_missing > MAX_NAMED:
+        ranks += f" and {num_missing - MAX_NAMED} more"
+    return f"{line}, not rank{'s' * (num_missing > 1)} {ranks}; {limit}"
 
 
-def state_of(worker: WorkerState, total: int) -> str:
-    """What a worker does just now, in one word."""
-    if worker.nbytes >= total and worker.stage != "sync":
-        return "done"
-    return _STATES.get(worker.stage, "")
+def is_done(worker: WorkerState, total: int) -> bool:
+    """Whether the worker has every byte, and has made them durable."""
+    return worker.nbytes >= total and worker.stage != "sync"
 
 
 def chosen_workers(workers: Mapping[int, WorkerState]) -> list[tuple[str, int]]:
@@ -76,27 +82,26 @@ def slowest_of(workers: Mapping[int, WorkerState]) -> int | None:
 def culprit_of(snapshot: Snapshot) -> Culprit | None:
     """Who holds the transfer up at this moment; None where nobody does, or nobody knows.
 
-    A worker that waits for its own disk or device, the slowest of them; else whoever sends, where
-    the network has taken all that was read; else the network.
+    The rate that was asked for; else a worker that waits for its own disk or device, the slowest
+    of them; else whoever looks; else, on the sender, the network; and on a worker that has all
+    bytes, the others.
     """
     total = snapshot.nbytes_total
+    if snapshot.stage == "limit":
+        return None, "limit"
     busy = {
         rank: worker
         for rank, worker in snapshot.workers.items()
-        if worker.stage == "sync"
-        or (worker.nbytes < total and worker.stage not in ("", "broadcast"))
+        if worker.stage not in ("", "broadcast") and not is_done(worker, total)
     }
     rank = slowest_of(busy)
     if rank is not None:
         return rank, busy[rank].stage
-    if not snapshot.workers and snapshot.stage not in ("", "broadcast"):
+    if snapshot.stage not in ("", "broadcast"):
         return HERE, snapshot.stage
-    if not snapshot.workers or snapshot.nbytes_done >= total:
-        return None
-    read, sent = snapshot.stages.get("read", 0), snapshot.stages.get("broadcast", 0)
-    if snapshot.stage == "read" and read <= sent and read < total:
-        return 0, "read"
-    return None, "network"
+    if snapshot.workers:
+        return (None, "network") if snapshot.nbytes_done < total else None
+    return (None, "others") if snapshot.stages and snapshot.nbytes_done >= total else None
 
 
 class Bottleneck:
@@ -104,28 +109,44 @@ class Bottleneck:
     loop that is looked at between two pieces seems to wait for others."""
 
     def __init__(self) -> None:
-        self._looks: deque[tuple[float, Culprit | None]] = deque()
+        self._looks: deque[tuple[float, Culprit | None, Snapshot]] = deque()
         self._culprit: Culprit | None = None
         self._since = 0.0
 
-    def add(self, culprit: Culprit | None, now: float) -> None:
-        """Take one look's answer."""
-        self._looks.append((now, culprit))
+    def add(self, snapshot: Snapshot, now: float) -> None:
+        """Take one look."""
+        culprit = culprit_of(snapshot)
+        if culprit is None and snapshot.stages and not snapshot.workers and self._looks:
+            has_moved = snapshot.stages != self._looks[-1][2].stages
+            culprit = None if has_moved else (None, "bytes")
+        self._looks.append((now, culprit, snapshot))
         while self._looks[0][0] < now - _WINDOW_S:
             self._looks.popleft()
-        most = Counter(found for _, found in self._looks).most_common(1)[0][0]
+        most = Counter(found for _, found, _ in self._looks).most_common(1)[0][0]
+        rank = None if most is None else most[0]
+        if rank in snapshot.workers and is_done(snapshot.workers[rank], snapshot.nbytes_total):
+            most = None
         if most != self._culprit:
             self._culprit = most
-            self._since = next(when for when, found in self._looks if found == most)
+            self._since = next((when for when, found, _ in self._looks if found == most), now)
+
+    def state(self, rank: int) -> str:
+        """What a worker does, in one word: what it did most of the last seconds."""
+        newest = self._looks[-1][2]
+        if is_done(newest.workers[rank], newest.nbytes_total):
+            return "done"
+        stages = (look.workers[rank].stage for _, _, look in self._looks if rank in look.workers)
+        return _STATES.get(Counter(stages).most_common(1)[0][0], "")
 
     def line(self, hosts: Mapping[int, str], now: float) -> str | None:
         """`waiting on rank 1 (hostb): write, 12 s`; None while it is too early to say."""
         if self._culprit is None or now - self._since < SHOW_AFTER_S:
             return None
         rank, stage = self._culprit
+        took = f"{now - self._since:.0f} s"
         if rank is None:
-            return "waiting on the network"
-        if rank == HERE:
-            return f"waiting on this host: {stage}, {now - self._since:.0f} s"
+            limit = _LIMITS.get(stage)
+            return f"limited by {limit}" if limit else f"{_ON_OTHERS[stage]}, {took}"
         host = f" ({hosts[rank]})" if rank in hosts else ""
-        return f"waiting on rank {rank}{host}: {stage}, {now - self._since:.0f} s"
+        who = "this host" if rank == HERE else f"rank {rank}{host}"
+        return f"waiting on {who}: {stage}, {took}"

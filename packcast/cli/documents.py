@@ -224,7 +224,9 @@ class WorkerResult(Model):
 
     device: str | None = None
     pool: str | None = None
-    seconds: float | None = None
+    seconds: float | None = Field(
+        default=None, description="until its copy was durable, without waiting for other workers"
+    )
     stages: dict[str, StageResult] | None = None
     peak_device_bytes: int | None = None
     pinned_bytes: int | None = None

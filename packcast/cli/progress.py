@@ -1,4 +1,4 @@
-"""What a person sees of a transfer: lines, or (cli/richview.py) bars. One renderer per terminal.
+"""What a person sees of a transfer: lines; cli/richview.py has bars. One renderer per terminal.
 
 Reads snapshots only; knows nothing of torch or of how bytes move.
 """
@@ -9,8 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from packcast.cli.bottleneck import MAX_ROWS, Bottleneck, culprit_of, joining_line, slowest_of
-from packcast.cli.options import ProgressMode
+from packcast.cli.bottleneck import MAX_ROWS, Bottleneck, joining_line, slowest_of
 from packcast.cli.rate import Meter, done_of, percent, start_lines, time_left
 from packcast.cli.terminal import TerminalLock, can_draw, say
 from packcast.launch.launchers import Launch
@@ -63,15 +62,14 @@ class Display(View):
         self._print("run this on each worker:")
         self._print(f"\n    {recv_line}\n")
 
-    def joining(self, joining: Joining) -> None:
-        self.is_sender = True
-
     def note(self, text: str) -> None:
         if self._is_told and self.speaks():
             self._print(text)
 
     def placed(self, rank: int, *, is_sender: bool) -> None:
         self.is_sender = is_sender
+        if is_sender:
+            self.speaks()
 
     def warn(self, text: str) -> None:
         if not self._quiet:
@@ -125,7 +123,6 @@ class PlainView(Display):
         self._joining: JoiningLines | None = None
 
     def joining(self, joining: Joining) -> None:
-        super().joining(joining)
         if not self.speaks():
             return
         now = time.monotonic()
@@ -212,7 +209,7 @@ class PlainLines:
     def next_line(self, snapshot: Snapshot, now: float) -> str | None:
         """A line, or None while it is too early for one."""
         rates = self._meter.rates(snapshot, now)
-        self._hold_up.add(culprit_of(snapshot), now)
+        self._hold_up.add(snapshot, now)
         done = percent(snapshot)
         moved = done - self._said_percent >= LINE_EVERY_PERCENT
         if not self._pace.is_due(now, earlier=moved):
@@ -222,28 +219,15 @@ class PlainLines:
             f"{done:3d} %",
             done_of(snapshot),
             format_speed(rates.whole),
-            time_left(snapshot, rates.lasting),
-            snapshot.at if not snapshot.workers else self._slowest(snapshot),
+            time_left(snapshot, rates),
+            self._slowest(snapshot),
             self._hold_up.line(self._hosts, now),
         ]
         return "  ".join(part for part in parts if part)
 
     def _slowest(self, snapshot: Snapshot) -> str:
         rank = slowest_of(snapshot.workers)
-        if rank is None or len(snapshot.workers) == 1:
+        if rank is None or len(snapshot.workers) < 2:
             return ""
         host = f" ({self._hosts[rank]})" if rank in self._hosts else ""
         return f"slowest rank {rank}{host}"
-
-
-def make_view(
-    mode: ProgressMode, settings: Settings, launch: Launch, *, quiet: bool = False
-) -> Display:
-    """The display that `--progress` asks for, on this terminal or file."""
-    if quiet or mode == "none":
-        return SilentView(settings, launch, quiet=quiet)
-    if mode != "plain" and can_draw():  # bars need a terminal, whatever was asked for
-        from packcast.cli.richview import RichView  # 60 ms that a log file does not need
-
-        return RichView(settings, launch)
-    return PlainView(settings, launch)

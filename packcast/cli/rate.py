@@ -100,12 +100,12 @@ def percent(snapshot: Snapshot) -> int:
     return 100 * snapshot.nbytes_done // snapshot.nbytes_total if snapshot.nbytes_total else 100
 
 
-def time_left(snapshot: Snapshot, rate: float) -> str:
-    """At the present rate; nothing while nothing moves."""
+def time_left(snapshot: Snapshot, rates: Rates) -> str:
+    """At the rate of the last half minute; nothing while nothing moves."""
     left = snapshot.nbytes_total - snapshot.nbytes_done
-    if rate <= 0 or left <= 0:
+    if left <= 0 or not rates.whole or not rates.lasting:
         return ""
-    return f"{format_countdown(left / rate)} left"
+    return f"{format_countdown(left / rates.lasting)} left"
 
 
 def stages_line(rates: dict[str, float]) -> str:

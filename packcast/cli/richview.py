@@ -14,9 +14,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from packcast.cli.bottleneck import Bottleneck, chosen_workers, culprit_of, joining_line, state_of
+from packcast.cli.bottleneck import RECEIVING, Bottleneck, chosen_workers, is_done, joining_line
 from packcast.cli.progress import Display
-from packcast.cli.rate import Meter, Rates, done_of, stages_line, time_left
+from packcast.cli.rate import Meter, Rates, stages_line, time_left
 from packcast.cli.terminal import printable
 from packcast.launch.launchers import Launch
 from packcast.settings import Settings
@@ -25,9 +25,11 @@ from packcast.view import Joining, Phase, Snapshot, Start
 
 REFRESH_PER_SECOND = 4
 WIDE, MEDIUM = 76, 52  # columns from which states, and sizes, have room beside a bar
-_MAX_HOST = 16
+_STATE_WIDTH = 12
+_BESIDE_LABEL = 4 + 8 + 9 + _STATE_WIDTH + 5 + 10  # the other columns, spaces, a short bar
+_LEAST_HOST = 8
 _VERBS: dict[Phase, str] = {
-    "load": "starting",
+    "load": "starting: importing torch",
     "join": "joining",
     "offer": "preparing",
     "finish": "finishing",
@@ -47,7 +49,6 @@ class RichView(Display):
         super().__init__(settings, launch)
 
     def joining(self, joining: Joining) -> None:
-        super().joining(joining)
         if self.speaks():
             self._show(lambda: _dim(f"  {joining_line(joining, time.monotonic())}"))
 
@@ -65,12 +66,10 @@ class RichView(Display):
 
         def draw() -> RenderableType:
             snapshot, now = progress(), time.monotonic()
+            hold_up.add(snapshot, now)
             rates = meter.rates(snapshot, now)
-            hold_up.add(culprit_of(snapshot), now)
-            waiting = hold_up.line(start.hosts, now)
-            return frame(
-                self._verb, snapshot, rates, self._console.width, hosts=start.hosts, waiting=waiting
-            )
+            width = self._console.width
+            return frame(self._verb, snapshot, rates, hold_up, now, width, hosts=start.hosts)
 
         self._show(draw)
 
@@ -101,10 +100,11 @@ def frame(
     verb: str,
     snapshot: Snapshot,
     rates: Rates,
+    hold_up: Bottleneck,
+    now: float,
     width: int,
     *,
-    hosts: Mapping[int, str] | None = None,
-    waiting: str | None = None,
+    hosts: Mapping[int, str],
 ) -> RenderableType:
     """Everything that is on the screen at one moment."""
     total = snapshot.nbytes_total
@@ -112,38 +112,55 @@ def frame(
     bars = Table.grid(expand=True, padding=(0, 1, 0, 0))
     bars.add_column(min_width=10, no_wrap=True)
     bars.add_column(ratio=1)
-    for right in (True, True, True, False)[: 2 + (width >= MEDIUM) + (width >= WIDE)]:
-        bars.add_column(justify="right" if right else "left", no_wrap=True)
+    for _ in range(2 + (width >= MEDIUM) + (width >= WIDE)):
+        bars.add_column(no_wrap=True)
 
-    def add(label: str, nbytes: int, sizes: str, rate: float, state: str) -> None:
+    def add(label: str, nbytes: int, rate: float | None, state: str, of_total: str = "") -> None:
         share = f"{100 * nbytes // total if total else 100}%"
-        # Of a fixed width, so that the bar does not change its length with every second.
-        cells = [share, format_speed(rate).rjust(9)]
+        # Of fixed widths, so that the bar does not change its length with every second.
+        cells = [share.rjust(4), "" if rate is None else format_speed(rate).rjust(9)]
         if width >= MEDIUM:
-            cells.insert(1, sizes)
+            cells.insert(1, format_size(nbytes).rjust(8) + of_total)
         if width >= WIDE:
-            cells.append(state.ljust(12))
+            cells.append(state.ljust(_STATE_WIDTH))
         bars.add_row(label, _bar(nbytes, total), *cells)
 
-    left = time_left(snapshot, rates.lasting)
-    add(verb, snapshot.nbytes_done, done_of(snapshot), rates.whole, left)
-    for kind, rank in rows:
-        worker = snapshot.workers[rank]
-        label = f"  {kind} rank {rank}" if kind else f"  rank {rank}"
-        if width >= WIDE and hosts and rank in hosts:
-            label += f" {printable(hosts[rank])[:_MAX_HOST]}"
-        size = format_size(worker.nbytes)
-        add(label, worker.nbytes, size, rates.workers.get(rank, 0.0), state_of(worker, total))
+    of_total = f" of {format_size(total)}"
+    left = time_left(snapshot, rates)
+    add(verb, snapshot.nbytes_done, rates.whole, left, of_total)
+    digits = len(str(max(snapshot.workers, default=0)))
+    labels = [f"  {kind.ljust(8) if kind else ''}rank {rank:{digits}}" for kind, rank in rows]
+    if width >= WIDE:
+        room = width - _BESIDE_LABEL - len(of_total) - max(map(len, labels), default=0)
+        labels = [
+            label + _short(hosts.get(rank, ""), room)
+            for label, (_, rank) in zip(labels, rows, strict=True)
+        ]
+    for label, (_, rank) in zip(labels, rows, strict=True):
+        rate, state = rates.workers.get(rank, 0.0), hold_up.state(rank)
+        if state == RECEIVING and not rate:
+            state = "waiting"
+        add(label, snapshot.workers[rank].nbytes, None if state == "done" else rate, state)
     lines: list[RenderableType] = [bars]
     if len(rows) < len(snapshot.workers):
-        done = sum(state_of(it, total) == "done" for it in snapshot.workers.values())
+        done = sum(is_done(worker, total) for worker in snapshot.workers.values())
         lines.append(_dim(f"  {len(snapshot.workers)} workers, {done} done"))
     if rates.stages:
-        at = f"  {printable(snapshot.at)}" if snapshot.at else ""
-        lines.append(_dim(f"  {stages_line(rates.stages)}{at}"))
+        lines.append(_dim(f"  {stages_line(rates.stages)}"))
+    waiting = hold_up.line(hosts, now)
     if waiting:
         lines.append(Text(f"  {printable(waiting)}", no_wrap=True, overflow="ellipsis"))
     return Group(*lines)
+
+
+def _short(host: str, room: int) -> str:
+    """A host's name behind a label: its first part, of which the end tells most hosts apart."""
+    name = printable(host)
+    if not name[:1].isdigit():  # which may be an address
+        name = name.partition(".")[0]
+    if len(name) < room:
+        return f" {name}" if name else ""
+    return f" ~{name[2 - room :]}" if room >= _LEAST_HOST else ""
 
 
 def _dim(text: str) -> Text:

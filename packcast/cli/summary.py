@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from packcast.cli.result import count
+from packcast.packed.counters import STAGES
 from packcast.report import Report, ranks_text
 from packcast.units import format_duration, format_size, format_speed
 
@@ -23,20 +24,23 @@ def end_lines(report: Report) -> list[str]:
     else:
         done = f"received {what}"
     took = f"{format_duration(report.seconds)} at {format_speed(report.bytes_per_second)}"
-    if report.total_seconds:
-        took += f", {format_duration(report.total_seconds)} with start-up and end"
     lines = [f"{done} in {took}", *_outcomes(report)]
+    if report.total_seconds:
+        lines.append(f"  {format_duration(report.total_seconds)} with start-up and end")
     rates = _stage_rates(report)
     if rates:
         stages = (f"{name} {format_speed(rate)}" for name, rate in rates.items())
-        lines.append(f"  {', '.join(stages)}{_slowest(report)}")
+        lines.append(f"  {', '.join(stages)}")
+    slowest = _slowest(report)
+    if slowest:
+        lines.append(f"  {slowest}")
     if report.digest:
         lines.append(f"  digest of all files {report.digest[:_SHOWN_DIGITS]}")
     return lines
 
 
 def _stage_rates(report: Report) -> dict[str, float]:
-    """Of each stage here, then of those that only workers have: of the slowest one."""
+    """Of each stage here; of those that only workers have, that of the slowest one."""
     rates = {name: stage.bytes_per_second for name, stage in report.stages.items() if stage.nbytes}
     theirs: dict[str, float] = {}
     for facts in report.workers.values():
@@ -45,7 +49,8 @@ def _stage_rates(report: Report) -> dict[str, float]:
             nbytes, seconds = (stage.get(key) for key in ("nbytes", "seconds"))
             if isinstance(nbytes, int) and nbytes and isinstance(seconds, int | float) and seconds:
                 theirs[name] = min(theirs.get(name, nbytes / seconds), nbytes / seconds)
-    return rates | {name: rate for name, rate in theirs.items() if name not in rates}
+    both = theirs | rates
+    return {name: both[name] for name in STAGES if name in both}
 
 
 def _outcomes(report: Report) -> list[str]:
@@ -94,7 +99,7 @@ def _slowest(report: Report) -> str:
         return ""
     rank = max(seconds, key=lambda rank: seconds[rank])
     host = next((f" ({it.host})" for it in report.ranks if it.rank == rank), "")
-    text = f"; slowest rank {rank}{host}: {format_duration(seconds[rank])}"
+    text = f"slowest rank {rank}{host}: {format_duration(seconds[rank])}"
     stages = report.workers[rank].get("stages")
     waited = {
         name: float(stage["waiting_seconds"])

@@ -202,7 +202,7 @@ class _Counted:
     def _watch(self) -> None:
         while not self._over.wait(0.25):
             now = time.monotonic()
-            snapshot = Snapshot(min(self.nbytes, self._total), self._total, {}, {}, "")
+            snapshot = Snapshot(min(self.nbytes, self._total), self._total, {}, {})
             line = self._lines.next_line(snapshot, now)
             if line:
                 say(line)

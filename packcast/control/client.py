@@ -5,6 +5,7 @@ Knows no torch, and nothing of what the messages are about, but for COMMIT.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import ProtocolError
 from packcast.control.handshake import Entered, enter
-from packcast.control.messages import Abort, Commit, Joined, Message, limits_by
+from packcast.control.messages import Abort, Commit, Joined, JoinStatus, Message, limits_by
 from packcast.control.rank_info import RankInfo
 from packcast.errors import PackcastError, RendezvousError, TransferError
 
@@ -51,6 +52,7 @@ class ControlClient(Channel):
         self._interval_s = entered.welcome.heartbeat_interval_s
         self._me = me
         self._world_size: int | None = None
+        self._status: JoinStatus | None = None  # that nobody has taken yet
         self._is_gone = False
         self._received: dict[int, deque[Message]] = {}
         here = text_of(entered.sock.getsockname())
@@ -108,15 +110,24 @@ class ControlClient(Channel):
         """The sender's address, as the sender calls it, as it is called on this host."""
         return with_interface(host, self._interface)
 
-    def await_joined(self, timeout_s: float | None) -> tuple[RankInfo, int]:
+    def await_joined(
+        self, timeout_s: float, on_status: Callable[[JoinStatus], object] = lambda _: None
+    ) -> tuple[RankInfo, int]:
         """This worker with the rank it got, and the world size, once everybody has joined.
 
-        The sender names who is missing at its own deadline, so give this one a little longer.
+        `on_status` is called in this thread as others come. The sender names who is missing at its
+        own deadline, so give this one a little longer.
         """
-        found = self._ask(self._membership, timeout_s)
-        if found is None:
-            raise RendezvousError(f"not everybody has joined within {timeout_s:g} s")
-        return found
+        deadline = time.monotonic() + timeout_s
+        while True:
+            news = self._ask(self._join_news, deadline - time.monotonic())
+            if news is None:
+                raise RendezvousError(f"not everybody has joined within {timeout_s:g} s")
+            status, joined = news
+            if joined is not None:
+                return joined
+            if status is not None:
+                on_status(status)
 
     def send(self, message: Message) -> None:
         """Send a message to the sender; raises the failure. One already gone gets nothing."""
@@ -137,8 +148,10 @@ class ControlClient(Channel):
 
     # For the control thread.
 
-    def _membership(self) -> tuple[RankInfo, int] | None:
-        return None if self._world_size is None else (self._me, self._world_size)
+    def _join_news(self) -> tuple[JoinStatus | None, tuple[RankInfo, int] | None] | None:
+        status, self._status = self._status, None
+        joined = None if self._world_size is None else (self._me, self._world_size)
+        return (status, joined) if status or joined else None
 
     def _take(self, kind: type[Message]) -> Message | None:
         messages = self._received.get(kind.kind)
@@ -155,6 +168,9 @@ class ControlClient(Channel):
             if self._world_size is not None or message.rank >= message.world_size:
                 raise ProtocolError("a Joined that makes no sense")
             self._me, self._world_size = replace(self._me, rank=message.rank), message.world_size
+            return True
+        if isinstance(message, JoinStatus):
+            self._status = message
             return True
         if isinstance(message, Commit):
             self._settle()

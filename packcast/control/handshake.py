@@ -27,7 +27,7 @@ from packcast.control.frames import (
 from packcast.control.messages import MAX_SECONDS, Abort, Hello, Welcome, decode
 from packcast.control.rank_info import RankInfo
 from packcast.errors import PackcastError, RendezvousError
-from packcast.units import format_duration
+from packcast.units import format_countdown, format_duration
 
 RETRY_S = 0.2
 LONGEST_RETRY_S = 1.0  # many workers wait for one sender
@@ -80,6 +80,7 @@ def enter(
     hello = Hello(info=me, heartbeat_timeout_s=min(heartbeat_timeout_s, MAX_SECONDS))
     deadline = time.monotonic() + join_timeout_s
     slower, num_tries = 1.0, 0
+    limit = format_countdown(join_timeout_s)
     while True:
         whys = []
         for host in hosts:
@@ -103,7 +104,7 @@ def enter(
                 or "start `packcast send` there, or check the address and the firewall",
             )
         if not num_tries:
-            log(f"waiting for the sender at {where} ({why})")
+            log(f"waiting for the sender at {where} ({why}); waits up to {limit}")
         num_tries += 1
         time.sleep(pause_s * random.uniform(0.75, 1.0))
 

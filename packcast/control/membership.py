@@ -101,13 +101,19 @@ class Membership:
             count = self.wanted - len(self._there)
             absent = f"{count} of {_count(self.expected, 'worker')}"
         else:
-            ranks = sorted(self.expected - {self.me.rank} - self._by_rank.keys())
+            ranks = self.missing_ranks()
             count = len(ranks)
             absent = _listed([f"rank {rank}" for rank in ranks])
         return RendezvousError(
             f"{absent} {_have(count)} not joined within {format_duration(limit_s)}; here: {here}",
             hint="start the missing ones sooner, or give a longer --join-timeout",
         )
+
+    def missing_ranks(self) -> tuple[int, ...]:
+        """The ranks that have not joined, where a launcher has given them out."""
+        if isinstance(self.expected, int):
+            return ()
+        return tuple(sorted(self.expected - {self.me.rank} - self._by_rank.keys()))
 
     def _refusal_without_launcher(self, new: RankInfo, expected: int) -> Refusal | None:
         if self.is_complete:

@@ -26,6 +26,7 @@ from packcast.units import KIB, MIB
 
 MAX_SENTENCE_LENGTH = 2000
 MAX_SECONDS = 1e9
+MAX_MISSING = 8
 # Its files are bounded before anybody joins (checkpoint/outgoing.py); the rest of it is small.
 MAX_OFFER_NBYTES = MAX_OFFERED_NBYTES + 16 * MIB
 
@@ -117,6 +118,16 @@ class Joined(Message, kind=18, by="sender"):
 
     rank: Rank
     world_size: Annotated[int, Field(ge=1, le=1_000_001)]
+
+
+class JoinStatus(Message, kind=23, by="sender"):
+    """How many workers are there so far, for a worker that waits for the others: some of the ranks
+    that are missing, where they are known, and how long the sender waits for them yet."""
+
+    joined: Annotated[int, Field(ge=0, le=1_000_000)]
+    wanted: Annotated[int, Field(ge=1, le=1_000_000)]
+    missing: Annotated[tuple[Rank, ...], Field(max_length=MAX_MISSING)]
+    left_s: Annotated[float, Field(ge=0, le=MAX_SECONDS)]
 
 
 class Abort(Message, kind=19, by="both", limit=64 * KIB):

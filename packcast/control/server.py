@@ -16,7 +16,16 @@ from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import Progress, heartbeat_interval_s
 from packcast.control.membership import Expected, Membership
-from packcast.control.messages import Hello, Joined, Message, Welcome, limits_by
+from packcast.control.messages import (
+    MAX_MISSING,
+    MAX_SECONDS,
+    Hello,
+    Joined,
+    JoinStatus,
+    Message,
+    Welcome,
+    limits_by,
+)
 from packcast.control.rank_info import RankInfo
 from packcast.errors import RendezvousError, TransferError
 
@@ -25,6 +34,7 @@ M = TypeVar("M", bound=Message)
 OnJoin = Callable[[RankInfo, int, int], None]
 
 _MAX_NAMED = 8
+_TELL_EVERY_S = 1.0
 
 
 class ControlServer(Channel):
@@ -71,6 +81,8 @@ class ControlServer(Channel):
         self._by_rank: dict[int, Connection] = {}
         self._received: dict[int, dict[int, deque[Message]]] = {}  # by kind, then rank
         self._gone: set[int] = set()
+        self._join_until = 0.0
+        self._has_news = False  # of who has joined
         self.lost: dict[int, str] = {}
         self._acceptor = Acceptor(
             listener,
@@ -105,7 +117,7 @@ class ControlServer(Channel):
         `on_join(worker, joined, wanted)` is called in this thread for each arrival. At the limit
         everybody is told, and RendezvousError names the missing.
         """
-        self._post(self._loop.call_later, limit_s, self._expire_join, limit_s)
+        self._post(self._begin_join, limit_s)
         while True:
             news = self._ask(self._join_news, None)
             assert news is not None
@@ -184,6 +196,7 @@ class ControlServer(Channel):
         mine = heartbeat_interval_s(hello.heartbeat_timeout_s, self._membership.wanted)
         self._interval_s = min(self._interval_s, mine)
         self._arrivals.append((hello.info, len(self._membership)))
+        self._has_news = True
         if self._membership.is_complete:
             self._complete_join()
         self._waiters.changed()
@@ -210,6 +223,26 @@ class ControlServer(Channel):
         self._ranks = tuple(sorted(everybody, key=lambda info: info.rank or 0))
         for rank, connection in self._by_rank.items():
             connection.send(Joined(rank=rank, world_size=len(self._ranks)).encode())
+
+    def _begin_join(self, limit_s: float) -> None:
+        self._loop.call_later(limit_s, self._expire_join, limit_s)
+        self._join_until = self._loop.time() + limit_s
+        self._tell_joined()
+
+    def _tell_joined(self) -> None:
+        """Those who wait hear who is there, at most once a second, however many are coming."""
+        if self._ranks is not None or self._failure is not None:
+            return
+        if self._has_news and self._connections:
+            self._has_news = False
+            status = JoinStatus(
+                joined=len(self._membership),
+                wanted=self._membership.wanted,
+                missing=self._membership.missing_ranks()[:MAX_MISSING],
+                left_s=min(max(0.0, self._join_until - self._loop.time()), MAX_SECONDS),
+            )
+            self._send_frame(list(self._connections), status.encode())
+        self._loop.call_later(max(_TELL_EVERY_S, self._interval_s), self._tell_joined)
 
     def _join_news(
         self,
@@ -291,6 +324,7 @@ class ControlServer(Channel):
         connection = incident.connection
         self._drop(connection)
         self._membership.remove(connection)
+        self._has_news = True
         if self._failure is None:  # or it leaves because it has heard of that
             self._log(f"{connection.label} left before all had joined")
 

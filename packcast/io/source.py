@@ -7,6 +7,7 @@ the death of the process.
 from __future__ import annotations
 
 import os
+import time
 from array import array
 from bisect import bisect_right
 from collections import deque
@@ -30,6 +31,7 @@ from packcast.packed.ring import Slot
 from packcast.packed.streams import Completion
 from packcast.packed.trailer import write_trailer
 
+_LOOK_EVERY_S = 0.02
 _CHANGED_HINT = "nothing was published; send it again when no process writes to the checkpoint"
 
 
@@ -167,6 +169,8 @@ class FileSource:
         )
         self._copies: deque[Completion] = deque()  # out of staging, under way
         self._num_copied = 0
+        self._look_at = 0.0
+        self._is_sending = False
 
     def read_ahead(self) -> None:
         """Before the loop: begin to read, as far as there is staging; no slot is in use yet."""
@@ -212,13 +216,30 @@ class FileSource:
         if self._staging.is_slots:
             self.begin(unit.chunk)
             with self._counters.waiting_on("read"):
-                self._runner.wait(unit.index)
+                self._look("read")
+                self._runner.wait(unit.index, lambda: self._look("read"), every_s=_LOOK_EVERY_S)
             return
         self._reuse_staging()
         # Units that are not allowed yet wait for staging: all slots wait for a copy to the device.
         stage: Stage = "read" if unit.index < self._runner.num_allowed else "h2d"
+
+        def meanwhile() -> None:
+            self._reuse_staging()
+            self._look(stage)
+
         with self._counters.waiting_on(stage):
-            self._runner.wait(unit.index, self._reuse_staging)
+            self._look(stage)
+            self._runner.wait(unit.index, meanwhile)
+
+    def _look(self, stage: Stage) -> None:
+        """While the loop waits for `stage`: that is not what holds it up as long as the network
+        is busy with earlier chunks."""
+        now = time.perf_counter()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_EVERY_S
+            self._ring.clock.collect()  # or nothing sent would be counted until the wait is over
+            self._is_sending = self._ring.is_sending()
+        self._counters.standing = "broadcast" if self._is_sending else stage
 
     def _reuse_staging(self) -> None:
         """Have more units read in the place of those whose copies are over."""

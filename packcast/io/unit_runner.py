@@ -91,10 +91,16 @@ class UnitRunner:
         self._wanted = max(self._wanted, min(num_units, len(self.schedule.units)))
         self._admit()
 
-    def wait(self, unit: int, meanwhile: Callable[[], object] | None = None) -> None:
+    def wait(
+        self,
+        unit: int,
+        meanwhile: Callable[[], object] | None = None,
+        *,
+        every_s: float = _LOOK_AFTER_S,
+    ) -> None:
         """Block until the units up to this one are done. They must be allowed already, or by
-        `meanwhile`, which is called now and then. Raises the failure if they cannot be done."""
-        limit_s = _LONG_S if meanwhile is None else _LOOK_AFTER_S
+        `meanwhile`, which is called every so often. Raises the failure if they cannot be done."""
+        limit_s = _LONG_S if meanwhile is None else every_s
         while self.num_done <= unit:
             while not self._ends_within(self.num_done, limit_s):
                 if meanwhile is not None:

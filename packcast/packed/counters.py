@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 from packcast.packed.plan import Extent
 
 Stage = Literal["read", "pack", "h2d", "broadcast", "d2h", "unpack", "write", "verify", "discard"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +111,12 @@ class Counters:
             return (total.nbytes if total else 0) + (followed().nbytes if followed else 0)
 
     def totals(self) -> dict[Stage, StageTotal]:
-        """A copy of all totals at this moment."""
+        """A copy of all totals at this moment, in the order of the stages."""
         with self._lock:
             found = {stage: replace(total) for stage, total in self._totals.items()}
             for stage, work in self._followed.items():
                 found[stage] = self._with_work(stage, work())
-            return found
+            return {stage: found[stage] for stage in STAGES if stage in found}
 
     def _with_work(self, stage: Stage, work: StageWork) -> StageTotal:
         total = self._totals.get(stage, StageTotal())

@@ -70,7 +70,7 @@ def run_pipeline(
         if on_failure is not None:
             ending.enter_context(_told(on_failure))
         cpu_begin = time.thread_time()
-        for chunk, slot in _with_slots(chunks, ring, drain.stage if drain else "read", begin):
+        for chunk, slot in _with_slots(chunks, ring, drain.stage if drain else "broadcast", begin):
             if chunk.root == rank and source is not None:
                 source.fill(chunk, slot)
             ring.broadcast(chunk, slot, broadcast)

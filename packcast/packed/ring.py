@@ -75,6 +75,10 @@ class Slot:
         """Has everyone done with the slot? Never blocks."""
         return all(event is None or event.passed() for event in self._events())
 
+    def is_sent(self) -> bool:
+        """Is its last broadcast over? Never blocks."""
+        return all(event is None or event.passed() for event in (self.arrived, self.sent))
+
     def synchronize(self) -> None:
         """Block this host thread until everyone has done with the slot."""
         for event in self._events():
@@ -223,6 +227,13 @@ class Ring:
     def is_idle(self) -> bool:
         """Are all streams empty? Never blocks."""
         return all(stream.is_idle() for stream in (self.fill, self.comm, self.drain))
+
+    def is_sending(self) -> bool:
+        """Is a broadcast under way of which this rank has all bytes? Never blocks."""
+        return any(
+            not slot.is_sent() and (slot.filled is None or slot.filled.passed())
+            for slot in self._slots
+        )
 
     def _count(self, counters: Counters | None) -> None:
         """From now on, while the streams are empty."""

@@ -250,8 +250,10 @@ class DataPlane:
         limit = RateLimit(max_rate)
 
         def pause(seconds: float) -> None:
+            self.counters.standing = "limit"
             if failure := channel.wait_failure(seconds):
                 raise failure
+            self.counters.standing = "broadcast"
             self.counters.num_pauses += 1
 
         def broadcast_at_rate(tensor: torch.Tensor, root: int) -> Completion | None:
@@ -395,14 +397,12 @@ class DataPlane:
 
     def snapshot(self, workers: dict[int, WorkerState]) -> Snapshot:
         """Where this rank is; on the sender `workers` are what their heartbeats said."""
-        newest = self.counters.newest
         done = min((worker.nbytes for worker in workers.values()), default=self.nbytes_done())
         return Snapshot(
             nbytes_done=done,
             nbytes_total=self._offer.nbytes,
             stages={name: total.nbytes for name, total in self.counters.totals().items()},
             workers=workers,
-            at="" if newest is None else self._offer.files[newest.file].name,
             stage=self.counters.standing or "",
         )
 

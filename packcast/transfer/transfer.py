@@ -5,6 +5,7 @@ Each step is one call; what a step does is told where it lives.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,7 +51,7 @@ from packcast.transfer.results import (
 )
 from packcast.transfer.session import Session, open_session
 from packcast.transfer.stall import StallWatch
-from packcast.transfer.view_state import joining_updates, start_of, worker_states
+from packcast.transfer.view_state import joining_updates, start_of, told_by_sender, worker_states
 from packcast.view import View
 
 # Of a device and how many bytes of finished tensors may wait: where tensors are received.
@@ -189,7 +190,7 @@ def receive(
     """A worker's side, which may read too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
     view.note(f"joined {client.sender.label}, waiting for the other workers")
-    me, world_size = client.await_joined(patience_s)
+    me, world_size = client.await_joined(patience_s, told_by_sender(view))
     session.have_joined()
 
     view.phase("offer")
@@ -229,9 +230,10 @@ def receive(
         view.phase("finish")
         close = data_plane.begin_close()
         data_plane.counters.standing = "sync"
+        synced_from = time.perf_counter()
         sink.finish()
         data_plane.counters.standing = None
-        seconds = since(moved.began)
+        seconds = moved.ended - moved.began + since(synced_from)  # not of waiting for the others
         proof = proof_of(offer, moved, data_plane.counters, sink, seconds)
         client.send(proof)
         closed = close()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from packcast.control.messages import JoinStatus
 from packcast.control.rank_info import RankInfo
 from packcast.control.server import ControlServer, OnJoin
 from packcast.io.pool import pool_kind
@@ -25,6 +26,16 @@ def joining_updates(settings: Settings, server: ControlServer, view: View) -> On
         view.joining(Joining(joined, wanted, tuple(sorted(left)), worker.label, deadline))
 
     return has_joined
+
+
+def told_by_sender(view: View) -> Callable[[JoinStatus], None]:
+    """Tells a worker's view how many have joined, by what the sender says."""
+
+    def has_heard(status: JoinStatus) -> None:
+        deadline = time.monotonic() + status.left_s
+        view.joining(Joining(status.joined, status.wanted, status.missing, None, deadline))
+
+    return has_heard
 
 
 def worker_states(server: ControlServer) -> dict[int, WorkerState]:

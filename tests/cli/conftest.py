@@ -151,4 +151,4 @@ def snapshot_of(
         for rank, nbytes in (workers or {}).items()
     }
     moved = {"read": done, "broadcast": done, "write": done // 2}
-    return Snapshot(done, total, moved, states, "m.safetensors", stages.get("mine", "broadcast"))
+    return Snapshot(done, total, moved, states, stages.get("mine", "broadcast"))

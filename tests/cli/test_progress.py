@@ -9,24 +9,23 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from packcast.cli import progress
-from packcast.cli.bottleneck import joining_line
+from packcast.cli import progress, views
+from packcast.cli.bottleneck import Bottleneck, joining_line
 from packcast.cli.progress import (
     Display,
     JoiningLines,
     PlainLines,
     PlainView,
     SilentView,
-    make_view,
 )
-from packcast.cli.rate import Meter, RateWindow, start_lines, time_left
+from packcast.cli.rate import Meter, Rates, RateWindow, start_lines, time_left
 from packcast.cli.richview import RichView, frame
 from packcast.cli.terminal import TerminalLock, printable
+from packcast.cli.views import make_view
 from packcast.launch.launchers import Launch
 from packcast.settings import Settings
 from packcast.view import Joining, Snapshot, WorkerState
@@ -48,7 +47,8 @@ def test_the_rate_falls_to_zero_when_nothing_moves() -> None:
     assert window.add(3.0, 200) == 100
     assert 0 < window.add(6.0, 200) < 100
     assert window.add(11.0, 200) == 0
-    assert time_left(snapshot_of(50), 0.0) == ""
+    assert time_left(snapshot_of(50), Rates(0.0, 20.0, {}, {})) == ""
+    assert time_left(snapshot_of(50), Rates(10.0, 5.0, {}, {})) == "0:10 left"
 
 
 def test_the_rate_begins_with_the_first_byte() -> None:
@@ -89,12 +89,9 @@ def test_plain_lines_are_neither_many_nor_absent() -> None:
 
 def test_a_plain_line_says_how_far_how_fast_and_where() -> None:
     lines = PlainLines(-10.0)
-    assert (
-        lines.next_line(snapshot_of(0, 8 << 30), 0.0)
-        == "  0 %  0 B of 8.0 GiB  0.0 MB/s  m.safetensors"
-    )
+    assert lines.next_line(snapshot_of(0, 8 << 30), 0.0) == "  0 %  0 B of 8.0 GiB  0.0 MB/s"
     line = lines.next_line(snapshot_of(2 << 30, 8 << 30), 10.0)
-    assert line == " 25 %  2.0 of 8.0 GiB  0.21 GB/s  0:30 left  m.safetensors"
+    assert line == " 25 %  2.0 of 8.0 GiB  0.21 GB/s  0:30 left"
 
 
 def test_a_plain_line_names_the_slowest_rank_and_what_it_waits_for() -> None:
@@ -107,7 +104,7 @@ def test_a_plain_line_names_the_slowest_rank_and_what_it_waits_for() -> None:
 
 
 def test_an_empty_checkpoint_is_all_there() -> None:
-    empty = Snapshot(0, 0, {}, {1: WorkerState(0)}, "")
+    empty = Snapshot(0, 0, {}, {1: WorkerState(0)})
     text = drawn(empty, 80)
     assert "100%" in text
 
@@ -115,8 +112,8 @@ def test_an_empty_checkpoint_is_all_there() -> None:
 def test_of_many_workers_three_are_shown() -> None:
     workers = {rank: 10 * rank for rank in range(1, 11)}
     text = drawn(snapshot_of(10, workers=workers), 100)
-    shown = [line.split("  ")[1] for line in text.splitlines() if "rank" in line]
-    assert [line.split(" ")[:3] for line in shown] == [
+    shown = [line.split()[:3] for line in text.splitlines() if "rank" in line]
+    assert shown == [
         ["slowest", "rank", "1"],
         ["median", "rank", "6"],
         ["fastest", "rank", "10"],
@@ -126,12 +123,29 @@ def test_of_many_workers_three_are_shown() -> None:
 
 def test_each_of_few_workers_has_host_bytes_rate_and_state() -> None:
     snapshot = snapshot_of(5 << 20, 9 << 20, {1: 5 << 20, 2: 9 << 20}, rank_1="write")
-    lines = drawn(snapshot, 100, hosts={1: "hosta", 2: "hostb"}).splitlines()
+    lines = drawn(snapshot, 100, {1: "hosta", 2: "hostb.example.org"}).splitlines()
     assert [lines[1].split()[:3], lines[1].split()[-6:]] == [
         ["rank", "1", "hosta"],
         ["55%", "5.0", "MiB", "5.2", "MB/s", "writing"],
     ]
+    assert lines[2].split()[2] == "hostb"
     assert lines[2].split()[-1] == "done"
+
+
+def test_of_a_long_host_name_the_end_is_shown() -> None:
+    hosts = {rank: f"job-of-somebody-worker-{rank}" for rank in (1, 2)}
+    snapshot = snapshot_of(5 << 20, 9 << 20, {1: 5 << 20, 2: 9 << 20})
+    shown = [line.split()[2] for line in drawn(snapshot, 80, hosts).splitlines()[1:3]]
+    assert [name[0] + name[-9:] for name in shown] == ["~-worker-1", "~-worker-2"]
+    assert hosts[1] in drawn(snapshot, 160, hosts)
+
+
+def test_the_columns_stay_where_they_are() -> None:
+    begin, later = (
+        drawn(snapshot_of(done, 100 << 30, {1: done}, rank_1=stage), 80).splitlines()[0]
+        for done, stage in ((0, ""), (50 << 30, "write"))
+    )
+    assert begin.index(" of 100 GiB") == later.index(" of 100 GiB")
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 160])
@@ -140,7 +154,7 @@ def test_the_bars_fit_their_terminal(width: int) -> None:
     for ranks in (1, 3, 12):
         workers = dict.fromkeys(range(1, ranks + 1), 3 << 30)
         snapshot = snapshot_of(3 << 30, 5 << 30, workers, rank_1="write")
-        text = drawn(snapshot, width, hosts=hosts, waiting="waiting on rank 1: write, 12 s")
+        text = drawn(snapshot, width, hosts)
         assert all(len(line) <= width for line in text.splitlines())
         assert "60%" in text
         assert ("GiB" in text) == (width >= 60)
@@ -150,19 +164,25 @@ def test_the_bars_fit_their_terminal(width: int) -> None:
 
 def test_a_terminal_without_unicode_gets_bars_of_ascii() -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-    rates = Meter(0.0).rates(snapshot_of(50), 1.0)
-    Console(file=out, width=80).print(frame("sending", snapshot_of(50), rates, 80))
+    draw(snapshot_of(50), Console(file=out, width=80))
     out.flush()
     assert b"----" in out.buffer.getvalue()  # type: ignore[attr-defined]
 
 
-def drawn(snapshot: Snapshot, width: int, **more: Any) -> str:
+def drawn(snapshot: Snapshot, width: int, hosts: dict[int, str] | None = None) -> str:
     out = io.StringIO()
-    meter = Meter(0.0)
-    meter.rates(replace(snapshot, nbytes_done=0, workers={}), 0.0)
-    rates = meter.rates(snapshot, 1.0)
-    Console(file=out, width=width).print(frame("sending", snapshot, rates, width, **more))
+    draw(snapshot, Console(file=out, width=width), hosts or {})
     return out.getvalue()
+
+
+def draw(snapshot: Snapshot, console: Console, hosts: dict[int, str] | None = None) -> None:
+    """The screen after three seconds, of which the last moved all bytes."""
+    meter, hold_up = Meter(2.0), Bottleneck()
+    for second in range(4):
+        hold_up.add(snapshot, float(second))
+    meter.rates(replace(snapshot, nbytes_done=0, workers={}), 2.0)
+    rates = meter.rates(snapshot, 3.0)
+    console.print(frame("sending", snapshot, rates, hold_up, 3.0, console.width, hosts=hosts or {}))
 
 
 def test_the_start_line_says_what_to_whom_over_what_and_why() -> None:
@@ -243,7 +263,7 @@ def test_progress_none_says_how_it_ended(
 def test_bars_need_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_view("rich", SEND, ALONE), PlainView)
     assert type(make_view("none", SEND, ALONE)) is SilentView
-    monkeypatch.setattr(progress, "can_draw", lambda: True)
+    monkeypatch.setattr(views, "can_draw", lambda: True)
     assert isinstance(make_view("auto", SEND, ALONE), RichView)
     assert isinstance(make_view("plain", SEND, ALONE), PlainView)
 
@@ -324,10 +344,12 @@ def test_a_log_names_few_workers_as_they_come_and_counts_many() -> None:
     assert many.update(Joining(2, 600, missing, "rank 2", 300.0)) == []
     said = [many.next_line(float(second)) for second in range(11)]
     assert said[:10] == [None] * 10
-    assert said[10] == ("2 of 600 workers, waiting for ranks 3, 4, 5, 6 and 594 more; 4:50 left")
+    assert said[10] == (
+        "2 of 600 workers have joined, not ranks 3, 4, 5, 6 and 594 more; waits up to 4:50"
+    )
 
 
 def test_without_a_launcher_it_is_said_how_many_are_missing() -> None:
     assert joining_line(Joining(0, 1, (), None, 65.0), 5.0) == (
-        "0 of 1 worker, waiting for 1 more; 1:00 left"
+        "0 of 1 worker has joined; waits up to 1:00"
     )

@@ -44,11 +44,12 @@ FULL = Report(
 
 def test_the_summary_says_what_went_where_how_fast_and_who_was_slowest() -> None:
     assert end_lines(FULL) == [
-        "sent 2 files, 1.9 GiB to 2 workers in 4.00 s at 0.50 GB/s, 9.50 s with start-up and end",
+        "sent 2 files, 1.9 GiB to 2 workers in 4.00 s at 0.50 GB/s",
         "  rank 1 (b): written to /d/1",
         "  rank 2 (c): written to /d/2",
-        "  read 1.00 GB/s, write 0.50 GB/s, broadcast 2.00 GB/s; "
-        "slowest rank 2 (c): 4.00 s, of which 2.00 s waiting on write",
+        "  9.50 s with start-up and end",
+        "  read 1.00 GB/s, broadcast 2.00 GB/s, write 0.50 GB/s",
+        "  slowest rank 2 (c): 4.00 s, of which 2.00 s waiting on write",
         f"  digest of all files {FULL.digest[:16]}",  # type: ignore[index]
     ]
 
@@ -91,7 +92,7 @@ def test_workers_that_did_the_same_share_a_line() -> None:
 def test_of_many_workers_not_every_one_has_a_line() -> None:
     workers = {rank: {"sink": "write", "target": f"/d/{rank}"} for rank in range(1, 600)}
     lines = end_lines(replace(FULL, workers=workers))
-    assert len(lines) < 12
+    assert len(lines) <= 12
     assert "  and 592 more; --json has all" in lines
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import queue
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -23,8 +25,18 @@ from packcast.control.frames import (
     Progress,
     frame_of,
 )
-from packcast.control.messages import Abort, Bye, Commit, Hello, Joined, Message, Welcome, decode
-from packcast.errors import CheckpointError, RendezvousError, TransferError
+from packcast.control.messages import (
+    Abort,
+    Bye,
+    Commit,
+    Hello,
+    Joined,
+    JoinStatus,
+    Message,
+    Welcome,
+    decode,
+)
+from packcast.errors import CheckpointError, PackcastError, RendezvousError, TransferError
 from tests.control.helpers import (
     ANYTHING,
     PATIENCE_S,
@@ -297,6 +309,29 @@ def test_what_comes_right_behind_the_welcome_is_not_lost(group: Group) -> None:
         me, world_size = client.await_joined(PATIENCE_S)
         assert (me.rank, world_size) == (3, 5)
         assert client.expect(Ping, PATIENCE_S).text == "x"
+
+
+def test_a_worker_hears_how_many_have_joined_and_how_long_the_sender_waits(group: Group) -> None:
+    server = group.server(frozenset(range(12)))
+    heard: queue.Queue[JoinStatus] = queue.Queue()
+
+    def wait(client: ControlClient) -> None:
+        with suppress(PackcastError):
+            client.await_joined(PATIENCE_S, heard.put)
+
+    with Joining(server):
+        client, _ = group.client(server, info(1))
+        waiting = threading.Thread(target=wait, args=[client])
+        waiting.start()
+        first = heard.get(timeout=PATIENCE_S)
+        group.client(server, info(2))
+        second = heard.get(timeout=PATIENCE_S)
+        server.fail(PackcastError("enough"))
+    waiting.join(PATIENCE_S)
+    assert not waiting.is_alive()
+    assert (first.joined, first.wanted, first.missing) == (1, 11, (2, 3, 4, 5, 6, 7, 8, 9))
+    assert (second.joined, second.wanted, second.missing[0]) == (2, 11, 3)
+    assert 0 < second.left_s < first.left_s <= PATIENCE_S
 
 
 def test_a_sender_that_dies_before_all_have_joined_is_a_failed_rendezvous(group: Group) -> None:

@@ -29,6 +29,7 @@ from packcast.control.messages import (
     Commit,
     Hello,
     Joined,
+    JoinStatus,
     Message,
     OfferMessage,
     Welcome,
@@ -149,6 +150,12 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
     Bye: {},
     Commit: {"code": CODES},
     OfferMessage: {"compressed": st.binary()},
+    JoinStatus: {
+        "joined": RANKS,
+        "wanted": st.integers(1, 1_000_000),
+        "missing": st.lists(RANKS, max_size=8).map(tuple),
+        "left_s": st.floats(0, 1e9),
+    },
     transfer.RankAssignment: {
         "rank": RANKS,
         "device": SHORT,

@@ -7,14 +7,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.io import source as source_module
 from packcast.io.landing import Landing
 from packcast.io.source import FileReader, FileSource
+from packcast.io.unit_runner import UnitRunner
 from packcast.packed import plan
 from packcast.packed.counters import StageTotal
 from packcast.packed.pipeline import run_pipeline
@@ -244,6 +247,43 @@ def test_reading_goes_on_while_broadcasts_are_slow(tmp_path: Path) -> None:
         begin=lambda chunk, _: source.begin(chunk),
     )
     assert ahead[:5] == [i * MIB for i in (4, 5, 6, 7, 8)]
+
+
+def test_a_read_is_not_waited_for_while_the_network_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Held:
+        event, passed_at, is_passed = None, 0.0, False
+
+        def passed(self) -> bool:
+            return self.is_passed
+
+        def synchronize(self) -> None:
+            self.is_passed = True
+
+    told: list[str | None] = []
+
+    def wait(runner: UnitRunner, unit: int, *more: Any, **options: Any) -> None:
+        told.append(counters.standing)
+        really_wait(runner, unit, *more, **options)
+
+    really_wait = UnitRunner.wait
+    monkeypatch.setattr(UnitRunner, "wait", wait)
+    monkeypatch.setattr(source_module, "_LOOK_EVERY_S", 0.0)
+    write_safetensors(tmp_path / "m.safetensors", {"t": ("U8", (3 * MIB,))})
+    checkpoint = open_checkpoint(tmp_path)
+    files = outgoing_files(checkpoint)
+    buffers = make_buffers(MIB, 4)
+    counters, held = buffers.ring.counters, Held()
+    chunks = plan_chunks([file.spec.nbytes for file in files], MIB, [0])
+    source = FileSource(chunks, FileReader(files, checkpoint.files), buffers, num_threads=1)
+    for chunk in chunks:
+        slot = buffers.ring.take(chunk)
+        source.fill(chunk, slot)
+        buffers.ring.broadcast(chunk, slot, lambda _memory, _root: held)
+        held.is_passed = chunk.index == 1
+    source.close()
+    assert told[:3] == ["read", "broadcast", "read"]
 
 
 def test_every_stage_counts_every_byte_also_once_it_is_over(tmp_path: Path) -> None:

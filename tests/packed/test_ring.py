@@ -123,7 +123,7 @@ def test_a_slot_that_the_next_rank_has_not_yet_is_waited_for_as_a_broadcast() ->
     )
     totals = counters.totals()
     assert totals["broadcast"].waiting_s > 0.1
-    assert totals["read"].waiting_s < totals["broadcast"].waiting_s / 2
+    assert list(totals) == ["broadcast"]
 
 
 def test_a_slot_grows_to_a_chunk_that_turns_out_larger_and_stays_so() -> None:
