@@ -75,7 +75,7 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     words = "--shape dense,tiny --size 1GiB --source file,resident --sink land,write --cold "
     words += "--buffer-size 1MiB..4MiB:x2 --num-buffers 1..4:x2 --readers 1,all --runs 5 "
-    words += "--warmup 2 --no-baselines --no-limits --staging 64MiB --backend gloo "
+    words += "--warmup 2 --no-check --no-baselines --no-limits --staging 64MiB --backend gloo "
     words += "--device cpu --join-timeout 1min --heartbeat-timeout 5s --stall-timeout 7s -q"
     argv = ["bench", *words.split(), "--dir", str(tmp_path), "--write-dir", str(tmp_path / "w")]
     assert run(argv) == 0
@@ -94,6 +94,7 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
             directory=tmp_path,
             write_directory=tmp_path / "w",
             cold=True,
+            check=False,
             baselines=False,
             limits=False,
             staging=64 * MIB,
