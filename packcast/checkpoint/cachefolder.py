@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packcast.checkpoint.ruling import some
+from packcast.checkpoint.roles import some
 from packcast.errors import CheckpointError
 
 
