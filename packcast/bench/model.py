@@ -56,6 +56,7 @@ class BenchSettings:
     directory: Path
     write_directory: Path
     cold: bool = False
+    check: bool = True
     baselines: bool = True
     limits: bool = True
     staging: int = DEFAULT_STAGING
@@ -112,12 +113,12 @@ class RankRun:
     `waiting` is how long its loop stood still for each stage; with resident weights, whose loop
     never waits beside a GPU, how long each stage was busy. `loop_seconds` is the CPU time of the
     loop's thread. `sent_nbytes` are the bytes that this rank gave to others, where that is known.
-    `wrong` counts blocks (files) or tensors that are not the sender's.
+    `wrong` counts blocks (files) or tensors that are not the sender's; None: not checked.
     """
 
     rank: int
     seconds: float
-    wrong: int = 0
+    wrong: int | None = 0
     waiting: Mapping[str, float] = field(default_factory=dict)
     loop_seconds: float = 0.0
     sent_nbytes: int | None = None

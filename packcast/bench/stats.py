@@ -67,9 +67,11 @@ def fraction_of(row: Row) -> float | None:
     return rate / row.limit.bytes_per_second if row.limit and rate else None
 
 
-def wrong_of(row: Row) -> int:
-    """The most of any run, warm-up too: a wrong byte is a wrong byte."""
-    return max((sum(part.wrong for part in run.ranks) for run in row.runs), default=0)
+def wrong_of(row: Row) -> int | None:
+    """The most of any run, warm-up too: a wrong byte is a wrong byte. None: not checked."""
+    if any(part.wrong is None for run in row.runs for part in run.ranks):
+        return None
+    return max((sum(part.wrong or 0 for part in run.ranks) for run in row.runs), default=0)
 
 
 def loop_seconds_per_gib(row: Row) -> float | None:

@@ -29,7 +29,7 @@ LEGEND = (
     " slowest one",
     "x: times as fast as `original`, the algorithm that packed broadcasts were first made with"
     " (a chain: as gloo's broadcast)",
-    "wrong: blocks or tensors that are not the sender's, of every run",
+    "wrong: blocks or tensors that are not the sender's, of every run; -: not checked",
 )
 
 
@@ -106,7 +106,7 @@ def _cells(row: Row, mark: str, rows: Sequence[Row]) -> list[str]:
         f"{seconds.cv:.0%}" if len(row.runs) > 2 else "-",
         f"{fraction:.0%} {row.limit.stage}" if row.limit and fraction else "-",
         f"{ratio:.2f}" if ratio is not None else "-",
-        str(wrong_of(row)),
+        "-" if (wrong := wrong_of(row)) is None else str(wrong),
         waiting,
         format_size(device) if device else "",
         format_size(pinned) if pinned else "",

@@ -124,6 +124,9 @@ NoBaselines = Annotated[
 NoLimits = Annotated[
     bool, option("--no-limits", panel=SWEEP, help="Do not measure what the hardware can do.")
 ]
+NoCheck = Annotated[
+    bool, option("--no-check", panel=SWEEP, help="Do not compare what arrived with what was sent.")
+]
 
 Nproc = Annotated[
     int | None,

@@ -25,14 +25,14 @@ T = TypeVar("T")
 
 SIZE_ON_CPUS, SIZE_ON_GPUS = 256 * MIB, 8 * GIB
 MAX_SIZE = 4096 * GIB  # whoever has so much memory or disk learns nothing more
-MAX_POINTS = 256  # in one list; who wants more has mistyped a factor
+MAX_POINTS = 256  # in one list; who wants more has mistyped a step
 SHAPES: tuple[ShapeKind, ...] = get_args(ShapeKind)
 SOURCES: tuple[SourceKind, ...] = get_args(SourceKind)
 SINKS: tuple[BenchSink, ...] = get_args(BenchSink)
 # What is done with weights that never were a file.
 _RESIDENT_SINKS: tuple[BenchSink, ...] = ("discard", "land")
 _MEMORY = Path("/dev/shm")
-_RANGE = re.compile(r"(.+?)\.\.([^:]+):x([0-9]{1,6})")
+_RANGE = re.compile(r"(.+?)\.\.([^:]+):(?:x([0-9]{1,6})|\+(.+))")
 
 
 def choices(option: str, text: str, allowed: Sequence[T]) -> tuple[T, ...]:
@@ -45,12 +45,15 @@ def choices(option: str, text: str, allowed: Sequence[T]) -> tuple[T, ...]:
 
 
 def buffer_sizes(option: str, text: str) -> tuple[int, ...]:
-    """`16MiB,64MiB`, `16MiB..1GiB:x4`, or a mix; in bytes. Raises UsageError."""
+    """`16MiB,64MiB`, `16MiB..1GiB:x4`, `16MiB..64MiB:+16MiB`, or a mix; in bytes.
+
+    Raises UsageError.
+    """
     return _points(option, text, parse_size, lambda nbytes: check_buffers(nbytes, 1))
 
 
 def buffer_counts(option: str, text: str) -> tuple[int, ...]:
-    """`1,2,4`, `1..8:x2`, or a mix. Raises UsageError."""
+    """`1,2,4`, `1..8:x2`, `2..8:+2`, or a mix. Raises UsageError."""
     return _points(option, text, _count, lambda count: check_buffers(BLOCK, count))
 
 
@@ -68,33 +71,37 @@ def _count(text: str) -> int:
 def _points(
     option: str, text: str, read: Callable[[str], int], check: Callable[[int], object]
 ) -> tuple[int, ...]:
-    def number(word: str) -> int:
-        value = given.parsed(option, word.strip(), read)
+    def checked(value: int) -> int:
         try:
             check(value)
         except UsageError as error:
             raise UsageError(f"{option}: {error.message}") from None
         return value
 
+    def number(word: str) -> int:
+        return given.parsed(option, word.strip(), read)
+
     points: list[int] = []
     for part in _parts(option, text):
         match = _RANGE.fullmatch(part)
         if ".." in part and not match:
             raise UsageError(
-                f"{option}: {part!r} is not a range", hint=f"as in {option} FIRST..LAST:x2"
+                f"{option}: {part!r} is not a range",
+                hint=f"as in {option} FIRST..LAST:x2 or FIRST..LAST:+STEP",
             )
         if not match:
-            points.append(number(part))
+            points.append(checked(number(part)))
             continue
-        value, last, factor = number(match[1]), number(match[2]), int(match[3])
-        if factor < 2 or last < value:
+        value, last = checked(number(match[1])), checked(number(match[2]))
+        factor, step = int(match[3] or 1), number(match[4]) if match[4] else 0
+        if last < value or value * factor + step <= value:
             raise UsageError(f"{option}: {part!r} must go from a smaller to a larger value")
-        while value <= last:
-            points.append(value)
-            value *= factor
+        while value <= last and len(points) <= MAX_POINTS:
+            points.append(checked(value))
+            value = value * factor + step
     if len(points) > MAX_POINTS:
         raise UsageError(
-            f"{option}: {text!r} makes {len(points)} values", hint=f"the maximum is {MAX_POINTS}"
+            f"{option}: {text!r} makes too many values", hint=f"the maximum is {MAX_POINTS}"
         )
     return _distinct(points)
 

@@ -64,8 +64,9 @@ Every rank runs this command: with torchrun, Slurm, mpirun or --nproc; without a
 starts a rank for each GPU of this machine, or two on its CPUs. Without CKPT random weights are \
 made and removed again. The table goes to standard output.
 
-Lists are written 16MiB,64MiB; ranges 16MiB..1GiB:x4. All combinations are measured, \
-as far as they go together, and what `send` takes where nothing is said."""
+Lists are written 16MiB,64MiB; ranges 16MiB..1GiB:x4 (each four times the last) or \
+16MiB..64MiB:+16MiB (in steps). All combinations are measured, as far as they go together, and \
+what `send` takes where nothing is said."""
 BENCH_EXAMPLES = f"""Example, a first look at this machine: packcast bench
 
 Example, which buffers for this checkpoint to disk: \

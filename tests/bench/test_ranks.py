@@ -91,6 +91,16 @@ def test_a_damaged_byte_is_reported_as_wrong_in_every_sink(bench: Bench) -> None
             assert 8 <= wrong[1] <= 10
 
 
+def test_what_is_not_checked_is_said_to_be_neither_right_nor_wrong(bench: Bench) -> None:
+    fault = {"kind": "damage", "with": {"rank": 1}}
+    found = bench.run(**EVERYTHING, check=False, fault=fault)
+    assert {label(row) for row in rows_of(found)} == EVERY_WAY | OVER_GLOO
+    for row in found["rows"]:
+        assert row["failure"] is None
+        assert [part["wrong"] for part in rank_runs(row)] == [None, None]
+        assert row["wrong"] is None
+
+
 @pytest.mark.parametrize(
     ("fault", "arguments", "sinks", "waited"),
     [

@@ -75,7 +75,7 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     words = "--shape dense,tiny --size 1GiB --source file,resident --sink land,write --cold "
     words += "--buffer-size 1MiB..4MiB:x2 --num-buffers 1..4:x2 --readers 1,all --runs 5 "
-    words += "--warmup 2 --no-baselines --no-limits --staging 64MiB --backend gloo "
+    words += "--warmup 2 --no-check --no-baselines --no-limits --staging 64MiB --backend gloo "
     words += "--device cpu --join-timeout 1min --heartbeat-timeout 5s --stall-timeout 7s -q"
     argv = ["bench", *words.split(), "--dir", str(tmp_path), "--write-dir", str(tmp_path / "w")]
     assert run(argv) == 0
@@ -94,6 +94,7 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
             directory=tmp_path,
             write_directory=tmp_path / "w",
             cold=True,
+            check=False,
             baselines=False,
             limits=False,
             staging=64 * MIB,
@@ -450,6 +451,8 @@ def mib(*sizes: int) -> tuple[int, ...]:
         ("16MiB..1GiB:x4", mib(16, 64, 256, 1024)),
         ("16MiB..1000MiB:x4", mib(16, 64, 256)),
         ("64MiB,16MiB..64MiB:x2,1MiB", mib(64, 16, 32, 1)),
+        ("16MiB..64MiB:+16MiB", mib(16, 32, 48, 64)),
+        ("1MiB..8MiB:+3MiB", mib(1, 4, 7)),
     ],
 )
 def test_sizes_are_lists_ranges_and_mixes_without_doubles(
@@ -465,7 +468,11 @@ def test_sizes_are_lists_ranges_and_mixes_without_doubles(
         ("16MiB,,64MiB", "has an empty part"),
         ("lots", "'lots' is not a size"),
         ("16MiB..64MiB", "is not a range"),
-        ("16MiB..64MiB:+16MiB", "is not a range"),
+        ("16MiB..64MiB:+", "is not a range"),
+        ("16MiB..64MiB:+lots", "'lots' is not a size"),
+        ("16MiB..64MiB:+0", "must go from a smaller to a larger"),
+        ("16MiB..64MiB:+100", "is not a multiple of 1MiB"),
+        ("1MiB..16GiB:+1MiB", "makes too many values"),
         ("16MiB..64MiB:x1.5", "is not a range"),
         ("..16MiB:x2", "is not a range"),
         ("16MiB..64MiB:x1", "must go from a smaller to a larger"),
@@ -500,3 +507,4 @@ def test_what_is_written_is_read_back(sizes: list[int]) -> None:
     text = ",".join(format_exact_size(size * MIB) for size in sizes)
     assert benchsettings.buffer_sizes("--buffer-size", text) == mib(*dict.fromkeys(sizes))
     assert benchsettings.buffer_counts("--num-buffers", "4,2..8:x2") == (4, 2, 8)
+    assert benchsettings.buffer_counts("--num-buffers", "2..8:+2") == (2, 4, 6, 8)
