@@ -79,7 +79,7 @@ def start_lines(start: Start, *, verbose: bool = False) -> list[str]:
     else:
         whom = f"receiving {what} as rank {start.rank} of {start.world_size}"
     buffers = f"{start.num_buffers} buffers of {format_exact_size(start.buffer_size)}"
-    staging = f"staging {format_exact_size(start.staging)}"
+    staging = f"staging {format_exact_size(start.staging)}{' (low on memory)' * start.is_low}"
     pool = f", {start.pool} I/O threads" if verbose else ""
     return [
         whom,

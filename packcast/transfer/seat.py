@@ -29,6 +29,7 @@ from packcast.group.addresses import (
     text_of,
 )
 from packcast.group.devices import boot_id, host_name, visible_gpus
+from packcast.group.gpumemory import free_nbytes
 from packcast.group.handover import LOOPBACK, received
 from packcast.group.launch import Launch
 from packcast.group.launch_checks import launch_of
@@ -47,6 +48,7 @@ from packcast.group.meeting import (
 )
 from packcast.group.rank_info import MAX_PATH_LENGTH, RankInfo, printable
 from packcast.group.secret import OPEN_LAUNCH, launch_context, launch_secret
+from packcast.io.memory import memory_limits
 from packcast.settings import Settings
 from packcast.view import View
 
@@ -284,6 +286,7 @@ def _open(settings: Settings) -> Opened:
 def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None) -> RankInfo:
     launched = launch.kind != "none"
     path = settings.checkpoint
+    gpus = visible_gpus() if settings.device != "cpu" and settings.backend != "gloo" else ()
     return RankInfo(
         role=settings.command,
         rank=launch.rank if launched else settings.rank,
@@ -292,7 +295,9 @@ def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None
         pid=os.getpid(),
         local_rank=launch.local_rank if launched else None,
         device=settings.device,
-        gpus=visible_gpus() if settings.device != "cpu" and settings.backend != "gloo" else (),
+        gpus=gpus,
+        gpu_free=free_nbytes(gpus) if gpus else (),
+        memory=memory_limits(),
         checkpoint=printable(str(Path(path).resolve()))[:MAX_PATH_LENGTH] if path else None,
         fingerprint=checkpoint.fingerprint() if checkpoint else None,
     )

@@ -103,8 +103,10 @@ def send(
 
     infos = server.join(settings.join_timeout_s, told_who_joins(settings, server, view))
     seat.have_joined()
-    offers = make_offers(settings, checkpoint, files, infos, infos[seat.launch.rank])
+    offers, fitted = make_offers(settings, checkpoint, files, infos, infos[seat.launch.rank])
     offer = offers[seat.launch.rank]
+    for note in fitted.notes:
+        view.warn(note)
 
     view.phase("offer")
     workers = send_offers(server, offers, offer.rank)
@@ -122,7 +124,7 @@ def send(
     server.broadcast(Go(host=host, port=port, sums=sums))
     hosts = {rank_of(info): info.host for info in infos}
     view.started(
-        start_of(offer, is_sender=True, hosts=hosts),
+        start_of(offer, is_sender=True, hosts=hosts, is_low=fitted.is_low),
         lambda: mover.snapshot(worker_states(server)),
     )
 
@@ -165,7 +167,7 @@ def send(
         ranks=rank_reports(infos, offers, offer.rank, failures),
         digests=digests,
         workers={rank: facts_of(proofs[rank], published.get(rank)) for rank in workers},
-        warnings=checkpoint.warnings,
+        warnings=(*checkpoint.warnings, *fitted.notes),
         failures=failures,
         ends_cleanly=closed,
     )
