@@ -108,6 +108,13 @@ class RingSizes(Model):
     staging: int
 
 
+class MemoryLeft(Model):
+    """A limit on host memory, and what it leaves."""
+
+    limit: str
+    free_bytes: int
+
+
 class DiskSpace(Model):
     """One file system that copies would go to."""
 
@@ -130,6 +137,7 @@ class WouldSend(Document):
     device: Literal["cpu", "cuda"]
     device_bytes: int
     pinned_bytes: int
+    memory: list[MemoryLeft] = Field(description="this host's limits, the tightest first")
     space: list[DiskSpace]
     warnings: list[str]
 
