@@ -239,6 +239,7 @@ class WorkerResult(Model):
     target: str | None = Field(None, description="write: the directory")
     wrote: bool | None = Field(None, description="write: false where another rank has written it")
     published: bool | None = None
+    sharing: int | None = Field(None, description="write: how many ranks have written that copy")
     manifest: str | None = None
     checkpoint: str | None = Field(None, description="verify: what was compared with")
     equal: bool | None = None

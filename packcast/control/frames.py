@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PROTOCOL = 5
+PROTOCOL = 6
 
 # Kinds of fixed layout, which are handled without JSON; the messages' own kinds are above these.
 CHALLENGE, PROOF, ACCEPTED, REJECTED, HEARTBEAT = range(1, 6)

@@ -49,6 +49,7 @@ from packcast.transfer.results import (
     since,
 )
 from packcast.transfer.seat import Seat, take_seat
+from packcast.transfer.sharing import hand_out_shares, take_share
 from packcast.transfer.stall import StallWatch
 from packcast.transfer.telling import start_of, told_who_joins, worker_states
 from packcast.view import View
@@ -116,6 +117,7 @@ def send(
     leaver.on_abandon(mover.abandon)
     server.follow(mover.position, mover.progress)
     mover.read_ahead()
+    hand_out_shares(server, infos, settings.join_timeout_s)
     sums = _await_ready(server, offer, settings.join_timeout_s)
 
     view.phase("start")
@@ -195,6 +197,7 @@ def receive(
     leaver.on_leave(sink.abort, sink.left if isinstance(sink, WriteSink) else None)
     with _undone_on_error(sink, client):
         sink.prepare()
+        take_share(sink, client, patience_s)
         mover = Mover(offer, chunks, seat.transfer_id, reader=_own_reader(seat, offer), sink=sink)
         leaver.on_abandon(mover.abandon)
         client.follow(mover.position, mover.progress)
