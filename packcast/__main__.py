@@ -18,7 +18,7 @@ from packcast.errors import PackcastError  # noqa: E402
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from packcast.cli.streams import flush_streams, secure_streams
+    from packcast.cli.standard_streams import flush_streams, secure_streams
 
     secure_streams()
     try:

@@ -24,7 +24,7 @@ import packcast
 from packcast.cli import bench as bench_command
 from packcast.cli.app import app
 from packcast.cli.app import run as run_command_line
-from packcast.cli.report import report_document, to_json
+from packcast.cli.result import report_document, to_json
 from packcast.errors import PackcastError
 from packcast.report import Report
 from tests.helpers.checkpoints import same_tree, sharded

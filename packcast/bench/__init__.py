@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from packcast.bench.model import BenchSettings, BenchView
 
 if TYPE_CHECKING:
-    from packcast.group.leave import Leaver
+    from packcast.launch.exit import ProcessExit
 
 
-def run(settings: BenchSettings, view: BenchView, leaver: Leaver) -> int:
-    """Take part in a bench; every rank calls this. See packcast/bench/session.py."""
-    from packcast.bench.session import run as run_bench
+def run(settings: BenchSettings, view: BenchView, exit_handler: ProcessExit) -> int:
+    """Take part in a bench; every rank calls this. See packcast/bench/measure.py."""
+    from packcast.bench.measure import run as run_bench
 
-    return run_bench(settings, view, leaver)
+    return run_bench(settings, view, exit_handler)

@@ -9,8 +9,8 @@ import torch
 from packcast.bench.check import sums_of, wrong_tensors
 from packcast.bench.methods import Job, MethodRun, check_room, fill_with_poison
 from packcast.bench.model import SENDER
-from packcast.packed.chain import Chain, Passed
-from packcast.packed.tensors import as_bytes
+from packcast.packed.chain import Chain, ChunkSent
+from packcast.packed.tensor_bytes import as_bytes
 
 
 class ChunksMethod(MethodRun):
@@ -81,7 +81,7 @@ class ChainMethod(ChunksMethod):
 
 def carry_all(chain: Chain, calls: Sequence[tuple[torch.Tensor, int]], num_buffers: int) -> None:
     """Each memory from its root along the chain; call i + num_buffers may use that of call i."""
-    passing: list[Passed] = []
+    passing: list[ChunkSent] = []
     begun, ahead = 0, max(1, num_buffers - 1)
     for i, (memory, root) in enumerate(calls):
         while begun < min(i + ahead, len(calls)):
@@ -90,5 +90,5 @@ def carry_all(chain: Chain, calls: Sequence[tuple[torch.Tensor, int]], num_buffe
             chain.begin(*calls[begun])
             begun += 1
         passing.append(chain.carry(memory, root))
-    for mark in passing[-num_buffers:]:
-        mark.synchronize()
+    for event in passing[-num_buffers:]:
+        event.synchronize()

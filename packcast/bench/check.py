@@ -14,7 +14,7 @@ import xxhash
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.packed.plan import BLOCK, DIGEST_NBYTES, align_up
-from packcast.packed.tensors import as_bytes
+from packcast.packed.tensor_bytes import as_bytes
 
 _NUM_THREADS = 8
 _PIECE_NBYTES = 8 * BLOCK

@@ -28,7 +28,7 @@ from packcast.errors import (
     TransferError,
     UsageError,
 )
-from packcast.io.sinks.shelf import torch_dtype
+from packcast.io.sinks.tensor_destination import torch_dtype
 from packcast.io.source import FileReader
 from packcast.packed.chain_order import chain_order
 from packcast.packed.layout import TensorSpec

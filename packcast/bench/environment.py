@@ -12,8 +12,8 @@ import packcast
 from packcast.bench.model import BenchSettings, Environment
 from packcast.bench.pagecache import file_system_of
 from packcast.bench.ranks import Ranks
-from packcast.group.devices import host_name
 from packcast.io.pool import pool_kind
+from packcast.launch.devices import host_name
 
 
 def environment_of(settings: BenchSettings, ranks: Ranks) -> Environment:

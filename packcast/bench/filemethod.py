@@ -15,14 +15,14 @@ from packcast.bench.methods import Job, MethodRun, fill_with_poison
 from packcast.bench.pagecache import evict
 from packcast.errors import TransferError
 from packcast.io.sinks.discard import DiscardSink
-from packcast.io.sinks.shelf import GivenTensors
+from packcast.io.sinks.tensor_destination import GivenTensors
 from packcast.io.sinks.tensors import TensorSink
 from packcast.io.sinks.verify import VerifySink
 from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
 from packcast.packed.chain import Chain
 from packcast.packed.plan import check_buffers, check_staging
-from packcast.transfer.moving import Mover
+from packcast.transfer.data_plane import DataPlane
 
 FileSink = DiscardSink | VerifySink | WriteSink | TensorSink
 
@@ -37,7 +37,7 @@ class FileMethod(MethodRun):
         super().__init__(job)
         self._write_folder = write_folder
         self._sink: FileSink | None = None
-        self._mover: Mover | None = None
+        self._data_plane: DataPlane | None = None
         self._chain: Chain | None = None
         self._incomplete = False
         self._landed: dict[str, torch.Tensor] = {}  # a worker's own tensors
@@ -54,7 +54,7 @@ class FileMethod(MethodRun):
         if not job.ranks.is_sender:
             self._sink = self._make_sink()
             self._sink.prepare()
-        self._mover = Mover(
+        self._data_plane = DataPlane(
             offer,
             offer.chunks(),
             job.run_id,
@@ -62,9 +62,9 @@ class FileMethod(MethodRun):
             sink=self._sink,
             tolerant=True,  # a damaged block is counted, not the end
         )
-        self.counters = self._mover.counters
+        self.counters = self._data_plane.counters
         if case.sink in ("land", "discard") and job.ranks.on_gpu:
-            self._mover.prove_by_sums()
+            self._data_plane.prove_by_sums()
 
     def connect(self) -> None:
         """Over gloo chunks go along a chain of ranks, as in a transfer."""
@@ -77,9 +77,9 @@ class FileMethod(MethodRun):
 
     def run(self) -> float:
         """The moment of the last byte: buffers that are unpinned afterwards are no part of it."""
-        mover, ranks = self._made(), self.job.ranks
-        mover.read_ahead()
-        moved = mover.run(self._chain or ranks.group, ranks.channel)
+        data_plane, ranks = self._made(), self.job.ranks
+        data_plane.read_ahead()
+        moved = data_plane.run(self._chain or ranks.group, ranks.channel)
         if self._chain is not None:
             self.sent_nbytes = self._chain.sent_nbytes
         self.pinned_nbytes = moved.pinned_nbytes
@@ -92,7 +92,7 @@ class FileMethod(MethodRun):
             # A sink that was kept from damaged blocks is not complete, which `check` will tell.
             self._incomplete = True
         seconds = time.perf_counter() - begin
-        mover.counters.waited(self._sink.stage, seconds)
+        data_plane.counters.waited(self._sink.stage, seconds)
         return moved.ended + seconds
 
     def check(self) -> int:
@@ -117,9 +117,9 @@ class FileMethod(MethodRun):
         if self._chain is not None:
             self._chain.close()
             self._chain = None
-        if self._mover is not None:
-            self._mover.close()
-            self._mover = None
+        if self._data_plane is not None:
+            self._data_plane.close()
+            self._data_plane = None
         if self._sink is not None:
             self._sink.abort()
             self._sink = None
@@ -127,9 +127,9 @@ class FileMethod(MethodRun):
         if self.job.case.sink == "write":
             shutil.rmtree(self._write_folder, ignore_errors=True)
 
-    def _made(self) -> Mover:
-        assert self._mover is not None, "prepare comes first"
-        return self._mover
+    def _made(self) -> DataPlane:
+        assert self._data_plane is not None, "prepare comes first"
+        return self._data_plane
 
     def _make_sink(self) -> FileSink:
         job, files = self.job, self.job.data.offered().files

@@ -41,8 +41,8 @@ from packcast.io.work import (
 )
 from packcast.packed.chain import Chain
 from packcast.packed.plan import PAGE, Chunk, Extent, staging_count, unit_nbytes
+from packcast.transfer.host_share import num_io_threads, staging_bound
 from packcast.transfer.offer import Offer
-from packcast.transfer.share import num_io_threads, staging_bound
 
 _LONG_S = 1.0
 _NUM_SYNC_THREADS = 8

@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+from packcast.bench.export_files import file_to_export_to
 from packcast.bench.model import OURS, Results
 from packcast.bench.stats import grouped, rate_of, shown
-from packcast.bench.targets import file_target
 from packcast.errors import DestinationError, UsageError
 from packcast.units import MIB
 
@@ -20,7 +20,7 @@ _MARKERS = "os^DvPX"
 
 def check_plot(option: str, text: str) -> Path:
     """The file to draw into, if it can be drawn; raises UsageError. Imports matplotlib."""
-    path = file_target(option, text)
+    path = file_to_export_to(option, text)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{option}: {text} must end in {' or '.join(SUFFIXES)}")
     try:

@@ -15,8 +15,8 @@ import torch
 from packcast.bench.model import SENDER
 from packcast.control.channel import Channel
 from packcast.errors import PackcastError, error_from_code
-from packcast.group import processgroup
-from packcast.group.processgroup import Group
+from packcast.launch import processgroup
+from packcast.launch.processgroup import Group
 from packcast.packed.chain import Chain
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from packcast.packed.compat import packed_broadcast_consumer, packed_broadcast_p
 from packcast.packed.counters import counting
 from packcast.packed.layout import TensorSpec, check_plan
 from packcast.packed.replay import ReplayReceiver, ReplaySender
-from packcast.packed.tensors import as_bytes, from_bytes
+from packcast.packed.tensor_bytes import as_bytes, from_bytes
 
 Pairs = list[tuple[str, torch.Tensor]]
 

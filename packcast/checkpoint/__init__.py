@@ -10,12 +10,12 @@ from packcast.checkpoint.outgoing import (
     FileSpec,
     Literal,
     OutgoingFile,
-    Run,
     Segment,
+    SourceRun,
     outgoing_files,
 )
 from packcast.checkpoint.sourcefile import SourceFile
-from packcast.checkpoint.tensors import DTYPE_BITS, Tensor
+from packcast.checkpoint.tensor_table import DTYPE_BITS, Tensor
 
 __all__ = [
     "DTYPE_BITS",
@@ -24,9 +24,9 @@ __all__ = [
     "Header",
     "Literal",
     "OutgoingFile",
-    "Run",
     "Segment",
     "SourceFile",
+    "SourceRun",
     "Tensor",
     "clash_of",
     "name_fault",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from packcast.checkpoint.ruling import some
+from packcast.checkpoint.roles import some
 from packcast.errors import CheckpointError
 
 _MAX_COMMIT_LENGTH = 200

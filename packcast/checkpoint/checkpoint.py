@@ -15,17 +15,17 @@ from functools import cache
 from pathlib import Path
 
 from packcast.checkpoint.cachefolder import refuse_cache_folder
+from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.hub import hint_for_missing
 from packcast.checkpoint.index import Index, is_index, read_index
-from packcast.checkpoint.limits import HeaderLimits
 from packcast.checkpoint.names import clashes_of, name_fault
-from packcast.checkpoint.notours import what_folder_is
+from packcast.checkpoint.other_formats import what_folder_is
 from packcast.checkpoint.reading import (
     shown,
     shown_name,
     unreadable,
 )
-from packcast.checkpoint.ruling import (
+from packcast.checkpoint.roles import (
     INCOMPLETE,
     SENT_ANYWAY,
     chosen_of,

@@ -12,9 +12,9 @@ from array import array
 from itertools import chain
 from operator import eq, sub
 
-from packcast.checkpoint.limits import HeaderLimits
+from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.reading import shown, strict_json
-from packcast.checkpoint.tensors import DTYPE_BITS, MAX_RANK, U64_END, Columns, nbytes_of
+from packcast.checkpoint.tensor_table import DTYPE_BITS, MAX_RANK, U64_END, Columns, nbytes_of
 from packcast.errors import CheckpointError
 
 _METADATA_KEY = "__metadata__"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packcast.checkpoint.entries import strict, usual
-from packcast.checkpoint.limits import HeaderLimits
+from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.reading import open_regular, read_exactly, shown, what_it_is
-from packcast.checkpoint.tensors import Columns, Tensor, Tensors
+from packcast.checkpoint.tensor_table import Columns, Tensor, Tensors
 from packcast.errors import CheckpointError
 
 LENGTH_NBYTES = 8

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from packcast.checkpoint.near import hint_for_path, near_paths
-from packcast.checkpoint.ruling import some
+from packcast.checkpoint.roles import some
+from packcast.checkpoint.suggestions import hint_for_path, near_paths
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]{{0,254}}))?")

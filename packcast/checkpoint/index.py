@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from packcast.checkpoint.limits import MAX_STRICT_MARKS, MAX_TENSORS
+from packcast.checkpoint.header_limits import MAX_STRICT_MARKS, MAX_TENSORS
 from packcast.checkpoint.names import name_fault
 from packcast.checkpoint.reading import open_regular, read_exactly, shown, strict_json, what_it_is
 from packcast.errors import CheckpointError

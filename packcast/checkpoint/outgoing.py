@@ -14,11 +14,11 @@ from fnmatch import fnmatchcase
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.header import LENGTH_NBYTES, Header, parse_header
+from packcast.checkpoint.header_limits import MAX_HEADERS_NBYTES
 from packcast.checkpoint.index import is_index, read_index, rewritten
-from packcast.checkpoint.limits import MAX_HEADERS_NBYTES
-from packcast.checkpoint.near import hint_for_tensors
 from packcast.checkpoint.sourcefile import SourceFile
-from packcast.checkpoint.tensors import Tensor
+from packcast.checkpoint.suggestions import hint_for_tensors
+from packcast.checkpoint.tensor_table import Tensor
 from packcast.errors import CheckpointError, UsageError
 
 # What an offer may hold: the outline of its files, as JSON, and the headers. A checkpoint of 163
@@ -69,7 +69,7 @@ class Literal:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class SourceRun:
     """A run of bytes of `Checkpoint.files[source]`; never empty."""
 
     source: int
@@ -77,7 +77,7 @@ class Run:
     nbytes: int
 
 
-Segment = Literal | Run
+Segment = Literal | SourceRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ def _selected(
 
 
 def _verbatim(source: int, file: SourceFile) -> OutgoingFile:
-    segments = (Run(source, 0, file.nbytes),) if file.nbytes else ()
+    segments = (SourceRun(source, 0, file.nbytes),) if file.nbytes else ()
     return OutgoingFile(_spec(file, file.nbytes, file.header), segments)
 
 
@@ -209,18 +209,18 @@ def _header_json(header: Header, tensors: Sequence[Tensor]) -> bytes:
     return data + b" " * (-(LENGTH_NBYTES + len(data)) % _HEADER_ALIGNMENT)
 
 
-def _runs(source: int, tensors: Sequence[Tensor]) -> list[Run]:
+def _runs(source: int, tensors: Sequence[Tensor]) -> list[SourceRun]:
     """Where the tensors' bytes are, in order; neighbours in one run."""
-    runs: list[Run] = []
+    runs: list[SourceRun] = []
     begin = end = 0
     for tensor in tensors:
         if tensor.begin != end:
             if end > begin:
-                runs.append(Run(source, begin, end - begin))
+                runs.append(SourceRun(source, begin, end - begin))
             begin = tensor.begin
         end = tensor.end
     if end > begin:
-        runs.append(Run(source, begin, end - begin))
+        runs.append(SourceRun(source, begin, end - begin))
     return runs
 
 

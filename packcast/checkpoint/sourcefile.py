@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packcast.checkpoint.header import Header, header_of
-from packcast.checkpoint.limits import HeaderLimits
+from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.reading import FileState, open_regular
 from packcast.checkpoint.walk import ALL_MAY
 from packcast.errors import CheckpointError

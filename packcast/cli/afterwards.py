@@ -9,11 +9,11 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from packcast.cli.settings import path
+from packcast.cli.parsing import path
 from packcast.errors import UsageError
-from packcast.group.devices import host_name
-from packcast.group.launch import Launch
 from packcast.io.manifest import DigestKind, hash_files, refuse_inside, write_manifest
+from packcast.launch.devices import host_name
+from packcast.launch.launchers import Launch
 from packcast.report import Report
 from packcast.settings import Settings, check_template, fill_in
 
@@ -53,7 +53,7 @@ class Afterwards:
             return report
         facts = report.workers.get(report.rank, {})
         if self.report is not None and report.comparison is not None:
-            from packcast.cli.verify import write_report
+            from packcast.cli.verify_copies import write_report
 
             write_report(self._place(self.report, report.rank, launch), [report.comparison])
         if self.manifest is None or not report.ok or report.is_sender or not facts.get("wrote"):

@@ -13,9 +13,10 @@ import typer
 
 from packcast.cli import local
 from packcast.cli import options as opt
-from packcast.cli import settings as given
+from packcast.cli import parsing as given
 from packcast.cli.afterwards import Afterwards
 from packcast.cli.bench import bench
+from packcast.cli.download import checkpoint_path
 from packcast.cli.helps import (
     BENCH_EXAMPLES,
     BENCH_HELP,
@@ -31,10 +32,10 @@ from packcast.cli.helps import (
     VERIFY_EXAMPLES,
     VERIFY_HELP,
 )
-from packcast.cli.hub import checkpoint_path
 from packcast.cli.jsonlog import JsonLog, Views
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.progress import make_view
+from packcast.cli.standard_streams import flush_streams
 from packcast.cli.start import (
     be_a_rank,
     begin,
@@ -45,11 +46,10 @@ from packcast.cli.start import (
     typed_options,
     warner,
 )
-from packcast.cli.streams import flush_streams
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
-from packcast.group.leave import record_failure
-from packcast.group.secret import secret_folders, user_token
+from packcast.launch.exit import record_failure
+from packcast.launch.secret import secret_folders, user_token
 from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 from packcast.view import View
 
@@ -275,7 +275,7 @@ def _move(
     log: str | None,
     quiet: bool,
 ) -> int:
-    """Run the transfer. What goes wrong in it leaves through the leaver, which ends the process at
+    """Run the transfer. What goes wrong in it leaves through the exit_handler, which ends the process at
     once: tearing down a broken process group can hang."""
     outcome.display = make_view(mode, settings, outcome.launch, quiet=quiet)
     outcome.display.verbose = outcome.verbose
@@ -283,16 +283,16 @@ def _move(
     if log is not None:
         outcome.log = JsonLog(log, outcome.launch)
         view = Views(outcome.display, outcome.log)
-    leaver = be_a_rank(outcome)
+    exit_handler = be_a_rank(outcome)
     try:
         view.phase("load")
         from packcast import transfer
 
-        report = transfer.run(settings, view, leaver)
+        report = transfer.run(settings, view, exit_handler)
         report = wanted.write(report, outcome.launch)
     except (Exception, KeyboardInterrupt) as error:
-        leaver.leave(command_failure(error))
+        exit_handler.leave(command_failure(error))
     code = outcome.finished(report)
     if not report.ends_cleanly:
-        leaver.exit(code)
+        exit_handler.exit(code)
     return code

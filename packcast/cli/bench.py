@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from packcast.bench.export_files import ExportFile, export_files
 from packcast.bench.model import OURS, BenchSettings, Results, Row
 from packcast.bench.stats import best_rows, grouped, rate_of, shown, wrong_of
-from packcast.bench.targets import Target, export_targets
 from packcast.cli import benchoptions as bo
 from packcast.cli import benchsettings as read
 from packcast.cli import options as opt
-from packcast.cli import settings as given
+from packcast.cli import parsing as given
 from packcast.cli.helps import HEARTBEAT_TIMEOUT, JOIN_TIMEOUT, STAGING, STALL_TIMEOUT
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.start import be_a_rank, begin, start_ranks
@@ -30,7 +30,7 @@ from packcast.errors import (
     VerificationError,
     error_from_code,
 )
-from packcast.group.launch_checks import check_port
+from packcast.launch.validation import check_port
 from packcast.packed.plan import check_staging
 from packcast.units import format_rate, parse_rate
 
@@ -124,10 +124,10 @@ def bench(
     read.check_what(settings, shape=shape, size=size)
     for one in settings.buffer_sizes:
         check_staging(one, settings.staging)
-    exports: tuple[Target, ...] = ()
+    exports: tuple[ExportFile, ...] = ()
     draw = None
     if outcome.launch.rank == 0:  # other hosts need not have the directories
-        exports = export_targets(
+        exports = export_files(
             {
                 "--export-json": export_json,
                 "--export-csv": export_csv,
@@ -155,13 +155,13 @@ def _measure(
 ) -> int:
     """Be one of the ranks; the sender's display is told everything, the others' nothing."""
     outcome.before_error = display.end  # the rows so far, also where a signal ends it
-    leaver = be_a_rank(outcome)
+    exit_handler = be_a_rank(outcome)
     try:
         from packcast import bench as ranks
 
-        code = ranks.run(settings, display, leaver)
+        code = ranks.run(settings, display, exit_handler)
     except (Exception, KeyboardInterrupt) as error:
-        leaver.leave(command_failure(error))
+        exit_handler.leave(command_failure(error))
     results = display.results
     if results.environment is None:  # another rank than the sender
         return code

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
-from packcast.cli import settings as given
+from packcast.cli import parsing as given
 from packcast.errors import UsageError
-from packcast.group.devices import has_gpu_driver
 from packcast.io.memory import available_nbytes
+from packcast.launch.devices import has_gpu_driver
 from packcast.packed.plan import BLOCK, check_buffers
 from packcast.settings import Backend
 from packcast.units import GIB, MIB, format_exact_size, parse_size
@@ -186,6 +186,6 @@ def default_nproc(backend: Backend, device: str) -> int:
     """A rank for each GPU of this machine, two where there are not two GPUs to use."""
     if backend == "gloo" or device == "cpu":
         return 2
-    from packcast.group.devices import visible_gpus
+    from packcast.launch.devices import visible_gpus
 
     return max(2, len(visible_gpus()))

@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from packcast.bench.export_files import ExportFile, write_exports
 from packcast.bench.model import BenchView, Results, Row
 from packcast.bench.stats import limit_of, rate_of, waiting_on, wrong_of
 from packcast.bench.table import (
@@ -28,7 +29,6 @@ from packcast.bench.table import (
     row_cells,
     without_empty,
 )
-from packcast.bench.targets import Target, write_targets
 from packcast.cli.options import ProgressMode
 from packcast.cli.terminal import can_draw, printable, say
 from packcast.errors import DestinationError, PackcastError
@@ -48,7 +48,7 @@ class BenchDisplay(BenchView):
     def __init__(
         self,
         command_line: str,
-        targets: Sequence[Target] = (),
+        targets: Sequence[ExportFile] = (),
         plot: Callable[[Results], None] | None = None,
         *,
         quiet: bool = False,
@@ -92,7 +92,7 @@ class BenchDisplay(BenchView):
         code, message = (error.exit_code, error.message) if error else (0, None)
         self.results = replace(self.results, exit_code=code, error=message)
         self._tell_all()
-        write_targets(self._targets, self.results)
+        write_exports(self._targets, self.results)
         if self._plot and self.results.rows:
             self._plot(self.results)
 
@@ -111,7 +111,7 @@ class BenchDisplay(BenchView):
 
     def _export(self) -> None:
         try:
-            write_targets(self._targets, self.results)
+            write_exports(self._targets, self.results)
         except DestinationError as error:  # the directory has gone: the end will say so again
             if not self._said_unwritable:
                 self._say(f"packcast: warning: {error.message}")
@@ -242,7 +242,7 @@ def _console(*, stderr: bool) -> Console:
 def make_bench_display(
     mode: ProgressMode,
     command_line: str,
-    targets: Sequence[Target],
+    targets: Sequence[ExportFile],
     plot: Callable[[Results], None] | None,
     *,
     quiet: bool,

@@ -9,8 +9,8 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from packcast.checkpoint.near import hint_for_path
-from packcast.cli.report import count
+from packcast.checkpoint.suggestions import hint_for_path
+from packcast.cli.result import count
 from packcast.cli.tables import Listing, table
 from packcast.errors import DestinationError, UsageError
 from packcast.io.sinks.partial import Partial, partials_in, partials_of, remove_if_unused

@@ -11,8 +11,8 @@ from typing import Protocol
 
 from packcast.checkpoint.header import Header
 from packcast.checkpoint.leftout import LeftOut
-from packcast.checkpoint.tensors import Tensor
-from packcast.cli.report import count
+from packcast.checkpoint.tensor_table import Tensor
+from packcast.cli.result import count
 from packcast.cli.tables import exact, table
 from packcast.cli.terminal import printable
 from packcast.units import format_size

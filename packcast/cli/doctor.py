@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 import packcast
-from packcast.cli.report import count
+from packcast.cli.result import count
 from packcast.cli.selftest import self_test
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import printable
-from packcast.errors import PackcastError, RendezvousError
-from packcast.group.addresses import (
+from packcast.control.addresses import (
     addresses_here,
     host_and_port,
     interface_of,
@@ -32,12 +31,13 @@ from packcast.group.addresses import (
     resolve,
     text_of,
 )
-from packcast.group.devices import has_gpu_driver, host_name
-from packcast.group.fitting import CUDA_AND_NCCL_NBYTES, NEARLY_FULL_GPU
-from packcast.group.gpumemory import free_nbytes
+from packcast.errors import PackcastError, RendezvousError
 from packcast.io import native
 from packcast.io.memory import memory_limits
 from packcast.io.pool import pool_kind
+from packcast.launch.devices import has_gpu_driver, host_name
+from packcast.launch.fitting import CUDA_AND_NCCL_NBYTES, NEARLY_FULL_GPU
+from packcast.launch.gpumemory import free_nbytes
 from packcast.packed.plan import ring_nbytes
 from packcast.settings import DEFAULT_NUM_BUFFERS, DEFAULT_STAGING, MAX_FITTING_SIZE
 from packcast.units import format_size

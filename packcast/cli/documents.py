@@ -216,7 +216,7 @@ class StageResult(Model):
     waiting_seconds: float
 
 
-class Place(Model):
+class FirstDifference(Model):
     """Where the first difference is."""
 
     file: str
@@ -243,7 +243,7 @@ class WorkerResult(Model):
     manifest: str | None = None
     checkpoint: str | None = Field(None, description="verify: what was compared with")
     equal: bool | None = None
-    difference: Place | None = None
+    difference: FirstDifference | None = None
     sentence: str | None = None
     differing_tensors: int | None = None
     differing_files: int | None = None

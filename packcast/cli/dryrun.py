@@ -15,16 +15,16 @@ from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.leftout import LeftOut, left_out
 from packcast.checkpoint.outgoing import FileSpec, outgoing_files
 from packcast.cli.contents import Contents, kind_of_file, left_out_lines
-from packcast.cli.report import count
+from packcast.cli.result import count
 from packcast.cli.tables import Listing, table
 from packcast.cli.terminal import printable
+from packcast.control.rank_info import RankInfo
+from packcast.control.rank_info import printable as one_line
 from packcast.errors import DestinationError
-from packcast.group.devices import boot_id, has_gpu_driver, host_name
-from packcast.group.fitting import CUDA_AND_NCCL_NBYTES, Fitted, fit_buffers
-from packcast.group.rank_info import RankInfo
-from packcast.group.rank_info import printable as one_line
 from packcast.io.memory import MemoryLimit, memory_limits
-from packcast.io.sinks.place import check_replaceable, locate
+from packcast.io.sinks.target import check_replaceable, locate
+from packcast.launch.devices import boot_id, has_gpu_driver, host_name
+from packcast.launch.fitting import CUDA_AND_NCCL_NBYTES, Fitted, fit_buffers
 from packcast.packed.plan import Chunks, plan_chunks
 from packcast.settings import Settings, fill_in
 from packcast.units import format_exact_size, format_size
@@ -137,9 +137,9 @@ def _spaces(settings: Settings, files: Sequence[FileSpec], nproc: int | None) ->
     }
     by_device: dict[int, tuple[str, int]] = {}
     for target in sorted(targets):
-        place = locate(Path(target), "0" * 32, in_place=settings.in_place)
-        check_replaceable(place, names, force=settings.force)
-        above = place.target
+        located = locate(Path(target), "0" * 32, in_place=settings.in_place)
+        check_replaceable(located, names, force=settings.force)
+        above = located.path
         while not os.path.isdir(above):
             above = os.path.dirname(above)
         device = os.stat(above).st_dev

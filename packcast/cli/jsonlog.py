@@ -24,8 +24,8 @@ from pathlib import Path
 
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError
-from packcast.group.devices import host_name
-from packcast.group.launch import Launch
+from packcast.launch.devices import host_name
+from packcast.launch.launchers import Launch
 from packcast.settings import fill_in
 from packcast.view import Joining, Phase, Snapshot, Start, View
 

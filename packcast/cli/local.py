@@ -11,8 +11,8 @@ import typer
 
 from packcast.cli import localoptions as local
 from packcast.cli import options as opt
-from packcast.cli import settings as given
-from packcast.cli.hub import checkpoint_path
+from packcast.cli import parsing as given
+from packcast.cli.download import checkpoint_path
 from packcast.cli.outcome import Outcome
 from packcast.cli.start import begin
 from packcast.cli.tables import Listing
@@ -74,8 +74,8 @@ def verify(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
-    from packcast.cli.verify import VerifyOptions
-    from packcast.cli.verify import verify as verified
+    from packcast.cli.verify_copies import VerifyOptions
+    from packcast.cli.verify_copies import verify as verified
 
     outcome = begin(context, "verify", json=json, verbose=verbose)
     options = VerifyOptions(

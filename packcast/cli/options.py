@@ -1,6 +1,6 @@
 """The options of the command line, declared once: names, help, panels, environment variables.
 
-Knows nothing of what they are for; `cli/settings.py` reads and checks the values.
+Knows nothing of what they are for; `cli/parsing.py` reads and checks the values.
 """
 
 from __future__ import annotations

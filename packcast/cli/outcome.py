@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packcast.cli.jsonlog import JsonLog
 from packcast.cli.progress import Display
-from packcast.cli.report import report_document, to_json
+from packcast.cli.result import report_document, to_json
 from packcast.cli.summary import end_lines
 from packcast.cli.terminal import say, say_once
 from packcast.errors import (
@@ -27,9 +27,9 @@ from packcast.errors import (
     error_from_code,
     out_of_descriptors,
 )
-from packcast.group.handover import received
-from packcast.group.launch import ALONE, Launch
-from packcast.group.leave import record_failure, said_here
+from packcast.launch.exit import record_failure, said_here
+from packcast.launch.handover import received
+from packcast.launch.launchers import ALONE, Launch
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 
@@ -122,7 +122,7 @@ class Outcome:
             sys.stdout.write(text)
             sys.stdout.flush()
             return
-        from packcast.group.devices import host_name
+        from packcast.launch.devices import host_name
 
         local_rank, host = self.launch.local_rank, host_name()
         path = Path(fill_in(self.json, rank=rank or 0, local_rank=local_rank, host=host))

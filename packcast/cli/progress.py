@@ -9,11 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
+from packcast.cli.bottleneck import MAX_ROWS, Bottleneck, culprit_of, joining_line, slowest_of
 from packcast.cli.options import ProgressMode
 from packcast.cli.rate import Meter, done_of, percent, start_lines, time_left
 from packcast.cli.terminal import TerminalLock, can_draw, say
-from packcast.cli.waiting import MAX_ROWS, HoldUp, culprit_of, joining_line, slowest_of
-from packcast.group.launch import Launch
+from packcast.launch.launchers import Launch
 from packcast.settings import Settings
 from packcast.units import format_speed
 from packcast.view import Joining, Phase, Snapshot, Start, View
@@ -204,7 +204,7 @@ class PlainLines:
 
     def __init__(self, now: float, hosts: Mapping[int, str] | None = None) -> None:
         self._meter = Meter(now)
-        self._hold_up = HoldUp()
+        self._hold_up = Bottleneck()
         self._hosts = hosts or {}
         self._pace = Pace(now)
         self._said_percent = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from packcast.cli.report import count
+from packcast.cli.result import count
 from packcast.units import format_countdown, format_exact_size, format_rate, format_size
 from packcast.view import Snapshot, Start
 

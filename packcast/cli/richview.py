@@ -14,11 +14,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from packcast.cli.bottleneck import Bottleneck, chosen_workers, culprit_of, joining_line, state_of
 from packcast.cli.progress import Display
 from packcast.cli.rate import Meter, Rates, done_of, stages_line, time_left
 from packcast.cli.terminal import printable
-from packcast.cli.waiting import HoldUp, chosen_workers, culprit_of, joining_line, state_of
-from packcast.group.launch import Launch
+from packcast.launch.launchers import Launch
 from packcast.settings import Settings
 from packcast.units import format_size, format_speed
 from packcast.view import Joining, Phase, Snapshot, Start
@@ -61,7 +61,7 @@ class RichView(Display):
 
     def _begin(self, start: Start, progress: Callable[[], Snapshot]) -> None:
         self._verb = "sending" if start.is_sender else "receiving"
-        meter, hold_up = Meter(time.monotonic()), HoldUp()
+        meter, hold_up = Meter(time.monotonic()), Bottleneck()
 
         def draw() -> RenderableType:
             snapshot, now = progress(), time.monotonic()

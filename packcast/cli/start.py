@@ -12,17 +12,17 @@ from itertools import takewhile
 
 import typer
 
-from packcast.cli import settings as given
+from packcast.cli import parsing as given
 from packcast.cli.options import variable_of
 from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError
-from packcast.group.devices import host_name
-from packcast.group.handover import received
-from packcast.group.launch_checks import launch_of
-from packcast.group.leave import Leaver, die_with_parent, watch_signals
-from packcast.group.nproc import run_nproc
 from packcast.io.sinks.partial import partials_of, remove_if_unused
+from packcast.launch.devices import host_name
+from packcast.launch.exit import ProcessExit, die_with_parent, watch_signals
+from packcast.launch.handover import received
+from packcast.launch.nproc import run_nproc
+from packcast.launch.validation import launch_of
 from packcast.settings import Settings, fill_in
 
 _BY_ADDRESS = ("workers", "listen", "address")  # options that say who takes part
@@ -133,18 +133,18 @@ def warner(outcome: Outcome, *, quiet: bool) -> Callable[[str], None]:
     return warn
 
 
-def be_a_rank(outcome: Outcome) -> Leaver:
+def be_a_rank(outcome: Outcome) -> ProcessExit:
     """Take signals, and die with the launcher. Before torch, whose threads must inherit the mask.
 
-    What goes wrong from here on leaves through the leaver, which ends the process at once: tearing
+    What goes wrong from here on leaves through the exit_handler, which ends the process at once: tearing
     down a broken process group can hang.
     """
-    leaver = Leaver(outcome.failed, say=say)
+    exit_handler = ProcessExit(outcome.failed, say=say)
     handover = received()
-    watch_signals(leaver, patient=handover is not None)
+    watch_signals(exit_handler, patient=handover is not None)
     if outcome.launch.kind in ("nproc", "torchrun"):
         die_with_parent(handover.launcher_pid if handover is not None else None)
     if not outcome.verbose:
         # Or torch's own threads tell of a lost peer in thirty lines of C++, before we do in one.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    return leaver
+    return exit_handler

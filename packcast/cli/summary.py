@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from packcast.cli.report import count
+from packcast.cli.result import count
 from packcast.report import Report, ranks_text
 from packcast.units import format_duration, format_size, format_speed
 

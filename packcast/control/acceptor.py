@@ -18,6 +18,7 @@ from functools import partial
 from ipaddress import IPv6Address, ip_address
 
 from packcast.control import auth
+from packcast.control.addresses import host_and_port, listening_socket, text_of
 from packcast.control.clock import AwakeClock
 from packcast.control.connection import Connection, tune
 from packcast.control.frames import (
@@ -30,7 +31,6 @@ from packcast.control.frames import (
 )
 from packcast.control.messages import Abort, Hello, decode
 from packcast.errors import PackcastError, RendezvousError
-from packcast.group.addresses import host_and_port, listening_socket, text_of
 
 HANDSHAKE_LIMIT_S = 10.0
 REFUSED_LINGER_S = 2.0

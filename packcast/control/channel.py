@@ -23,7 +23,7 @@ from packcast.control.frames import (
     heartbeat_interval_s,
 )
 from packcast.control.messages import Abort, Bye, Message, decode
-from packcast.control.waiting import Waiters
+from packcast.control.waiters import Waiters
 from packcast.errors import PackcastError, TransferError
 
 T = TypeVar("T")

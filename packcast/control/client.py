@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
+from packcast.control.addresses import interface_of, text_of, with_interface
 from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import ProtocolError
 from packcast.control.handshake import Entered, enter
 from packcast.control.messages import Abort, Commit, Joined, Message, limits_by
+from packcast.control.rank_info import RankInfo
 from packcast.errors import PackcastError, RendezvousError, TransferError
-from packcast.group.addresses import interface_of, text_of, with_interface
-from packcast.group.rank_info import RankInfo
 
 M = TypeVar("M", bound=Message)
 

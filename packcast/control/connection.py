@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from packcast.control.clock import AwakeClock
 from packcast.control.frames import HEARTBEAT, FrameReader, Progress, ProtocolError, progress_of
 from packcast.control.messages import MAX_OFFER_NBYTES
+from packcast.control.rank_info import RankInfo
 from packcast.errors import PackcastError, TransferError
-from packcast.group.rank_info import RankInfo
 from packcast.units import KIB, MIB
 
 RECEIVE_NBYTES = 64 * KIB

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from packcast.control import auth
+from packcast.control.addresses import connect, host_and_port, says_loopback
 from packcast.control.connection import tune
 from packcast.control.frames import (
     ACCEPTED,
@@ -24,9 +25,8 @@ from packcast.control.frames import (
     frame_of,
 )
 from packcast.control.messages import MAX_SECONDS, Abort, Hello, Welcome, decode
+from packcast.control.rank_info import RankInfo
 from packcast.errors import PackcastError, RendezvousError
-from packcast.group.addresses import connect, host_and_port, says_loopback
-from packcast.group.rank_info import RankInfo
 from packcast.units import format_duration
 
 RETRY_S = 0.2

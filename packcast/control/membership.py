@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
+from packcast.control.rank_info import RankInfo
 from packcast.errors import RendezvousError
-from packcast.group.rank_info import RankInfo
 from packcast.units import format_duration
 
 Expected = int | frozenset[int]

@@ -20,8 +20,8 @@ from packcast.control.frames import (
     frame_of,
     heartbeat_frame,
 )
+from packcast.control.rank_info import Rank, RankInfo, printable
 from packcast.errors import PackcastError, error_from_code
-from packcast.group.rank_info import Rank, RankInfo, printable
 from packcast.units import KIB, MIB
 
 MAX_SENTENCE_LENGTH = 2000

@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from packcast.control.acceptor import Acceptor, listen, raise_descriptor_limit
+from packcast.control.addresses import is_loopback, text_of
 from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import Progress, heartbeat_interval_s
 from packcast.control.membership import Expected, Membership
 from packcast.control.messages import Hello, Joined, Message, Welcome, limits_by
+from packcast.control.rank_info import RankInfo
 from packcast.errors import RendezvousError, TransferError
-from packcast.group.addresses import is_loopback, text_of
-from packcast.group.rank_info import RankInfo
 
 M = TypeVar("M", bound=Message)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.header import Header, read_header
 from packcast.checkpoint.reading import unreadable
-from packcast.checkpoint.tensors import Tensor
+from packcast.checkpoint.tensor_table import Tensor
 from packcast.checkpoint.walk import Kind, walk
 from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, UsageError

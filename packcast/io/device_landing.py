@@ -18,14 +18,14 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError, as_packcast_error
 from packcast.io.digests import SEND_AGAIN, BlockDigests
 from packcast.io.pool import CLOSE_LIMIT_S
-from packcast.io.sinks.placed import PlacedTensors
+from packcast.io.sinks.planned import PlannedTensors
 from packcast.io.sinks.scatter import TABLE_COLUMNS, Scatter
 from packcast.io.staging import Buffers
+from packcast.packed.checksum import SlotChecksums
 from packcast.packed.counters import Stage
-from packcast.packed.lanes import Mark
 from packcast.packed.plan import Chunk, num_blocks, trailer_nbytes
 from packcast.packed.ring import Slot, host_view
-from packcast.packed.sums import SlotSums
+from packcast.packed.streams import StreamEvent
 from packcast.packed.trailer import read_trailer, sum_in
 
 _MAX_PAGES = 16  # chunks whose proof may be under way
@@ -55,11 +55,11 @@ class _Page:
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A chunk that has left its slot, with its trailer and sum, once `mark` has passed."""
+    """A chunk that has left its slot, with its trailer and sum, once `event` has passed."""
 
     chunk: Chunk
     page: _Page
-    mark: Mark
+    event: StreamEvent
 
 
 class DeviceSink(Protocol):
@@ -69,7 +69,7 @@ class DeviceSink(Protocol):
     def stage(self) -> Stage:
         """The name under which its work is counted."""
 
-    def placed(self, chunks: Sequence[Chunk]) -> PlacedTensors | None:
+    def planned(self, chunks: Sequence[Chunk]) -> PlannedTensors | None:
         """Where the chunks' bytes go, on the current stream; None: nowhere."""
 
 
@@ -77,7 +77,7 @@ class DeviceLanding:
     """Takes chunks out of slots into the tensors of `sink`, copying from device to device.
 
     Where in each chunk the tensors are is worked out here, before any byte moves. The root has to
-    send sums (packed/sums.py): they prove the way from its GPU's slot, and the file digests are
+    send sums (packed/checksum.py): they prove the way from its GPU's slot, and the file digests are
     what the root took of the bytes that it read. At most 16 chunks are ahead of their proof. A
     damaged chunk ends it; a `tolerant` one goes on, and has no digests of it. Works on a CPU's ring
     too.
@@ -100,9 +100,9 @@ class DeviceLanding:
         self._counters = ring.counters
         self._tag = buffers.tag
         with ring.drain:
-            placed = sink.placed(chunks)
-        self._scatter = None if placed is None else Scatter(placed, ring.device)
-        self._sums = SlotSums(ring.device, buffers.tag, buffers.buffer_size)
+            planned = sink.planned(chunks)
+        self._scatter = None if planned is None else Scatter(planned, ring.device)
+        self._sums = SlotChecksums(ring.device, buffers.tag, buffers.buffer_size)
         ring.drain.wait_for_caller(ring.device)  # tables and multipliers were made there
         self._free: SimpleQueue[_Page | None] = SimpleQueue()
         self.pinned_nbytes = self._make_pages(trailer_nbytes(buffers.buffer_size))
@@ -129,7 +129,7 @@ class DeviceLanding:
         return 0 if self._ring.is_host else memory.nbytes
 
     def drain(self, chunk: Chunk, slot: Slot) -> None:
-        """Give the copies into the tensors to the drain lane, and their proof to the thread."""
+        """Give the copies into the tensors to the drain stream, and their proof to the thread."""
         ring = self._ring
         with self._counters.waiting_on(self.stage):
             page = self._free.get()
@@ -137,16 +137,16 @@ class DeviceLanding:
             raise self._failure or TransferError("the transfer is over")
         with ring.drain:
             ring.drain.wait(slot.arrived)
-            begin = ring.drain.mark()
+            begin = ring.drain.record()
             if self._scatter is not None:
                 self._scatter.copy(chunk.index, slot.memory, page.table)
             at, nbytes = chunk.trailer_offset, chunk.trailer_nbytes
             page.trailer.copy_(slot.memory[at : at + nbytes], non_blocking=True)
             found = self._sums.of(slot.memory, chunk.nbytes)
             page.found.copy_(found.view(1), non_blocking=True)
-            slot.drained = mark = ring.drain.mark()
-        ring.clock.span(self.stage, chunk.index, chunk.nbytes, begin, mark)
-        self._queue.put(_Arrival(chunk, page, mark))
+            slot.drained = event = ring.drain.record()
+        ring.clock.span(self.stage, chunk.index, chunk.nbytes, begin, event)
+        self._queue.put(_Arrival(chunk, page, event))
         self._counters.newest = chunk.extents[-1]
 
     def finish(self) -> None:
@@ -179,7 +179,7 @@ class DeviceLanding:
         while (arrival := self._queue.get()) is not None:
             try:
                 if self._failure is None:
-                    arrival.mark.synchronize()
+                    arrival.event.synchronize()
                     self._prove(arrival)
                     if self._scatter is not None:
                         self._scatter.landed(arrival.chunk.index)

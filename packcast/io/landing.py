@@ -16,14 +16,14 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError
 from packcast.io.digests import SEND_AGAIN, BlockDigests
 from packcast.io.files import Resources
-from packcast.io.runner import UnitRunner
 from packcast.io.schedule import Schedule, ScheduledUnit, Span, make_schedule
 from packcast.io.staging import Buffers, Staging
+from packcast.io.unit_runner import UnitRunner
 from packcast.io.work import Failure, FailureKind, Task
 from packcast.packed.counters import Stage
-from packcast.packed.lanes import Passage
 from packcast.packed.plan import BLOCK, DIGEST_NBYTES, Chunk, Extent
 from packcast.packed.ring import Slot
+from packcast.packed.streams import Completion
 from packcast.packed.trailer import read_trailer
 
 
@@ -68,10 +68,10 @@ class Sink(Protocol):
         """What there is to report."""
 
 
-class UnitMark:
-    """A point in time that has passed once a unit is done; as a stream's mark, for the host."""
+class UnitEvent:
+    """A point in time that has passed once a unit is done; as a stream's event, for the host."""
 
-    event = None
+    cuda_event = None
     passed_at = 0.0
 
     def __init__(self, runner: UnitRunner, unit: int) -> None:
@@ -130,7 +130,7 @@ class Landing:
         except BaseException:
             self._staging.free(is_idle=True)
             raise
-        self._copies: deque[tuple[ScheduledUnit, Passage]] = deque()  # into staging, under way
+        self._copies: deque[tuple[ScheduledUnit, Completion]] = deque()  # into staging, under way
 
     @property
     def pinned_nbytes(self) -> int:
@@ -143,23 +143,23 @@ class Landing:
         return self._sink.stage
 
     def drain(self, chunk: Chunk, slot: Slot) -> None:
-        """Give the chunk to the drain lane, and each unit to the sink once it is copied."""
+        """Give the chunk to the drain stream, and each unit to the sink once it is copied."""
         ring, begin = self._ring, None
         units = self._units[chunk.index]
         for unit in units:
             self._await_place(unit)
             with ring.drain:
                 ring.drain.wait(slot.arrived)
-                begin = begin or ring.drain.mark()
+                begin = begin or ring.drain.record()
                 if unit is units[0]:
                     self._staging.copy_trailer_from(slot, unit)
                 self._staging.copy_from(slot, unit)
-                mark = slot.drained = ring.drain.mark()
-            self._copies.append((unit, mark))
+                event = slot.drained = ring.drain.record()
+            self._copies.append((unit, event))
             self._pass_on()
         self._counters.newest = chunk.extents[-1]
         if ring.is_host:
-            slot.drained = UnitMark(self._runner, units[-1].index)
+            slot.drained = UnitEvent(self._runner, units[-1].index)
         elif begin and slot.drained:
             ring.clock.span("d2h", chunk.index, chunk.nbytes, begin, slot.drained)
 

@@ -14,20 +14,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate
 
-from packcast.checkpoint.outgoing import Literal, OutgoingFile, Run
+from packcast.checkpoint.outgoing import Literal, OutgoingFile, SourceRun
 from packcast.checkpoint.reading import open_without_links
 from packcast.checkpoint.sourcefile import SourceFile
 from packcast.errors import CheckpointError, PackcastError, out_of_descriptors
 from packcast.io.digests import BlockDigests
 from packcast.io.files import FileTable
-from packcast.io.runner import UnitRunner
 from packcast.io.schedule import IN_MEMORY, ScheduledUnit, Span, make_schedule
 from packcast.io.staging import Buffers, Staging
+from packcast.io.unit_runner import UnitRunner
 from packcast.io.work import Failure, FailureKind, Task
 from packcast.packed.counters import Stage
-from packcast.packed.lanes import Passage
 from packcast.packed.plan import DIGEST_NBYTES, Chunk, Extent
 from packcast.packed.ring import Slot
+from packcast.packed.streams import Completion
 from packcast.packed.trailer import write_trailer
 
 _CHANGED_HINT = "nothing was published; send it again when no process writes to the checkpoint"
@@ -91,7 +91,7 @@ class FileReader:
             return CheckpointError(message, hint=_CHANGED_HINT)
         return CheckpointError(f"{name}: reading failed: {failure.reason}")
 
-    def _parts(self, extent: Extent) -> Iterator[tuple[Literal | Run, int, int]]:
+    def _parts(self, extent: Extent) -> Iterator[tuple[Literal | SourceRun, int, int]]:
         """The segments that the extent lies in: how much of each to skip, how much to take."""
         begins, segments = self._begins[extent.file], self._files[extent.file].segments
         at, end = extent.offset, extent.offset + extent.nbytes
@@ -182,7 +182,7 @@ class FileSource:
         except BaseException:
             self._staging.free(is_idle=True)
             raise
-        self._copies: deque[Passage] = deque()  # out of staging, under way
+        self._copies: deque[Completion] = deque()  # out of staging, under way
         self._num_copied = 0
 
     @property
@@ -202,7 +202,7 @@ class FileSource:
         self._runner.allow(self._units[chunk.index][-1].index + 1)
 
     def fill(self, chunk: Chunk, slot: Slot) -> None:
-        """Give the chunk and its trailer to the fill lane, each unit as soon as it was read."""
+        """Give the chunk and its trailer to the fill stream, each unit as soon as it was read."""
         ring, begin = self._ring, None
         units = self._units[chunk.index]
         with ring.fill:
@@ -210,9 +210,9 @@ class FileSource:
                 self._wait(unit)
                 if unit.is_last:
                     self._write_trailer(chunk, units)
-                begin = begin or ring.fill.mark()
+                begin = begin or ring.fill.record()
                 self._staging.copy_to(slot, unit)
-                slot.filled = ring.fill.mark()
+                slot.filled = ring.fill.record()
                 if not self._staging.is_slots:
                     self._copies.append(slot.filled)
         self._counters.newest = chunk.extents[-1]

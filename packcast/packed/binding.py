@@ -16,12 +16,12 @@ from torch.autograd.graph import increment_version
 from packcast.errors import UsageError
 from packcast.packed.counters import Stage
 from packcast.packed.gather import Move, tables_of
-from packcast.packed.lanes import hold_caller, mark_caller
 from packcast.packed.layout import Part, ReplayChunk, TensorSpec
 from packcast.packed.overlap import check_apart
 from packcast.packed.ring import Ring, Slot
+from packcast.packed.streams import make_caller_wait, record_caller_stream
+from packcast.packed.tensor_bytes import alias_of, as_bytes, check_plain
 from packcast.packed.tensor_map import Rows
-from packcast.packed.tensors import alias_of, as_bytes, check_plain
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -101,7 +101,9 @@ class Bound:
         self._ties = [(i, position[spec.same_as]) for i, spec in enumerate(specs) if spec.same_as]
         self._by_chunk = [self._look(part.tensor for part in chunk.parts) for chunk in chunks]
         self._device = device
-        self._newest = mark_caller(device)  # of its copies on callers' streams: tables, stand-ins
+        self._newest = record_caller_stream(
+            device
+        )  # of its copies on callers' streams: tables, stand-ins
 
     def named(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         """Those of the plan, in its order."""
@@ -162,7 +164,7 @@ class Bound:
 
     def follow(self) -> None:
         """Before a run: what was copied on another stream, as when it was bound, comes first."""
-        hold_caller(self._device, self._newest)
+        make_caller_wait(self._device, self._newest)
 
     def refresh(self) -> None:
         """Before a send: the stand-ins take the tensors' values of now."""
@@ -177,7 +179,7 @@ class Bound:
             if self._tensors[i].data_ptr() != self._tensors[original].data_ptr():
                 self._tensors[i].copy_(self._tensors[original])
         increment_version([self._tensors[i] for i, _ in self._ties])
-        self._newest = mark_caller(self._device)
+        self._newest = record_caller_stream(self._device)
 
     def _bound(
         self, chunks: Sequence[ReplayChunk], rows: Rows | None, device: torch.device
@@ -266,14 +268,14 @@ class Copier:
         self._move = move
         self._views = views
         # The tensors are the caller's: what it has given its stream comes first. Once is enough,
-        # since nothing of the caller's runs between here and the end. The communication lane, for
+        # since nothing of the caller's runs between here and the end. The communication stream, for
         # the chunks that are broadcast as they lie.
-        given = mark_caller(ring.device)
-        for lane in (ring.fill, ring.comm, ring.drain):
-            lane.wait(given)
+        given = record_caller_stream(ring.device)
+        for stream in (ring.fill, ring.comm, ring.drain):
+            stream.wait(given)
 
     def fill(self, chunk: BoundChunk, slot: Slot) -> None:
-        """Give the copies into the slot to the fill lane."""
+        """Give the copies into the slot to the fill stream."""
         ring = self._ring
         if chunk.own is not None:
             return
@@ -283,11 +285,11 @@ class Copier:
                 self._move(chunk.table, slot.memory, into_slot=True, alone=chunk.index == 0)
             else:
                 torch._foreach_copy_(self._places(chunk, slot), list(chunk.parts))
-            slot.filled = ring.fill.mark()
+            slot.filled = ring.fill.record()
         ring.clock.span("pack", chunk.index, chunk.nbytes, begin, slot.filled)
 
     def drain(self, chunk: BoundChunk, slot: Slot) -> None:
-        """Give the copies out of the slot to the drain lane."""
+        """Give the copies out of the slot to the drain stream."""
         ring = self._ring
         if chunk.own is not None:
             return
@@ -298,13 +300,13 @@ class Copier:
                 self._move(chunk.table, slot.memory, into_slot=False, alone=chunk.is_last)
             else:
                 torch._foreach_copy_(list(chunk.parts), self._places(chunk, slot))
-            slot.drained = ring.drain.mark()
+            slot.drained = ring.drain.record()
         ring.clock.span("unpack", chunk.index, chunk.nbytes, begin, slot.drained)
 
     def finish(self) -> None:
         """The caller's stream goes on after the last copy, and the last broadcast."""
-        for lane in (self._ring.comm, self._ring.drain):
-            hold_caller(self._ring.device, lane.mark())
+        for stream in (self._ring.comm, self._ring.drain):
+            make_caller_wait(self._ring.device, stream.record())
 
     def close(self) -> None:
         """It has no threads."""

@@ -70,10 +70,10 @@ class Hop:
                 nothing.wait(timedelta(milliseconds=1))
 
 
-class Passed:
-    """The mark of a chunk on its way to the next rank: once it has passed, its memory is free."""
+class ChunkSent:
+    """The event of a chunk on its way to the next rank: once it has passed, its memory is free."""
 
-    event = None
+    cuda_event = None
 
     def __init__(self, works: list[Work], wait: Callable[[Work, float], bool]) -> None:
         self._works = works
@@ -137,10 +137,10 @@ class Chain:
             works = [self._start(self._before, piece) for piece in self._pieces(memory)]
             self._arriving.append((memory, works))
 
-    def carry(self, memory: torch.Tensor, root: int) -> Passed:
+    def carry(self, memory: torch.Tensor, root: int) -> ChunkSent:
         """Block until the chunk is here, passing it on meanwhile; it may be read afterwards.
 
-        And written again once the mark that is returned has passed. Raises the failure once there
+        And written again once the event that is returned has passed. Raises the failure once there
         is one, or RuntimeError where gloo failed first.
         """
         self._check()
@@ -157,7 +157,7 @@ class Chain:
             if after is not None:
                 leaving.append(self._start(self._after, piece))
                 self.sent_nbytes += piece.numel()
-        return Passed(leaving, self._ends_within)
+        return ChunkSent(leaving, self._ends_within)
 
     def close(self) -> None:
         """Give up what is under way, which is so after a failure only; idempotent, any thread.
@@ -180,7 +180,7 @@ class Chain:
             self._have_ended(_CUT_LIMIT_S)
         for work, hop, piece in self._left():
             keep(work, hop, piece)
-        # The connections end here, not with the last slot that has a mark of this chain.
+        # The connections end here, not with the last slot that has an event of this chain.
         self._under_way.clear()
         self._arriving.clear()
         self._before = self._after = None

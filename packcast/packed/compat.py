@@ -19,10 +19,10 @@ from packcast.errors import UsageError
 from packcast.packed.communicator import Communicator, communicator_of
 from packcast.packed.counters import Stage, wanted_counters
 from packcast.packed.gather import PIECE_NBYTES, move_on, on_device, pieces_of
-from packcast.packed.lanes import Mark, hold_caller, mark_caller
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, Slot
-from packcast.packed.tensors import as_bytes, from_bytes, is_simple, nbytes_of
+from packcast.packed.streams import StreamEvent, make_caller_wait, record_caller_stream
+from packcast.packed.tensor_bytes import as_bytes, from_bytes, is_simple, nbytes_of
 
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
@@ -249,11 +249,11 @@ class _Packer:
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._move = move_on(ring.device)
-        self._packed: Mark | None = None  # of the buffer before
+        self._packed: StreamEvent | None = None  # of the buffer before
         self._in_use: Sequence[torch.Tensor | None] = ()  # what is kept alive until then
 
     def fill(self, pack: _Pack, slot: Slot) -> None:
-        """Give the copies to the fill lane, behind what the caller's stream has made of them."""
+        """Give the copies to the fill stream, behind what the caller's stream has made of them."""
         ring = self._ring
         if self._packed is not None:
             # Tensors made on the way live until they are packed: far ahead of a slow group the
@@ -263,18 +263,18 @@ class _Packer:
         # All wait for the first one, so it takes the shortest way; copies of this kind fill the
         # GPU, though, which would hold up a broadcast beside them.
         joins = pack.index == 0 and pack.nbytes >= _LARGE * len(pack.parts)
-        # On the caller's stream: what is allocated on a lane is lost to other calls' lanes.
+        # On the caller's stream: what is allocated on a stream is lost to other calls' streams.
         table = _table_of(pack.parts, ring.device) if self._move and not joins else None
         # Those before are let go when this returns: that takes time, for which nobody should wait.
         _before, self._in_use = self._in_use, (*pack.parts, table)
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
-            begin = ring.fill.mark()
+            begin = ring.fill.record()
             if table is not None and self._move is not None:
                 self._move(table, slot.memory, into_slot=True, alone=pack.index == 0)
             elif pack.parts:
                 _join(pack.parts, slot.memory[: pack.nbytes])
-            slot.filled = self._packed = ring.fill.mark()
+            slot.filled = self._packed = ring.fill.record()
         ring.clock.span("pack", pack.index, pack.nbytes, begin, slot.filled)
 
     def close(self) -> None:
@@ -317,13 +317,13 @@ class _Unpacker:
         """Call back with the tensors, in order after their arrival on the caller's stream."""
         device = self._ring.device
         if self._borrow:
-            hold_caller(device, slot.arrived)
+            make_caller_wait(device, slot.arrived)
             tensors = _views(pack.entries, slot.memory)
         else:
             tensors = self._copies(pack, slot)
         self._post_unpack_func(list(zip(map(_NAME, pack.entries), tensors, strict=True)))
         if self._borrow:
-            slot.drained = mark_caller(device)
+            slot.drained = record_caller_stream(device)
 
     def finish(self) -> None:
         """Everything was called back already."""
@@ -343,13 +343,13 @@ class _Unpacker:
         ring.drain.wait_for_caller(ring.device)
         ring.drain.wait(slot.arrived)
         with ring.drain:
-            begin = ring.drain.mark()
+            begin = ring.drain.record()
             if table is not None and self._move is not None:
                 self._move(table, slot.memory, into_slot=False)
             else:
                 _copy_out(tensors, slot.memory)
-            slot.drained = ring.drain.mark()
-        hold_caller(ring.device, slot.drained)
+            slot.drained = ring.drain.record()
+        make_caller_wait(ring.device, slot.drained)
         ring.clock.span("unpack", pack.index, pack.nbytes, begin, slot.drained)
         return tensors
 

@@ -93,9 +93,9 @@ class Counters:
             if work is not None:
                 self._totals[stage] = self._with_work(stage, work())
 
-    def waiting_on(self, stage: Stage) -> Waiting:
+    def waiting_on(self, stage: Stage) -> WaitTimer:
         """Count the time inside the `with` as time that the loop stood still for `stage`."""
-        return Waiting(self, stage)
+        return WaitTimer(self, stage)
 
     def waited(self, stage: Stage, seconds: float) -> None:
         """The same, where the stage is known only once the wait is over."""
@@ -154,7 +154,7 @@ def wanted_counters() -> Counters | None:
     return _wanted.get()
 
 
-class Waiting:
+class WaitTimer:
     """The `with` of `Counters.waiting_on`: a class, since a generator costs the loop too much."""
 
     __slots__ = ("_before", "_begin", "_counters", "_stage")

@@ -1,6 +1,6 @@
 """Many copies between a slot and the places of its parts, as one kernel where that can be had.
 
-It knows tables of addresses, and how rows become tables; nothing of names, lanes or the wire.
+It knows tables of addresses, and how rows become tables; nothing of names, streams or the wire.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from packcast.packed.proven import proven_on
+from packcast.packed.selftested import self_tested
 from packcast.packed.tensor_map import Rows, ends_of, enumerated
 
 # Each program of the kernel takes one piece at a time: so small that they all end together.
@@ -107,19 +107,19 @@ def move_on(device: torch.device) -> Move | None:
     """The kernel, if it may be used there; the first call waits for the device."""
 
     def load() -> Move:
-        from packcast.packed import kernel
+        from packcast.packed import kernels
 
-        shared, most = kernel.programs_on(device)
+        shared, most = kernels.programs_on(device)
 
         def move(
             table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, alone: bool = False
         ) -> None:
             programs = most if alone else shared
-            kernel.launch(table, slot, into_slot=into_slot, programs=programs)
+            kernels.launch(table, slot, into_slot=into_slot, programs=programs)
 
         return move
 
-    return proven_on(device, load, is_right)
+    return self_tested(device, load, is_right)
 
 
 def is_right(move: Move, device: torch.device) -> bool:

@@ -15,8 +15,8 @@ import xxhash
 
 from packcast.errors import TransferError
 from packcast.packed.plan import align_up
+from packcast.packed.tensor_bytes import nbytes_of
 from packcast.packed.tensor_map import Rows, ends_of
-from packcast.packed.tensors import nbytes_of
 
 ALIGNMENT = 256  # what GPUs copy best, and enough for a view of any dtype
 # A tensor of a buffer's size or more rides by itself, in runs as large as a collective gains from:

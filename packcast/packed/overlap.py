@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from packcast.errors import UsageError
-from packcast.packed.tensors import span_of
+from packcast.packed.tensor_bytes import span_of
 
 
 class _Target(NamedTuple):

@@ -19,7 +19,7 @@ class Source(Protocol[C_in]):
     """Where the producer's bytes come from."""
 
     def fill(self, chunk: C_in, slot: Slot) -> None:
-        """Give the chunk and its trailer to the fill lane; leaves `slot.filled`."""
+        """Give the chunk and its trailer to the fill stream; leaves `slot.filled`."""
 
     def close(self) -> None:
         """End its threads; idempotent, also after a failure."""
@@ -33,7 +33,7 @@ class Drain(Protocol[C_in]):
         """What the loop waits for when it waits here."""
 
     def drain(self, chunk: C_in, slot: Slot) -> None:
-        """Give the chunk to the drain lane and to whoever uses it then; leaves `slot.drained`."""
+        """Give the chunk to the drain stream and to whoever uses it then; leaves `slot.drained`."""
 
     def finish(self) -> None:
         """Block until every byte is where it belongs; raises what went wrong on the way."""
@@ -76,7 +76,7 @@ def run_pipeline(
             ring.broadcast(chunk, slot, broadcast)
             if drain is not None:
                 drain.drain(chunk, slot)
-        # Where the host runs ahead of the lanes, what is still on them is waited for here.
+        # Where the host runs ahead of the streams, what is still on them is waited for here.
         with ring.counters.waiting_on("broadcast"):
             ring.synchronize()
         if drain is not None:

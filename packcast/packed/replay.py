@@ -30,7 +30,7 @@ from packcast.packed.layout import (
 )
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, host_view
-from packcast.packed.tensors import check_plain, check_shaped, mark_changed
+from packcast.packed.tensor_bytes import check_plain, check_shaped, mark_changed
 
 DEFAULT_REPLAY_BUFFER_SIZE = 64 << 20
 DEFAULT_REPLAY_NUM_BUFFERS = 4

@@ -1,7 +1,7 @@
 """The slots: device buffers made once, taken strictly in chunk order on every rank.
 
 Chunk i uses slot i mod `num_buffers`. On CUDA a slot's reuse is ordered by events between three
-lanes (fill, communication, drain) and the host never waits; on a CPU the host waits for the marks
+streams (fill, communication, drain) and the host never waits; on a CPU the host waits for the events
 of those who used it last.
 """
 
@@ -15,12 +15,12 @@ from typing import Protocol
 import torch
 
 from packcast.packed.counters import Counters
-from packcast.packed.lanes import Lane, LaneClock, Mark, Passage
 from packcast.packed.plan import align_up
+from packcast.packed.streams import Completion, Stream, StreamEvent, StreamTimer
 
 # broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank. It
-# may return a mark: the tensor may be read before that has been passed, but written only after.
-Broadcast = Callable[[torch.Tensor, int], Passage | None]
+# may return an event: the tensor may be read before that has been passed, but written only after.
+Broadcast = Callable[[torch.Tensor, int], Completion | None]
 
 _MAX_DRY = 16  # broadcasts under way
 
@@ -57,36 +57,36 @@ class Carried(Protocol):
         """As many bytes that are broadcast from and into where they lie, instead of the slot's.
 
         The slot's turn passes all the same, its memory unused. Who gives it has made the
-        communication lane wait for whoever used it before.
+        communication stream wait for whoever used it before.
         """
 
 
 class Slot:
-    """One buffer with the marks of those who used it last."""
+    """One buffer with the events of those who used it last."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
-        self.filled: Passage | None = None
-        self.arrived: Passage | None = None
-        self.drained: Passage | None = None
-        self.sent: Passage | None = None  # to the next rank, where a broadcast is a chain
+        self.filled: Completion | None = None
+        self.arrived: Completion | None = None
+        self.drained: Completion | None = None
+        self.sent: Completion | None = None  # to the next rank, where a broadcast is a chain
 
     def is_free(self) -> bool:
         """Has everyone done with the slot? Never blocks."""
-        return all(mark is None or mark.passed() for mark in self._marks())
+        return all(event is None or event.passed() for event in self._events())
 
     def synchronize(self) -> None:
         """Block this host thread until everyone has done with the slot."""
-        for mark in self._marks():
-            if mark is not None:
-                mark.synchronize()
+        for event in self._events():
+            if event is not None:
+                event.synchronize()
 
-    def _marks(self) -> tuple[Passage | None, ...]:
+    def _events(self) -> tuple[Completion | None, ...]:
         return self.filled, self.arrived, self.drained, self.sent
 
 
 class Ring:
-    """`num_buffers` slots of `slot_nbytes`, their lanes, and who may use them when.
+    """`num_buffers` slots of `slot_nbytes`, their streams, and who may use them when.
 
     The slots are one allocation, made here unless `memory` is given for them. Where a chunk turns
     out larger (on a wire that learns sizes late), its slot grows to it, rounded up to a multiple of
@@ -107,8 +107,8 @@ class Ring:
         self.device = device
         self.is_host = device.type == "cpu"
         # Copies would hold up the broadcasts that begin beside them, which are what takes long.
-        self.fill, self.drain = Lane(device), Lane(device)
-        self.comm = Lane(device, urgent=True)
+        self.fill, self.drain = Stream(device), Stream(device)
+        self.comm = Stream(device, urgent=True)
         self._count(counters)
         if memory is None:
             memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
@@ -136,7 +136,7 @@ class Ring:
             sent.synchronize()
 
     def take(self, chunk: Carried) -> Slot:
-        """The chunk's slot, once its former use is over for the lanes, or on a CPU for the host."""
+        """The chunk's slot, once its former use is over for the streams, or on a CPU for the host."""
         slot = self._slot_of(chunk)
         if self.is_host:
             slot.synchronize()
@@ -147,20 +147,20 @@ class Ring:
             nbytes = align_up(chunk.wire_nbytes, min(self._step_nbytes, eighth))
             slot.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             self._after_caller()
-        for lane in (self.fill, self.comm):
-            lane.wait(slot.arrived)
-            lane.wait(slot.drained)
+        for stream in (self.fill, self.comm):
+            stream.wait(slot.arrived)
+            stream.wait(slot.drained)
         return slot
 
     def broadcast(self, chunk: Carried, slot: Slot, broadcast: Broadcast) -> None:
-        """Payload and trailer from the chunk's root to every rank, on the communication lane."""
+        """Payload and trailer from the chunk's root to every rank, on the communication stream."""
         self.comm.wait(slot.filled)
         with self.comm, self.counters.waiting_on("broadcast"):
             begin = self.comm.begin()
             memory = slot.memory[: chunk.wire_nbytes] if chunk.own is None else chunk.own
             slot.sent = broadcast(memory, chunk.root)
             self.num_broadcast += 1
-            slot.arrived = self.comm.mark()
+            slot.arrived = self.comm.record()
         over = slot.sent or slot.arrived
         self.clock.span("broadcast", chunk.index, chunk.nbytes, begin, over)
 
@@ -173,7 +173,7 @@ class Ring:
         live they end what they began, at the speed of the broadcasts alone; then each of `tokens`
         ranks is heard once more. False where no broadcast has ended for `patience_s`.
         """
-        marks: deque[Mark] = deque()
+        events: deque[StreamEvent] = deque()
         token = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self.comm.wait_for_caller(self.device)
         rest = [(chunk, self._slots[chunk.index % len(self._slots)]) for chunk in chunks]
@@ -187,13 +187,13 @@ class Ring:
                 self.comm.wait(slot.drained)
             with self.comm:
                 broadcast(memory, root)
-                marks.append(self.comm.mark())
+                events.append(self.comm.record())
             # Not far ahead: a launch blocks for good where too many are waiting on a dead peer.
-            if len(marks) > _MAX_DRY:
-                if not marks.popleft().passes_within(patience_s):
+            if len(events) > _MAX_DRY:
+                if not events.popleft().passes_within(patience_s):
                     return False
                 self.num_dry += 1
-        return all(mark.passes_within(patience_s) for mark in marks)
+        return all(event.passes_within(patience_s) for event in events)
 
     def overwrite(self, byte: int) -> None:
         """Leave nothing of an earlier use in the slots; before the first chunk."""
@@ -212,30 +212,30 @@ class Ring:
         self.num_broadcast = 0
 
     def synchronize(self) -> None:
-        """Block until all lanes are empty and every stage on them is counted."""
-        for lane in (self.fill, self.comm, self.drain):
-            lane.synchronize()
+        """Block until all streams are empty and every stage on them is counted."""
+        for stream in (self.fill, self.comm, self.drain):
+            stream.synchronize()
         for slot in self._slots:
             if slot.sent is not None:
                 slot.sent.synchronize()
         self.clock.collect(wait=True)
 
     def is_idle(self) -> bool:
-        """Are all lanes empty? Never blocks."""
-        return all(lane.is_idle() for lane in (self.fill, self.comm, self.drain))
+        """Are all streams empty? Never blocks."""
+        return all(stream.is_idle() for stream in (self.fill, self.comm, self.drain))
 
     def _count(self, counters: Counters | None) -> None:
-        """From now on, while the lanes are empty."""
+        """From now on, while the streams are empty."""
         self._given = counters
         self.counters = counters or Counters()
-        for lane in (self.fill, self.comm, self.drain):
-            lane.timed = counters is not None
-        self.clock = LaneClock(self.device, counters)
+        for stream in (self.fill, self.comm, self.drain):
+            stream.timed = counters is not None
+        self.clock = StreamTimer(self.device, counters)
 
     def _after_caller(self) -> None:
         """Memory just allocated on the caller's stream may still be in use there until then."""
-        for lane in (self.fill, self.comm, self.drain):
-            lane.wait_for_caller(self.device)
+        for stream in (self.fill, self.comm, self.drain):
+            stream.wait_for_caller(self.device)
 
     def _slot_of(self, chunk: Carried) -> Slot:
         return self._slots[chunk.index % len(self._slots)]

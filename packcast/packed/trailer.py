@@ -16,7 +16,7 @@ _MAGIC = b"packcast"
 _HEAD = struct.Struct(
     "<8s16sQQI4x16s"
 )  # magic, transfer, index, nbytes, blocks, digest of the rest
-# Behind the head, where a GPU writes it over what came from the host (packed/sums.py): so not
+# Behind the head, where a GPU writes it over what came from the host (packed/checksum.py): so not
 # under the seal, and there only if some worker asked for it.
 SUM_OFFSET = _HEAD.size
 SUM_NBYTES = 8

@@ -1,5 +1,5 @@
 """A whole transfer on one rank: `run`. Imported late, since it needs torch."""
 
-from packcast.transfer.spine import run
+from packcast.transfer.transfer import run
 
 __all__ = ["run"]

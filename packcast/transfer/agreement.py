@@ -15,18 +15,18 @@ from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
 from packcast.control.client import ControlClient
 from packcast.control.frames import ProtocolError
 from packcast.control.messages import OfferMessage
+from packcast.control.rank_info import RankInfo
 from packcast.control.server import ControlServer
 from packcast.errors import RendezvousError, TransferError, UsageError
-from packcast.group.devices import assign_devices
-from packcast.group.fitting import Fitted, fit_buffers
-from packcast.group.rank_info import RankInfo
 from packcast.io.source import FileReader
+from packcast.launch.devices import assign_devices
+from packcast.launch.fitting import Fitted, fit_buffers
 from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings
-from packcast.transfer.messages import RankAssignment
 from packcast.transfer.offer import Offer, Place, Sample, Selection
 from packcast.transfer.outline import amount_fault
+from packcast.transfer.protocol import RankAssignment
 
 NUM_SAMPLES = 16
 

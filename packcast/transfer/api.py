@@ -15,8 +15,8 @@ from typing import Literal, TypeAlias
 import torch
 
 from packcast.errors import UsageError, error_from_code
-from packcast.group import launch_checks
-from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
+from packcast.io.sinks.tensor_destination import GivenTensors, NewTensors, TensorDestination
+from packcast.launch import validation
 from packcast.packed.plan import check_ring
 from packcast.report import Report
 from packcast.settings import (
@@ -38,8 +38,8 @@ from packcast.settings import (
     check_token,
     is_host,
 )
-from packcast.transfer.caller import Caller, HandOut
-from packcast.transfer.spine import MakeShelf, run
+from packcast.transfer.background import BackgroundTransfer, TensorQueue
+from packcast.transfer.transfer import MakeDestination, run
 from packcast.view import View
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
@@ -165,14 +165,14 @@ def send_checkpoint(
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    launch = launch_checks.launch_of(os.environ, by_address=settings.by_address)
-    launch_checks.check_send(settings, launch, "{}=".format, nproc=None, hint=_WAYS)
+    launch = validation.launch_of(os.environ, by_address=settings.by_address)
+    validation.check_send(settings, launch, "{}=".format, nproc=None, hint=_WAYS)
     if workers is not None and settings.token is None and view is None:
         raise UsageError(
             "workers= needs token=, which the workers give too",
             hint="or set PACKCAST_TOKEN, or give a view, which is shown one",
         )
-    return _transfer(Caller(), settings, view, call)
+    return _transfer(BackgroundTransfer(), settings, view, call)
 
 
 def receive_checkpoint(
@@ -261,33 +261,35 @@ def receive_checkpoint(
         heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
         stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
     )
-    launch = launch_checks.launch_of(os.environ, by_address=settings.by_address)
-    launch_checks.check_recv(settings, launch, "{}=".format, hint=_WHERE)
-    caller = Caller()
+    launch = validation.launch_of(os.environ, by_address=settings.by_address)
+    validation.check_recv(settings, launch, "{}=".format, hint=_WHERE)
+    caller = BackgroundTransfer()
 
-    def make_shelf(device: str, waiting_nbytes: int) -> Shelf:
+    def make_destination(device: str, waiting_nbytes: int) -> TensorDestination:
         here = torch.device(device)
         on_gpu = here.type == "cuda"
         stream = caller.ask(lambda: torch.cuda.current_stream(here)) if on_gpu else None
         if into is not None:
             return GivenTensors(here, into, strict=strict, stream=stream)
         assert on_tensor is not None
-        return NewTensors(here, HandOut(caller, on_tensor, waiting_nbytes), stream)
+        return NewTensors(here, TensorQueue(caller, on_tensor, waiting_nbytes), stream)
 
-    to_shelf = make_shelf if into is not None or on_tensor is not None else None
-    return _transfer(caller, settings, view, call, to_shelf)
+    to_destination = make_destination if into is not None or on_tensor is not None else None
+    return _transfer(caller, settings, view, call, to_destination)
 
 
 def _transfer(
-    caller: Caller,
+    caller: BackgroundTransfer,
     settings: Settings,
     view: View | None,
     call: int,
-    make_shelf: MakeShelf | None = None,
+    make_destination: MakeDestination | None = None,
 ) -> Report:
     told = view or View()
     try:
-        report = caller.run(lambda: run(settings, told, caller, call=call, make_shelf=make_shelf))
+        report = caller.run(
+            lambda: run(settings, told, caller, call=call, make_destination=make_destination)
+        )
     finally:
         told.close()
     if not report.ok:

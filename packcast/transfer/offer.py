@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from packcast.checkpoint.header import Header, parse_header
-from packcast.checkpoint.limits import HeaderLimits
+from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.names import clash_of
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError

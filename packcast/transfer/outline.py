@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError
 
-from packcast.checkpoint.limits import MAX_TENSORS
+from packcast.checkpoint.header_limits import MAX_TENSORS
 from packcast.checkpoint.names import MAX_COMPONENT_NBYTES, MAX_DEPTH, name_fault
 from packcast.checkpoint.outgoing import MAX_FILES, MAX_OUTLINE_NBYTES
 from packcast.checkpoint.sourcefile import MAX_MTIME_NS

@@ -9,17 +9,17 @@ from collections.abc import Mapping, Sequence
 from pydantic import JsonValue
 
 from packcast.comparison import Comparison
+from packcast.control.rank_info import RankInfo
 from packcast.errors import PackcastError, TransferError, VerificationError, error_from_code
-from packcast.group.rank_info import RankInfo
 from packcast.io.landing import Sink
 from packcast.io.pool import pool_kind
 from packcast.packed.counters import Counters
 from packcast.report import RankReport, Report, StageReport, ranks_text
 from packcast.settings import Settings
 from packcast.transfer.agreement import rank_of
-from packcast.transfer.messages import Proved, Published, StageFigures
-from packcast.transfer.moving import DataPhase
+from packcast.transfer.data_plane import DataPhaseResult
 from packcast.transfer.offer import Offer
+from packcast.transfer.protocol import Proved, Published, StageFigures
 
 _MAX_SENTENCES = 8
 
@@ -53,7 +53,7 @@ def agreed_digests(
 
 
 def proof_of(
-    offer: Offer, moved: DataPhase, counters: Counters, sink: Sink, seconds: float
+    offer: Offer, moved: DataPhaseResult, counters: Counters, sink: Sink, seconds: float
 ) -> Proved:
     """What this worker has proven: call it once its sink has finished."""
     return Proved(
@@ -128,7 +128,7 @@ def facts_of(proof: Proved, published: Published | None) -> dict[str, object]:
 def make_report(
     settings: Settings,
     offer: Offer,
-    moved: DataPhase,
+    moved: DataPhaseResult,
     counters: Counters,
     *,
     seconds: float,
@@ -217,5 +217,5 @@ def rank_reports(
 
 
 def since(began: float) -> float:
-    """Seconds from `began`, by the clock that `DataPhase.began` was read from."""
+    """Seconds from `began`, by the clock that `DataPhaseResult.began` was read from."""
     return time.perf_counter() - began

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from packcast.control.client import ControlClient
+from packcast.control.rank_info import RankInfo
 from packcast.control.server import ControlServer
-from packcast.group.rank_info import RankInfo
 from packcast.io.landing import Sink
 from packcast.io.sinks.sharing import Share
 from packcast.io.sinks.write import WriteSink
 from packcast.transfer.agreement import rank_of
-from packcast.transfer.messages import Prepared, WritingShare
+from packcast.transfer.protocol import Prepared, WritingShare
 
 
 def hand_out_shares(server: ControlServer, infos: Sequence[RankInfo], timeout_s: float) -> None:

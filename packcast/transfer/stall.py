@@ -11,13 +11,13 @@ from typing import Protocol
 
 from packcast.control.channel import Channel
 from packcast.errors import TransferError
-from packcast.group.leave import WayOut
+from packcast.launch.exit import ExitHandler
 from packcast.packed.counters import Counters
 from packcast.units import format_duration
 
 
 class Watched(Protocol):
-    """What moves bytes, as Mover does."""
+    """What moves bytes, as DataPlane does."""
 
     @property
     def counters(self) -> Counters:
@@ -30,10 +30,12 @@ class Watched(Protocol):
 class StallWatch:
     """Ends the transfer when no byte has moved anywhere for `timeout_s` although all are alive."""
 
-    def __init__(self, mover: Watched, channel: Channel, leaver: WayOut, timeout_s: float) -> None:
-        self._mover = mover
+    def __init__(
+        self, data_plane: Watched, channel: Channel, exit_handler: ExitHandler, timeout_s: float
+    ) -> None:
+        self._data_plane = data_plane
         self._channel = channel
-        self._leaver = leaver
+        self._exit_handler = exit_handler
         self._timeout_s = timeout_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="packcast-stall", daemon=True)
@@ -50,15 +52,15 @@ class StallWatch:
         last: object = None
         since = time.monotonic()
         while not self._over.wait(min(0.5, self._timeout_s / 4)):
-            counters = self._mover.counters
+            counters = self._data_plane.counters
             now = (counters.totals(), counters.num_pauses, self._channel.moved_elsewhere())
             if now != last:
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > self._timeout_s:
-                self._leaver.leave(
+                self._exit_handler.leave(
                     TransferError(
                         f"no byte has moved for {format_duration(self._timeout_s)}"
-                        f" at {self._mover.position()}, though no rank is known to be lost",
+                        f" at {self._data_plane.position()}, though no rank is known to be lost",
                         hint="raise --stall-timeout to allow longer pauses",
                     )
                 )

@@ -21,7 +21,7 @@ from packcast import bench
 from packcast.bench.export import to_json
 from packcast.bench.model import BenchSettings, BenchView, Results, Row
 from packcast.errors import PackcastError
-from packcast.group.leave import Leaver, watch_signals
+from packcast.launch.exit import ProcessExit, watch_signals
 from packcast.units import KIB
 
 Change = Callable[[Any, int], None]  # a broadcast's memory, its root
@@ -55,14 +55,14 @@ def main(argv: list[str]) -> int:
     def say(error: PackcastError) -> None:
         print(f"packcast: error: {error.message}", file=sys.stderr)
 
-    leaver = Leaver(say)
-    watch_signals(leaver)
+    exit_handler = ProcessExit(say)
+    watch_signals(exit_handler)
     if fault:
         FAULTS[fault["kind"]](**fault.get("with", {}))
     try:
-        return bench.run(settings, Recorder(Path(argv[1])), leaver)
+        return bench.run(settings, Recorder(Path(argv[1])), exit_handler)
     except PackcastError as error:
-        leaver.leave(error)
+        exit_handler.leave(error)
 
 
 def damage(rank: int, at_least: int = 64 * KIB) -> None:
@@ -84,9 +84,9 @@ def slow_broadcasts(seconds: float) -> None:
 
 def after_broadcasts(change: Change) -> None:
     """In this process, something is done after every broadcast, along a chain or not."""
-    from packcast.group import processgroup
+    from packcast.launch import processgroup
     from packcast.packed.chain import Chain
-    from packcast.transfer import moving
+    from packcast.transfer import data_plane
 
     true_one, true_carry = processgroup.broadcast_over, Chain.carry
 
@@ -103,7 +103,7 @@ def after_broadcasts(change: Change) -> None:
         change(memory, root)
         return passed
 
-    patched: list[Any] = [processgroup, moving, Chain]
+    patched: list[Any] = [processgroup, data_plane, Chain]
     patched[0].broadcast_over = patched[1].broadcast_over = changed
     patched[2].carry = carry
 
@@ -140,13 +140,13 @@ def full_disk(rank: int) -> None:
 
 def no_memory(rank: int) -> None:
     """On one rank there is no memory for a ring."""
-    from packcast.transfer import moving
+    from packcast.transfer import data_plane
 
     def refuse(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     if os.environ["RANK"] == str(rank):
-        patched: Any = moving
+        patched: Any = data_plane
         patched.Ring = refuse
 
 

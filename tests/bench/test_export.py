@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from packcast.bench.export import to_csv, to_json, to_markdown
+from packcast.bench.export_files import export_files, write_exports, write_file
 from packcast.bench.model import Results
 from packcast.bench.plot import check_plot, write_plot
 from packcast.bench.table import closing_lines, row_cells
-from packcast.bench.targets import export_targets, write_file, write_targets
 from packcast.errors import DestinationError, UsageError
 from packcast.units import GIB, MIB
 from tests.bench.samples import a_bench, case, row
@@ -114,14 +114,14 @@ def test_markdown_is_safe_and_complete() -> None:
 
 def test_targets_are_checked_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="would both write to -"):
-        export_targets({"--export-json": "-", "--export-csv": "-"})
+        export_files({"--export-json": "-", "--export-csv": "-"})
     with pytest.raises(UsageError, match="is a directory"):
-        export_targets({"--export-json": str(tmp_path)})
+        export_files({"--export-json": str(tmp_path)})
     with pytest.raises(UsageError, match="does not exist"):
-        export_targets({"--export-json": str(tmp_path / "none" / "r.json")})
+        export_files({"--export-json": str(tmp_path / "none" / "r.json")})
     with pytest.raises(UsageError, match="the path is empty"):
-        export_targets({"--export-json": ""})
-    assert export_targets({"--export-json": None}) == ()
+        export_files({"--export-json": ""})
+    assert export_files({"--export-json": None}) == ()
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_all_targets_are_written_and_standard_output_at_the_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "gone").mkdir()
-    targets = export_targets(
+    targets = export_files(
         {
             "--export-json": str(tmp_path / "gone" / "r.json"),
             "--export-csv": "-",
@@ -148,10 +148,10 @@ def test_all_targets_are_written_and_standard_output_at_the_end(
     )
     (tmp_path / "gone").rmdir()
     with pytest.raises(DestinationError, match="--export-json"):
-        write_targets(targets, a_bench())
+        write_exports(targets, a_bench())
     assert (tmp_path / "r.md").exists()
     assert capsys.readouterr().out == ""
-    write_targets(targets[1:], replace(a_bench(), exit_code=0))
+    write_exports(targets[1:], replace(a_bench(), exit_code=0))
     assert capsys.readouterr().out.startswith("method,")
 
 

@@ -25,7 +25,7 @@ import safetensors
 
 from packcast.checkpoint.entries import strict, usual
 from packcast.checkpoint.header import parse_header
-from packcast.checkpoint.limits import HeaderLimits
+from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.errors import CheckpointError
 from tests.checkpoint import corpus
 from tests.checkpoint.handmade import file_bytes

@@ -17,7 +17,7 @@ from packcast.checkpoint import sourcefile as sourcefile_module
 from packcast.checkpoint import walk as walk_module
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.header import Header
-from packcast.checkpoint.limits import HeaderLimits
+from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.reading import FileState
 from packcast.checkpoint.sourcefile import MAX_MTIME_NS
 from packcast.errors import CheckpointError, PackcastError, UsageError

@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from packcast.checkpoint import header as header_module
 from packcast.checkpoint.header import MAX_HEADER_NBYTES, parse_header, read_header
-from packcast.checkpoint.limits import HeaderLimits
-from packcast.checkpoint.tensors import DTYPE_BITS
+from packcast.checkpoint.header_limits import HeaderLimits
+from packcast.checkpoint.tensor_table import DTYPE_BITS
 from packcast.errors import CheckpointError
 from tests.checkpoint.handmade import entry, file_bytes, write
 

@@ -9,7 +9,7 @@ import safetensors
 from safetensors.numpy import load, load_file
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from packcast.checkpoint.outgoing import Literal, OutgoingFile, Run, outgoing_files
+from packcast.checkpoint.outgoing import Literal, OutgoingFile, SourceRun, outgoing_files
 from packcast.errors import UsageError
 from tests.checkpoint.handmade import entry, file_bytes, index, shard, sharded, write
 
@@ -43,7 +43,7 @@ def test_without_a_selection_every_file_goes_verbatim(tmp_path: Path) -> None:
         assert (file.spec.mtime_ns, file.spec.mode) == (source.mtime_ns, source.mode)
         assert file.spec.folder_mode == source.folder_mode
         assert file.spec.header is source.header
-        assert file.segments == ((Run(at, 0, source.nbytes),) if source.nbytes else ())
+        assert file.segments == ((SourceRun(at, 0, source.nbytes),) if source.nbytes else ())
 
 
 def test_a_selection_is_a_file_that_safetensors_reads(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ class FakeTransfer:
     settings: list[Settings] = field(default_factory=list)
     parents: list[int | None] = field(default_factory=list)
 
-    def run(self, settings: Settings, view: View, leaver: object) -> Report:
+    def run(self, settings: Settings, view: View, exit_handler: object) -> Report:
         self.settings.append(settings)
         if self.does:
             return self.does(settings, view)
@@ -88,8 +88,8 @@ def transfer(monkeypatch: pytest.MonkeyPatch) -> FakeTransfer:
     monkeypatch.setattr(module, "run", fake.run, raising=False)
     monkeypatch.setitem(sys.modules, "packcast.transfer", module)
     monkeypatch.setattr(packcast, "transfer", module, raising=False)
-    monkeypatch.setattr(start, "Leaver", FakeLeaver)
-    monkeypatch.setattr(start, "watch_signals", lambda leaver, **_: None)
+    monkeypatch.setattr(start, "ProcessExit", FakeLeaver)
+    monkeypatch.setattr(start, "watch_signals", lambda exit_handler, **_: None)
     monkeypatch.setattr(start, "die_with_parent", fake.parents.append)
     return fake
 

@@ -342,7 +342,7 @@ def test_the_process_ends_with_the_errors_code_through_the_real_leaver() -> None
         import sys, types
         from packcast.errors import DestinationError
         module = types.ModuleType("packcast.transfer")
-        def run(settings, view, leaver):
+        def run(settings, view, exit_handler):
             raise DestinationError("no space")
         module.run = run
         sys.modules["packcast.transfer"] = module

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import packcast.bench
+from packcast.bench.export_files import export_files
 from packcast.bench.model import BenchSettings, BenchView, Results
-from packcast.bench.targets import export_targets
 from packcast.cli import benchsettings, start
 from packcast.cli.app import run
 from packcast.cli.bench import verdict
@@ -50,7 +50,7 @@ class FakeBench:
         self.settings: list[BenchSettings] = []
         self.does: Callable[[BenchView], int] | None = None
 
-    def run(self, settings: BenchSettings, view: BenchView, leaver: object) -> int:
+    def run(self, settings: BenchSettings, view: BenchView, exit_handler: object) -> int:
         self.settings.append(settings)
         if self.does:
             return self.does(view)
@@ -64,8 +64,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch, torchrun: Callable[[int], None]) -> F
     """This process as rank 0 of four."""
     fake = FakeBench()
     monkeypatch.setattr(packcast.bench, "run", fake.run, raising=False)
-    monkeypatch.setattr(start, "Leaver", FakeLeaver)
-    monkeypatch.setattr(start, "watch_signals", lambda leaver, **_: None)
+    monkeypatch.setattr(start, "ProcessExit", FakeLeaver)
+    monkeypatch.setattr(start, "watch_signals", lambda exit_handler, **_: None)
     monkeypatch.setattr(start, "die_with_parent", lambda pid: None)
     torchrun(0)
     return fake
@@ -427,7 +427,7 @@ def test_a_failed_export_does_not_hide_why_the_bench_ended(
 
 def test_a_late_row_changes_nothing_once_the_end_was_told(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "r.json"
-    display = PlainBenchDisplay("packcast bench", export_targets({"--export-json": str(path)}))
+    display = PlainBenchDisplay("packcast bench", export_files({"--export-json": str(path)}))
     show(display, replace(GOOD, rows=GOOD.rows[:1]))
     display.end(TransferError("lost rank 3"))
     capsys.readouterr()

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from packcast.cli.app import run
-from packcast.group.launch import ALONE
-from packcast.group.launch_checks import launch_of
+from packcast.launch.launchers import ALONE
+from packcast.launch.validation import launch_of
 from tests.cli.conftest import FakeTransfer
 
 Capture = pytest.CaptureFixture[str]

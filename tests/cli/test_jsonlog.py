@@ -13,7 +13,7 @@ from packcast.cli import jsonlog
 from packcast.cli.app import run
 from packcast.cli.jsonlog import JsonLog, Views
 from packcast.errors import TransferError
-from packcast.group.launch import ALONE, Launch
+from packcast.launch.launchers import ALONE, Launch
 from packcast.report import Report
 from packcast.settings import Settings
 from packcast.view import Joining, View

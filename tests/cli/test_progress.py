@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from packcast.cli import progress
+from packcast.cli.bottleneck import joining_line
 from packcast.cli.progress import (
     Display,
     JoiningLines,
@@ -26,8 +27,7 @@ from packcast.cli.progress import (
 from packcast.cli.rate import Meter, RateWindow, start_lines, time_left
 from packcast.cli.richview import RichView, frame
 from packcast.cli.terminal import TerminalLock, printable
-from packcast.cli.waiting import joining_line
-from packcast.group.launch import Launch
+from packcast.launch.launchers import Launch
 from packcast.settings import Settings
 from packcast.view import Joining, Snapshot, WorkerState
 

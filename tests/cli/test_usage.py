@@ -123,7 +123,7 @@ def test_an_interrupt_while_it_starts_shows_no_traceback() -> None:
         "module = sys.argv[1]\n"
         "runpy.run_module('packcast', run_name='__main__', alter_sys=False)\n"
     )
-    for module in ("packcast.errors", "packcast.cli.streams", "typer", "packcast.cli.app"):
+    for module in ("packcast.errors", "packcast.cli.standard_streams", "typer", "packcast.cli.app"):
         ended = subprocess.run(
             [sys.executable, "-c", code, module], capture_output=True, timeout=60
         )

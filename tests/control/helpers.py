@@ -20,9 +20,9 @@ from packcast.control import auth
 from packcast.control.client import ControlClient
 from packcast.control.frames import ACCEPTED, CHALLENGE, PROOF, PROTOCOL, FrameReader, frame_of
 from packcast.control.messages import Hello, Message, Welcome, decode
+from packcast.control.rank_info import RankInfo
 from packcast.control.server import ControlServer
 from packcast.errors import PackcastError
-from packcast.group.rank_info import RankInfo
 from packcast.units import MIB
 
 PATIENCE_S = 20.0
@@ -235,7 +235,7 @@ _CHILD = """
 import os, sys, threading
 from packcast.control.client import ControlClient
 from packcast.control.server import ControlServer
-from packcast.group.rank_info import RankInfo
+from packcast.control.rank_info import RankInfo
 from tests.control.helpers import Ping, Pong
 
 def say(*words):

@@ -27,7 +27,7 @@ from packcast.control.frames import (
     heartbeat_frame,
 )
 from packcast.control.messages import Abort, Hello, Joined, OfferMessage, Welcome, decode
-from packcast.group.rank_info import RankInfo
+from packcast.control.rank_info import RankInfo
 
 TOKEN = b"a token"
 RANKS_ON_HOST = 8

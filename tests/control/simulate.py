@@ -24,9 +24,9 @@ from typing import Any
 
 from packcast.control.acceptor import raise_descriptor_limit
 from packcast.control.messages import OfferMessage
+from packcast.control.rank_info import RankInfo
 from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, TransferError
-from packcast.group.rank_info import RankInfo
 from tests.control.light_workers import TOKEN
 
 _NUM_PROCESSES = 2

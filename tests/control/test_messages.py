@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import packcast.transfer.messages as transfer
+import packcast.transfer.protocol as transfer
 from packcast.control import auth, messages
 from packcast.control.clock import AwakeClock
 from packcast.control.frames import (
@@ -35,8 +35,8 @@ from packcast.control.messages import (
     decode,
     limits_by,
 )
+from packcast.control.rank_info import RankInfo
 from packcast.errors import DestinationError, PackcastError, TransferError
-from packcast.group.rank_info import RankInfo
 from packcast.io.memory import MemoryLimit
 from tests.control.helpers import ANYTHING, Ping, Pong, info
 

@@ -284,10 +284,10 @@ def main(what: str, *numbers: str) -> int:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         device = torch.device("cuda", torch.cuda.current_device())
     dist.init_process_group("gloo")
-    meeting = dist.group.WORLD
-    assert meeting is not None
+    rendezvous = dist.group.WORLD
+    assert rendezvous is not None
     group = dist.new_group(backend="nccl" if on_gpu else "gloo")
-    bare: Bare = NcclCommunicator(meeting) if on_gpu else OverTorch(meeting, device)
+    bare: Bare = NcclCommunicator(rendezvous) if on_gpu else OverTorch(rendezvous, device)
     rank = dist.get_rank()
     me = Rank(rank, dist.get_world_size(), device, random.Random(rank))
     if what == "rounds":

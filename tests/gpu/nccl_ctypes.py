@@ -21,17 +21,17 @@ class _UniqueId(ctypes.Structure):
 
 
 class NcclCommunicator:
-    """Made by all ranks of `meeting`, a gloo group, at the same time, on their current GPUs."""
+    """Made by all ranks of `rendezvous`, a gloo group, at the same time, on their current GPUs."""
 
-    def __init__(self, meeting: dist.ProcessGroup) -> None:
+    def __init__(self, rendezvous: dist.ProcessGroup) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.rank, self.world_size = dist.get_rank(meeting), dist.get_world_size(meeting)
+        self.rank, self.world_size = dist.get_rank(rendezvous), dist.get_world_size(rendezvous)
         self._library = _library()
         unique_id = _UniqueId()
         if self.rank == 0:
             self._call("ncclGetUniqueId", ctypes.byref(unique_id))
         told = torch.frombuffer(bytearray(unique_id), dtype=torch.uint8)
-        dist.broadcast(told, dist.get_global_rank(meeting, 0), group=meeting)
+        dist.broadcast(told, dist.get_global_rank(rendezvous, 0), group=rendezvous)
         ctypes.memmove(ctypes.byref(unique_id), told.data_ptr(), _NBYTES_OF_ID)
         self._communicator = ctypes.c_void_p()
         torch.cuda.synchronize()  # there has to be a CUDA context

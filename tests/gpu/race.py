@@ -76,9 +76,9 @@ def one_round(seed: int, rank: int, world_size: int, folder: Path) -> bool:
     landing = Landing(chunks, sink, specs, buffers, num_threads=3)
 
     def broadcast(tensor: torch.Tensor, root: int) -> None:
-        for lane in (ring.fill, ring.comm, ring.drain):
+        for stream in (ring.fill, ring.comm, ring.drain):
             if mine.random() < 0.4:
-                with lane:
+                with stream:
                     torch.cuda._sleep(mine.randint(1, 3_000_000))
         dist.broadcast(tensor, root)
         if mine.random() < 0.4:

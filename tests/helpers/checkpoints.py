@@ -7,7 +7,7 @@ import random
 import struct
 from pathlib import Path
 
-from packcast.checkpoint.tensors import DTYPE_BITS
+from packcast.checkpoint.tensor_table import DTYPE_BITS
 
 
 def write_safetensors(

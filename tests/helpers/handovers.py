@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from packcast.group.handover import HANDOVER_VARIABLE, Handover
+from packcast.launch.handover import HANDOVER_VARIABLE, Handover
 
 
 def hand_over(monkeypatch: pytest.MonkeyPatch, *, rank: int = 0, launcher_pid: int = 1) -> Handover:

@@ -6,7 +6,7 @@ import threading
 
 import torch.distributed as dist
 
-from packcast.group.hops import open_hops
+from packcast.launch.hops import open_hops
 from packcast.packed.chain import Hop
 
 Ends = tuple[Hop | None, Hop | None]

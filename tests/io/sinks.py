@@ -14,9 +14,9 @@ import xxhash
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.io.landing import Sink
-from packcast.io.runner import UnitRunner
 from packcast.io.schedule import make_schedule
 from packcast.io.sinks.write import WriteSink
+from packcast.io.unit_runner import UnitRunner
 from packcast.packed.counters import Counters
 from packcast.packed.plan import BLOCK, Chunk, Extent
 from packcast.packed.ring import Ring

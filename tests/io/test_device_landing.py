@@ -11,14 +11,14 @@ import torch
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
 from packcast.errors import TransferError
+from packcast.io.checksummed import ChecksummedSource
 from packcast.io.device_landing import DeviceLanding
 from packcast.io.digests import BlockDigests
 from packcast.io.sinks.discard import DiscardSink
-from packcast.io.sinks.shelf import NewTensors
+from packcast.io.sinks.tensor_destination import NewTensors
 from packcast.io.sinks.tensors import TensorSink
 from packcast.io.source import FileReader, FileSource
 from packcast.io.staging import Buffers
-from packcast.io.summed import Summed
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.plan import DIGEST_NBYTES, PAGE, plan_chunks, slot_nbytes
@@ -77,7 +77,7 @@ def send(
         if rank < readers:
             mine = [chunk for chunk in chunks if chunk.root == rank]
             reading = FileSource(mine, FileReader(files, checkpoint.files), buffers, num_threads=2)
-            source = Summed(reading, buffers) if with_sums else reading
+            source = ChecksummedSource(reading, buffers) if with_sums else reading
         else:
             tensors = TensorSink(specs, NewTensors(ring.device, kept))
             sink = DiscardSink() if dropped else tensors

@@ -15,7 +15,7 @@ import pytest
 
 from packcast.errors import DestinationError
 from packcast.io.sinks import partial, record
-from packcast.io.sinks.owned import RECORD
+from packcast.io.sinks.ownership import RECORD
 from tests.io.sinks import (
     CONTENT,
     copy,

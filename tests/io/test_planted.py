@@ -11,7 +11,7 @@ import pytest
 
 from packcast.errors import DestinationError
 from packcast.io.sinks import record
-from packcast.io.sinks.owned import RECORD
+from packcast.io.sinks.ownership import RECORD
 from tests.io.sinks import names_in, put_all, sink_for
 
 PARTIAL = ".out.packcast-t1"

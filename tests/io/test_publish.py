@@ -14,7 +14,7 @@ import pytest
 
 from packcast.errors import DestinationError
 from packcast.io import syscalls
-from packcast.io.sinks import owned, publish
+from packcast.io.sinks import ownership, publish
 from tests.io.sinks import (
     CONTENT,
     copy,
@@ -155,7 +155,7 @@ def test_force_where_nothing_is_there_is_as_without(tmp_path: Path) -> None:
 
 def test_force_replaces_an_earlier_copy_of_another_checkpoint(tmp_path: Path) -> None:
     copy(tmp_path / "out", {"old-1.safetensors": b"1", "x/y/z.txt": b"2"})
-    assert os.getxattr(tmp_path / "out/old-1.safetensors", owned.MARK).startswith(b"1 t1 1 ")
+    assert os.getxattr(tmp_path / "out/old-1.safetensors", ownership.MARK).startswith(b"1 t1 1 ")
     copy(tmp_path / "out", force=True, transfer_id="t2")
     assert tree(tmp_path / "out") == CONTENT
     assert names_in(tmp_path) == ["out"]

@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
-from packcast.checkpoint.tensors import Tensor
+from packcast.checkpoint.tensor_table import Tensor
 from packcast.errors import TransferError
+from packcast.io.checksummed import ChecksummedSource
 from packcast.io.device_landing import DeviceLanding
 from packcast.io.sinks import scatter
-from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
+from packcast.io.sinks.tensor_destination import GivenTensors, NewTensors, TensorDestination
 from packcast.io.sinks.tensors import TensorSink
 from packcast.io.staging import Buffers
-from packcast.io.summed import Summed
 from packcast.packed import plan
 from packcast.packed.counters import Counters
 from packcast.packed.gather import Move, move_on
@@ -104,7 +104,7 @@ class FromFiles:
         write_trailer(view[chunk.trailer_offset :], TAG, chunk, digests)
         with self._ring.fill:
             slot.memory[: chunk.wire_nbytes].copy_(memory)
-            slot.filled = self._ring.fill.mark()
+            slot.filled = self._ring.fill.record()
 
     def close(self) -> None: ...
 
@@ -127,13 +127,15 @@ class Run:
         root = self.path if self.path.is_dir() else self.path.parent
         self.contents = [(root / spec.name).read_bytes() for spec in self.specs]
 
-    def into(self, shelf: Shelf, before: Callable[[TensorSink], object] = id) -> TensorSink:
-        """Land on the shelf; `before` is called when all is ready and no byte has moved."""
+    def into(
+        self, destination: TensorDestination, before: Callable[[TensorSink], object] = id
+    ) -> TensorSink:
+        """Land on the destination; `before` is called when all is ready and no byte has moved."""
         size = slot_nbytes(self.buffer_size)
         ring = Ring(self.way.device, size, self.num_buffers, Counters())
         ring.overwrite(POISON)
         buffers = Buffers(ring, self.buffer_size, 0, TAG)
-        sink = TensorSink(self.specs, shelf)
+        sink = TensorSink(self.specs, destination)
         sink.prepare()
         landing = DeviceLanding(sink, self.specs, self.chunks, buffers)
         before(sink)
@@ -148,7 +150,7 @@ class Run:
             rank=0,
             ring=ring,
             broadcast=broadcast,
-            source=Summed(FromFiles(ring, self.contents), buffers),
+            source=ChecksummedSource(FromFiles(ring, self.contents), buffers),
             drain=landing,
         )
         sink.finish()
@@ -343,10 +345,10 @@ def test_nobody_looks_at_a_tensor_that_is_there_while_bytes_move(
         pytest.skip("plain copies are one for each")
     want = oracle(small_ones)
     into = poisoned(want, way.device)
-    shelf = Watched(way.device, into)
+    destination = Watched(way.device, into)
     run = Run(small_ones, way)
-    run.into(shelf, before=lambda sink: shelf.calls.clear())
-    assert shelf.calls == []
+    run.into(destination, before=lambda sink: destination.calls.clear())
+    assert destination.calls == []
     assert len(way.moves) == chunks_with_tensors(run)
     # Tables that were made at once, and lie in one piece.
     assert len({table.untyped_storage().data_ptr() for table in way.moves}) == 1

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.errors import TransferError
-from packcast.io.sinks.shelf import GivenTensors, NewTensors, Shelf
+from packcast.io.sinks.tensor_destination import GivenTensors, NewTensors, TensorDestination
 from packcast.io.sinks.tensors import TensorSink
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.dtypes import every_torch_dtype
@@ -53,8 +53,10 @@ def expected(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: tensor for path in files for name, tensor in load_file(path).items()}
 
 
-def receive(checkpoint: Checkpoint, shelf: Shelf, buffer_mib: int = 1) -> TensorSink:
-    sink = TensorSink(specs_of(checkpoint), shelf)
+def receive(
+    checkpoint: Checkpoint, destination: TensorDestination, buffer_mib: int = 1
+) -> TensorSink:
+    sink = TensorSink(specs_of(checkpoint), destination)
     sink.prepare()
     with no_thread_left():
         run_alone(checkpoint, sink, buffer_size=buffer_mib * MIB)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError
 from packcast.io import files, syscalls
-from packcast.io.sinks.owned import RECORD
+from packcast.io.sinks.ownership import RECORD
 from packcast.io.sinks.write import WriteSink
 from tests.helpers.processes import num_descriptors
 from tests.io.sinks import (

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from packcast.errors import TransferError
-from packcast.group.hops import open_hops
-from packcast.packed.chain import Chain, Passed
+from packcast.launch.hops import open_hops
+from packcast.packed.chain import Chain, ChunkSent
 
 POISON = 0xEE
 
@@ -58,7 +58,7 @@ class Ring:
     def __init__(self, case: Case, rank: int, chain: Chain) -> None:
         self._case, self._rank, self._chain = case, rank, chain
         self._slots = torch.full((case.num_buffers, case.slot_nbytes), POISON, dtype=torch.uint8)
-        self._marks: list[Passed | None] = [None] * case.num_buffers
+        self._events: list[ChunkSent | None] = [None] * case.num_buffers
         self._begun = 0
 
     def begin_until(self, index: int) -> None:
@@ -66,11 +66,11 @@ class Ring:
         case = self._case
         ahead = max(1, case.num_buffers - 1)
         while self._begun < min(index + ahead, len(case.chunks)):
-            mark = self._marks[self._begun % case.num_buffers]
-            if mark is not None:
-                if self._begun > index and not mark.passed():
+            event = self._events[self._begun % case.num_buffers]
+            if event is not None:
+                if self._begun > index and not event.passed():
                     return
-                mark.synchronize()
+                event.synchronize()
             memory = self.memory(self._begun)
             root = case.chunks[self._begun][0]
             memory.fill_(POISON)
@@ -81,14 +81,14 @@ class Ring:
 
     def carry(self, index: int) -> torch.Tensor:
         memory = self.memory(index)
-        mark = self._chain.carry(memory, self._case.chunks[index][0])
-        self._marks[index % self._case.num_buffers] = mark
+        event = self._chain.carry(memory, self._case.chunks[index][0])
+        self._events[index % self._case.num_buffers] = event
         return memory
 
     def finish(self) -> None:
-        for mark in self._marks:
-            if mark is not None:
-                mark.synchronize()
+        for event in self._events:
+            if event is not None:
+                event.synchronize()
 
     def memory(self, index: int) -> torch.Tensor:
         return self._slots[index % self._case.num_buffers, : self._case.chunks[index][1]]

@@ -33,7 +33,7 @@ def pause(cycles: int = PAUSE) -> None:
 
 
 class SlowGroup:
-    """Each broadcast takes a while on the current stream, and leaves a mark at its end."""
+    """Each broadcast takes a while on the current stream, and leaves an event at its end."""
 
     def __init__(self, cycles: int = PAUSE, device: torch.device | None = None) -> None:
         self.device = device or gpu()
@@ -60,7 +60,7 @@ class SlowGroup:
 
 
 class Sending(SlowGroup):
-    """Copies what is broadcast to memory of its own, made beforehand on no lane."""
+    """Copies what is broadcast to memory of its own, made beforehand on no stream."""
 
     def __init__(
         self, cycles: int = PAUSE, device: torch.device | None = None, nbytes: int = MIB

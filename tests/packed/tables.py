@@ -43,7 +43,7 @@ def random_table(dice: random.Random, memory: torch.Tensor, slot: torch.Tensor) 
 
 def main(seed: int) -> None:
     """The kernel against the rows, into slots and out of them."""
-    from packcast.packed import kernel
+    from packcast.packed import kernels
 
     dice = random.Random(seed)
     for programs in (1, 5, 1000):
@@ -52,11 +52,11 @@ def main(seed: int) -> None:
         table = random_table(dice, sent, slot)
         expected = slot.clone()
         move_by_rows(table, expected, into_slot=True)
-        kernel.launch(table, slot, into_slot=True, programs=programs)
+        kernels.launch(table, slot, into_slot=True, programs=programs)
         assert torch.equal(slot, expected)
         landed = torch.full_like(sent, POISON)
         table[:, 0] += landed.data_ptr() - sent.data_ptr()
-        kernel.launch(table, slot, into_slot=False, programs=programs)
+        kernels.launch(table, slot, into_slot=False, programs=programs)
         by_rows = torch.full_like(sent, POISON)
         table[:, 0] += by_rows.data_ptr() - landed.data_ptr()
         move_by_rows(table, slot, into_slot=False)

@@ -219,29 +219,29 @@ def test_the_connections_end_with_the_chain_though_a_slot_keeps_a_mark_of_it() -
     chains = [Chain(*ends[rank], rank=rank, order=[0, 1], check=lambda: None) for rank in (0, 1)]
     del ends
     chains[1].begin(memory, 0)
-    marks = [chain.carry(memory, 0) for chain in chains]
-    for mark in marks:
-        mark.synchronize()
+    events = [chain.carry(memory, 0) for chain in chains]
+    for event in events:
+        event.synchronize()
     for chain in chains:
         chain.close()
     assert [group() for group in groups] == [None, None]
-    assert all(mark.passed() for mark in marks)
+    assert all(event.passed() for event in events)
 
 
 def test_a_mark_says_when_the_next_rank_has_the_chunk() -> None:
     ends = open_all([0, 1], [0])
     memory = torch.arange(1000)
     chains = [Chain(*ends[rank], rank=rank, order=[0, 1], check=lambda: None) for rank in (0, 1)]
-    mark = chains[0].carry(memory, 0)
-    assert not mark.passed()
-    assert not mark.passes_within(0.05)
+    event = chains[0].carry(memory, 0)
+    assert not event.passed()
+    assert not event.passes_within(0.05)
     waited_until = time.perf_counter()
     received = torch.zeros_like(memory)
     chains[1].begin(received, 0)
     assert chains[1].carry(received, 0).passed()
-    assert mark.passes_within(10)
-    assert mark.passed()
-    assert mark.passed_at > waited_until
+    assert event.passes_within(10)
+    assert event.passed()
+    assert event.passed_at > waited_until
     assert received.equal(memory)
 
 

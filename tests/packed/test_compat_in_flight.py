@@ -147,7 +147,7 @@ def test_delays_in_random_places_change_nothing(seed: int) -> None:
             yield name, tensor.clone()
 
     sending = Sending(0)
-    sending.fail = dawdle  # on the lane of the broadcast
+    sending.fail = dawdle  # on the stream of the broadcast
     ours_sends(pairs(), sending, limit, num_buffers)
     wire = sending.wire()
     assert b"".join(wire) == b"".join(bytes(tensor.tolist()) for _, tensor in made)

@@ -88,12 +88,12 @@ def test_the_two_functions_are_counted_where_they_are_asked_to_be() -> None:
 
 def test_lanes_are_timed_only_while_they_are_counted() -> None:
     ring = ring_module.Ring(torch.device("cpu"), 512, 2)
-    lanes = (ring.fill, ring.comm, ring.drain)
-    assert not any(lane.timed for lane in lanes)
+    streams = (ring.fill, ring.comm, ring.drain)
+    assert not any(stream.timed for stream in streams)
     ring.rewind(Counters())
-    assert all(lane.timed for lane in lanes)
+    assert all(stream.timed for stream in streams)
     ring.rewind()
-    assert not any(lane.timed for lane in lanes)
+    assert not any(stream.timed for stream in streams)
 
 
 def test_counting_is_one_threads_matter_and_ends_also_by_an_error() -> None:

@@ -51,10 +51,10 @@ def test_slots_are_of_one_size_hold_payload_and_trailer_and_do_not_overlap() -> 
     assert all(bool((slot.memory == i).all()) for i, slot in enumerate(slots))
 
 
-class HostMark:
-    """Passed when the test says so."""
+class HostEvent:
+    """ChunkSent when the test says so."""
 
-    event = None
+    cuda_event = None
     passed_at = 0.0
 
     def __init__(self) -> None:
@@ -69,20 +69,20 @@ class HostMark:
 
 @pytest.mark.parametrize("name", ["filled", "arrived", "drained"])
 def test_a_chunk_waits_until_everyone_has_done_with_its_slot(name: str) -> None:
-    ring, mark = make_ring(2), HostMark()
+    ring, event = make_ring(2), HostEvent()
     slot = ring.take(chunk(0))
-    setattr(slot, name, mark)
+    setattr(slot, name, event)
     assert not ring.is_free(chunk(2))
     assert ring.is_free(chunk(1))
     later = Waiter(lambda: ring.take(chunk(2)))
     assert later.waits()
-    mark.is_passed.set()
+    event.is_passed.set()
     assert later.result() is slot
     assert ring.is_free(chunk(2))
 
 
 def test_what_kept_a_slot_from_being_free_is_raised_to_who_takes_it() -> None:
-    class Broken(HostMark):
+    class Broken(HostEvent):
         def synchronize(self) -> None:
             raise OVER
 
@@ -107,7 +107,7 @@ def test_the_trailer_lies_on_the_next_page_and_travels_with_the_payload(nbytes: 
 
 
 def test_a_slot_that_the_next_rank_has_not_yet_is_waited_for_as_a_broadcast() -> None:
-    class Slow(HostMark):
+    class Slow(HostEvent):
         def synchronize(self) -> None:
             if not self.is_passed.wait(0.05):
                 self.is_passed.set()
@@ -138,13 +138,13 @@ def test_a_slot_grows_to_a_chunk_that_turns_out_larger_and_stays_so() -> None:
 
 
 def test_a_slot_does_not_grow_while_somebody_uses_it() -> None:
-    ring, mark = make_ring(1), HostMark()
+    ring, event = make_ring(1), HostEvent()
     slot = ring.take(chunk(0))
-    before, slot.drained = slot.memory, mark
+    before, slot.drained = slot.memory, event
     larger = Waiter(lambda: ring.take(chunk(1, 2 * BLOCK)))
     assert larger.waits()
     assert slot.memory is before
-    mark.is_passed.set()
+    event.is_passed.set()
     larger.result()
     assert slot.memory.numel() > 2 * BLOCK
 

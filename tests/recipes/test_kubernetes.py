@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from packcast.group.launch import Launch, detect_launch, meeting_address
-from packcast.group.secret import launch_context, launch_secret
+from packcast.launch.launchers import Launch, detect_launch, rendezvous_address
+from packcast.launch.secret import launch_context, launch_secret
 from tests.helpers.checkpoints import same_tree, sharded
 from tests.helpers.commands import Commands, free_port, wait_all
 
@@ -43,7 +43,7 @@ def test_the_operators_variables_make_a_launch_of_one_rank_for_each_pod() -> Non
         environ = pod_environment(rank)
         launch = detect_launch(environ)
         assert launch == Launch("torchrun", rank, 4, local_rank=0, local_world_size=1)
-        assert meeting_address(launch, environ, None) == ("copy-model-master-0", 23456)
+        assert rendezvous_address(launch, environ, None) == ("copy-model-master-0", 23456)
         context = launch_context(launch, environ, 0)
         assert launch_secret(launch, environ, b"of the secret", context) == b"of the secret"
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from packcast.checkpoint.header import LENGTH_NBYTES, parse_header
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.group.rank_info import RankInfo
+from packcast.control.rank_info import RankInfo
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.transfer.offer import Offer, Place, Sample, Selection
 from packcast.transfer.outline import FileOutline

@@ -12,8 +12,8 @@ import xxhash
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.control.rank_info import Role
 from packcast.errors import CheckpointError, RendezvousError
-from packcast.group.rank_info import Role
 from packcast.packed.plan import BLOCK
 from packcast.settings import Settings
 from packcast.transfer.agreement import (

@@ -28,7 +28,7 @@ from packcast import (
     send_checkpoint,
 )
 from packcast.checkpoint.header import read_header
-from packcast.checkpoint.tensors import DTYPE_BITS
+from packcast.checkpoint.tensor_table import DTYPE_BITS
 from packcast.report import Report
 from packcast.settings import Settings
 from packcast.units import MIB

@@ -14,7 +14,7 @@ from tests.helpers.commands import Commands, free_port, rank_environment
 WATCHING_SENDER = """
 import sys, threading, time
 from packcast import View, send_checkpoint
-from packcast.cli.waiting import culprit_of
+from packcast.cli.bottleneck import culprit_of
 
 class Watching(View):
     def started(self, start, progress):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from packcast.group.devices import visible_gpus
+from packcast.launch.devices import visible_gpus
 from packcast.units import MIB
 from tests.helpers.checkpoints import same_tree, sharded, write_safetensors
 from tests.helpers.commands import (

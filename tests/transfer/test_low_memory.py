@@ -11,7 +11,7 @@ import pytest
 from packcast import Report, TransferError, View, receive_checkpoint
 from packcast.io.memory import MemoryLimit
 from packcast.settings import DEFAULT_NUM_BUFFERS
-from packcast.transfer import seat, share
+from packcast.transfer import host_share, session
 from packcast.units import GIB, MIB
 from packcast.view import Snapshot, Start
 from tests.helpers.cgroups import control_group, inside
@@ -43,7 +43,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def left(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
     """What a limit leaves all ranks of this process together."""
     limits = (MemoryLimit(key="box", free=mib * MIB, name="the limit of the box"),)
-    monkeypatch.setattr(seat, "memory_limits", lambda: limits)
+    monkeypatch.setattr(session, "memory_limits", lambda: limits)
 
 
 def test_where_memory_is_short_the_buffers_are_few_and_small_and_that_is_said(
@@ -84,7 +84,7 @@ def test_a_rank_whose_memory_went_meanwhile_says_so_before_the_first_byte(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     less = (MemoryLimit(key="box", free=5 * MIB, name="the limit of the box"),)
-    monkeypatch.setattr(share, "memory_limits", lambda: less)
+    monkeypatch.setattr(host_share, "memory_limits", lambda: less)
     receiver = partial(receive_checkpoint, token=TOKEN, out=tmp_path / "copy")
     errors = failed(transfer(checkpoint, receiver, buffer_size=4 * MIB, num_buffers=2))
     said = "no memory for 2 buffers of 4MiB: they need 8.0 MiB, and the limit of the box leaves 5.0"

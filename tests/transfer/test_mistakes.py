@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from packcast.group.devices import has_gpu_driver
+from packcast.launch.devices import has_gpu_driver
 from tests.helpers.checkpoints import sharded
 from tests.helpers.commands import TORCHRUN, Commands, Ended, free_port, wait_all
 from tests.helpers.disks import small_tmpfs

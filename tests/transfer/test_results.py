@@ -19,8 +19,8 @@ from packcast.io.sinks.discard import DiscardSink
 from packcast.packed.counters import Counters
 from packcast.report import Report, StageReport
 from packcast.settings import Settings
-from packcast.transfer.messages import Proved, Published
-from packcast.transfer.moving import DataPhase
+from packcast.transfer.data_plane import DataPhaseResult
+from packcast.transfer.protocol import Proved, Published
 from packcast.transfer.results import (
     agreed_digests,
     facts_of,
@@ -35,7 +35,7 @@ from packcast.transfer.results import (
 from tests.transfer.offers import member, offer_of, sidecar, valid_offer
 
 OFFER = offer_of([sidecar("a", 3), sidecar("b", 5)])
-MOVED = DataPhase(1.0, ["d1", "d2"], 11, 12, ended=2.0)
+MOVED = DataPhaseResult(1.0, ["d1", "d2"], 11, 12, ended=2.0)
 GOOD = Published(result={}, error=None, hint=None, code=0)
 PROVED = Proved(
     digests=["d1", "d2"],

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from packcast.io.sinks.owned import RECORD
+from packcast.io.sinks.ownership import RECORD
 from packcast.packed.plan import TURN
-from packcast.transfer.messages import Prepared
+from packcast.transfer.protocol import Prepared
 from packcast.transfer.sharing import shares_of
 from tests.helpers.checkpoints import same_tree
 from tests.helpers.commands import PACKCAST, Commands, free_port, rank_environment, wait_all

@@ -41,7 +41,7 @@ class DiscardSink:
     def compared(self, span: Span, offset: int) -> None:
         """Nothing is."""
 
-    def placed(self, chunks: Sequence[Chunk]) -> None:
+    def planned(self, chunks: Sequence[Chunk]) -> None:
         """Its bytes go nowhere on the device either."""
 
     def finish(self) -> None:

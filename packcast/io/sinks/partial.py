@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from packcast.io.sinks.owned import RECORD, STAGE_PREFIX
+from packcast.io.sinks.ownership import RECORD, STAGE_PREFIX
 from packcast.io.sinks.record import State, look
 from packcast.units import format_size
 

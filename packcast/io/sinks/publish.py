@@ -13,9 +13,9 @@ from contextlib import suppress
 
 from packcast.checkpoint.walk import ALL_MAY
 from packcast.errors import DestinationError
-from packcast.io.sinks.owned import entries, open_folder, remove_entry
-from packcast.io.sinks.place import Place, check_replaceable, destination_error
+from packcast.io.sinks.ownership import entries, open_folder, remove_entry
 from packcast.io.sinks.record import give_up_claim
+from packcast.io.sinks.target import Target, check_replaceable, destination_error
 from packcast.io.syscalls import exchange
 
 # The rename or exchange cannot be had here (a mount, overlayfs, NFS, a sticky directory): file by
@@ -30,109 +30,111 @@ _NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 class NotDurable(DestinationError):
     """The copy is complete and has its final name, but the disk did not confirm that."""
 
-    def __init__(self, place: Place, error: OSError, more: str = "") -> None:
+    def __init__(self, target: Target, error: OSError, more: str = "") -> None:
         reason = (error.strerror or str(error)).lower()
         super().__init__(
-            f"{place.target} is complete, but may not survive a power cut: {reason}{more}",
+            f"{target.path} is complete, but may not survive a power cut: {reason}{more}",
             hint="fsync failed: check the disk for errors, then send again with --force",
         )
 
 
-def seal(place: Place, partial_fd: int, claim_fd: int) -> None:
+def seal(target: Target, partial_fd: int, claim_fd: int) -> None:
     """From now on the partial directory is a complete copy, and nothing but that."""
     try:
         give_up_claim(partial_fd, claim_fd)
-        if place.mode is not None:
-            os.fchmod(partial_fd, place.mode)
+        if target.mode is not None:
+            os.fchmod(partial_fd, target.mode)
     except OSError as error:
-        raise destination_error(error, f"publish {place.target}") from error
+        raise destination_error(error, f"publish {target.path}") from error
 
 
-def publish(place: Place, holder_fd: int, offered: Collection[str], *, force: bool) -> list[str]:
+def publish(target: Target, holder_fd: int, offered: Collection[str], *, force: bool) -> list[str]:
     """Give the complete partial directory its final name, durably; returns the promises not kept.
 
     Raises NotDurable once the new name is out. Whatever else raises (DestinationError) leaves the
     partial directory where it is, and says so: by now it is a proven copy.
     """
     try:
-        if place.inside:
-            check_replaceable(place, offered, force=force)
-            return _file_by_file(place, holder_fd, offered, place.inside_because or "")
-        return _in_one_step(place, holder_fd, offered, force)
+        if target.inside:
+            check_replaceable(target, offered, force=force)
+            return _file_by_file(target, holder_fd, offered, target.inside_because or "")
+        return _in_one_step(target, holder_fd, offered, force)
     except NotDurable:
         raise
     except OSError as error:
-        failure = destination_error(error, f"publish {place.target}")
+        failure = destination_error(error, f"publish {target.path}")
     except DestinationError as error:
         failure = error
-    kept = f"the complete copy is kept in {place.partial_path}: move it into place yourself"
+    kept = f"the complete copy is kept in {target.partial_path}: move it into place yourself"
     raise DestinationError(failure.message, hint=kept) from failure
 
 
-def _in_one_step(place: Place, holder_fd: int, offered: Collection[str], force: bool) -> list[str]:
-    name = os.path.basename(place.target)
+def _in_one_step(
+    target: Target, holder_fd: int, offered: Collection[str], force: bool
+) -> list[str]:
+    name = os.path.basename(target.path)
     try:
         # A plain rename is enough: onto a directory it succeeds only where that is empty, and onto
         # anything else never, so nothing is lost whatever has appeared there since.
-        os.rename(place.partial, name, src_dir_fd=holder_fd, dst_dir_fd=holder_fd)
+        os.rename(target.partial, name, src_dir_fd=holder_fd, dst_dir_fd=holder_fd)
     except OSError as error:
-        if error.errno not in _NOT_EMPTY | _NO_SINGLE_STEP or not os.path.isdir(place.target):
+        if error.errno not in _NOT_EMPTY | _NO_SINGLE_STEP or not os.path.isdir(target.path):
             raise
         is_empty = error.errno not in _NOT_EMPTY
         reason = (error.strerror or "").lower()
     else:
-        _make_durable(place, holder_fd)
+        _make_durable(target, holder_fd)
         return []
-    check_replaceable(place, offered, force=force)
+    check_replaceable(target, offered, force=force)
     if not is_empty:
         try:
-            exchange(holder_fd, place.partial, name)
+            exchange(holder_fd, target.partial, name)
         except OSError as error:
             if error.errno not in _NO_SINGLE_STEP:
                 raise
             reason = (error.strerror or "").lower()
         else:
             # Until the exchange is durable a power cut may bring the old directory back.
-            old = f"; the old copy is kept in {place.partial_path}"
-            _make_durable(place, holder_fd, more=old)
-            return _remove_old(place, holder_fd, offered)
-    target_fd = os.open(place.target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            old = f"; the old copy is kept in {target.partial_path}"
+            _make_durable(target, holder_fd, more=old)
+            return _remove_old(target, holder_fd, offered)
+    target_fd = os.open(target.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         because = f"it cannot be replaced in one step ({reason})"
-        return _file_by_file(place, holder_fd, offered, because, target_fd)
+        return _file_by_file(target, holder_fd, offered, because, target_fd)
     finally:
         os.close(target_fd)
 
 
-def _make_durable(place: Place, holder_fd: int, *, more: str = "") -> None:
+def _make_durable(target: Target, holder_fd: int, *, more: str = "") -> None:
     # The new name is out by now, so a failure here is no reason to call it unpublished.
     try:
         sync_folder(holder_fd, "")
     except OSError as error:
-        raise NotDurable(place, error, more) from error
+        raise NotDurable(target, error, more) from error
 
 
-def _remove_old(place: Place, holder_fd: int, offered: Collection[str]) -> list[str]:
+def _remove_old(target: Target, holder_fd: int, offered: Collection[str]) -> list[str]:
     """Remove what the exchange brought to the partial directory's name; the new copy is out.
 
     What has been put into the old directory since it was last looked at stays there.
     """
     try:
-        old_fd = open_folder(holder_fd, place.partial)
+        old_fd = open_folder(holder_fd, target.partial)
         try:
             for entry in entries(old_fd, offered, lambda _name, _is_folder: False):
                 if not entry.is_foreign:
                     remove_entry(old_fd, entry.name, is_folder=entry.is_folder)
         finally:
             os.close(old_fd)
-        os.rmdir(place.partial, dir_fd=holder_fd)
+        os.rmdir(target.partial, dir_fd=holder_fd)
     except OSError:
-        return [f"the old {place.target} could not be removed completely: see {place.partial_path}"]
+        return [f"the old {target.path} could not be removed completely: see {target.partial_path}"]
     return []
 
 
 def _file_by_file(
-    place: Place,
+    target: Target,
     holder_fd: int,
     offered: Collection[str],
     because: str,
@@ -143,12 +145,12 @@ def _file_by_file(
     So a directory in between has no index that names a mixture of old and new shards.
     """
     into_fd = holder_fd if target_fd is None else target_fd
-    for entry in entries(into_fd, offered, place.ignores):
+    for entry in entries(into_fd, offered, target.ignores):
         is_stale = entry.is_folder or entry.name not in offered or _is_index(entry.name)
         if is_stale and not entry.is_foreign:
             remove_entry(into_fd, entry.name, is_folder=entry.is_folder)
     fault: OSError | None = None
-    partial_fd = open_folder(holder_fd, place.partial)
+    partial_fd = open_folder(holder_fd, target.partial)
     try:
         for names in (
             sorted(name for name in offered if not _is_index(name)),
@@ -164,10 +166,10 @@ def _file_by_file(
     finally:
         os.close(partial_fd)
     # Only empty folders are left in it.
-    shutil.rmtree(place.partial, ignore_errors=True, dir_fd=holder_fd)
+    shutil.rmtree(target.partial, ignore_errors=True, dir_fd=holder_fd)
     if fault is not None:
-        raise NotDurable(place, fault)
-    return [f"{place.target} was published file by file, index files last: {because}"]
+        raise NotDurable(target, fault)
+    return [f"{target.path} was published file by file, index files last: {because}"]
 
 
 def _is_index(name: str) -> bool:
@@ -209,7 +211,7 @@ def sync_folder(root_fd: int, folder: str) -> None:
         os.close(fd)
 
 
-def sync_parents_of(folders: Sequence[str], place: Place) -> None:
+def sync_parents_of(folders: Sequence[str], target: Target) -> None:
     """Make the names of folders that were made on the way durable; raises NotDurable."""
     try:
         for folder in folders:
@@ -221,4 +223,4 @@ def sync_parents_of(folders: Sequence[str], place: Place) -> None:
     except PermissionError:
         return  # a parent that may be written but not read: it cannot be told to
     except OSError as error:
-        raise NotDurable(place, error) from error
+        raise NotDurable(target, error) from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from packcast.errors import DestinationError
-from packcast.io.sinks.owned import RECORD
+from packcast.io.sinks.ownership import RECORD
 from packcast.io.syscalls import is_local
 
 _MAX_RECORD_NBYTES = 4096

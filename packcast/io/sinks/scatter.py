@@ -1,4 +1,4 @@
-"""Chunks out of their slots into placed tensors: one kernel for each, with tables made once.
+"""Chunks out of their slots into planned tensors: one kernel for each, with tables made once.
 
 Plain copies where there is no kernel. It works on the current stream, whichever that is.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import torch
 
-from packcast.io.sinks.placed import PlacedTensors
-from packcast.io.sinks.shelf import bytes_of
+from packcast.io.sinks.planned import PlannedTensors
+from packcast.io.sinks.tensor_destination import bytes_of
 from packcast.packed.gather import move_on, pieces_each, table_of, tables_of
 
 TABLE_COLUMNS = 3
 
 
 class Scatter:
-    """Copies each chunk of the plan into the tensors of `placed`.
+    """Copies each chunk of the plan into the tensors of `planned`.
 
     The tables of chunks whose tensors have their memory already are made here, on the current
     stream: 24 bytes on the device for every tensor, or every 64 KiB of one. The table of another
@@ -23,15 +23,17 @@ class Scatter:
     GPU.
     """
 
-    def __init__(self, placed: PlacedTensors, device: torch.device) -> None:
-        self._placed = placed
+    def __init__(self, planned: PlannedTensors, device: torch.device) -> None:
+        self._planned = planned
         self._device = device
         self._move = move_on(device)
         self.table_rows = 0
         if self._move is not None:
-            rows = placed.rows
-            self._tables = tables_of(rows, placed.addresses, device, placed.is_settled)
-            is_late = torch.tensor([not settled for settled in placed.is_settled], dtype=torch.bool)
+            rows = planned.rows
+            self._tables = tables_of(rows, planned.addresses, device, planned.is_settled)
+            is_late = torch.tensor(
+                [not settled for settled in planned.is_settled], dtype=torch.bool
+            )
             self.table_rows = max(pieces_each(rows)[is_late].tolist(), default=0)
             self._late_table = torch.empty(
                 (self.table_rows, TABLE_COLUMNS), dtype=torch.int64, device=device
@@ -49,13 +51,13 @@ class Scatter:
 
         `host_table` must stay as it is until that has got there.
         """
-        self._placed.begin(chunk)
+        self._planned.begin(chunk)
         if self._move is None:
             self._copy_rows(chunk, slot)
             return
         table = self._tables[chunk]
-        if not self._placed.is_settled[chunk]:
-            made = table_of(self._placed.rows, self._placed.addresses, chunk)
+        if not self._planned.is_settled[chunk]:
+            made = table_of(self._planned.rows, self._planned.addresses, chunk)
             host_table = host_table[: len(made)].copy_(made)
             table = self._late_table[: len(made)].copy_(host_table, non_blocking=True)
         if len(table):
@@ -63,27 +65,27 @@ class Scatter:
 
     def landed(self, chunk: int) -> None:
         """The copies of this chunk, and of all before it, are over, and proven."""
-        self._placed.landed(chunk)
+        self._planned.landed(chunk)
 
     def give_up(self) -> None:
         """The current stream may be at work for long, or stuck: what it uses is not to be given to
         others when it is dropped here."""
-        self._placed.stop()
+        self._planned.stop()
         if self._device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self._device)
-        in_use = self._placed.unfinished()
+        in_use = self._planned.unfinished()
         if self._move is not None:
             in_use += [*self._tables[:1], self._late_table]
         for memory in in_use:
             memory.record_stream(stream)
 
     def _copy_rows(self, chunk: int, slot: torch.Tensor) -> None:
-        rows = self._placed.rows.of(chunk)
+        rows = self._planned.rows.of(chunk)
         targets, sources = [], []
         columns = (rows.tensor, rows.offset, rows.slot_offset, rows.nbytes)
         for tensor, offset, at, nbytes in zip(*(each.tolist() for each in columns), strict=True):
-            memory = self._placed.memory[tensor]
+            memory = self._planned.memory[tensor]
             if nbytes and memory is not None:
                 targets.append(bytes_of(memory)[offset : offset + nbytes])
                 sources.append(slot[at : at + nbytes])

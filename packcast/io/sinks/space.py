@@ -14,7 +14,7 @@ from packcast.errors import DestinationError
 from packcast.io import syscalls
 from packcast.io.files import FileTable
 from packcast.io.sinks.partial import partials_in
-from packcast.io.sinks.place import Place, destination_error
+from packcast.io.sinks.target import Target, destination_error
 from packcast.units import format_size
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -29,7 +29,7 @@ def free_nbytes(fd: int) -> int | None:
 
 
 def reserve(
-    table: FileTable, files: Sequence[FileSpec], place: Place, free: int | None
+    table: FileTable, files: Sequence[FileSpec], target: Target, free: int | None
 ) -> list[str]:
     """Reserve every file's bytes; `free` was the room before the first of them was made.
 
@@ -46,25 +46,27 @@ def reserve(
             if error.errno in _CANNOT_RESERVE:
                 break
             if error.errno in _NO_ROOM:
-                raise _no_room(error, files, place, free) from error
-            path = os.path.join(place.target, spec.name)
+                raise _no_room(error, files, target, free) from error
+            path = os.path.join(target.path, spec.name)
             raise destination_error(error, f"reserve {path}") from error
     else:
         return []
     if free is not None and free < sum(spec.nbytes for spec in files):
-        raise _no_room(OSError(errno.ENOSPC, "no space"), files, place, free)
-    return [f"{place.target}: free space was compared only, since it cannot be reserved here"]
+        raise _no_room(OSError(errno.ENOSPC, "no space"), files, target, free)
+    return [f"{target.path}: free space was compared only, since it cannot be reserved here"]
 
 
 def _no_room(
-    error: OSError, files: Sequence[FileSpec], place: Place, free: int | None
+    error: OSError, files: Sequence[FileSpec], target: Target, free: int | None
 ) -> DestinationError:
     sizes = f"{format_size(sum(spec.nbytes for spec in files))} needed"
     sizes += "" if free is None else f", {format_size(free)} free"
-    failure = destination_error(error, f"write {place.target} ({sizes})")
+    failure = destination_error(error, f"write {target.path} ({sizes})")
     # A process that was killed could not clean up; its partial directory is hidden, and large.
-    left = [partial for partial in partials_in(place.holder) if partial.path != place.partial_path]
+    left = [
+        partial for partial in partials_in(target.holder) if partial.path != target.partial_path
+    ]
     largest = max(left, key=lambda partial: partial.nbytes, default=None)
     if largest:
-        failure.hint = f"{largest}; `packcast clean {place.holder}` lists what was left behind"
+        failure.hint = f"{largest}; `packcast clean {target.holder}` lists what was left behind"
     return failure

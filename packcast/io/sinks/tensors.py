@@ -1,4 +1,4 @@
-"""The sink that makes tensors of what comes: runs of files become parts of tensors on a shelf.
+"""The sink that makes tensors of what comes: runs of files become parts of tensors on a destination.
 
 Knows headers and memory; not who takes the tensors, nor where the bytes come from.
 """
@@ -16,8 +16,8 @@ from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.reading import shown
 from packcast.errors import PackcastError, TransferError
 from packcast.io.schedule import IN_MEMORY, SPAN_FIELDS, Schedule, ScheduledUnit, Span
-from packcast.io.sinks.placed import PlacedTensors
-from packcast.io.sinks.shelf import Shelf
+from packcast.io.sinks.planned import PlannedTensors
+from packcast.io.sinks.tensor_destination import TensorDestination
 from packcast.io.work import Failure, Task
 from packcast.packed.plan import Chunk, Extent
 
@@ -25,22 +25,22 @@ _OFFSET, _NBYTES = 1, 3  # of a span's fields
 
 
 class TensorSink:
-    """Puts proven runs of the offered shards into tensors on `shelf`; sidecars are dropped.
+    """Puts proven runs of the offered shards into tensors on `destination`; sidecars are dropped.
 
     Calls as a sink's: prepare, spans and open_files, finish, publish; abort at any time. On the
-    host I/O threads copy into the tensors, chunk by chunk. Where bytes stay on the device, `placed`
+    host I/O threads copy into the tensors, chunk by chunk. Where bytes stay on the device, `planned`
     stands for that (see DeviceLanding). Holds no memory but that of tensors that are not complete.
     """
 
     stage: Final = "unpack"
     task: Final = Task.WRITE  # into memory
 
-    def __init__(self, files: Sequence[FileSpec], shelf: Shelf) -> None:
+    def __init__(self, files: Sequence[FileSpec], destination: TensorDestination) -> None:
         self._files = files
-        self._shelf = shelf
+        self._destination = destination
         self.notes: list[str] = []
         self._lock = threading.Lock()
-        self._placed: PlacedTensors | None = None
+        self._planned: PlannedTensors | None = None
         self._aborted = False
         self._left_out: set[tuple[int, int]] = set()
         self._keys: list[tuple[int, int]] = []  # by span: file, and the tensor's place in it
@@ -50,23 +50,23 @@ class TensorSink:
     @property
     def peak_nbytes(self) -> int:
         """Memory made for tensors that were not whole, the most at a time."""
-        return self._shelf.peak_nbytes
+        return self._destination.peak_nbytes
 
     def prepare(self) -> None:
         """Raise UsageError where a tensor cannot be received, before anything is."""
         old = [(file, i) for file, spec in enumerate(self._files) for i in spec.elsewhere]
-        self._left_out = {*old, *self._shelf.check(self._files)}
+        self._left_out = {*old, *self._destination.check(self._files)}
         self.notes += _notes(self._files, old, self._left_out)
 
-    def placed(self, chunks: Sequence[Chunk]) -> PlacedTensors:
+    def planned(self, chunks: Sequence[Chunk]) -> PlannedTensors:
         """Before READY, after `prepare`: for an end whose chunks land whole and in order. On the
         stream that is to write into the tensors."""
-        placed = PlacedTensors(self._files, self._shelf, chunks, self._left_out)
+        planned = PlannedTensors(self._files, self._destination, chunks, self._left_out)
         with self._lock:
-            self._placed = placed
+            self._planned = planned
             if self._aborted:
-                placed.stop()
-        return placed
+                planned.stop()
+        return planned
 
     def spans(self, extent: Extent) -> Iterator[Span]:
         """On the host: runs of tensors; where those lie in memory is for `admit` to say.
@@ -87,17 +87,17 @@ class TensorSink:
     def open_files(self, schedule: Schedule) -> TensorSink:
         """It opens none, but has the memory that spans lead to."""
         self._spans = schedule.spans
-        self.placed([unit.chunk for unit in schedule.units])
+        self.planned([unit.chunk for unit in schedule.units])
         return self
 
     def admit(self, unit: ScheduledUnit, *, is_next: bool) -> bool:
         """Have the memory of every tensor that the chunk has bytes of."""
-        assert self._placed is not None, "open_files comes first"
-        self._placed.begin(unit.index)
+        assert self._planned is not None, "open_files comes first"
+        self._planned.begin(unit.index)
         for span in unit.spans:
             at = SPAN_FIELDS * span
-            tensor = self._placed.index_of.get(self._keys[span])
-            memory = None if tensor is None else self._placed.memory[tensor]
+            tensor = self._planned.index_of.get(self._keys[span])
+            memory = None if tensor is None else self._planned.memory[tensor]
             if memory is None:
                 self._spans[at + _NBYTES] = 0  # nobody wants it
             else:
@@ -105,9 +105,9 @@ class TensorSink:
         return True
 
     def retire(self, unit: ScheduledUnit) -> None:
-        """The chunk is in its tensors; whole tensors go to the shelf."""
-        assert self._placed is not None, "open_files comes first"
-        self._placed.landed(unit.index)
+        """The chunk is in its tensors; whole tensors go to the destination."""
+        assert self._planned is not None, "open_files comes first"
+        self._planned.landed(unit.index)
 
     def hold(self) -> None:
         """Whoever has the sink keeps the memory."""
@@ -123,7 +123,7 @@ class TensorSink:
 
     def finish(self) -> None:
         """After the last run: block until the taker has taken all."""
-        self._shelf.finish()
+        self._destination.finish()
 
     def publish(self) -> None:
         """Nothing to name."""
@@ -132,12 +132,12 @@ class TensorSink:
         """Wake whoever waits for the taker; tensors that are handed out stay."""
         with self._lock:
             self._aborted = True
-        if self._placed is not None:
-            self._placed.stop()
-        self._shelf.stop()
+        if self._planned is not None:
+            self._planned.stop()
+        self._destination.stop()
 
     def result(self) -> dict[str, object]:
-        num_complete = 0 if self._placed is None else self._placed.num_complete
+        num_complete = 0 if self._planned is None else self._planned.num_complete
         return {"sink": "tensors", "tensors": num_complete}
 
 

@@ -17,13 +17,13 @@ from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.index import is_index
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.sourcefile import SourceFile
-from packcast.checkpoint.tensors import Tensor
+from packcast.checkpoint.tensor_table import Tensor
 from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly
 from packcast.io.schedule import Schedule, Span
-from packcast.io.sinks.chosen import ChosenTensors, chosen_tensors
 from packcast.io.sinks.localcopy import check_unchanged, counterparts
+from packcast.io.sinks.selected import SelectedTensors, selected_tensors
 from packcast.io.work import Failure, FailureKind, Task
 from packcast.packed.plan import Extent
 
@@ -58,7 +58,7 @@ class VerifySink:
         self, local: Checkpoint, files: Sequence[FileSpec], *, selection: bool = False
     ) -> None:
         self._is_selection = selection
-        self._chosen: dict[int, ChosenTensors] = {}
+        self._chosen: dict[int, SelectedTensors] = {}
         self._checkpoint = local
         self._files = tuple(files)
         self._locals = counterparts(local, self._files)
@@ -110,7 +110,7 @@ class VerifySink:
         for begin, stop in pairwise(cuts):
             yield Span(extent.file, begin, begin - extent.offset, stop - begin)
 
-    def _chosen_spans(self, extent: Extent, chosen: ChosenTensors) -> Iterator[Span]:
+    def _chosen_spans(self, extent: Extent, chosen: SelectedTensors) -> Iterator[Span]:
         end = extent.offset + extent.nbytes
         cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
         for begin, stop in pairwise(cuts):
@@ -123,7 +123,7 @@ class VerifySink:
         if index_left_out(self._is_selection, spec.name):
             self.notes.append(f"{spec.name}: not compared, since that of a selection is shorter")
             return True
-        chosen = chosen_tensors(spec.header, local.path, spec.name) if spec.header else None
+        chosen = selected_tensors(spec.header, local.path, spec.name) if spec.header else None
         if chosen is None:
             return False
         self._chosen[index] = chosen

@@ -21,21 +21,21 @@ from packcast.errors import DestinationError, PackcastError, TransferError
 from packcast.io.files import FileTable
 from packcast.io.schedule import Schedule, Span
 from packcast.io.sinks.attributes import take_over_attributes
-from packcast.io.sinks.offered import check_names, folder_modes
-from packcast.io.sinks.owned import mark_as_own, open_folder
+from packcast.io.sinks.offered_names import check_names, folder_modes
+from packcast.io.sinks.ownership import mark_as_own, open_folder
 from packcast.io.sinks.partial import is_there, remove_partial
-from packcast.io.sinks.place import (
-    Place,
+from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
+from packcast.io.sinks.record import check_in_use, claim
+from packcast.io.sinks.sharing import ALONE, Share, remove_after_owner
+from packcast.io.sinks.space import free_nbytes, reserve
+from packcast.io.sinks.target import (
+    Target,
     check_replaceable,
     clear_leftovers,
     destination_error,
     locate,
     make_parents,
 )
-from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
-from packcast.io.sinks.record import check_in_use, claim
-from packcast.io.sinks.sharing import ALONE, Share, remove_after_owner
-from packcast.io.sinks.space import free_nbytes, reserve
 from packcast.io.work import Failure, Task
 from packcast.packed.plan import Extent
 
@@ -84,7 +84,7 @@ class WriteSink:
         self.published = False
         self._share = ALONE
         self.notes: list[str] = []
-        self._place: Place | None = None
+        self._target: Target | None = None
         self._made_parents: list[str] = []
         self._holder_fd = self._partial_fd = self._claim_fd = -1
         self._table = FileTable(len(self._files), self._reopen, self._close, keeps_open=True)
@@ -102,18 +102,18 @@ class WriteSink:
         """Check the target, make the partial directory and reserve every file's space in it."""
         with self._step("write"):
             check_names([spec.name for spec in self._files], self._transfer_id)
-            place = locate(self._given, self._transfer_id, in_place=self._in_place)
-            self._place = place
-            self.notes += clear_leftovers(place)
-            check_replaceable(place, self._names, force=self._force)
-            make_parents(place.holder, self._made_parents, self._while_wanted)
-            if not self._make_partial(place):
+            target = locate(self._given, self._transfer_id, in_place=self._in_place)
+            self._target = target
+            self.notes += clear_leftovers(target)
+            check_replaceable(target, self._names, force=self._force)
+            make_parents(target.holder, self._made_parents, self._while_wanted)
+            if not self._make_partial(target):
                 return
             free = free_nbytes(self._partial_fd)
             self._make_folders()
             for index in range(len(self._files)):
                 self._make_file(index)
-            self.notes += reserve(self._table, self._files, place, free)
+            self.notes += reserve(self._table, self._files, target, free)
             self._raise_if_aborted()
 
     @property
@@ -176,16 +176,16 @@ class WriteSink:
                 self._table.close()
                 self._close_folders()
                 return
-            place = self._placed()
+            target = self._located()
             try:
                 if self._share.count > 1:
-                    self._finish_shared(place)
+                    self._finish_shared(target)
                 self._table.close()
                 claim_fd, self._claim_fd = self._claim_fd, -1
-                seal(place, self._partial_fd, claim_fd)
-                self.notes += publish(place, self._holder_fd, self._names, force=self._force)
+                seal(target, self._partial_fd, claim_fd)
+                self.notes += publish(target, self._holder_fd, self._names, force=self._force)
                 self.published = True
-                sync_parents_of(self._made_parents, place)
+                sync_parents_of(self._made_parents, target)
             except NotDurable:
                 self.published = True
                 raise
@@ -194,7 +194,7 @@ class WriteSink:
 
     def left(self) -> str | None:
         """The partial directory, if it is still there."""
-        path = self._place.partial_path if self._place and self.wrote else ""
+        path = self._target.partial_path if self._target and self.wrote else ""
         return path if os.path.lexists(path) else None
 
     def abort(self) -> None:
@@ -218,10 +218,10 @@ class WriteSink:
                         self._step_lock.release()
 
     def result(self) -> dict[str, object]:
-        place = self._place
+        target = self._target
         return {
             "sink": "write",
-            "target": place.target if place else os.path.abspath(self._given),
+            "target": target.path if target else os.path.abspath(self._given),
             "wrote": self.wrote,
             "published": self.published,
             "sharing": self._share.count,
@@ -230,32 +230,32 @@ class WriteSink:
 
     # -- making ----------------------------------------------------------------------------------
 
-    def _make_partial(self, place: Place) -> bool:
+    def _make_partial(self, target: Target) -> bool:
         """Whether this sink is the one that writes; an exclusive mkdir decides."""
         with self._while_wanted():
-            self._holder_fd = os.open(place.holder, _HOLDER_FLAGS)
+            self._holder_fd = os.open(target.holder, _HOLDER_FLAGS)
             try:
-                os.mkdir(place.partial, self._folders[""], dir_fd=self._holder_fd)
+                os.mkdir(target.partial, self._folders[""], dir_fd=self._holder_fd)
             except FileExistsError:
-                check_in_use(self._holder_fd, place.partial, place.partial_path)
-                self._open_others_partial(place)
+                check_in_use(self._holder_fd, target.partial, target.partial_path)
+                self._open_others_partial(target)
                 return False
             except OSError as error:
-                raise destination_error(error, f"write into {place.holder}") from error
+                raise destination_error(error, f"write into {target.holder}") from error
             self.wrote = True
-            self._partial_fd = open_folder(self._holder_fd, place.partial)
+            self._partial_fd = open_folder(self._holder_fd, target.partial)
             try:
                 self._claim_fd = claim(self._partial_fd)
             except OSError as error:
-                raise destination_error(error, f"write into {place.holder}") from error
-            if place.mode is not None:
-                self.notes += take_over_attributes(place.target, self._partial_fd)
+                raise destination_error(error, f"write into {target.holder}") from error
+            if target.mode is not None:
+                self.notes += take_over_attributes(target.path, self._partial_fd)
         return True
 
-    def _open_others_partial(self, place: Place) -> None:
+    def _open_others_partial(self, target: Target) -> None:
         """To write into it, where that is this user's; until `take_share` says otherwise."""
         with suppress(OSError):
-            self._partial_fd = open_folder(self._holder_fd, place.partial)
+            self._partial_fd = open_folder(self._holder_fd, target.partial)
         if self._partial_fd < 0 or os.fstat(self._partial_fd).st_uid != os.geteuid():
             self._close_folders()
 
@@ -296,11 +296,11 @@ class WriteSink:
             for folder in reversed(self._folders):
                 sync_folder(self._partial_fd, folder)
 
-    def _finish_shared(self, place: Place) -> None:
+    def _finish_shared(self, target: Target) -> None:
         try:
             self._finish_files(is_last=True)
         except OSError as error:
-            raise destination_error(error, f"publish {place.target}") from error
+            raise destination_error(error, f"publish {target.path}") from error
 
     def _finish_file(self, index: int, *, is_last: bool) -> None:
         spec = self._files[index]
@@ -320,7 +320,7 @@ class WriteSink:
 
     def _remove(self) -> None:
         if self.wrote and self._holder_fd >= 0:
-            partial = self._placed().partial
+            partial = self._located().partial
             remove_partial(self._holder_fd, partial)
             # NFS keeps a removed file's name for as long as we have it open: wait for the writers.
             if is_there(self._holder_fd, partial):
@@ -329,7 +329,7 @@ class WriteSink:
                 remove_partial(self._holder_fd, partial)
         elif self._share.count > 1 and self._holder_fd >= 0:
             self._table.wait_closed(_WAIT_FOR_WRITERS_S)
-            remove_after_owner(self._holder_fd, self._placed().partial_path)
+            remove_after_owner(self._holder_fd, self._located().partial_path)
         for folder in reversed(self._made_parents):
             with suppress(OSError):
                 os.rmdir(folder)
@@ -378,12 +378,12 @@ class WriteSink:
         if self._state is _State.ABORTED:
             raise _aborted()
 
-    def _placed(self) -> Place:
-        assert self._place is not None
-        return self._place
+    def _located(self) -> Target:
+        assert self._target is not None
+        return self._target
 
     def _path_of(self, index: int) -> str:
-        return os.path.join(self._placed().target, self._files[index].name)
+        return os.path.join(self._located().path, self._files[index].name)
 
     def _open(self, index: int, flags: int) -> int:
         spec = self._files[index]

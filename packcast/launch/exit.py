@@ -1,0 +1,324 @@
+"""The one way out of what a peer, a signal or an error ends, from whichever thread.
+
+For a command that is the process itself (`ProcessExit`): collectives, destroy and abort can hang for
+ever, so nobody waits for the main thread: what must be undone is registered here, and the end is
+`os._exit`. Imports no torch, not even late: another thread may hold the import lock for the
+seconds that torch takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+from packcast.errors import Interrupted, PackcastError
+from packcast.launch.handover import received
+
+# To remove a checkpoint's files may take seconds; who stops processes by a signal (torchrun, Slurm,
+# Kubernetes) kills them after thirty.
+CLEAN_UP_LIMIT_S = 15.0
+_PRINT_LIMIT_S = 1.0
+_LOOK_LIMIT_S = 0.5
+# The sender tells the others before it leaves, and waits up to 0.7 s for that to arrive.
+_VERDICT_WAIT_S = 1.2
+_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+_PR_SET_PDEATHSIG = 1
+
+
+class ExitHandler(Protocol):
+    """What a transfer calls when it is over for a reason that its own thread cannot know.
+
+    `error` is why, once `leave` was called. `survives`: the process goes on after that.
+    """
+
+    error: PackcastError | None
+    survives: bool
+
+    def on_leave(
+        self, clean_up: Callable[[], object], left: Callable[[], str | None] | None = None
+    ) -> None:
+        """Call `clean_up` when it ends so; at once, if it has.
+
+        `left` tells the path of what it has not removed yet.
+        """
+
+    def on_abandon(self, let_go: Callable[[], object]) -> None:
+        """Call this where the transfer has failed, or hangs, and the process goes on without it."""
+
+    def leave(self, error: PackcastError) -> None:
+        """End it; the first call decides. May not return."""
+
+    def shield(self) -> None:
+        """From now on whoever wants to interrupt has to wait for the end, which is near."""
+
+
+class ProcessExit:
+    """The process's exit. The first call of `leave` decides; it does not return, nor do others.
+
+    `error` is what it was called with, for clean-ups that pass it on.
+    """
+
+    survives = False
+
+    def __init__(
+        self,
+        printer: Callable[[PackcastError], None],
+        *,
+        say: Callable[[str], None] = lambda _text: None,
+        limit_s: float = CLEAN_UP_LIMIT_S,
+    ) -> None:
+        self.error: PackcastError | None = None
+        self._printer = printer
+        self._say = say
+        self._limit_s = limit_s
+        self._first = threading.Lock()
+        self._printing = threading.Lock()
+        self._leaving = threading.Event()
+        self._shielded = threading.Event()
+        self._clean_ups: list[Callable[[], object]] = []
+        self._lefts: list[Callable[[], str | None]] = []
+
+    def on_leave(
+        self, clean_up: Callable[[], object], left: Callable[[], str | None] | None = None
+    ) -> None:
+        """Call this on the way out, in the order given here; it may raise, but should be quick.
+
+        At once, if this process is leaving already. `left` tells the path of what it has not
+        removed yet: where it is cut off, that is named.
+        """
+        if left is not None:
+            self._lefts.append(left)
+        self._clean_ups.append(clean_up)
+        if self._leaving.is_set():
+            clean_up()
+
+    def on_abandon(self, let_go: Callable[[], object]) -> None:
+        """Nothing: the process ends, and all that it has."""
+
+    def leave(self, error: PackcastError | None) -> NoReturn:
+        """Record the error, clean up, print it and end the process with its exit code.
+
+        Any thread. Without an error the exit code is 0. Clean-ups that take longer than the limit
+        are left behind.
+        """
+        if not self._first.acquire(blocking=False):
+            while True:
+                time.sleep(3600)
+        self.error = error
+        self._leaving.set()
+        if error is not None:
+            record_failure(error)
+        # If no thread can be started any more, clean-ups are trusted to end.
+        with suppress(RuntimeError):
+            threading.Thread(target=self._overrun, args=(error,), daemon=True).start()
+        for clean_up in list(self._clean_ups):
+            with suppress(BaseException):
+                clean_up()
+        self._print_and_exit(error)
+
+    def shield(self) -> None:
+        """From now on signals end the process no more: what is left is short, and worth ending.
+
+        For the time after the point of no return. A third signal still leaves at once.
+        """
+        self._shielded.set()
+
+    @property
+    def is_shielded(self) -> bool:
+        """Whether a signal comes too late to stop anything."""
+        return self._shielded.is_set()
+
+    def ask_for_patience(self) -> None:
+        """Somebody does not want to wait: say what for, and how not to."""
+        doing = "publishing the copy" if self.is_shielded else "cleaning up"
+        left = self._left()
+        what = f", removing {', '.join(left)}" if left and not self.is_shielded else ""
+        limit = "" if self.is_shielded else f", at most {self._limit_s:g} s"
+        self._say(f"still {doing}{what}{limit}; one more signal ends this at once")
+
+    def give_up(self, error: PackcastError) -> NoReturn:
+        """End now, whatever is left undone; it is named. The error of `leave` comes first."""
+        self._leaving.set()
+        self._exit_soon(self.error or error)
+
+    def _left(self) -> list[str]:
+        found: list[str] = []
+
+        def look() -> None:
+            for left in list(self._lefts):
+                with suppress(Exception):
+                    path = left()
+                    if path is not None:
+                        found.append(path)
+
+        with suppress(RuntimeError):  # no thread can be started any more
+            looking = threading.Thread(target=look, daemon=True)
+            looking.start()
+            looking.join(_LOOK_LIMIT_S)  # the disk may be what hangs
+        return list(found)
+
+    def wait_leaving(self, timeout_s: float) -> bool:
+        """Whether some thread has called `leave`, waiting for that as long as `timeout_s`."""
+        return self._leaving.wait(timeout_s)
+
+    def _overrun(self, error: PackcastError | None) -> NoReturn:
+        time.sleep(self._limit_s)
+        self._exit_soon(error)
+
+    def _exit_soon(self, error: PackcastError | None) -> NoReturn:
+        # Standard error may be what hangs: a pipe that is full, its reader frozen.
+        threading.Thread(target=self._print_and_exit, args=(error,), daemon=True).start()
+        time.sleep(_PRINT_LIMIT_S)
+        os._exit(_exit_code(error))
+
+    def _print_and_exit(self, error: PackcastError | None) -> NoReturn:
+        if self._printing.acquire(blocking=False):
+            with suppress(BaseException):
+                for path in self._left() if error is not None else ():
+                    folder = os.path.dirname(path)
+                    self._say(f"{path} is left behind: `packcast clean --yes {folder}` removes it")
+                if error is not None:
+                    self._printer(error)
+            self.exit(_exit_code(error))
+        time.sleep(_PRINT_LIMIT_S)
+        os._exit(_exit_code(error))
+
+    def exit(self, code: int) -> NoReturn:
+        """End the process without its usual teardown, in which stuck threads could hang it."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(BaseException):
+                stream.flush()
+        os._exit(code)
+
+
+def record_failure(error: PackcastError) -> None:
+    """Put the error where torchrun looks for root causes; nothing without a launcher.
+
+    What torch's `ErrorHandler.record_exception` writes (torch/distributed/elastic/multiprocessing/
+    errors/error_handler.py), with the sentence as the "call stack", since that is the part that
+    torchrun prints, and with the exit code, which torchrun flattens. A signal from outside is no
+    failure of this rank, and torchrun sends one to all victims: it is not recorded.
+    `--nproc` knows its victims, and is told in any case.
+    """
+    handover = received()
+    if handover is not None:
+        handover.record_failure(error)
+        return
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not path or isinstance(error, Interrupted):
+        return
+    sentence = f"{error.message} ({error.hint})" if error.hint else error.message
+    record = {
+        "message": {
+            "message": f"{type(error).__name__}: {error.message}",
+            "extraInfo": {
+                "py_callstack": sentence,
+                "timestamp": str(int(time.time())),
+                "time": time.time(),  # ours: a victim's record is a millisecond later
+                "exit_code": error.exit_code,
+            },
+        }
+    }
+    with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file)
+
+
+def said_here(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """A file of this launch's ranks on this host, where they note what one of them has said.
+
+    Beside the error files of torchrun, whose folders are `attempt_0/<local rank>`, and which
+    removes them; None where no launcher gives such a place.
+    """
+    handover = received()
+    if handover is not None:
+        return handover.said
+    error_file = environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parent.parent / "packcast-said" if error_file else None
+
+
+def ignored_signals(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
+    """Those of them that this process was started with ignored, as by nohup."""
+    return {number for number in numbers if signal.getsignal(number) is signal.SIG_IGN}
+
+
+def watch_signals(exit_handler: ProcessExit, *, patient: bool = False) -> None:
+    """Take SIGINT, SIGTERM and SIGHUP on a thread of its own, from now on.
+
+    What was ignored when the process started stays so. The first signal ends the process by
+    `leave`, the second one waits for that and says so, the third one ends it at once; but where
+    `patient` all wait, as in ranks of `--nproc`, which counts the signals and sends on the first.
+
+    Python's handlers run in the main thread only, which may be waiting inside a collective. Call
+    this from the main thread before any other thread is started: threads inherit the mask, and
+    one without it would be given the signal. So would a child process inherit it and ignore
+    SIGTERM: one that is started later must unblock these signals itself.
+    """
+    assert threading.current_thread() is threading.main_thread()
+    # A signal that is blocked is kept for sigwait although it is ignored.
+    watched = _SIGNALS - ignored_signals(_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS - watched)
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    threading.Thread(
+        target=_take_signals,
+        args=(exit_handler, watched, patient),
+        name="packcast-signals",
+        daemon=True,
+    ).start()
+
+
+def die_with_parent(launcher_pid: int | None = None) -> None:
+    """Have the kernel end this process, by SIGTERM, when the one that started it ends.
+
+    For ranks of torchrun or --nproc, which leave their ranks behind when they are killed. Call it
+    in the main thread, early. With `launcher_pid` a launcher that has already gone is noticed
+    too. The kernel means the parent's *thread*: launchers start ranks from their main thread.
+    """
+    parent = launcher_pid or os.getppid()
+    # Where SIGTERM is ignored it would end nobody; what a killed rank leaves can be removed later.
+    number = signal.SIGKILL if ignored_signals({signal.SIGTERM}) else signal.SIGTERM
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), number)
+
+
+def _take_signals(exit_handler: ProcessExit, watched: set[signal.Signals], patient: bool) -> None:
+    count = 0
+    while watched:
+        number = signal.sigwait(watched)
+        count += 1
+        # On a thread of its own: each of these may hang, as a terminal can.
+        if patient or count == 1:
+            # torchrun sends SIGTERM to all as soon as one rank has failed: the cause, which comes
+            # over the control channel at the same time, is the better answer. --nproc has waited.
+            wait_s = _VERDICT_WAIT_S if number == signal.SIGTERM and not patient else 0.0
+            threading.Thread(
+                target=_leave_on, args=(exit_handler, number, wait_s), daemon=True
+            ).start()
+        elif count == 2:
+            threading.Thread(target=exit_handler.ask_for_patience, daemon=True).start()
+        else:
+            threading.Thread(target=exit_handler.give_up, args=(_interrupted(number),)).start()
+
+
+def _interrupted(number: int) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(f"interrupted by {name}", signal_number=number)
+
+
+def _leave_on(exit_handler: ProcessExit, number: int, wait_s: float) -> None:
+    if exit_handler.wait_leaving(wait_s) or exit_handler.is_shielded:
+        return
+    exit_handler.leave(_interrupted(number))
+
+
+def _exit_code(error: PackcastError | None) -> int:
+    return 0 if error is None else error.exit_code

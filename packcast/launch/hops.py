@@ -1,0 +1,140 @@
+"""A chain of ranks is connected hop by hop: a gloo group of two ranks where a chunk passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packcast.control.rank_info import MAX_NAME_LENGTH, printable
+from packcast.errors import RendezvousError
+from packcast.launch.devices import host_name
+from packcast.launch.processgroup import gloo_options
+from packcast.launch.time_limit import within
+from packcast.packed.unfinished import release_ended
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+    from packcast.packed.chain import Chain, Hop
+
+_PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LONGEST_PAUSE_S = 0.1
+_CONNECT_LIMIT_S = 15.0  # once both are about to connect, which takes milliseconds
+
+
+def open_chain(
+    order: Sequence[int],
+    roots: Collection[int],
+    *,
+    rank: int,
+    store: Store,
+    timeout_s: float,
+    interface: str | None,
+    check: Callable[[], object],
+) -> Chain:
+    """A chain over hops of its own; as `open_hops`.
+
+    One connection for each hop: two are not faster on loopback.
+    """
+    from packcast.packed.chain import Chain
+
+    before, after = open_hops(
+        order, roots, rank=rank, store=store, timeout_s=timeout_s, interface=interface, check=check
+    )
+    return Chain(before, after, rank=rank, order=order, check=check)
+
+
+def open_hops(
+    order: Sequence[int],
+    roots: Collection[int],
+    *,
+    rank: int,
+    store: Store,
+    timeout_s: float,
+    interface: str | None,
+    check: Callable[[], object],
+    connections: int = 1,
+) -> tuple[Hop | None, Hop | None]:
+    """Connect this rank to its neighbours in the chains from `roots`: the hop towards it, and from
+    it; None where no chunk passes.
+
+    All ranks call this with the same arguments and store, and it waits for the neighbours.
+    Raises RendezvousError where they do not connect, and what `check` raises while it waits:
+    why the transfer has failed, if it has.
+    """
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+
+    from packcast.packed.chain import Hop
+    from packcast.packed.chain_order import hops_of
+
+    release_ended()
+    gloo: Any = dist.ProcessGroupGloo
+    ends: dict[bool, Hop] = {}
+    for upstream, downstream in hops_of(order, roots):
+        if rank not in (upstream, downstream):
+            continue
+        is_upstream = rank == upstream
+        neighbour = downstream if is_upstream else upstream
+        own = PrefixStore(f"hop-{upstream}-{downstream}", store)
+        try:
+            host = _meet(own, rank, neighbour, timeout_s, check)
+            options = gloo_options(timedelta(seconds=timeout_s), interface, connections)
+            connect = partial(gloo, own, int(not is_upstream), 2, options)
+            # gloo itself would try to connect for as long as a collective may take.
+            group = within(_CONNECT_LIMIT_S, "packcast-hop", connect, check=check)
+        except RuntimeError as error:  # torch's DistError and its kin
+            raise RendezvousError(
+                f"rank {upstream} and rank {downstream} could not be connected over gloo:"
+                f" {str(error).splitlines()[0]}",
+                hint="choose another network interface with GLOO_SOCKET_IFNAME",
+            ) from error
+        if group is None:
+            raise _blocked({rank: host_name(), neighbour: host}, interface)
+        ends[is_upstream] = Hop(group[0], len(options._devices), is_upstream)
+    return ends.get(False), ends.get(True)
+
+
+def _blocked(hosts: dict[int, str], interface: str | None) -> RendezvousError:
+    ends = " and ".join(f"rank {rank} ({hosts[rank]})" for rank in sorted(hosts))
+    on = f" on {interface}" if interface else ""
+    return RendezvousError(
+        f"{ends} could not be connected over gloo{on} within {_CONNECT_LIMIT_S:g} s: no answer",
+        hint="does a firewall block it? gloo listens on ports of net.ipv4.ip_local_port_range,"
+        f" {_ephemeral_ports()} here; GLOO_SOCKET_IFNAME chooses another network interface",
+    )
+
+
+def _ephemeral_ports() -> str:
+    """The ports of which the kernel chooses for who asks for none, as gloo does."""
+    try:
+        return "-".join(_PORT_RANGE.read_text().split())
+    except OSError:
+        return "32768-60999"  # the kernel's default
+
+
+def _meet(
+    store: Store, rank: int, neighbour: int, timeout_s: float, check: Callable[[], object]
+) -> str:
+    """Wait until the neighbour is about to connect, too; returns the name of its host.
+
+    Who waits for it in gloo's constructor cannot be told that it has died, or that another has;
+    and torch writes to standard error where a wait in a store takes longer than allowed.
+    """
+    deadline = time.monotonic() + timeout_s
+    pause_s = 0.002
+    check()  # or a neighbour who does not know of it yet would connect, and wait
+    store.set(f"here-{rank}", printable(host_name()))
+    while True:
+        check()  # once there is a failure the store may go with its host
+        if store.check([f"here-{neighbour}"]):
+            host = store.get(f"here-{neighbour}").decode(errors="replace")
+            return printable(host)[:MAX_NAME_LENGTH]  # anybody may have written it
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {neighbour} has not come within {timeout_s:g} s")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
