@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from packcast.errors import UsageError
-from packcast.units import MIB, format_exact_size
+from packcast.units import MIB, format_exact_size, parse_rate
 
 SinkKind = Literal["write", "verify", "discard"]
 Backend = Literal["auto", "nccl", "gloo"]
@@ -117,6 +117,17 @@ def check_seconds(where: str, seconds: float, text: str | None = None) -> float:
             f"{where}: must be greater than 0, not {shown}", hint="write durations as 3s or 5min"
         )
     return seconds
+
+
+def check_rate(where: str, rate: float | str) -> float:
+    """Bytes per second, as a number or a text such as `2GB/s`; more than nothing."""
+    try:
+        bytes_per_second = parse_rate(rate) if isinstance(rate, str) else rate
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", hint=error.hint) from None
+    if not bytes_per_second > 0:
+        raise UsageError(f"{where}: must be greater than 0", hint="write rates as 2GB/s")
+    return bytes_per_second
 
 
 def check_port_range(where: str, first: int, last: int) -> range:

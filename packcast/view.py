@@ -69,6 +69,7 @@ class Start:
     staging: int
     pool: str  # which I/O threads: native or python
     hosts: Mapping[int, str] = field(default_factory=dict)  # of each rank; on the sender only
+    is_low: bool = False  # smaller buffers than with more memory; on the sender only
 
 
 class View:

@@ -82,7 +82,7 @@ def hint_for_missing(path: Path, environ: Mapping[str, str] = os.environ) -> str
         return hint_for_path(path)
     there = sorted(found.name for found in (_folder(model, environ) / "snapshots").glob("[!.]*"))
     if there:
-        what = f"of {model.name} the cache has the revisions {some(there)} only"
+        what = f"the cache has {some(f'{model.name}@{found}' for found in there)} only"
     else:
         what = f"if it is a model's name: it is not in the cache {cache_folder(environ)}"
     return f"{what}; `{model.command}` brings it there, or --download"

@@ -33,9 +33,11 @@ from packcast.control.addresses import (
 )
 from packcast.errors import PackcastError, RendezvousError
 from packcast.io import native
-from packcast.io.memory import available_nbytes
+from packcast.io.memory import memory_limits
 from packcast.io.pool import pool_kind
 from packcast.launch.devices import has_gpu_driver, host_name
+from packcast.launch.fitting import CUDA_AND_NCCL_NBYTES, NEARLY_FULL_GPU
+from packcast.launch.gpumemory import free_nbytes
 from packcast.packed.plan import ring_nbytes
 from packcast.settings import DEFAULT_NUM_BUFFERS, DEFAULT_STAGING, MAX_FITTING_SIZE
 from packcast.units import format_size
@@ -153,10 +155,7 @@ def pool() -> Iterator[Diagnosis]:
 
 def devices() -> Iterator[Diagnosis]:
     """Every GPU that torch sees, with its free memory."""
-    cpus = f"{len(os.sched_getaffinity(0))} CPUs"
-    available = available_nbytes()
-    memory = f", {format_size(available)} of memory available" if available else ""
-    yield Diagnosis("host", "ok", f"{host_name()}, {cpus}{memory}")
+    yield Diagnosis("host", "ok", f"{host_name()}, {len(os.sched_getaffinity(0))} CPUs")
     if not has_gpu_driver():
         yield Diagnosis("GPUs", "ok", "no driver; transfers go over gloo, through host memory")
         return
@@ -170,14 +169,20 @@ def devices() -> Iterator[Diagnosis]:
             "install a torch built for CUDA that fits the driver; look at CUDA_VISIBLE_DEVICES",
         )
         return
+    num_gpus = torch.cuda.device_count()
     needed = ring_nbytes(MAX_FITTING_SIZE, DEFAULT_NUM_BUFFERS)
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        name = torch.cuda.get_device_name(index)
-        text = f"cuda:{index} {name}, {format_size(free)} of {format_size(total)} free"
-        fix = f"buffers take {format_size(needed)}: choose smaller ones with --buffer-size"
-        short = free < 2 * needed
-        yield Diagnosis("GPUs", "note" if short else "ok", text, fix if short else None)
+    told = f"buffers take {format_size(needed)}, CUDA and NCCL {format_size(CUDA_AND_NCCL_NBYTES)}"
+    frees = free_nbytes([str(torch.cuda.get_device_properties(i).uuid) for i in range(num_gpus)])
+    for index, free in enumerate(frees):
+        found = torch.cuda.get_device_properties(index)
+        room = "an unknown part" if free is None else format_size(free)
+        short = free is not None and free < needed + CUDA_AND_NCCL_NBYTES
+        yield Diagnosis(
+            "GPUs",
+            "note" if short else "ok",
+            f"cuda:{index} {found.name}, {room} of {format_size(found.total_memory)} free",
+            f"{told}: {NEARLY_FULL_GPU}" if short else None,
+        )
 
 
 def network() -> Iterator[Diagnosis]:
@@ -245,24 +250,41 @@ def limits() -> Iterator[Diagnosis]:
     few = soft < _WANTED_FILES
     fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}" if few else None
     yield Diagnosis("open files", "note" if few else "ok", f"at most {soft:,}", fix)
+    yield pinned()
+    yield from memory()
+
+
+def pinned() -> Diagnosis:
+    """The limit on locked memory. NVIDIA's driver pins pages itself, and asks no such limit; but
+    InfiniBand's does, for what NCCL registers there."""
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    wanted = DEFAULT_STAGING
-    text = "unlimited" if locked == resource.RLIM_INFINITY else format_size(locked)
-    low = has_gpu_driver() and locked != resource.RLIM_INFINITY and locked < wanted
-    yield Diagnosis(
+    told = "unlimited" if locked == resource.RLIM_INFINITY else format_size(locked)
+    low = locked != resource.RLIM_INFINITY and locked < DEFAULT_STAGING and has_infiniband()
+    return Diagnosis(
         "pinned",
         "note" if low else "ok",
-        f"locked memory at most {text} (ulimit -l); a rank with a GPU pins {format_size(wanted)}",
-        "ulimit -l unlimited, which NCCL over InfiniBand needs" if low else None,
+        f"locked memory at most {told} (ulimit -l), which NCCL over InfiniBand comes under;"
+        " staging for GPUs does not",
+        "ulimit -l unlimited, or docker run --ulimit memlock=-1" if low else None,
     )
-    available = available_nbytes()
-    needed = ring_nbytes(MAX_FITTING_SIZE, DEFAULT_NUM_BUFFERS) + wanted
-    if available is not None and available < 2 * needed:
+
+
+def has_infiniband() -> bool:
+    """Whether there is a device that NCCL might use."""
+    return os.path.isdir("/sys/class/infiniband") and bool(os.listdir("/sys/class/infiniband"))
+
+
+def memory() -> Iterator[Diagnosis]:
+    """What each limit leaves, beside what one rank takes: its staging, or its ring on a CPU."""
+    needed = max(ring_nbytes(MAX_FITTING_SIZE, DEFAULT_NUM_BUFFERS), DEFAULT_STAGING)
+    for limit in memory_limits():
+        low = limit.free < 2 * needed
         yield Diagnosis(
             "memory",
-            "note",
-            f"{format_size(available)} available, and a rank may take {format_size(needed)}",
-            "smaller --buffer-size and --staging",
+            "note" if low else "ok",
+            f"{limit.name} leaves {format_size(limit.free)}; a rank takes up to"
+            f" {format_size(needed)}",
+            "smaller --buffer-size and --staging, or raise that limit" if low else None,
         )
 
 

@@ -109,6 +109,13 @@ class RingSizes(Model):
     staging: int
 
 
+class MemoryLeft(Model):
+    """A limit on host memory, and what it leaves."""
+
+    limit: str
+    free_bytes: int
+
+
 class DiskSpace(Model):
     """One file system that copies would go to."""
 
@@ -131,6 +138,7 @@ class WouldSend(Document):
     device: Literal["cpu", "cuda"]
     device_bytes: int
     pinned_bytes: int
+    memory: list[MemoryLeft] = Field(description="this host's limits, the tightest first")
     space: list[DiskSpace]
     warnings: list[str]
 
@@ -234,6 +242,7 @@ class WorkerResult(Model):
     target: str | None = Field(None, description="write: the directory")
     wrote: bool | None = Field(None, description="write: false where another rank has written it")
     published: bool | None = None
+    sharing: int | None = Field(None, description="write: how many ranks have written that copy")
     manifest: str | None = None
     checkpoint: str | None = Field(None, description="verify: what was compared with")
     equal: bool | None = None

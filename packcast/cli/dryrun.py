@@ -6,6 +6,7 @@ Raises the errors that `send` would raise before it moves a byte, as far as this
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +18,29 @@ from packcast.cli.contents import Contents, kind_of_file, left_out_lines
 from packcast.cli.result import count
 from packcast.cli.tables import Listing, table
 from packcast.cli.terminal import printable
+from packcast.control.rank_info import RankInfo
+from packcast.control.rank_info import printable as one_line
 from packcast.errors import DestinationError
+from packcast.io.memory import MemoryLimit, memory_limits
 from packcast.io.sinks.target import check_replaceable, locate
-from packcast.launch.devices import has_gpu_driver, host_name
-from packcast.packed.plan import Chunks, pinned_nbytes, plan_chunks, ring_nbytes
-from packcast.settings import Settings, fill_in, fitting_buffer_size
+from packcast.launch.devices import boot_id, has_gpu_driver, host_name
+from packcast.launch.fitting import CUDA_AND_NCCL_NBYTES, Fitted, fit_buffers
+from packcast.packed.plan import Chunks, plan_chunks
+from packcast.settings import Settings, fill_in
 from packcast.units import format_exact_size, format_size
+
+_MAX_MODES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Peak bytes that packcast takes on a rank; `device` is where its ring is."""
+    """Peak bytes that packcast takes on a rank; `device` is where its ring is. `limits` are those
+    on this host's memory."""
 
     device: str
     ring: int
     pinned: int
+    limits: tuple[MemoryLimit, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +59,10 @@ class DryRun:
 
     settings: Settings
     checkpoint: Checkpoint
+    files: tuple[FileSpec, ...]
     contents: Contents
     chunks: Chunks
-    buffer_size: int
+    fitted: Fitted
     memory: Memory
     spaces: tuple[Space, ...]
     beside: tuple[LeftOut, ...]
@@ -70,7 +80,8 @@ def dry_run(settings: Settings, nproc: int | None) -> Listing:
     )
     outgoing = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
     files = tuple(file.spec for file in outgoing)
-    size = settings.buffer_size or fitting_buffer_size(sum(file.nbytes for file in files))
+    fitted, memory = _fitted(settings, sum(file.nbytes for file in files), nproc or 1)
+    size = fitted.sizes.buffer_size
     beside = left_out(
         settings.checkpoint,
         {file.name for file in files},
@@ -80,23 +91,39 @@ def dry_run(settings: Settings, nproc: int | None) -> Listing:
     found = DryRun(
         settings,
         checkpoint,
+        files,
         Contents(files),
         plan_chunks([file.nbytes for file in files], size, (0,)),
-        size,
-        _memory(settings, size),
+        fitted,
+        memory,
         tuple(_spaces(settings, files, nproc)),
         tuple(beside),
     )
-    return Listing(_text(found), _document(found), checkpoint.warnings)
+    warnings = (*checkpoint.warnings, *fitted.notes)
+    return Listing(_text(found), {**_document(found), "warnings": list(warnings)}, warnings)
 
 
-def _memory(settings: Settings, size: int) -> Memory:
-    """On a CPU the ring is the staging too."""
-    ring = ring_nbytes(size, settings.num_buffers)
+def _fitted(settings: Settings, nbytes: int, num_ranks: int) -> tuple[Fitted, Memory]:
+    """The buffers for so many ranks on this host, and what each takes. On a CPU the ring is the
+    staging too."""
     on_cpu = settings.device == "cpu" or settings.backend == "gloo" or not has_gpu_driver()
-    if on_cpu:
-        return Memory("cpu", ring, 0)
-    return Memory("cuda", ring, pinned_nbytes(size, settings.staging))
+    device = "cpu" if on_cpu else "cuda"
+    limits = memory_limits()
+    infos = [
+        RankInfo(
+            role="send",
+            rank=rank,
+            host=one_line(host_name()),
+            boot_id=boot_id(),
+            pid=os.getpid(),
+            memory=limits,
+        )
+        for rank in range(num_ranks)
+    ]
+    fitted = fit_buffers(settings, nbytes, infos, dict.fromkeys(range(num_ranks), device))
+    sizes = fitted.sizes
+    pinned = 0 if on_cpu else sizes.pinned_nbytes
+    return fitted, Memory(device, sizes.ring_nbytes, pinned, limits)
 
 
 def _spaces(settings: Settings, files: Sequence[FileSpec], nproc: int | None) -> list[Space]:
@@ -138,22 +165,24 @@ def _space(path: str, copies: int, needed: int) -> Space:
 
 
 def _text(found: DryRun) -> str:
-    settings, memory, size = found.settings, found.memory, found.buffer_size
-    number = count(settings.num_buffers, "buffer")
+    settings, memory, sizes = found.settings, found.memory, found.fitted.sizes
     where = "host memory" if memory.device == "cpu" else "GPU memory"
     facts = [
         ("checkpoint", str(found.checkpoint.path)),
         ("goes to", _goes_to(settings)),
-        ("chunks", f"{len(found.chunks):,} of at most {format_exact_size(size)}"),
+        ("modes", _modes(found.files)),
+        ("chunks", f"{len(found.chunks):,} of at most {format_exact_size(sizes.buffer_size)}"),
         (
             where,
-            f"{format_size(memory.ring)} on each rank, sender and workers alike:"
-            f" {number} of {format_exact_size(size)}",
+            f"{format_size(memory.ring)} on each rank, sender and workers alike: {sizes.ring}",
         ),
     ]
     if memory.pinned:
+        facts.append(("", f"about {format_size(CUDA_AND_NCCL_NBYTES)} more for CUDA and NCCL"))
         text = f"{format_size(memory.pinned)} on each rank that reads or writes files"
         facts.append(("pinned memory", text))
+    for limit in memory.limits[:1]:
+        facts.append(("available", f"{format_size(limit.free)}, which {limit.name} leaves"))
     for space in found.spaces:
         free = "unknown" if space.free is None else format_size(space.free)
         copies = count(space.copies, "copy", "copies")
@@ -178,8 +207,22 @@ def _goes_to(settings: Settings) -> str:
     return "workers that check and drop it; nothing is written (give --out)"
 
 
+def _modes(files: Sequence[FileSpec]) -> str:
+    """`kept: 12 files 644, 2 files 600 (private)`; a mode without a bit for others is private."""
+
+    def told(mode: int, num: int) -> str:
+        private = "" if mode & 0o077 else " (private)"
+        return f"{count(num, 'file')} {mode:03o}{private}"
+
+    modes = Counter(file.mode for file in files)
+    folders = sorted({file.folder_mode for file in files}, reverse=True)
+    texts = [told(mode, num) for mode, num in modes.most_common(_MAX_MODES)]
+    more = [f"{len(modes) - _MAX_MODES} other modes"] if len(modes) > _MAX_MODES else []
+    return f"kept: {', '.join([*texts, *more])}; folders {', '.join(f'{m:03o}' for m in folders)}"
+
+
 def _document(found: DryRun) -> dict[str, object]:
-    settings, contents = found.settings, found.contents
+    contents = found.contents
     return {
         "command": "send",
         "dry_run": True,
@@ -199,16 +242,16 @@ def _document(found: DryRun) -> dict[str, object]:
         "left_out": [{"name": it.name, "reason": it.reason} for it in found.beside],
         "chunks": len(found.chunks),
         "buffers": {
-            "size": found.buffer_size,
-            "count": settings.num_buffers,
-            "staging": settings.staging,
+            "size": found.fitted.sizes.buffer_size,
+            "count": found.fitted.sizes.num_buffers,
+            "staging": found.fitted.sizes.staging,
         },
         "device": found.memory.device,
         "device_bytes": found.memory.ring,
         "pinned_bytes": found.memory.pinned,
+        "memory": [{"limit": it.name, "free_bytes": it.free} for it in found.memory.limits],
         "space": [
             {"path": it.path, "copies": it.copies, "bytes": it.needed, "free_bytes": it.free}
             for it in found.spaces
         ],
-        "warnings": list(found.checkpoint.warnings),
     }

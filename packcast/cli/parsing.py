@@ -23,13 +23,14 @@ from packcast.settings import (
     check_destinations,
     check_device,
     check_port_range,
+    check_rate,
     check_seconds,
     check_size,
     check_template,
     check_token,
     is_host,
 )
-from packcast.units import parse_duration, parse_rate, parse_size
+from packcast.units import parse_duration, parse_size
 
 T = TypeVar("T")
 
@@ -103,12 +104,7 @@ def limits(join: str, heartbeat: str, stall: str) -> TimeLimits:
 
 def max_rate(text: str | None) -> float | None:
     """In bytes per second."""
-    if text is None:
-        return None
-    bytes_per_second = parsed("--max-rate", text, parse_rate)
-    if not bytes_per_second > 0:
-        raise UsageError("--max-rate: must be greater than 0")
-    return bytes_per_second
+    return None if text is None else check_rate("--max-rate", text)
 
 
 def readers(text: str) -> int | None:

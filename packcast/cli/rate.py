@@ -81,6 +81,8 @@ def start_lines(start: Start, *, verbose: bool = False) -> list[str]:
     buffers = f"{start.num_buffers} buffers of {format_exact_size(start.buffer_size)}"
     if start.device != "cpu":  # there the buffers are the staging too
         buffers += f", staging {format_exact_size(start.staging)}"
+    if start.is_low:
+        buffers += " (low on memory)"
     pool = f", {start.pool} I/O threads" if verbose else ""
     return [
         whom,

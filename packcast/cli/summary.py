@@ -76,6 +76,8 @@ def outcome_of(facts: Mapping[str, object]) -> str:
     """What became of the bytes on one worker, by what its sink says."""
     target, sink = facts.get("target"), facts.get("sink")
     if sink == "write":
+        if facts.get("wrote") is False and int(str(facts.get("sharing", 1))) > 1:
+            return f"written to {target}, a share of it"
         if facts.get("wrote") is False:
             return f"checked; another rank has written {target}"
         also = f", manifest {facts['manifest']}" if facts.get("manifest") else ""

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from packcast.io.memory import MAX_LIMITS, MemoryLimit
+
 Role = Literal["send", "recv"]
 
 MAX_RANK = 1_000_000
@@ -31,6 +33,7 @@ def _check_printable(text: str) -> str:
 
 Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH), AfterValidator(_check_printable)]
 Rank = Annotated[int, Field(ge=0, le=MAX_RANK)]
+Nbytes = Annotated[int, Field(ge=0, le=1 << 63)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -38,8 +41,9 @@ class RankInfo:
     """A rank's introduction: where it runs, and what it brings along.
 
     `boot_id` tells hosts apart where names do not. `gpus` are the ids of the visible GPUs in
-    order, `device` is the wish (`auto`, `cpu`, `cuda`, `cuda:1`). `checkpoint` (its real path) and
-    `fingerprint` are set where the rank ran `send`. `rank` is None until the sender gives one out.
+    order, `gpu_free` their free bytes as far as they are known; `memory` is what limits leave of
+    the host's. `device` is the wish (`auto`, `cpu`, `cuda`, `cuda:1`). `checkpoint` (its real path)
+    and `fingerprint` are set where the rank ran `send`. `rank` is None until the sender gives one.
     """
 
     role: Role
@@ -50,6 +54,8 @@ class RankInfo:
     local_rank: Rank | None = None
     device: Annotated[str, Field(max_length=32), AfterValidator(_check_printable)] = "auto"
     gpus: Annotated[tuple[Name, ...], Field(max_length=MAX_GPUS)] = ()
+    gpu_free: Annotated[tuple[Nbytes | None, ...], Field(max_length=MAX_GPUS)] = ()
+    memory: Annotated[tuple[MemoryLimit, ...], Field(max_length=MAX_LIMITS)] = ()
     checkpoint: (
         Annotated[str, Field(max_length=MAX_PATH_LENGTH), AfterValidator(_check_printable)] | None
     ) = None

@@ -43,7 +43,7 @@ class PinnedMemory:
         except (OSError, RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
             raise TransferError(
                 f"this host cannot pin {format_size(self.nbytes)} of memory",
-                hint="reduce --staging on the sender, or raise `ulimit -l`",
+                hint="reduce --staging on the sender; `packcast doctor` shows what limits memory",
             ) from error
         self._is_pinned = True
         self.address = self.tensor.data_ptr()

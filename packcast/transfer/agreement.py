@@ -20,9 +20,10 @@ from packcast.control.server import ControlServer
 from packcast.errors import RendezvousError, TransferError, UsageError
 from packcast.io.source import FileReader
 from packcast.launch.devices import assign_devices
+from packcast.launch.fitting import Fitted, fit_buffers
 from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
-from packcast.settings import Settings, fitting_buffer_size
+from packcast.settings import Settings
 from packcast.transfer.offer import Offer, Place, Sample, Selection
 from packcast.transfer.outline import amount_fault
 from packcast.transfer.protocol import RankAssignment
@@ -81,13 +82,15 @@ def make_offers(
     files: Sequence[OutgoingFile],
     infos: Sequence[RankInfo],
     sender: RankInfo,
-) -> dict[int, Offer]:
-    """One offer for each rank, the sender's own included: the same but for the place."""
+) -> tuple[dict[int, Offer], Fitted]:
+    """One offer for each rank, the sender's own included: the same but for the place. And how its
+    buffers were chosen."""
     check_one_checkpoint(infos, sender)
     readers = choose_readers(infos, sender, settings.readers)
     assignment = assign_devices(infos, settings.backend)
     sizes = [file.spec.nbytes for file in files]
-    buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
+    fitted = fit_buffers(settings, sum(sizes), infos, assignment.devices)
+    buffer_size = fitted.sizes.buffer_size
     fault = amount_fault(sum(sizes), buffer_size)
     if fault:
         raise UsageError(fault, hint="try a larger --buffer-size, or send it in parts")
@@ -99,8 +102,8 @@ def make_offers(
     offer = Offer(
         files=tuple(file.spec for file in files),
         buffer_size=buffer_size,
-        num_buffers=settings.num_buffers,
-        staging=settings.staging,
+        num_buffers=fitted.sizes.num_buffers,
+        staging=fitted.sizes.staging,
         readers=readers,
         chain=() if order == tuple(range(len(infos))) else order,
         plan=plan_digest(sizes, buffer_size, chunks),
@@ -112,7 +115,7 @@ def make_offers(
         loud=assignment.loud,
         place=Place(0, "", 1, 1),
     )
-    return {
+    offers = {
         rank: replace(
             offer,
             place=Place(
@@ -124,6 +127,7 @@ def make_offers(
         )
         for rank, info in enumerate(infos)
     }
+    return offers, fitted
 
 
 def send_offers(server: ControlServer, offers: Mapping[int, Offer], sender: int) -> list[int]:

@@ -31,6 +31,7 @@ from packcast.settings import (
     check_destinations,
     check_device,
     check_port_range,
+    check_rate,
     check_seconds,
     check_size,
     check_template,
@@ -63,6 +64,7 @@ def send_checkpoint(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     readers: int | Literal["all"] = 1,
+    max_rate: float | str | None = None,
     buffer_size: int | None = None,
     num_buffers: int = DEFAULT_NUM_BUFFERS,
     staging: int = DEFAULT_STAGING,
@@ -95,7 +97,8 @@ def send_checkpoint(
     The arguments are the options of `packcast send`: sizes in bytes (`buffer_size` goes by the
     checkpoint's if it is None), times in seconds, `exclude_files` globs over the
     names of files and folders, `include` and `exclude` globs over tensor names,
-    `readers` how many of the ranks that call this read the checkpoint and share the sending.
+    `readers` how many of the ranks that call this read the checkpoint and share the sending,
+    `max_rate` bytes per second, or a text such as "2GB/s".
     `view` is told what happens, on a thread of the transfer.
 
     Returns when every worker has a proven, published copy. A process group that is there already
@@ -147,6 +150,7 @@ def send_checkpoint(
         include=tuple(include),
         exclude=tuple(exclude),
         readers=None if readers == "all" else readers,
+        max_rate=None if max_rate is None else check_rate("max_rate", max_rate),
         buffer_size=buffer_size,
         num_buffers=num_buffers,
         staging=staging,

@@ -26,6 +26,7 @@ from packcast.io.sinks.discard import DiscardSink
 from packcast.io.sinks.tensors import TensorSink
 from packcast.io.source import FileReader, FileSource
 from packcast.io.staging import Buffers
+from packcast.launch.fitting import NEARLY_FULL_GPU
 from packcast.launch.hops import open_chain
 from packcast.launch.processgroup import (
     Group,
@@ -37,12 +38,12 @@ from packcast.launch.processgroup import (
 from packcast.packed.chain import Chain
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import Chunk, slot_nbytes
+from packcast.packed.plan import Chunk, ring_nbytes, slot_nbytes
 from packcast.packed.ratelimit import RateLimit
 from packcast.packed.ring import Broadcast, Ring, Slot
 from packcast.packed.streams import Completion
 from packcast.packed.trailer import transfer_tag
-from packcast.transfer.host_share import num_io_threads, staging_bound
+from packcast.transfer.host_share import check_ring_fits, num_io_threads, staging_bound
 from packcast.transfer.offer import Offer
 from packcast.units import format_exact_size, format_size
 from packcast.view import Snapshot, WorkerState
@@ -380,8 +381,10 @@ class DataPlane:
             raise
         except RuntimeError as error:
             # What broke it is often known on the control channel a moment later, by name.
+            is_full = self._device.type == "cuda" and "out of memory" in str(error)
             raise channel.wait_failure(_FAILURE_WAIT_S) or TransferError(
-                f"{self._offer.backend} failed at {self.position()}: {str(error).splitlines()[0]}"
+                f"{self._offer.backend} failed at {self.position()}: {str(error).splitlines()[0]}",
+                hint=NEARLY_FULL_GPU if is_full else None,
             ) from error
 
     def position(self) -> str:
@@ -442,6 +445,8 @@ class DataPlane:
         with self._room_told():
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
+            else:
+                check_ring_fits(offer)
             return Ring(
                 self._device, slot_nbytes(offer.buffer_size), offer.num_buffers, self.counters
             )
@@ -453,11 +458,20 @@ class DataPlane:
         try:
             yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is a plain one
+            buffers = f"{offer.num_buffers} buffers of {format_exact_size(offer.buffer_size)}"
             raise TransferError(
-                f"{offer.device} is not available, or has no memory for {offer.num_buffers} buffers"
-                f" of {format_exact_size(offer.buffer_size)}",
+                f"{offer.device} is not available, or has no memory for {buffers}{self._free()}",
                 hint="reduce --buffer-size or --num-buffers on the sender",
             ) from error
+
+    def _free(self) -> str:
+        """What a GPU still has, for a sentence, where it can say so."""
+        if self._device.type == "cuda":
+            with suppress(RuntimeError):
+                free, _ = torch.cuda.mem_get_info(self._device)
+                needed = ring_nbytes(self._offer.buffer_size, self._offer.num_buffers)
+                return f": they need {format_size(needed)}, and it has {format_size(free)} free"
+        return ""
 
 
 def _told(error: BaseException) -> PackcastError:

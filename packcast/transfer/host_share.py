@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import os
 
-from packcast.io.memory import available_nbytes
+from packcast.errors import TransferError
+from packcast.io.memory import available_nbytes, memory_limits
+from packcast.packed.plan import ring_nbytes
 from packcast.transfer.offer import Offer
+from packcast.units import format_exact_size, format_size
 
 _KEPT_PROCESSORS = 2  # of a rank's share: for its loop, and for what proves on a GPU
 _MAX_IO_THREADS = 24  # more do not pay, with a GPU's link as the limit
@@ -23,6 +26,23 @@ def staging_bound(offer: Offer) -> int:
     if available is None:
         return offer.staging
     return min(offer.staging, available // 2 // offer.place.ranks_on_host)
+
+
+def check_ring_fits(offer: Offer) -> None:
+    """Raise TransferError where the offered ring, on a CPU, is more than this host has left now.
+
+    The sender has asked before, but others may have taken it since. What a kernel gives without
+    having it, it takes back by killing.
+    """
+    needed = ring_nbytes(offer.buffer_size, offer.num_buffers)
+    for limit in memory_limits():
+        if needed > limit.free:
+            raise TransferError(
+                f"no memory for {offer.num_buffers} buffers of"
+                f" {format_exact_size(offer.buffer_size)}: they need {format_size(needed)},"
+                f" and {limit.name} leaves {format_size(limit.free)}",
+                hint="reduce --buffer-size or --num-buffers on the sender, or raise that limit",
+            )
 
 
 def num_io_threads(sharing: int) -> int:

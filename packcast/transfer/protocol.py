@@ -11,10 +11,11 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from packcast.control.messages import Message, Sentence
-from packcast.control.rank_info import Rank
+from packcast.control.rank_info import MAX_RANK, Rank
 from packcast.units import KIB, MIB
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
+Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
 Nbytes = Annotated[int, Field(ge=0, le=1 << 63)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 ShortText = Annotated[str, Field(max_length=64)]
@@ -29,14 +30,29 @@ class RankAssignment(Message, kind=32, by="sender"):
     readers_on_host: Rank
 
 
-class Ready(Message, kind=33, by="worker"):
+class Prepared(Message, kind=33, by="worker"):
+    """A worker's sink has its space: before READY. `directory` is the device and inode of the
+    partial directory that it could write into; `owns`: it has made that."""
+
+    directory: tuple[Inode, Inode] | None
+    owns: bool
+
+
+class WritingShare(Message, kind=34, by="sender"):
+    """With how many ranks a worker shares the writing of that directory, and which share it has."""
+
+    index: Rank
+    count: Annotated[int, Field(ge=1, le=MAX_RANK + 1)]
+
+
+class Ready(Message, kind=35, by="worker"):
     """A worker has its space and buffers, and has made this plan; `sums`: it needs the chunks'."""
 
     plan: Digest
     sums: bool
 
 
-class Go(Message, kind=34, by="sender"):
+class Go(Message, kind=36, by="sender"):
     """All ranks are ready: where the sender serves a store, and whether chunks carry sums."""
 
     host: Annotated[str, Field(pattern=r"^[0-9A-Za-z.:%_-]{1,255}$")]  # or an IPv6 with its scope
@@ -44,11 +60,11 @@ class Go(Message, kind=34, by="sender"):
     sums: bool
 
 
-class Moved(Message, kind=35, by="worker"):
+class Moved(Message, kind=37, by="worker"):
     """Every chunk is through on this rank."""
 
 
-class Close(Message, kind=36, by="sender"):
+class Close(Message, kind=38, by="sender"):
     """Every chunk is through on every rank: the process group may go."""
 
 
@@ -62,7 +78,7 @@ class StageFigures(BaseModel):
     waiting_seconds: Seconds
 
 
-class Proved(Message, kind=37, by="worker", limit=16 * MIB):
+class Proved(Message, kind=39, by="worker", limit=16 * MIB):
     """Every byte was received, proven, and made durable, compared or dropped."""
 
     digests: Annotated[list[Digest], Field(max_length=100_000)] | None
@@ -75,7 +91,7 @@ class Proved(Message, kind=37, by="worker", limit=16 * MIB):
     difference: Sentence | None
 
 
-class Published(Message, kind=38, by="worker", limit=64 * KIB):
+class Published(Message, kind=40, by="worker", limit=64 * KIB):
     """What a worker has at the end, or why not; `code` is 0 then."""
 
     result: dict[str, JsonValue]
@@ -84,5 +100,5 @@ class Published(Message, kind=38, by="worker", limit=64 * KIB):
     hint: Sentence | None
 
 
-class Done(Message, kind=39, by="sender"):
+class Done(Message, kind=41, by="sender"):
     """Every worker has said what became of its copy."""

@@ -29,8 +29,10 @@ from packcast.control.membership import Expected
 from packcast.control.rank_info import MAX_PATH_LENGTH, RankInfo, printable
 from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, RendezvousError
+from packcast.io.memory import memory_limits
 from packcast.launch.devices import boot_id, host_name, visible_gpus
 from packcast.launch.exit import ExitHandler
+from packcast.launch.gpumemory import free_nbytes
 from packcast.launch.handover import LOOPBACK, received
 from packcast.launch.launchers import Launch
 from packcast.launch.rendezvous import (
@@ -299,6 +301,7 @@ def _open(settings: Settings) -> Opened:
 def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None) -> RankInfo:
     launched = launch.kind != "none"
     path = settings.checkpoint
+    gpus = visible_gpus() if settings.device != "cpu" and settings.backend != "gloo" else ()
     return RankInfo(
         role=settings.command,
         rank=launch.rank if launched else settings.rank,
@@ -307,7 +310,9 @@ def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None
         pid=os.getpid(),
         local_rank=launch.local_rank if launched else None,
         device=settings.device,
-        gpus=visible_gpus() if settings.device != "cpu" and settings.backend != "gloo" else (),
+        gpus=gpus,
+        gpu_free=free_nbytes(gpus) if gpus else (),
+        memory=memory_limits(),
         checkpoint=printable(str(Path(path).resolve()))[:MAX_PATH_LENGTH] if path else None,
         fingerprint=checkpoint.fingerprint() if checkpoint else None,
     )

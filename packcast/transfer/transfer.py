@@ -50,6 +50,7 @@ from packcast.transfer.results import (
     since,
 )
 from packcast.transfer.session import Session, open_session
+from packcast.transfer.sharing import hand_out_shares, take_share
 from packcast.transfer.stall import StallWatch
 from packcast.transfer.view_state import joining_updates, start_of, told_by_sender, worker_states
 from packcast.view import View
@@ -111,8 +112,10 @@ def send(
 
     infos = server.join(settings.join_timeout_s, joining_updates(settings, server, view))
     session.have_joined()
-    offers = make_offers(settings, checkpoint, files, infos, infos[session.launch.rank])
+    offers, fitted = make_offers(settings, checkpoint, files, infos, infos[session.launch.rank])
     offer = offers[session.launch.rank]
+    for note in fitted.notes:
+        view.warn(note)
 
     view.phase("offer")
     workers = send_offers(server, offers, offer.rank)
@@ -122,6 +125,7 @@ def send(
     exit_handler.on_abandon(data_plane.abandon)
     server.follow(data_plane.position, data_plane.progress)
     data_plane.read_ahead()
+    hand_out_shares(server, infos, settings.join_timeout_s)
     sums = _await_ready(server, offer, settings.join_timeout_s)
 
     view.phase("start")
@@ -130,7 +134,7 @@ def send(
     server.broadcast(Go(host=host, port=port, sums=sums))
     hosts = {rank_of(info): info.host for info in infos}
     view.started(
-        start_of(offer, is_sender=True, hosts=hosts),
+        start_of(offer, is_sender=True, hosts=hosts, is_low=fitted.is_low),
         lambda: data_plane.snapshot(worker_states(server)),
     )
 
@@ -173,7 +177,7 @@ def send(
         ranks=rank_reports(infos, offers, offer.rank, failures),
         digests=digests,
         workers={rank: facts_of(proofs[rank], published.get(rank)) for rank in workers},
-        warnings=checkpoint.warnings,
+        warnings=(*checkpoint.warnings, *fitted.notes),
         failures=failures,
         ends_cleanly=closed,
     )
@@ -201,6 +205,7 @@ def receive(
     exit_handler.on_leave(sink.abort, sink.left if isinstance(sink, WriteSink) else None)
     with _undone_on_error(sink, client):
         sink.prepare()
+        take_share(sink, client, patience_s)
         data_plane = DataPlane(
             offer, chunks, session.transfer_id, reader=_own_reader(session, offer), sink=sink
         )

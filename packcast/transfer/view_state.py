@@ -46,7 +46,13 @@ def worker_states(server: ControlServer) -> dict[int, WorkerState]:
     }
 
 
-def start_of(offer: Offer, *, is_sender: bool, hosts: Mapping[int, str] | None = None) -> Start:
+def start_of(
+    offer: Offer,
+    *,
+    is_sender: bool,
+    hosts: Mapping[int, str] | None = None,
+    is_low: bool = False,
+) -> Start:
     """The start line, out of what was offered."""
     return Start(
         rank=offer.rank,
@@ -65,4 +71,5 @@ def start_of(offer: Offer, *, is_sender: bool, hosts: Mapping[int, str] | None =
         staging=offer.staging,
         pool=pool_kind(),
         hosts=hosts or {},
+        is_low=is_low,
     )

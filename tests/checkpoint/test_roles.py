@@ -205,10 +205,24 @@ def cache(root: Path, *revisions: str) -> Path:
 def test_a_cache_folder_is_refused_with_its_snapshots(given: str, tmp_path: Path) -> None:
     folder = cache(tmp_path, "abc", "def") / given
     error = refused(folder)
-    assert "several revisions" in error.message
+    told = "a model's folder in a Hugging Face cache, with the snapshots abc, def"
+    assert error.message == f"{folder}: {told}, and no refs that give them names"
     snapshots = tmp_path / "models--org--name" / "snapshots"
     assert error.hint == f"give one of them: {snapshots / 'abc'}, {snapshots / 'def'}"
     assert len(open_checkpoint(snapshots / "abc").files) == 5
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "main").write_text("def\n")
+    assert refused(folder).message == f"{folder}: {told} (main)"
+    (snapshots.parent / "blobs").rmdir()  # as in a copy that followed the links
+    assert refused(folder).hint == error.hint
+
+
+def test_a_cache_folder_without_a_snapshot_is_told_how_to_get_one(tmp_path: Path) -> None:
+    folder = cache(tmp_path)
+    (folder / "snapshots").mkdir()
+    error = refused(folder)
+    assert error.message.endswith("with no snapshot in it")
+    assert error.hint == "`hf download org/name` makes one"
 
 
 def test_the_current_directory_is_known_as_a_cache_folder_too(

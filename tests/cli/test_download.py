@@ -76,7 +76,7 @@ def test_a_path_that_exists_is_no_models_name(cache: Path, checkpoint: Path) -> 
     [
         ("org/other", "`hf download org/other` brings it there"),
         ("hf://org/other@v2", "`hf download org/other --revision v2` brings it there"),
-        ("org/name@v9", f"of org/name the cache has the revisions {COMMIT} only"),
+        ("org/name@v9", f"the cache has org/name@{COMMIT} only"),
     ],
 )
 def test_what_is_not_in_the_cache_is_said_with_what_brings_it_there(
@@ -180,7 +180,11 @@ def test_a_whole_cache_names_its_models(
     (home / "hub").symlink_to(cache)
     (home / "token").write_text("x")
     assert run(["inspect", str(cache / "models--org--name")]) == 3
-    assert "may hold several revisions" in capsys.readouterr().err
+    assert f"with the snapshot {COMMIT} (main, pr/1)\n" in capsys.readouterr().err
+    shutil.rmtree(cache / "models--org--name" / "refs")
+    assert run(["inspect", "org/name"]) == 3
+    assert f"the cache has org/name@{COMMIT} only" in capsys.readouterr().err
+    assert run(["inspect", f"org/name@{COMMIT}"]) == 0
 
 
 @pytest.mark.parametrize(

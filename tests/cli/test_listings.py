@@ -10,6 +10,7 @@ import pytest
 
 from packcast.cli.app import run
 from packcast.cli.tables import table
+from packcast.io.memory import MemoryLimit
 
 Capture = pytest.CaptureFixture[str]
 NBYTES_OF_DATA = 26
@@ -123,6 +124,37 @@ def test_a_dry_run_needs_nobody_and_states_the_memory(
     assert "1 of at most 2MiB" in out
     found = json.loads((checkpoint.parent / "r.json").read_text())
     assert found["device_bytes"] == found["pinned_bytes"] == 3 * ((2 << 20) + 4096)
+
+
+def test_a_dry_run_chooses_and_refuses_buffers_as_a_transfer_does(
+    checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = MemoryLimit(key="box", free=200 << 20, name="the limit of the box")
+    monkeypatch.setattr("packcast.cli.dryrun.memory_limits", lambda: (limit,))
+    argv = ["send", str(checkpoint), "--dry-run", "--device", "cpu", "--nproc", "2"]
+    assert run([*argv, "--json", str(checkpoint.parent / "r.json")]) == 0
+    said = capsys.readouterr()
+    assert "32.0 MiB on each rank, sender and workers alike: 2 buffers of 16MiB" in said.out
+    assert "available    200 MiB, which the limit of the box leaves" in said.out
+    assert "low on memory: 2 buffers of 16MiB instead of 4 buffers of 16MiB" in said.err
+    found = json.loads((checkpoint.parent / "r.json").read_text())
+    assert found["memory"] == [{"limit": "the limit of the box", "free_bytes": 200 << 20}]
+    assert found["buffers"]["count"] == 2
+    assert run([*argv, "--buffer-size", "64MiB"]) == 5
+    assert "need 512 MiB for 4 buffers of 64MiB" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_that_modes_are_kept_and_what_is_private(
+    checkpoint: Path, capsys: Capture
+) -> None:
+    for path in checkpoint.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (checkpoint / "config.json").chmod(0o600)
+    checkpoint.chmod(0o750)
+    assert run(["send", str(checkpoint), "--dry-run"]) == 0
+    (line,) = [it for it in capsys.readouterr().out.splitlines() if it.startswith("modes")]
+    assert "1 file 600 (private)" in line
+    assert line.endswith("; folders 750")
 
 
 @pytest.mark.parametrize("more", [[], ["--device", "cpu"], ["--backend", "gloo"]], ids=str)

@@ -38,6 +38,7 @@ from packcast.control.messages import (
 )
 from packcast.control.rank_info import RankInfo
 from packcast.errors import DestinationError, PackcastError, TransferError
+from packcast.io.memory import MemoryLimit
 from tests.control.helpers import ANYTHING, Ping, Pong, info
 
 # The models with their fields, but for the bench's, whose answers are free.
@@ -127,6 +128,8 @@ SENTENCES = st.none() | st.text(max_size=100)
 NAMES = st.text(st.characters(exclude_categories=("C", "Z")), max_size=255)
 DIGESTS = st.text("0123456789abcdef", min_size=1, max_size=128)
 NBYTES = st.integers(0, 1 << 63)
+INODES = st.integers(0, (1 << 64) - 1)
+LIMITS = st.builds(MemoryLimit, key=st.just("0:1"), free=NBYTES, name=st.just("a limit"))
 SECONDS = st.floats(0, 1e12)
 INFOS = st.builds(
     RankInfo,
@@ -138,6 +141,8 @@ INFOS = st.builds(
     local_rank=st.none() | RANKS,
     device=st.just("cuda:1"),
     gpus=st.lists(NAMES, max_size=64).map(tuple),
+    gpu_free=st.lists(st.none() | NBYTES, max_size=64).map(tuple),
+    memory=st.lists(LIMITS, max_size=8).map(tuple),
     checkpoint=st.none() | NAMES,
     fingerprint=st.none() | NAMES,
 )
@@ -162,6 +167,11 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
         "ranks_on_host": RANKS,
         "readers_on_host": RANKS,
     },
+    transfer.Prepared: {
+        "directory": st.none() | st.tuples(INODES, INODES),
+        "owns": st.booleans(),
+    },
+    transfer.WritingShare: {"index": RANKS, "count": st.integers(1, 1_000_001)},
     transfer.Ready: {"plan": DIGESTS, "sums": st.booleans()},
     transfer.Go: {
         "host": st.just("fe80::1%eth0"),

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from packcast import send_checkpoint
+from packcast import View, send_checkpoint
 from packcast.report import Report
 from packcast.units import MIB
 from tests.helpers.commands import free_port
@@ -23,7 +23,12 @@ Outcome = Report | BaseException
 
 
 def transfer(
-    checkpoint: Path, *receivers: Receiver, buffer_size: int = MIB, num_buffers: int = 2
+    checkpoint: Path,
+    *receivers: Receiver,
+    buffer_size: int | None = MIB,
+    num_buffers: int = 2,
+    view: View | None = None,
+    max_rate: float | str | None = None,
 ) -> list[Outcome]:
     """Send it to the receivers, each called with the sender's address; the sender's comes first."""
     address = "127.0.0.1", free_port()
@@ -36,6 +41,8 @@ def transfer(
             token=TOKEN,
             buffer_size=buffer_size,
             num_buffers=num_buffers,
+            view=view,
+            max_rate=max_rate,
         )
 
     calls = [send, *(lambda receiver=receiver: receiver(address) for receiver in receivers)]

@@ -131,7 +131,7 @@ def offers_for(
         readers=readers,
     )
     members = [member(0), member(1), member(2, "recv", host="b"), member(3, "recv", host="b")]
-    return make_offers(settings, checkpoint, files, members, members[0])
+    return make_offers(settings, checkpoint, files, members, members[0])[0]
 
 
 def test_every_rank_gets_the_same_offer_but_for_its_place(
@@ -286,7 +286,7 @@ def test_the_chain_goes_from_host_to_host_and_is_not_told_where_it_is_by_rank(
 
     def offer(hosts: str) -> Offer:
         members = [member(rank, host=host) for rank, host in enumerate(hosts)]
-        return make_offers(settings, checkpoint, files, members, members[0])[0]
+        return make_offers(settings, checkpoint, files, members, members[0])[0][0]
 
     assert offer("ababa").chain == (0, 2, 4, 1, 3)
     assert offer("aabbc").chain == ()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,7 @@ from packcast.io.sinks.ownership import mark_as_own, open_folder
 from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
 from packcast.io.sinks.record import check_in_use, claim
+from packcast.io.sinks.sharing import ALONE, Share, remove_after_owner
 from packcast.io.sinks.space import free_nbytes, reserve
 from packcast.io.sinks.target import (
     Target,
@@ -52,10 +54,11 @@ class _State(enum.Enum):
 class WriteSink:
     """Writes the offered files into `target`, a directory, which appears complete or not at all.
 
-    Calls, in order: prepare, spans and open_files, finish, publish, from one thread. abort from any
-    thread, at any time; later writes of I/O threads are lost. Where several sinks of one
-    transfer name the same directory, one writes and the others drop their bytes. All raise
-    DestinationError for a failed system call, and TransferError after an abort.
+    Calls, in order: prepare, take_share, spans and open_files, finish, publish, from one thread.
+    abort from any thread, at any time; later writes of I/O threads are lost. Where several sinks of
+    one transfer name the same directory, one owns it (`wrote`); the others write a share of it, if
+    they are given one, else they drop their bytes. All raise DestinationError for a failed system
+    call, and TransferError after an abort.
     """
 
     stage: Final = "write"
@@ -79,6 +82,7 @@ class WriteSink:
         self._in_place = in_place
         self.wrote = False
         self.published = False
+        self._share = ALONE
         self.notes: list[str] = []
         self._target: Target | None = None
         self._made_parents: list[str] = []
@@ -112,9 +116,29 @@ class WriteSink:
             self.notes += reserve(self._table, self._files, target, free)
             self._raise_if_aborted()
 
+    @property
+    def partial_identity(self) -> tuple[int, int] | None:
+        """Device and inode of the partial directory, where this sink may write into it."""
+        if self._partial_fd < 0:
+            return None
+        there = os.fstat(self._partial_fd)
+        return there.st_dev, there.st_ino
+
+    def take_share(self, share: Share) -> None:
+        """Write this share of the copy, while the owner and others write theirs; after `prepare`,
+        of all who share, that is once the files are there. Without it the owner writes all."""
+        self._share = share
+        if not self._writes:
+            with self._step("write"):
+                self._close_folders()
+
+    @property
+    def _writes(self) -> bool:
+        return self.wrote or self._share.count > 1
+
     def spans(self, extent: Extent) -> Iterable[Span]:
-        """Where to write the extent's bytes; empty if another sink writes."""
-        return (Span(extent.file, extent.offset, 0, extent.nbytes),) if self.wrote else ()
+        """Where to write the extent's bytes; empty if other sinks write them."""
+        return self._share.spans(extent) if self._writes else ()
 
     def open_files(self, schedule: Schedule) -> FileTable:
         """The files, for I/O threads; the last of them are closed at the end of all."""
@@ -129,31 +153,34 @@ class WriteSink:
         """Nothing is."""
 
     def finish(self) -> None:
-        """After the last extent: make files and folders durable, with their times."""
-        if not self.wrote:
+        """After the last extent: make files and folders durable, with their times.
+
+        Where others write too they may go on after that, so the times follow in `publish`.
+        """
+        if not self._writes:
             return
         with self._step("finish"):
-            indices = range(len(self._files))
-            with ThreadPoolExecutor(_NUM_SYNC_THREADS, "packcast-sync") as pool:
-                list(pool.map(self._finish_file, indices))
-            # Bottom up, so that a durable name never leads to one that is not.
-            for folder in reversed(self._folders):
-                sync_folder(self._partial_fd, folder)
+            self._finish_files(is_last=self._share.count == 1)
             self._raise_if_aborted()
 
     def publish(self) -> None:
-        """Give the complete copy its final name. From here on abort does nothing."""
-        if not self.wrote:
-            return
+        """Give the complete copy its final name; of several sinks, once all have finished, the
+        owner does. From here on abort does nothing."""
         with self._step_lock:
             with self._lock:
                 self._raise_if_aborted()
                 if self._state is _State.COMMITTED:
                     return
                 self._state = _State.COMMITTED
-            self._table.close()
+            if not self.wrote:
+                self._table.close()
+                self._close_folders()
+                return
             target = self._located()
             try:
+                if self._share.count > 1:
+                    self._finish_shared(target)
+                self._table.close()
                 claim_fd, self._claim_fd = self._claim_fd, -1
                 seal(target, self._partial_fd, claim_fd)
                 self.notes += publish(target, self._holder_fd, self._names, force=self._force)
@@ -197,6 +224,7 @@ class WriteSink:
             "target": target.path if target else os.path.abspath(self._given),
             "wrote": self.wrote,
             "published": self.published,
+            "sharing": self._share.count,
             "notes": list(self.notes),
         }
 
@@ -210,7 +238,7 @@ class WriteSink:
                 os.mkdir(target.partial, self._folders[""], dir_fd=self._holder_fd)
             except FileExistsError:
                 check_in_use(self._holder_fd, target.partial, target.partial_path)
-                self._close_folders()
+                self._open_others_partial(target)
                 return False
             except OSError as error:
                 raise destination_error(error, f"write into {target.holder}") from error
@@ -223,6 +251,13 @@ class WriteSink:
             if target.mode is not None:
                 self.notes += take_over_attributes(target.path, self._partial_fd)
         return True
+
+    def _open_others_partial(self, target: Target) -> None:
+        """To write into it, where that is this user's; until `take_share` says otherwise."""
+        with suppress(OSError):
+            self._partial_fd = open_folder(self._holder_fd, target.partial)
+        if self._partial_fd < 0 or os.fstat(self._partial_fd).st_uid != os.geteuid():
+            self._close_folders()
 
     def _make_folders(self) -> None:
         for folder, mode in self._folders.items():
@@ -247,16 +282,38 @@ class WriteSink:
 
     # -- finishing and removing ------------------------------------------------------------------
 
-    def _finish_file(self, index: int) -> None:
+    def _finish_files(self, *, is_last: bool) -> None:
+        """Make what was written durable; `is_last`: nobody will write any more."""
+        indices = [
+            index
+            for index, spec in enumerate(self._files)
+            if is_last or self._share.has_part_of(index, spec.nbytes)
+        ]
+        with ThreadPoolExecutor(_NUM_SYNC_THREADS, "packcast-sync") as pool:
+            list(pool.map(partial(self._finish_file, is_last=is_last), indices))
+        if is_last:
+            # Bottom up, so that a durable name never leads to one that is not.
+            for folder in reversed(self._folders):
+                sync_folder(self._partial_fd, folder)
+
+    def _finish_shared(self, target: Target) -> None:
+        try:
+            self._finish_files(is_last=True)
+        except OSError as error:
+            raise destination_error(error, f"publish {target.path}") from error
+
+    def _finish_file(self, index: int, *, is_last: bool) -> None:
         spec = self._files[index]
         try:
             with self._table.borrow(index) as fd:
-                if os.fstat(fd).st_size != spec.nbytes:
-                    raise DestinationError(f"{self._path_of(index)} was changed by another process")
-                # Times that a file system or the C library cannot hold are not worth a failure.
-                with suppress(OSError, OverflowError):
-                    os.utime(fd, ns=(spec.mtime_ns, spec.mtime_ns))
-                mark_as_own(fd, self._transfer_id)
+                if is_last:
+                    if os.fstat(fd).st_size != spec.nbytes:
+                        where = self._path_of(index)
+                        raise DestinationError(f"{where} was changed by another process")
+                    # Times that a file system or libc cannot hold are not worth a failure.
+                    with suppress(OSError, OverflowError):
+                        os.utime(fd, ns=(spec.mtime_ns, spec.mtime_ns))
+                    mark_as_own(fd, self._transfer_id)
                 os.fsync(fd)
         except OSError as error:
             raise destination_error(error, f"write {self._path_of(index)}") from error
@@ -270,6 +327,9 @@ class WriteSink:
                 self._table.wait_closed(_WAIT_FOR_WRITERS_S)
                 self._release_claim()
                 remove_partial(self._holder_fd, partial)
+        elif self._share.count > 1 and self._holder_fd >= 0:
+            self._table.wait_closed(_WAIT_FOR_WRITERS_S)
+            remove_after_owner(self._holder_fd, self._located().partial_path)
         for folder in reversed(self._made_parents):
             with suppress(OSError):
                 os.rmdir(folder)

@@ -1,0 +1,98 @@
+"""Ranks of one host that name one --out: they write it together, and it is whole or gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+
+from packcast.io.sinks.ownership import RECORD
+from packcast.packed.plan import TURN
+from packcast.transfer.protocol import Prepared
+from packcast.transfer.sharing import shares_of
+from tests.helpers.checkpoints import same_tree
+from tests.helpers.commands import PACKCAST, Commands, free_port, rank_environment, wait_all
+from tests.transfer.offers import member
+
+SMALL_RING = ("--buffer-size", "1MiB", "--num-buffers", "2")
+
+
+def test_who_shares_sees_the_owners_directory_on_the_owners_host() -> None:
+    infos = [member(rank, host="b" if rank >= 5 else "a") for rank in range(8)]
+    one, other = (1, 1 << 63), (2, 7)
+    prepared = {
+        1: Prepared(directory=one, owns=False),
+        2: Prepared(directory=other, owns=True),
+        3: Prepared(directory=one, owns=True),
+        4: Prepared(directory=None, owns=False),
+        5: Prepared(directory=one, owns=False),
+        6: Prepared(directory=one, owns=False),
+        7: Prepared(directory=other, owns=False),
+    }
+    found = {rank: (it.index, it.count) for rank, it in shares_of(infos, prepared).items()}
+    assert found == {1: (1, 2), 3: (0, 2)} | dict.fromkeys((2, 4, 5, 6, 7), (0, 1))
+
+
+def test_ranks_of_one_host_write_one_directory_together(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    recv = ("recv", "--out", tmp_path / "out", "--json", tmp_path / "{rank}.json")
+    ends = commands.run_ranks(
+        ("send", large, *SMALL_RING, "--json", report),
+        *[recv] * 3,
+        ("recv", "--out", tmp_path / "own"),
+    )
+    assert [end.returncode for end in ends] == [0] * 5, [end.stderr for end in ends]
+    same_tree(large, tmp_path / "out")
+    same_tree(large, tmp_path / "own")
+    workers = json.loads(report.read_text())["workers"]
+    assert [workers[rank]["sharing"] for rank in "1234"] == [3, 3, 3, 1]
+    assert [workers[rank]["wrote"] for rank in "123"].count(True) == 1
+    assert [workers[rank]["published"] for rank in "123"].count(True) == 1
+    assert f"written to {tmp_path}/out, a share of it" in ends[0].stderr
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("killed", ["owner", "helper"])
+def test_when_one_of_them_is_killed_nothing_is_published_and_nothing_left(
+    commands: Commands, large: Path, tmp_path: Path, killed: str
+) -> None:
+    disk = commands.held_disk()
+    recv = ("recv", "--out", tmp_path / "out")
+    ranks = commands.start_ranks(
+        ("send", large, *SMALL_RING), recv, recv, ("recv", "--discard"), disks={0: disk}
+    )
+    commands.await_reached(disk)
+    (partial,) = tmp_path.glob(".out.packcast-*")
+    owner = json.loads((partial / RECORD).read_text())["pid"]
+    pair = {rank.pid == owner: rank for rank in ranks[1:3]}
+    victim = pair[killed == "owner"]
+    victim.kill()
+    others = [rank for rank in ranks if rank is not victim]
+    ends = wait_all(others, 20)
+    assert [end.returncode for end in ends] == [5, 5, 5]
+    assert all(f"lost rank {ranks.index(victim)} (" in end.sentence for end in ends)
+    assert not list(tmp_path.glob("*out*")) + list(tmp_path.glob(".*out*"))
+
+
+def test_what_one_of_them_cannot_write_ends_all(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    """Its files may not be so large: whether it is to make them or to write into them."""
+    port = free_port()
+    recv = [*PACKCAST, "recv", "--out", tmp_path / "out"]
+    limited = f"ulimit -f {2 * TURN // 1024}; exec {shlex.join(map(str, recv))}"
+    ranks = [
+        commands.packcast("send", large, *SMALL_RING, environment=rank_environment(0, 3, port)),
+        commands.start_warm(recv, rank_environment(1, 3, port)),
+        commands.start(["bash", "-c", limited], rank_environment(2, 3, port)),
+    ]
+    ends = wait_all(ranks, 60)
+    assert [end.returncode for end in ends] == [7, 7, 7], [end.stderr for end in ends]
+    assert all("larger than the file system or a limit allows" in end.sentence for end in ends)
+    assert not os.listdir(tmp_path)
