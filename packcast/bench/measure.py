@@ -36,7 +36,6 @@ from packcast.packed.chain import Chain
 from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import check_buffers
 from packcast.settings import Settings
-from packcast.transfer.agreement import rank_of
 from packcast.transfer.session import Session, open_session
 from packcast.transfer.stall import StallWatch
 from packcast.view import View
@@ -167,7 +166,7 @@ def _open(settings: BenchSettings, session: Session) -> tuple[Ranks, str | None]
             raise RendezvousError(
                 f"{me.label} was started with other options than the sender, {channel.sender.label}"
             )
-        rank, host = rank_of(me), channel.host_told(begin.host)
+        rank, host = me.known_rank, channel.host_told(begin.host)
         store = join_served_store(host, begin.port, join_timeout_s)
     return _connect(settings, channel, begin, rank, host, store), warning
 

@@ -48,8 +48,9 @@ class Channel:
     """
 
     def __init__(
-        self, name: str, *, heartbeat_timeout_s: float, on_failure: OnFailure, log: Log
+        self, transfer_id: str, *, heartbeat_timeout_s: float, on_failure: OnFailure, log: Log
     ) -> None:
+        self.transfer_id = transfer_id
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._interval_s = heartbeat_interval_s(heartbeat_timeout_s, 1)
         self._on_failure = on_failure
@@ -58,7 +59,7 @@ class Channel:
         self._loop.set_exception_handler(self._on_crash)
         self._tick_s = min(0.1, heartbeat_timeout_s / 16)
         self._clock = AwakeClock(4 * self._tick_s)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name="packcast-control", daemon=True)
         self._lock = threading.Lock()
         self._is_over = False
         self._told = threading.Event()

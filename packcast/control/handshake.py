@@ -45,6 +45,8 @@ class Entered:
     reader: FrameReader
     transfer_id: str
     welcome: Welcome
+    me: RankInfo
+    heartbeat_timeout_s: float
 
 
 class _NotYet(Exception):
@@ -68,7 +70,7 @@ def enter(
     join_timeout_s: float,
     heartbeat_timeout_s: float,
     log: Callable[[str], None],
-    still_wanted: Callable[[], bool],
+    still_wanted: Callable[[], bool] = lambda: True,
 ) -> Entered:
     """Connect and be let in, at one of the `hosts`: what may be the sender's address, or its name.
 
@@ -192,7 +194,14 @@ class _Exchange:
         if isinstance(answer, Abort):
             raise _refused(answer)
         assert isinstance(answer, Welcome), "nothing else is allowed"
-        return Entered(self._sock, self._reader, challenge.transfer_id, answer)
+        return Entered(
+            self._sock,
+            self._reader,
+            challenge.transfer_id,
+            answer,
+            hello.info,
+            hello.heartbeat_timeout_s,
+        )
 
     def _mismatch(self, hello: Hello, challenge: auth.Challenge) -> PackcastError:
         """The sender has to hear of it too, and says it in the words that all then print."""

@@ -23,13 +23,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _check_printable(text: str) -> str:
+def check_printable(text: str) -> str:
+    """For a model's field: ValueError unless the text is printable."""
     if not text.isprintable():
         raise ValueError("it is not printable")
     return text
 
 
-Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH), AfterValidator(_check_printable)]
+Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH), AfterValidator(check_printable)]
 Rank = Annotated[int, Field(ge=0, le=MAX_RANK)]
 
 
@@ -48,12 +49,18 @@ class RankInfo:
     boot_id: Name
     pid: Annotated[int, Field(ge=0, le=1 << 31)]
     local_rank: Rank | None = None
-    device: Annotated[str, Field(max_length=32), AfterValidator(_check_printable)] = "auto"
+    device: Annotated[str, Field(max_length=32), AfterValidator(check_printable)] = "auto"
     gpus: Annotated[tuple[Name, ...], Field(max_length=MAX_GPUS)] = ()
     checkpoint: (
-        Annotated[str, Field(max_length=MAX_PATH_LENGTH), AfterValidator(_check_printable)] | None
+        Annotated[str, Field(max_length=MAX_PATH_LENGTH), AfterValidator(check_printable)] | None
     ) = None
     fingerprint: Name | None = None
+
+    @property
+    def known_rank(self) -> int:
+        """`rank`, once it is certain that there is one."""
+        assert self.rank is not None
+        return self.rank
 
     @property
     def label(self) -> str:

@@ -57,7 +57,7 @@ class ControlServer(Channel):
         address = listener.getsockname()
         self.address: tuple[str, int] = (text_of(address), address[1])
         super().__init__(
-            "packcast-control",
+            transfer_id,
             heartbeat_timeout_s=heartbeat_timeout_s,
             on_failure=on_failure,
             log=log,

@@ -121,7 +121,7 @@ def _on_gpus_if_possible(members: Sequence[RankInfo], demand: str | None) -> Ass
     gpus = {member.rank: gpu for gpu, member in owners.items()}
     without = next((member for member in members if member.rank not in gpus), None)
     if without is None:
-        devices = {_rank(m): f"cuda:{m.gpus.index(gpus[m.rank][1])}" for m in members}
+        devices = {m.known_rank: f"cuda:{m.gpus.index(gpus[m.rank][1])}" for m in members}
         return Assignment("nccl", devices, "every rank has a GPU of its own", loud=False)
     reason = _why_none(without, owners)
     if demand:
@@ -163,11 +163,11 @@ def _match(members: Sequence[RankInfo]) -> dict[tuple[str, str], RankInfo]:
         for member in members:
             free = (gpu for gpu in candidates_of(member) if gpu not in owners)
             gpu = next(free, None)
-            if gpu and _rank(member) not in placed:
+            if gpu and member.known_rank not in placed:
                 owners[gpu] = member
-                placed.add(_rank(member))
+                placed.add(member.known_rank)
     for member in members:
-        if _rank(member) not in placed:
+        if member.known_rank not in placed:
             _augment(member, owners, seen=set())
     return owners
 
@@ -222,10 +222,5 @@ def _check_wishes(members: Sequence[RankInfo]) -> None:
             )
 
 
-def _rank(member: RankInfo) -> int:
-    assert member.rank is not None, "ranks are given out before devices"
-    return member.rank
-
-
 def _on_cpus(members: Sequence[RankInfo], reason: str, *, loud: bool) -> Assignment:
-    return Assignment("gloo", {_rank(member): "cpu" for member in members}, reason, loud)
+    return Assignment("gloo", {member.known_rank: "cpu" for member in members}, reason, loud)

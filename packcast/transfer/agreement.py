@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 
 import torch
 import xxhash
+from pydantic import ValidationError
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
@@ -23,8 +23,7 @@ from packcast.launch.devices import assign_devices
 from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
-from packcast.transfer.offer import Offer, Place, Sample, Selection
-from packcast.transfer.outline import amount_fault
+from packcast.transfer.offer import Offer, Sample, amount_fault, fault_of
 from packcast.transfer.protocol import RankAssignment
 
 NUM_SAMPLES = 16
@@ -72,7 +71,7 @@ def choose_readers(
             hint=f"give at most {1 + len(able)}, or `all`",
         )
     count = len(able) if wanted is None else wanted - 1
-    return tuple(rank_of(m) for m in (sender, *able[:count]))
+    return tuple(m.known_rank for m in (sender, *able[:count]))
 
 
 def make_offers(
@@ -82,10 +81,10 @@ def make_offers(
     infos: Sequence[RankInfo],
     sender: RankInfo,
 ) -> dict[int, Offer]:
-    """One offer for each rank, the sender's own included: the same but for the place."""
+    """One offer for each rank, the sender's own included: the same but for the assignment."""
     check_one_checkpoint(infos, sender)
     readers = choose_readers(infos, sender, settings.readers)
-    assignment = assign_devices(infos, settings.backend)
+    devices = assign_devices(infos, settings.backend)
     sizes = [file.spec.nbytes for file in files]
     buffer_size = settings.buffer_size or fitting_buffer_size(sum(sizes))
     fault = amount_fault(sum(sizes), buffer_size)
@@ -96,33 +95,39 @@ def make_offers(
     order = tuple(chain_order([info.boot_id for info in infos]))
     ranks_on = Counter(info.boot_id for info in infos)
     readers_on = Counter(info.boot_id for info in infos if info.rank in readers)
-    offer = Offer(
-        files=tuple(file.spec for file in files),
-        buffer_size=buffer_size,
-        num_buffers=settings.num_buffers,
-        staging=settings.staging,
-        readers=readers,
-        chain=() if order == tuple(range(len(infos))) else order,
-        plan=plan_digest(sizes, buffer_size, chunks),
-        selection=Selection(settings.include, settings.exclude),
-        samples=samples,
-        world_size=len(infos),
-        backend=assignment.backend,
-        reason=assignment.reason,
-        loud=assignment.loud,
-        place=Place(0, "", 1, 1),
-    )
-    return {
-        rank: replace(
-            offer,
-            place=Place(
-                rank,
-                assignment.devices[rank],
-                ranks_on[info.boot_id],
-                max(1, readers_on[info.boot_id]),
-            ),
+    assignments = [
+        RankAssignment(
+            rank=rank,
+            device=devices.devices[rank],
+            ranks_on_host=ranks_on[info.boot_id],
+            readers_on_host=max(1, readers_on[info.boot_id]),
         )
         for rank, info in enumerate(infos)
+    ]
+    try:
+        offer = Offer(
+            files=tuple(file.spec for file in files),
+            buffer_size=buffer_size,
+            num_buffers=settings.num_buffers,
+            staging=settings.staging,
+            readers=readers,
+            chain=() if order == tuple(range(len(infos))) else order,
+            plan=plan_digest(sizes, buffer_size, chunks),
+            digest="xxh3_128",
+            include=settings.include,
+            exclude=settings.exclude,
+            samples=samples,
+            world_size=len(infos),
+            backend=devices.backend,
+            reason=devices.reason,
+            loud=devices.loud,
+            assignment=assignments[0],
+        )
+    except ValidationError as error:  # globs of the command line, above all
+        raise UsageError(f"this cannot be offered: {fault_of(error)}") from error
+    return {
+        rank: offer.model_copy(update={"assignment": assignment})
+        for rank, assignment in enumerate(assignments)
     }
 
 
@@ -131,7 +136,7 @@ def send_offers(server: ControlServer, offers: Mapping[int, Offer], sender: int)
     server.broadcast(OfferMessage.of(offers[sender].to_bytes()))
     workers = [rank for rank in offers if rank != sender]
     for rank in workers:
-        server.send(rank, RankAssignment(**asdict(offers[rank].place)))
+        server.send(rank, offers[rank].assignment)
     return workers
 
 
@@ -145,7 +150,7 @@ def await_offer(
         content = message.content()
     except ProtocolError as error:
         raise TransferError(f"the sender's offer is refused: {error}") from error
-    offer = Offer.from_bytes(content, assignment.model_dump())
+    offer = Offer.from_bytes(content, assignment)
     if (offer.rank, offer.world_size) != (rank, world_size):
         raise TransferError("the sender's offer is for another rank or group")
     check_device(offer)
@@ -166,8 +171,7 @@ def take_samples(checkpoint: Checkpoint, files: Sequence[OutgoingFile]) -> tuple
 
 def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[OutgoingFile, ...]:
     """This reader's own outgoing files; RendezvousError unless they are the sender's."""
-    chosen = offer.selection
-    files = outgoing_files(checkpoint, include=chosen.include, exclude=chosen.exclude)
+    files = outgoing_files(checkpoint, include=offer.include, exclude=offer.exclude)
     for mine, theirs in zip(files, offer.files, strict=False):
         if _identity(mine.spec) != _identity(theirs):
             raise RendezvousError(f"this reader's {mine.spec.name} is not the sender's")
@@ -195,12 +199,6 @@ def check_device(offer: Offer) -> None:
             f"the sender offers nccl on {offer.device}, which this rank's torch does not support",
             hint="--backend gloo, on the sender, needs no GPU",
         )
-
-
-def rank_of(info: RankInfo) -> int:
-    """Its rank, which it has once everybody has joined."""
-    assert info.rank is not None
-    return info.rank
 
 
 def _digest(reader: FileReader, file: int, offset: int, nbytes: int) -> str:

@@ -127,12 +127,12 @@ class DataPlane:
                 sink,
                 offer.files,
                 buffers,
-                num_threads=num_io_threads(offer.place.ranks_on_host),
+                num_threads=num_io_threads(offer.assignment.ranks_on_host),
                 tolerant=tolerant,
             )
         if reader is not None:
             mine = [chunk for chunk in self._chunks if chunk.root == offer.rank]
-            threads = num_io_threads(offer.place.readers_on_host)
+            threads = num_io_threads(offer.assignment.readers_on_host)
             self._source = FileSource(mine, reader, buffers, num_threads=threads)
 
     def _stays_on_device(self, sink: Sink | None) -> TypeGuard[TensorSink | DiscardSink]:

@@ -22,7 +22,7 @@ def staging_bound(offer: Offer) -> int:
     available = available_nbytes()
     if available is None:
         return offer.staging
-    return min(offer.staging, available // 2 // offer.place.ranks_on_host)
+    return min(offer.staging, available // 2 // offer.assignment.ranks_on_host)
 
 
 def num_io_threads(sharing: int) -> int:

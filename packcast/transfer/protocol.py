@@ -1,7 +1,6 @@
-"""What sender and workers tell each other in the course of a transfer, as declared models.
+"""The messages of a transfer, in the order in which they are sent; kinds 32 to 63.
 
-In the order of DESIGN's protocol; control/messages.py has what precedes them, OFFER and COMMIT.
-Kinds 32 to 63 are the transfer's.
+Those of the control channel itself, OFFER and COMMIT are in control/messages.py.
 """
 
 from __future__ import annotations
@@ -11,22 +10,23 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from packcast.control.messages import Message, Sentence
-from packcast.control.rank_info import Rank
+from packcast.control.rank_info import MAX_RANK, Rank
 from packcast.units import KIB, MIB
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
 Nbytes = Annotated[int, Field(ge=0, le=1 << 63)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
+NumRanks = Annotated[int, Field(ge=1, le=MAX_RANK + 1)]
 ShortText = Annotated[str, Field(max_length=64)]
 
 
 class RankAssignment(Message, kind=32, by="sender"):
-    """What an offer says to one rank alone: its GPU, and with how many it shares its host."""
+    """The part of an offer for one rank alone: its device, and how many ranks share its host."""
 
     rank: Rank
-    device: ShortText
-    ranks_on_host: Rank
-    readers_on_host: Rank
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda:(0|[1-9][0-9]?))\z")]
+    ranks_on_host: NumRanks
+    readers_on_host: NumRanks
 
 
 class Ready(Message, kind=33, by="worker"):

@@ -16,7 +16,6 @@ from packcast.io.pool import pool_kind
 from packcast.packed.counters import Counters
 from packcast.report import RankReport, Report, StageReport, ranks_text
 from packcast.settings import Settings
-from packcast.transfer.agreement import rank_of
 from packcast.transfer.data_plane import DataPhaseResult
 from packcast.transfer.offer import Offer
 from packcast.transfer.protocol import Proved, Published, StageFigures
@@ -205,12 +204,12 @@ def rank_reports(
     """One line for each rank; `failures` says what went wrong on some."""
     return [
         RankReport(
-            rank=rank_of(info),
-            role="sender" if rank_of(info) == sender else "worker",
+            rank=info.known_rank,
+            role="sender" if info.known_rank == sender else "worker",
             host=info.host,
-            device=offers[rank_of(info)].device if rank_of(info) in offers else "",
-            ok=rank_of(info) not in failures,
-            error=failures[rank_of(info)].message if rank_of(info) in failures else None,
+            device=offers[info.known_rank].device if info.known_rank in offers else "",
+            ok=info.known_rank not in failures,
+            error=failures[info.known_rank].message if info.known_rank in failures else None,
         )
         for info in infos
     ]

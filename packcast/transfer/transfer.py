@@ -31,12 +31,11 @@ from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import (
     await_offer,
     make_offers,
-    rank_of,
     same_files_as_offered,
     send_offers,
 )
 from packcast.transfer.data_plane import DataPlane
-from packcast.transfer.offer import Offer, Selection
+from packcast.transfer.offer import Offer
 from packcast.transfer.protocol import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.results import (
     agreed_digests,
@@ -117,7 +116,9 @@ def send(
     workers = send_offers(server, offers, offer.rank)
     _allow_device_start(server, offer)
     reader = FileReader(files, checkpoint.files)
-    data_plane = DataPlane(offer, offer.chunks(), session.transfer_id, reader=reader, sink=None)
+    data_plane = DataPlane(
+        offer, offer.chunks(), session.channel.transfer_id, reader=reader, sink=None
+    )
     exit_handler.on_abandon(data_plane.abandon)
     server.follow(data_plane.position, data_plane.progress)
     data_plane.read_ahead()
@@ -127,7 +128,7 @@ def send(
     host = server.host_met()
     store, port = serve_store(host, settings.join_timeout_s, settings.port_range)
     server.broadcast(Go(host=host, port=port, sums=sums))
-    hosts = {rank_of(info): info.host for info in infos}
+    hosts = {info.known_rank: info.host for info in infos}
     view.started(
         start_of(offer, is_sender=True, hosts=hosts),
         lambda: data_plane.snapshot(worker_states(server)),
@@ -193,7 +194,7 @@ def receive(
     session.have_joined()
 
     view.phase("offer")
-    offer = await_offer(client, rank_of(me), world_size, patience_s)
+    offer = await_offer(client, me.known_rank, world_size, patience_s)
     _allow_device_start(client, offer)
     chunks = offer.chunks()
     sink = _make_sink(settings, session, offer, me, make_destination)
@@ -201,7 +202,11 @@ def receive(
     with _undone_on_error(sink, client):
         sink.prepare()
         data_plane = DataPlane(
-            offer, chunks, session.transfer_id, reader=_own_reader(session, offer), sink=sink
+            offer,
+            chunks,
+            session.channel.transfer_id,
+            reader=_own_reader(session, offer),
+            sink=sink,
         )
         exit_handler.on_abandon(data_plane.abandon)
         client.follow(data_plane.position, data_plane.progress)
@@ -284,12 +289,12 @@ def _make_sink(
         settings.target, rank=offer.rank, local_rank=session.launch.local_rank, host=me.host
     )
     if settings.sink == "verify":
-        selection = offer.selection != Selection((), ())
-        return VerifySink(local_copy(Path(where), offer.files), offer.files, selection=selection)
+        is_selection = bool(offer.include or offer.exclude)
+        return VerifySink(local_copy(Path(where), offer.files), offer.files, selection=is_selection)
     return WriteSink(
         Path(where),
         offer.files,
-        transfer_id=session.transfer_id,
+        transfer_id=session.channel.transfer_id,
         force=settings.force,
         in_place=settings.in_place,
     )
