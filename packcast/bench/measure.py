@@ -28,7 +28,7 @@ from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, RendezvousError, TransferError, UsageError
 from packcast.launch.devices import assign_devices
 from packcast.launch.exit import ProcessExit
-from packcast.launch.hops import open_chain
+from packcast.launch.hops import open_hops
 from packcast.launch.launchers import detect_launch
 from packcast.launch.processgroup import begin_close, open_process_group
 from packcast.launch.store import join_served_store, serve_store
@@ -197,8 +197,9 @@ def _connect(
     def open_chain_of(roots: Sequence[int], name: str) -> Chain:
         from torch._C._distributed_c10d import PrefixStore
 
-        return open_chain(
-            chain_order([str(host) for host in begin.hosts]),
+        order = chain_order([str(host) for host in begin.hosts])
+        hops = open_hops(
+            order,
             roots,
             rank=rank,
             store=PrefixStore(name, store),
@@ -206,6 +207,7 @@ def _connect(
             interface=interface,
             check=channel.check,
         )
+        return Chain(*hops, rank=rank, order=order, check=channel.check)
 
     return Ranks(
         rank=rank,

@@ -64,28 +64,28 @@ class ControlClient(Channel):
     # For any thread.
 
     def host_told(self, host: str) -> str:
-        """The sender's address, as the sender calls it, as it is called on this host."""
+        """The sender's address from a message, with this host's interface if it is link-local."""
         return with_interface(host, self._interface)
 
     def await_joined(self, timeout_s: float | None) -> tuple[RankInfo, int]:
-        """This worker with the rank it got, and the world size, once everybody has joined.
+        """This worker with its assigned rank, and the world size, once all have joined.
 
-        The sender names who is missing at its own deadline, so give this one a little longer.
+        The sender names the missing ranks at its own deadline, so this one should be longer.
         """
         found = self._ask(self._membership, timeout_s)
         if found is None:
-            raise RendezvousError(f"not everybody has joined within {timeout_s:g} s")
+            raise RendezvousError(f"not all ranks have joined within {timeout_s:g} s")
         return found
 
     def send(self, message: Message) -> None:
-        """Send a message to the sender; raises the failure. One already gone gets nothing."""
+        """Send a message to the sender, if it is still there; raises the failure."""
         self.check()
         self._post(self._connection.send, message.encode())
 
     def expect(self, kind: type[M], timeout_s: float | None) -> M:
         """The sender's next message of this kind.
 
-        Raises the failure, or TransferError at the time-out or where the sender is gone.
+        Raises the failure, or TransferError at the time-out or if the sender is gone.
         """
         found = self._ask(lambda: self._take(kind), timeout_s)
         if found is None:
@@ -131,13 +131,13 @@ class ControlClient(Channel):
         return f"the sender, {connection.label}"
 
     def _on_abort(self, connection: Connection, message: Abort) -> None:
-        # The sender speaks for the group: its sentence is everybody's, word for word. But
-        # "interrupted" alone would read as if this rank had been.
+        # Every rank prints the sender's message unchanged. But "interrupted" alone would read as
+        # if this rank had been interrupted.
         said_by = self._name_of(connection) if message.code > 128 else None
         self._part(Incident(connection, message.error(said_by=said_by)))
 
     def _part(self, incident: Incident) -> None:
-        # At once: nobody else's word could be the cause, and what the sender serves may go with it.
+        # Without a delay: no other connection could know the cause, and the store may go too.
         super()._part(incident)
         self._settle()
 

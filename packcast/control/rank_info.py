@@ -1,6 +1,6 @@
-"""One process of a transfer, as it introduces itself to the others. Pure data.
+"""One process of a transfer, as it introduces itself to the others.
 
-It comes from the network: a model with bounds, so that an instance is always one that was checked.
+It comes from the network, so it is a model with bounds: every instance has been validated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_GPUS = 64
 
 
 def printable(text: str) -> str:
-    """The text on one line, escaped where a terminal would act on it or could not show it."""
+    """The text with unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
@@ -36,11 +36,11 @@ Rank = Annotated[int, Field(ge=0, le=MAX_RANK)]
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 class RankInfo:
-    """A rank's introduction: where it runs, and what it brings along.
+    """A rank's host, process and devices, and the checkpoint that it can send.
 
-    `boot_id` tells hosts apart where names do not. `gpus` are the ids of the visible GPUs in
-    order, `device` is the wish (`auto`, `cpu`, `cuda`, `cuda:1`). `checkpoint` (its real path) and
-    `fingerprint` are set where the rank ran `send`. `rank` is None until the sender gives one out.
+    `boot_id` identifies the host; names may be equal. `gpus` are the ids of the visible GPUs in
+    order, `device` is the requested one (`auto`, `cpu`, `cuda`, `cuda:1`). `checkpoint` (its real
+    path) and `fingerprint` are set if the rank ran `send`. `rank` is None until it is assigned.
     """
 
     role: Role

@@ -1,4 +1,4 @@
-"""What the sender settles once all have joined: that they fit, who reads, what is offered."""
+"""The agreement once all have joined: one checkpoint, the readers, the offer and its answers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings, fitting_buffer_size
 from packcast.transfer.offer import Offer, Sample, amount_fault, fault_of
-from packcast.transfer.protocol import RankAssignment
+from packcast.transfer.protocol import RankAssignment, Ready
 
 NUM_SAMPLES = 16
 
 
 def check_one_checkpoint(infos: Sequence[RankInfo], sender: RankInfo) -> None:
-    """Raise RendezvousError if ranks that ran `send` mean different checkpoints.
+    """Raise RendezvousError if ranks that ran `send` name different checkpoints.
 
-    Where a rank cannot see the checkpoint (it is on the sender's disk), the paths must be equal.
+    If a rank cannot read it (it is on the sender's disk), the paths must be equal.
     """
     for info in infos:
         if info.role != "send":
@@ -53,7 +53,7 @@ def check_one_checkpoint(infos: Sequence[RankInfo], sender: RankInfo) -> None:
 def choose_readers(
     infos: Sequence[RankInfo], sender: RankInfo, wanted: int | None
 ) -> tuple[int, ...]:
-    """The sender, then the lowest other ranks that ran `send` and see the checkpoint.
+    """The sender, then the lowest other ranks that ran `send` and can read the checkpoint.
 
     `wanted` None means every rank that ran `send`. Raises RendezvousError if there are too few.
     """
@@ -132,7 +132,7 @@ def make_offers(
 
 
 def send_offers(server: ControlServer, offers: Mapping[int, Offer], sender: int) -> list[int]:
-    """Send every worker its offer: one for all, and each one's own assignment. Their ranks."""
+    """Send every worker the offer and its own assignment; returns the workers' ranks."""
     server.broadcast(OfferMessage.of(offers[sender].to_bytes()))
     workers = [rank for rank in offers if rank != sender]
     for rank in workers:
@@ -143,7 +143,7 @@ def send_offers(server: ControlServer, offers: Mapping[int, Offer], sender: int)
 def await_offer(
     client: ControlClient, rank: int, world_size: int, timeout_s: float | None
 ) -> Offer:
-    """The sender's offer for this rank; TransferError where it is none."""
+    """The sender's offer for this rank; TransferError if it is not valid."""
     message = client.expect(OfferMessage, timeout_s)
     assignment = client.expect(RankAssignment, timeout_s)
     try:
@@ -155,6 +155,18 @@ def await_offer(
         raise TransferError("the sender's offer is for another rank or group")
     check_device(offer)
     return offer
+
+
+def await_ready(server: ControlServer, offer: Offer, timeout_s: float) -> bool:
+    """Wait until every worker has reserved its space and buffers, and has made the same plan.
+
+    Returns whether a worker needs the chunks' sums, since its bytes stay on the device.
+    """
+    answers = server.gather(Ready, timeout_s)
+    for rank, ready in answers.items():
+        if ready.plan != offer.plan:
+            raise TransferError(f"rank {rank} makes another plan of the offer")
+    return any(ready.sums for ready in answers.values())
 
 
 def take_samples(checkpoint: Checkpoint, files: Sequence[OutgoingFile]) -> tuple[Sample, ...]:
@@ -190,7 +202,7 @@ def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[Outgoin
 
 
 def check_device(offer: Offer) -> None:
-    """Raise RendezvousError where this rank cannot take part with the device it was given."""
+    """Raise RendezvousError if this rank cannot use the device that it is assigned."""
     if offer.backend != "nccl":
         return
     index = int(offer.device.removeprefix("cuda:"))

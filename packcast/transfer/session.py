@@ -32,20 +32,20 @@ from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, RendezvousError
 from packcast.launch.devices import boot_id, host_name, visible_gpus
 from packcast.launch.exit import ExitHandler
-from packcast.launch.handover import LOOPBACK, received
-from packcast.launch.launchers import Launch
-from packcast.launch.rendezvous import (
-    Rendezvous,
+from packcast.launch.find_sender import (
     SenderAddress,
     await_address,
     await_routes,
+    hosts_of,
     leave_failed_join,
-    open_rendezvous,
     post_route,
     publish_address,
     publish_failure,
     settle_sender,
 )
+from packcast.launch.handover import LOOPBACK, received
+from packcast.launch.launchers import Launch
+from packcast.launch.rendezvous import Rendezvous, open_rendezvous
 from packcast.launch.secret import OPEN_LAUNCH, launch_context, launch_secret
 from packcast.launch.validation import launch_of
 from packcast.settings import Settings
@@ -193,7 +193,7 @@ class _Joining:
         self._view.placed(launch.rank, is_sender=sender == launch.rank)
         if sender != launch.rank:
             address = await_address(rendezvous, limit_s)
-            return self._connect(rendezvous.hosts_of(address), address.port, secret)
+            return self._connect(hosts_of(address, rendezvous), address.port, secret)
         try:
             if self._fault is not None:
                 raise self._fault
