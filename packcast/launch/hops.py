@@ -1,4 +1,4 @@
-"""A chain of ranks is connected hop by hop: a gloo group of two ranks where a chunk passes."""
+"""Connects a chain of ranks hop by hop: a gloo group of two ranks for each."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _blocked(hosts: dict[int, str], interface: str | None) -> RendezvousError:
 
 
 def _ephemeral_ports() -> str:
-    """The ports of which the kernel chooses for who asks for none, as gloo does."""
+    """The range of ports from which the kernel chooses for gloo."""
     try:
         return "-".join(_PORT_RANGE.read_text().split())
     except OSError:
@@ -100,8 +100,8 @@ def _meet(
 ) -> str:
     """Wait until the neighbour is about to connect, too; returns the name of its host.
 
-    Who waits for it in gloo's constructor cannot be told that it has died, or that another has;
-    and torch writes to standard error where a wait in a store takes longer than allowed.
+    Here rather than in gloo's constructor, where a failure of the transfer could not end the wait,
+    and by polling, since torch prints to standard error if a wait in a store times out.
     """
     deadline = time.monotonic() + timeout_s
     pause_s = 0.002

@@ -30,14 +30,14 @@ class RankAssignment(Message, kind=32, by="sender"):
 
 
 class Ready(Message, kind=33, by="worker"):
-    """A worker has its space and buffers, and has made this plan; `sums`: it needs the chunks'."""
+    """A worker has its space and buffers, and this plan; `sums`: it needs sums of the chunks."""
 
     plan: Digest
     sums: bool
 
 
 class Go(Message, kind=34, by="sender"):
-    """All ranks are ready: where the sender serves a store, and whether chunks carry sums."""
+    """All workers are ready: the address of the sender's store, and whether chunks carry sums."""
 
     host: Annotated[str, Field(pattern=r"^[0-9A-Za-z.:%_-]{1,255}$")]  # or an IPv6 with its scope
     port: Annotated[int, Field(ge=1, le=65535)]
@@ -45,15 +45,15 @@ class Go(Message, kind=34, by="sender"):
 
 
 class Moved(Message, kind=35, by="worker"):
-    """Every chunk is through on this rank."""
+    """This worker has received every chunk."""
 
 
 class Close(Message, kind=36, by="sender"):
-    """Every chunk is through on every rank: the process group may go."""
+    """All workers have received every chunk: close the process group."""
 
 
 class StageFigures(BaseModel):
-    """What one stage did, as a part of PROVED."""
+    """One stage, as a part of PROVED."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class StageFigures(BaseModel):
 
 
 class Proved(Message, kind=37, by="worker", limit=16 * MIB):
-    """Every byte was received, proven, and made durable, compared or dropped."""
+    """Every byte was received, verified, and made durable, compared or dropped."""
 
     digests: Annotated[list[Digest], Field(max_length=100_000)] | None
     seconds: Seconds
@@ -76,7 +76,7 @@ class Proved(Message, kind=37, by="worker", limit=16 * MIB):
 
 
 class Published(Message, kind=38, by="worker", limit=64 * KIB):
-    """What a worker has at the end, or why not; `code` is 0 then."""
+    """A worker's result; `code` is 0, or `error` says why it has no copy."""
 
     result: dict[str, JsonValue]
     code: Annotated[int, Field(ge=0, le=255)]
@@ -85,4 +85,4 @@ class Published(Message, kind=38, by="worker", limit=64 * KIB):
 
 
 class Done(Message, kind=39, by="sender"):
-    """Every worker has said what became of its copy."""
+    """The sender has every worker's PUBLISHED."""
