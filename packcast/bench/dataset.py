@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,7 +33,8 @@ from packcast.io.source import FileReader
 from packcast.packed.chain_order import chain_order
 from packcast.packed.layout import TensorSpec
 from packcast.packed.plan import plan_chunks, plan_digest
-from packcast.transfer.offer import Offer, Place, Selection
+from packcast.transfer.offer import Offer
+from packcast.transfer.protocol import RankAssignment
 
 _REMOVAL_LIMIT_S = 2.0
 
@@ -161,7 +162,7 @@ def share_files(data: Dataset, settings: BenchSettings, ranks: Ranks, path: Path
 
 def _share_offer(data: Dataset, settings: BenchSettings, ranks: Ranks) -> Offer:
     """The sender's description of the files, as the ranks of a transfer get it."""
-    place = Place(
+    assignment = RankAssignment(
         rank=ranks.rank,
         device=str(ranks.device),
         ranks_on_host=ranks.on_my_host(range(ranks.world_size)),
@@ -179,16 +180,18 @@ def _share_offer(data: Dataset, settings: BenchSettings, ranks: Ranks) -> Offer:
             readers=(SENDER,),
             chain=tuple(chain_order([str(host) for host in ranks.hosts])),
             plan=plan_digest(sizes, buffer_size, plan_chunks(sizes, buffer_size, (SENDER,))),
-            selection=Selection((), ()),
+            digest="xxh3_128",
+            include=(),
+            exclude=(),
             samples=(),
             world_size=ranks.world_size,
             backend="nccl" if ranks.on_gpu else "gloo",
             reason="",
             loud=False,
-            place=place,
+            assignment=assignment,
         )
     told = ranks.share(offer.to_bytes().decode("latin-1") if offer else None)
-    return offer or Offer.from_bytes(told.encode("latin-1"), asdict(place))
+    return offer or Offer.from_bytes(told.encode("latin-1"), assignment)
 
 
 def offer_of_case(data: Dataset, case: Case, ranks: Ranks) -> Offer:
@@ -197,13 +200,17 @@ def offer_of_case(data: Dataset, case: Case, ranks: Ranks) -> Offer:
     sizes = [spec.nbytes for spec in base.files]
     readers = data.able[: case.readers]
     chunks = plan_chunks(sizes, case.buffer_size, readers)
-    return replace(
-        base,
-        buffer_size=case.buffer_size,
-        num_buffers=case.num_buffers,
-        readers=readers,
-        plan=plan_digest(sizes, case.buffer_size, chunks),
-        place=replace(base.place, readers_on_host=max(1, ranks.on_my_host(readers))),
+    assignment = base.assignment.model_copy(
+        update={"readers_on_host": max(1, ranks.on_my_host(readers))}
+    )
+    return base.model_copy(
+        update={
+            "buffer_size": case.buffer_size,
+            "num_buffers": case.num_buffers,
+            "readers": readers,
+            "plan": plan_digest(sizes, case.buffer_size, chunks),
+            "assignment": assignment,
+        }
     )
 
 

@@ -57,6 +57,7 @@ class FileMethod(MethodRun):
         self._data_plane = DataPlane(
             offer,
             offer.chunks(),
+            job.ranks.channel,
             job.run_id,
             reader=reader,
             sink=self._sink,
@@ -79,7 +80,7 @@ class FileMethod(MethodRun):
         """The moment of the last byte: buffers that are unpinned afterwards are no part of it."""
         data_plane, ranks = self._made(), self.job.ranks
         data_plane.read_ahead()
-        moved = data_plane.run(self._chain or ranks.group, ranks.channel)
+        moved = data_plane.run(self._chain or ranks.group)
         if self._chain is not None:
             self.sent_nbytes = self._chain.sent_nbytes
         self.pinned_nbytes = moved.pinned_nbytes

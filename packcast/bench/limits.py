@@ -96,7 +96,7 @@ class LimitMethod(MethodRun):
         if self._has("write") and sink == "write":
             self._start_writing(offer)
         elif active.target is not None and not ranks.on_gpu:
-            threads = num_io_threads(offer.place.ranks_on_host)
+            threads = num_io_threads(offer.assignment.ranks_on_host)
             self._start(Task.WRITE, offer.chunks(), _spans_in(active.target), array("i"), threads)
 
     def connect(self) -> None:
@@ -210,7 +210,7 @@ class LimitMethod(MethodRun):
             evict(wanted)
         chunks = [c for c in offer.chunks() if everything or c.root == self.job.ranks.rank]
         descriptors = _opened(wanted, os.O_RDONLY, self._ending)
-        sharing = offer.place.ranks_on_host if everything else offer.place.readers_on_host
+        sharing = offer.assignment.ranks_on_host if everything else offer.assignment.readers_on_host
         self._start(Task.READ, chunks, _spans, descriptors, num_io_threads(sharing))
 
     def _start_writing(self, offer: Offer) -> None:
@@ -222,7 +222,7 @@ class LimitMethod(MethodRun):
         for descriptor, spec in zip(descriptors, offer.files, strict=True):
             _reserve(descriptor, spec.nbytes)
         self._prepared().written = descriptors
-        threads = num_io_threads(offer.place.ranks_on_host)
+        threads = num_io_threads(offer.assignment.ranks_on_host)
         self._start(Task.WRITE, offer.chunks(), _spans, descriptors, threads)
 
     def _start(

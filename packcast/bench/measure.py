@@ -28,7 +28,7 @@ from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, RendezvousError, TransferError, UsageError
 from packcast.launch.devices import assign_devices
 from packcast.launch.exit import ProcessExit
-from packcast.launch.hops import open_chain
+from packcast.launch.hops import open_hops
 from packcast.launch.launchers import detect_launch
 from packcast.launch.processgroup import begin_close, open_process_group
 from packcast.launch.store import join_served_store, serve_store
@@ -36,7 +36,6 @@ from packcast.packed.chain import Chain
 from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import check_buffers
 from packcast.settings import Settings
-from packcast.transfer.agreement import rank_of
 from packcast.transfer.session import Session, open_session
 from packcast.transfer.stall import StallWatch
 from packcast.view import View
@@ -167,7 +166,7 @@ def _open(settings: BenchSettings, session: Session) -> tuple[Ranks, str | None]
             raise RendezvousError(
                 f"{me.label} was started with other options than the sender, {channel.sender.label}"
             )
-        rank, host = rank_of(me), channel.host_told(begin.host)
+        rank, host = me.known_rank, channel.host_told(begin.host)
         store = join_served_store(host, begin.port, join_timeout_s)
     return _connect(settings, channel, begin, rank, host, store), warning
 
@@ -199,8 +198,9 @@ def _connect(
     def open_chain_of(roots: Sequence[int], name: str) -> Chain:
         from torch._C._distributed_c10d import PrefixStore
 
-        return open_chain(
-            chain_order([str(host) for host in begin.hosts]),
+        order = chain_order([str(host) for host in begin.hosts])
+        hops = open_hops(
+            order,
             roots,
             rank=rank,
             store=PrefixStore(name, store),
@@ -208,6 +208,7 @@ def _connect(
             interface=interface,
             check=channel.check,
         )
+        return Chain(*hops, rank=rank, order=order, check=channel.check)
 
     return Ranks(
         rank=rank,

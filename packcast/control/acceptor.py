@@ -1,8 +1,8 @@
-"""Where connections come in: challenged, and let through to the server once proven; on its loop.
+"""Accepts connections on the server's loop, and passes on those that have proved the token.
 
-All is bounded: bytes, time, how many at once, and how many of them from one address. The oldest
-one that has not proven itself goes when a new one comes, so silent ones keep nobody out; a worker
-whose turn that was tries again.
+Bytes, time, and connections, in all and from one address, are bounded. If there are too many, the
+oldest one without a proof is closed for a new one, so silent ones block no worker; a worker whose
+connection was closed so tries again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _ACCEPTS_PER_TURN = 64
 def listen(host: str, port: int | range) -> socket.socket:
     """A listening socket that never blocks; "" is every address, 0 any free port.
 
-    Raises RendezvousError where it cannot be had.
+    Raises RendezvousError if the address cannot be used.
     """
     try:
         listener = listening_socket(host, port)
@@ -61,7 +61,7 @@ def listen(host: str, port: int | range) -> socket.socket:
 
 
 def raise_descriptor_limit() -> None:
-    """As many sockets as this process may have: there is one for each worker."""
+    """To the hard limit: there is one socket for each worker."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(OSError, ValueError):
@@ -70,7 +70,7 @@ def raise_descriptor_limit() -> None:
 
 @dataclass(slots=True, eq=False)
 class _Visitor:
-    """A connection that is not a worker yet, or was refused."""
+    """A connection that is not a worker's yet, or was refused."""
 
     connection: Connection
     network: str
@@ -83,8 +83,8 @@ class _Visitor:
 class Acceptor:
     """Accepts connections until `close`. `without_token` is the last who had another token.
 
-    `on_hello(connection, hello)` gets each worker that has proven the token: the server serves it,
-    or answers with `refuse`. `on_mismatch(error)` hears of a proven worker of another protocol.
+    `on_hello(connection, hello)` gets each worker with the right token: the server serves it, or
+    answers with `refuse`. `on_mismatch(error)` gets the error for one with another protocol.
     """
 
     def __init__(
@@ -116,18 +116,18 @@ class Acceptor:
         loop.add_reader(listener, self._accept)
 
     def refuse(self, connection: Connection, error: PackcastError) -> None:
-        """Say no with a reason, and close once the worker has read it."""
+        """Send the reason, and close once the worker has read it."""
         connection.send(Abort.of(error).encode())
         self._linger(connection)
 
     def tick(self, now: float) -> None:
-        """Send those away who take too long."""
+        """Close connections that take too long."""
         everybody = [visitor for group in self._visitors.values() for visitor in group]
         for visitor in [visitor for visitor in everybody if now >= visitor.until]:
             self._forget(visitor, f"no proof within {HANDSHAKE_LIMIT_S:g} s")
 
     def close(self) -> None:
-        """Let nobody in any more."""
+        """Stop accepting; close all connections that are not workers'."""
         self._loop.remove_reader(self._listener)
         self._listener.close()
         for visitor in [visitor for group in self._visitors.values() for visitor in group]:
@@ -188,7 +188,7 @@ class Acceptor:
             self.refuse(connection, error)
             self._on_mismatch(error)
             return
-        visitor.can_be_evicted = self._token is None  # which anybody proves
+        visitor.can_be_evicted = self._token is None  # without a token anybody has a valid proof
         connection.allow({Hello.kind: Hello.limit})
         connection.on_frame = partial(self._on_first_message, visitor)
 
@@ -204,7 +204,7 @@ class Acceptor:
         self._forget(visitor, why or "it left without a proof")
 
     def _linger(self, connection: Connection) -> None:
-        """Whoever is refused reads why, and closes first; what it says meanwhile is not kept."""
+        """The refused worker reads the reason and closes first; its bytes are dropped."""
         until = self._clock.read() + REFUSED_LINGER_S
         visitor = _Visitor(connection, _network_of(connection.address), until, is_refused=True)
         connection.allow({})
@@ -240,7 +240,7 @@ class Acceptor:
             self._note_stranger(visitor.connection, why)
 
     def _note_stranger(self, connection: Connection, why: str) -> None:
-        """A line for the first one, then one in a while for all of them."""
+        """Log the first one, then a count at intervals."""
         self._num_strangers += 1
         now = time.monotonic()
         if now < self._quiet_until:
@@ -251,6 +251,6 @@ class Acceptor:
 
 
 def _network_of(address: str) -> str:
-    """What one host can have many addresses of: an IPv6 network."""
+    """The unit of the limit: an IPv4 address, or the /64 network of an IPv6 address."""
     ip = ip_address(address.partition("%")[0])
     return address if ip.version == 4 else str(IPv6Address(int(ip) >> 64 << 64))

@@ -1,7 +1,4 @@
-"""Where a host is reached: its own addresses, its way to another, and what a name turns out to be.
-
-Asks the kernel and the resolver; knows no launchers, no torch, and nothing of who talks.
-"""
+"""Addresses of this host, its routes to others, and name resolution. Knows no launchers."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ Found = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
 
 
 def resolve(host: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> Found:
-    """The addresses of `host`, a name or a literal one. Raises OSError where there are none."""
+    """The addresses of `host`, a name or a literal address. Raises OSError if there are none."""
     try:
         return socket.getaddrinfo(host, port, type=kind)
     except UnicodeError as error:  # Python's own encoding of names, before anybody is asked
@@ -39,8 +36,7 @@ def resolve(host: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) 
 
 
 def text_of(address: Any) -> str:
-    """A socket's address as a host to connect to: without its port, an IPv4 address in its own
-    notation, a link-local one with its interface."""
+    """The host of a socket's address: IPv4 in its own notation, link-local with its interface."""
     host = str(address[0])
     ip = ip_address(host.partition("%")[0])
     if isinstance(ip, IPv6Address) and ip.ipv4_mapped is not None:
@@ -51,13 +47,13 @@ def text_of(address: Any) -> str:
 
 
 def host_and_port(host: str, port: int | range) -> str:
-    """Both as they are typed: `node1:29400`, `[fe80::1%eth0]:29400`, `node1:29400-29409`."""
+    """As typed on a command line: `node1:29400`, `[fe80::1%eth0]:29400`, `node1:29400-29409`."""
     ports = f"{port[0]}-{port[-1]}" if isinstance(port, range) else port
     return f"[{host}]:{ports}" if ":" in host else f"{host}:{ports}"
 
 
 def is_literal(host: str) -> bool:
-    """Whether it is an address rather than a name."""
+    """Whether it is an IP address rather than a name."""
     try:
         ip_address(host)
     except ValueError:
@@ -66,25 +62,24 @@ def is_literal(host: str) -> bool:
 
 
 def is_everywhere(host: str) -> bool:
-    """Whether who listens there listens on every address of this host."""
+    """Whether a listener there listens on every address of this host."""
     return host in ("", "0.0.0.0", "::")
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this host reaches the address."""
+    """Whether only this host can reach the address."""
     return ip_address(address.partition("%")[0]).is_loopback
 
 
 def says_loopback(host: str) -> bool:
-    """Whether who wrote the name or the address meant this host alone."""
+    """Whether the name or address means this host only."""
     if is_literal(host):
         return is_loopback(host)
     return host == "localhost" or host.endswith(".localhost")
 
 
 def with_interface(host: str, interface: str | None) -> str:
-    """The address as it is called on a host that reaches it over `interface`: each host has names
-    of its own for the links that a link-local address can be on."""
+    """The address with the local interface's name if it is link-local: each host has its own."""
     bare = host.partition("%")[0]
     if interface is None or not (is_literal(bare) and _needs_interface(bare)):
         return host
@@ -92,12 +87,12 @@ def with_interface(host: str, interface: str | None) -> str:
 
 
 def source_towards(host: str) -> str | None:
-    """This host's address on its way to `host`; `host` itself if that is here. None: no way."""
+    """This host's source address for `host`; `host` itself if it is here; None without a route."""
     try:
-        ways = resolve(host, _ANY_PORT, socket.SOCK_DGRAM)
+        addresses = resolve(host, _ANY_PORT, socket.SOCK_DGRAM)
     except OSError:
         return None
-    for family, kind, protocol, _, address in ways:
+    for family, kind, protocol, _, address in addresses:
         try:
             with socket.socket(family, kind, protocol) as probe:
                 probe.connect(address)  # a datagram socket's: sends nothing
@@ -108,10 +103,9 @@ def source_towards(host: str) -> str | None:
 
 
 def addresses_here() -> list[str]:
-    """Addresses of this host that others may reach, the one used towards the world first.
+    """Addresses of this host that others may reach, the one of the default route first.
 
-    Without link-local ones, which need the interface of whoever uses them. Empty on a host that
-    has but itself.
+    Without link-local ones, which need an interface of the other host. Empty without a network.
     """
     towards_the_world = [source_towards(host) for host in _SOMEWHERE_ELSE]
     all_of_them = [*filter(None, towards_the_world), *(address for address, _ in interfaces())]
@@ -123,7 +117,7 @@ def addresses_here() -> list[str]:
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the network interface that has this local address, as gloo and NCCL want it."""
+    """The name of the network interface that has this local address, for gloo and NCCL."""
     bare, _, scope = address.partition("%")
     if scope in (name for _, name in socket.if_nameindex()):
         return scope
@@ -142,10 +136,9 @@ def interface_towards(host: str) -> str | None:
 
 
 def listening_socket(host: str, port: int | range) -> socket.socket:
-    """A socket that listens on the first address of `host` that can be had.
+    """A socket that listens on the first usable address of `host`; raises OSError.
 
-    "" is every address, of both families where there are both. Of a range it takes the first port
-    that is free. Raises OSError.
+    "" is every address, of IPv4 and IPv6. Of a range it takes the first free port.
     """
     ports = port if isinstance(port, range) else range(port, port + 1)
     for each in ports[:-1]:
@@ -180,11 +173,10 @@ def _listening_socket(host: str, port: int) -> socket.socket:
 
 
 def connect(host: str, port: int, timeout_s: float) -> socket.socket:
-    """A connection to whoever listens at `host:port`. Raises OSError.
+    """A connection to `host:port`. Raises OSError.
 
-    Asked often enough for a port of this host that nobody serves, the kernel connects a socket to
-    itself, and who should serve that port could not bind it: also not for a minute after an
-    orderly close.
+    After many attempts at an unused port of this host the kernel connects a socket to itself, and
+    the server of that port could not bind it, nor for a minute after an orderly close.
     """
     try:
         sock = socket.create_connection((host, port), timeout_s)

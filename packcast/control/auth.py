@@ -1,4 +1,4 @@
-"""The token's handshake: both sides prove that they hold it, neither ever sends it.
+"""The token's handshake: both sides prove that they have it, neither sends it.
 
 Frames of fixed size, the same in every protocol from 4 on: nothing else is read before the proof.
 
@@ -6,8 +6,8 @@ Frames of fixed size, the same in every protocol from 4 on: nothing else is read
     worker  PROOF      protocol, nonce, HMAC-SHA256(token, "worker", challenge, protocol, nonce)
     sender  ACCEPTED   HMAC-SHA256(token, "sender", challenge, protocol, nonce), or REJECTED
 
-A proof covers both nonces and the transfer's id, and is tagged by side, so that none can be
-replayed or reflected. Without a token the key is empty, and a proof proves nothing.
+A proof covers both nonces, the transfer's id and its side, so that it cannot be replayed or
+reflected. Without a token the key is empty, and anybody can make a proof.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ BEFORE_PROOF = {
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """The sender's first words on a connection; `body` is what travels and what is proven."""
+    """The sender's first frame on a connection; `body` is what travels and what proofs cover."""
 
     protocol: int
     wants_token: bool
@@ -48,16 +48,16 @@ class Challenge:
 
     @staticmethod
     def new(transfer_id: str, *, wants_token: bool) -> Challenge:
-        """One with a fresh nonce."""
-        told = transfer_id.encode()
-        assert 0 < len(told) <= MAX_TRANSFER_ID_NBYTES
+        """With a fresh nonce."""
+        encoded_id = transfer_id.encode()
+        assert 0 < len(encoded_id) <= MAX_TRANSFER_ID_NBYTES
         nonce = secrets.token_bytes(32)
-        body = _CHALLENGE.pack(_MAGIC, PROTOCOL, wants_token, nonce) + told
+        body = _CHALLENGE.pack(_MAGIC, PROTOCOL, wants_token, nonce) + encoded_id
         return Challenge(PROTOCOL, wants_token, transfer_id, body)
 
     @staticmethod
     def parse(body: bytes) -> Challenge:
-        """Raises ProtocolError where it is none."""
+        """Raises ProtocolError."""
         if len(body) <= _CHALLENGE.size or not body.startswith(_MAGIC):
             raise ProtocolError("it does not say who it is")
         _, protocol, wants_token, _ = _CHALLENGE.unpack_from(body)
@@ -77,20 +77,20 @@ class Proof:
 
     @staticmethod
     def new(token: bytes | None, challenge: Challenge, protocol: int = PROTOCOL) -> Proof:
-        """One with a fresh nonce."""
+        """With a fresh nonce."""
         nonce = secrets.token_bytes(32)
         return Proof(protocol, nonce, _digest(b"worker", token, challenge, protocol, nonce))
 
     @staticmethod
     def parse(body: bytes) -> Proof:
-        """Raises ProtocolError where it is none."""
+        """Raises ProtocolError."""
         if len(body) != _PROOF.size:
             raise ProtocolError("a proof of another size")
         return Proof(*_PROOF.unpack(body))
 
     @property
     def body(self) -> bytes:
-        """What travels."""
+        """The bytes of the frame."""
         return _PROOF.pack(self.protocol, self.nonce, self.digest)
 
     def is_right(self, token: bytes | None, challenge: Challenge) -> bool:
@@ -99,7 +99,7 @@ class Proof:
         return hmac.compare_digest(self.digest, right)
 
     def answer(self, token: bytes | None, challenge: Challenge) -> bytes:
-        """The body of ACCEPTED: what only a sender with the token can say."""
+        """The body of ACCEPTED, which only a sender with the token can make."""
         return _digest(b"sender", token, challenge, self.protocol, self.nonce)
 
     def is_answered(self, answer: bytes, token: bytes | None, challenge: Challenge) -> bool:
@@ -110,13 +110,13 @@ class Proof:
 def _digest(
     side: bytes, token: bytes | None, challenge: Challenge, protocol: int, nonce: bytes
 ) -> bytes:
-    # Only the challenge has no fixed size, and it tells its own by where the text begins.
+    # Unambiguous: only the challenge, at the end, has no fixed size.
     text = side + struct.pack("!H", protocol) + nonce + challenge.body
     return hmac.digest(token or b"", text, hashlib.sha256)
 
 
 def protocols_differ(worker: str, spoken: int, sender_spoken: int) -> RendezvousError:
-    """Everybody's sentence where a worker and the sender are of different versions."""
+    """The same error on every rank if a worker and the sender have different versions."""
     return RendezvousError(
         f"{worker} speaks protocol {spoken}, the sender protocol {sender_spoken}",
         hint=_VERSION_HINT,

@@ -1,7 +1,7 @@
-"""What both ends of the control channel share: the thread, heartbeats, losses, the one failure.
+"""Common to both ends of the control channel: the thread, heartbeats, losses, the one failure.
 
 One thread runs an asyncio event loop and owns all connections and all state; other threads ask it
-(`_ask`) and wait. asyncio rather than a thread for each worker: ten thousand of them are one list.
+(`_ask`) and wait. Not a thread for each worker: there may be ten thousand.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = TypeVar("T")
 OnFailure = Callable[[PackcastError], None]
 Log = Callable[[str], None]
 
-SETTLE_S = 0.02  # what is found within this time is of one moment
+SETTLE_S = 0.02  # incidents within this time count as simultaneous
 TELL_LIMIT_S = 0.7
 FAIL_LIMIT_S = 1.0
 CLOSE_LIMIT_S = 2.0
@@ -42,14 +42,15 @@ _CLOSED = "the control channel is closed"
 class Channel:
     """One end of the control channel, from `_start` to `close` or a failure.
 
-    `on_failure` is called at most once, last of all on the control thread: when another rank is
-    lost or gives up, after the others were told; it may end the process. A failure of this
-    process's own comes by `fail`, and calls nobody.
+    `on_failure` is called at most once, as the last act of the control thread: when another rank
+    is lost or gives up, after the others were notified; it may end the process. `fail`, for a
+    failure of this process, does not call it.
     """
 
     def __init__(
-        self, name: str, *, heartbeat_timeout_s: float, on_failure: OnFailure, log: Log
+        self, transfer_id: str, *, heartbeat_timeout_s: float, on_failure: OnFailure, log: Log
     ) -> None:
+        self.transfer_id = transfer_id
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._interval_s = heartbeat_interval_s(heartbeat_timeout_s, 1)
         self._on_failure = on_failure
@@ -58,7 +59,7 @@ class Channel:
         self._loop.set_exception_handler(self._on_crash)
         self._tick_s = min(0.1, heartbeat_timeout_s / 16)
         self._clock = AwakeClock(4 * self._tick_s)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name="packcast-control", daemon=True)
         self._lock = threading.Lock()
         self._is_over = False
         self._told = threading.Event()
@@ -89,14 +90,16 @@ class Channel:
             raise self._failure
 
     def wait_failure(self, timeout_s: float) -> PackcastError | None:
-        """The failure, waited for: what broke a collective is often known here a moment later."""
+        """Wait for the failure: the cause of a broken collective often arrives a moment later."""
         with contextlib.suppress(PackcastError):
             self._ask(lambda: None, timeout_s)
         return self._failure
 
     def follow(self, position: Callable[[], str], progress: Callable[[], Progress]) -> None:
-        """How far this rank is, asked for on the control thread: `position` for the sentence about
-        a lost rank, `progress` for the heartbeats."""
+        """Set the callbacks for this rank's progress, which run on the control thread.
+
+        `position` is for the message about a lost rank, `progress` for the heartbeats.
+        """
         self._position, self._progress = position, progress
 
     def moved_elsewhere(self) -> int:
@@ -104,23 +107,26 @@ class Channel:
         return sum(connection.progress.moved for connection in list(self._connections))
 
     def be_patient(self, patience_s: float) -> None:
-        """Tell the others that this process may be silent so long: something is about to hold its
-        interpreter, as the start of a device does. 0 takes it back."""
+        """Announce that this process may miss heartbeats for so long; 0 ends that.
+
+        For calls that hold the interpreter, such as the start of a device.
+        """
         self._patience_s = patience_s
         self._post(self._beat)
 
     def commit(self) -> None:
-        """The point of no return: from now on a loss is noted, not fatal. Raises the failure."""
+        """The point of no return: later losses are recorded, not fatal. Raises the failure."""
         self._ask(self._try_commit, None)
 
     def fail(self, error: PackcastError) -> None:
-        """This process gives up: tell the others why; at most a second, the first call decides."""
+        """This process gives up: send the others the reason, for at most a second; the first call
+        decides."""
         self._post(self._give_up, error)
         if threading.current_thread() is not self._thread:
             self._told.wait(FAIL_LIMIT_S)
 
     def close(self) -> None:
-        """Say good-bye, which is no death to the others once committed; at most two seconds."""
+        """Send BYE, which is no loss to the others once committed; at most two seconds."""
         self._post(self._say_goodbye)
         if threading.current_thread() is not self._thread:
             self._thread.join(CLOSE_LIMIT_S)
@@ -130,14 +136,14 @@ class Channel:
         self._thread.start()
 
     def _post(self, call: Callable[..., object], *arguments: object) -> bool:
-        """Have this called on the control thread, in order; whether it will be."""
+        """Call this on the control thread, in order; False if that has ended."""
         with self._lock:
             if not self._is_over:
                 self._loop.call_soon_threadsafe(call, *arguments)
             return not self._is_over
 
     def _ask(self, look: Callable[[], T | None], timeout_s: float | None) -> T | None:
-        """What `look` finds on the control thread, which looks again whenever something changed.
+        """The first result of `look`, which runs on the control thread after every change.
 
         None at the time-out. Raises what `look` raises, and the failure as soon as there is one.
         """
@@ -155,7 +161,7 @@ class Channel:
         until = float("inf") if timeout_s is None else self._clock.read() + timeout_s
         self._waiters.add(look, future, until)
 
-    # For the control thread: what comes.
+    # For the control thread: incoming messages.
 
     def _serve(self, connection: Connection) -> None:
         """Handle this connection's messages, and watch its heartbeats, from now on."""
@@ -180,7 +186,7 @@ class Channel:
         self._waiters.changed()
 
     def _on_message(self, connection: Connection, message: Message) -> bool:
-        """Keep it for whoever waits for it; or True: it is done with."""
+        """Keep it for a waiting thread, and return False; True if it was handled at once."""
         raise NotImplementedError
 
     def _on_abort(self, connection: Connection, message: Abort) -> None:
@@ -194,7 +200,7 @@ class Channel:
             self._lose(connection, "it left before the end")
 
     def _lose(self, connection: Connection, why: str | None) -> None:
-        """The other end is gone: its connection ended, or it has to be ended."""
+        """The connection has ended, or must be ended."""
         self._part(Incident(connection, self._loss_of(connection, why), is_loss=True))
 
     def _loss_of(self, connection: Connection, why: str | None) -> PackcastError:
@@ -210,10 +216,10 @@ class Channel:
         return connection.label
 
     def _note(self, connection: Connection, sentence: str | None) -> None:
-        """A rank is gone and the transfer goes on: lost for the reason given, or with a BYE."""
+        """A rank is gone and the transfer goes on: lost, as the sentence says, or after BYE."""
         raise NotImplementedError
 
-    # For the control thread: signs of life.
+    # For the control thread: heartbeats.
 
     def _tick(self) -> None:
         self._loop.call_later(self._tick_s, self._tick)
@@ -221,7 +227,7 @@ class Channel:
         now = self._clock.read()
         self._waiters.expire(now)
         for connection in [c for c in self._connections if self._is_silent(c, now)]:
-            connection.read()  # this thread may have been busy with others: what has come counts
+            connection.read()  # this thread may have been busy: read what has arrived
             if connection.is_open and self._is_silent(connection, self._clock.read()):
                 self._lose_silent(connection)
 
@@ -231,7 +237,7 @@ class Channel:
 
     def _lose_silent(self, connection: Connection) -> None:
         error = self._loss_of(connection, f"no sign of life for {self._heartbeat_timeout_s:g} s")
-        # It may only be frozen: told, it ends with the same sentence when it goes on.
+        # If it is only frozen, it ends with the same message when it goes on.
         connection.send(Abort.of(error).encode())
         self._part(Incident(connection, error, is_loss=True))
 
@@ -244,7 +250,7 @@ class Channel:
     def _beat(self) -> None:
         frame = heartbeat_frame(replace(self._progress_now(), patience_s=self._patience_s))
         for connection in list(self._connections):
-            # Behind something large it would only pile up, and bytes are a sign of life themselves.
+            # Behind a large message heartbeats would pile up, and its bytes are a sign of life too.
             if not connection.has_unsent:
                 connection.send(frame)
 
@@ -260,8 +266,8 @@ class Channel:
     # For the control thread: the end.
 
     def _part(self, incident: Incident) -> None:
-        """Close the connection: its end ends the transfer, but what else comes to be known in this
-        moment may be the cause of it."""
+        """Close the connection. The transfer ends a moment later, by the incident of that moment
+        that is most likely its cause."""
         self._drop(incident.connection)
         if not self._incidents:
             self._loop.call_later(SETTLE_S, self._settle)
@@ -290,7 +296,7 @@ class Channel:
             self._end(error)
 
     def _end(self, error: PackcastError) -> None:
-        """The one way into failure: those who wait here hear of it, then the others do."""
+        """The only place that sets the failure: wake waiting threads, then notify the others."""
         self._failure = error
         self._waiters.end(error)
         self._leave(Abort.of(error))
@@ -304,10 +310,10 @@ class Channel:
         self._farewell = self._loop.create_task(self._tell(last_word.encode()))
 
     async def _tell(self, frame: bytes) -> None:
-        """Tell every other end, and wait a little for the words to arrive.
+        """Send the frame to all, and wait a little until it is acknowledged.
 
-        A process that exits takes unacknowledged bytes with it where its host answers a late
-        packet with a reset. So: not sent, but arrived.
+        When a process exits, its host may answer a late packet with a reset, and unacknowledged
+        bytes are lost. So sent is not enough.
         """
         try:
             waiting = list(self._connections)
@@ -341,10 +347,10 @@ class Channel:
             with self._lock:
                 self._is_over = True
             self._close_all()
-            self._loop.run_until_complete(asyncio.sleep(0))  # what was posted before it was over
+            self._loop.run_until_complete(asyncio.sleep(0))  # run what was posted before
             self._loop.close()
             self._waiters.end(self._failure or TransferError(_CLOSED))
-            # A channel is a cycle of objects, and what these belong to has large buffers.
+            # Drop the callbacks, whose object has large buffers: a channel is a reference cycle.
             self._position, self._progress = str, Progress
             self._told.set()
         if self._calls_on_failure and self._failure is not None:

@@ -1,13 +1,13 @@
-"""A worker's end of the control channel: one connection to the sender, and what came through it.
+"""A worker's end of the control channel: its connection to the sender, and received messages.
 
-Knows no torch, and nothing of what the messages are about, but for COMMIT.
+Knows no torch, and no meaning of messages except COMMIT's.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -15,7 +15,7 @@ from packcast.control.addresses import interface_of, text_of, with_interface
 from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import ProtocolError
-from packcast.control.handshake import Entered, enter
+from packcast.control.handshake import Entered
 from packcast.control.messages import Abort, Commit, Joined, JoinStatus, Message, limits_by
 from packcast.control.rank_info import RankInfo
 from packcast.errors import PackcastError, RendezvousError, TransferError
@@ -24,105 +24,65 @@ M = TypeVar("M", bound=Message)
 
 
 class ControlClient(Channel):
-    """A worker's connection, from `ControlClient.connect` until `close` or a failure.
+    """A worker's connection, once `enter` has made it, until `close` or a failure.
 
     `on_failure(error)` is called once, on the control thread, when the sender is lost or gives up;
-    `expect` and `await_joined` raise the same error. COMMIT commits on arrival, before anybody
-    fetches it: the sender may be gone a moment later. After that its loss only sets `lost`.
+    `expect` and `await_joined` raise the same error. COMMIT counts on arrival, before any thread
+    fetches it: the sender may exit a moment later. After that its loss only sets `lost`.
     """
 
-    def __init__(
-        self,
-        entered: Entered,
-        *,
-        me: RankInfo,
-        heartbeat_timeout_s: float,
-        on_failure: OnFailure,
-        log: Log,
-    ) -> None:
+    def __init__(self, entered: Entered, *, on_failure: OnFailure, log: Log) -> None:
         super().__init__(
-            "packcast-control",
-            heartbeat_timeout_s=heartbeat_timeout_s,
+            entered.transfer_id,
+            heartbeat_timeout_s=entered.heartbeat_timeout_s,
             on_failure=on_failure,
             log=log,
         )
-        self.transfer_id = entered.transfer_id
         self.sender = entered.welcome.sender
         self.lost: str | None = None
         self._interval_s = entered.welcome.heartbeat_interval_s
-        self._me = me
+        self._me = entered.me
         self._world_size: int | None = None
         self._status: JoinStatus | None = None  # that nobody has taken yet
         self._is_gone = False
         self._received: dict[int, deque[Message]] = {}
-        here = text_of(entered.sock.getsockname())
-        self._interface = interface_of(here)
-        there = text_of(entered.sock.getpeername())
-        connection = Connection(entered.sock, entered.reader, self._loop, self._clock, there, here)
+        local_address = text_of(entered.sock.getsockname())
+        self._interface = interface_of(local_address)
+        connection = Connection(
+            entered.sock,
+            entered.reader,
+            self._loop,
+            self._clock,
+            text_of(entered.sock.getpeername()),
+            local_address,
+        )
         connection.info = self.sender
         connection.allow(limits_by("sender"))
         self._connection = connection
         self._serve(connection)
-        # What came right behind the WELCOME is in the reader already: no socket event tells.
+        # What followed the WELCOME is in the reader already: no socket event announces it.
         self._loop.call_soon(connection.take_frames)
         self._start()
-
-    @classmethod
-    def connect(
-        cls,
-        hosts: Sequence[str],
-        port: int,
-        *,
-        me: RankInfo,
-        token: bytes | None,
-        join_timeout_s: float,
-        heartbeat_timeout_s: float,
-        on_failure: OnFailure,
-        log: Log,
-        still_wanted: Callable[[], bool] = lambda: True,
-    ) -> ControlClient:
-        """Join the sender at `port` of one of the `hosts`, waiting for it until the join timeout.
-
-        Or until it is not `still_wanted`. Returns as soon as the sender has let this worker in.
-        Raises RendezvousError with the sender's reason where it refuses.
-        """
-        entered = enter(
-            hosts,
-            port,
-            me=me,
-            token=token,
-            join_timeout_s=join_timeout_s,
-            heartbeat_timeout_s=heartbeat_timeout_s,
-            log=log,
-            still_wanted=still_wanted,
-        )
-        return cls(
-            entered,
-            me=me,
-            heartbeat_timeout_s=heartbeat_timeout_s,
-            on_failure=on_failure,
-            log=log,
-        )
 
     # For any thread.
 
     def host_told(self, host: str) -> str:
-        """The sender's address, as the sender calls it, as it is called on this host."""
+        """The sender's address from a message, with this host's interface if it is link-local."""
         return with_interface(host, self._interface)
 
     def await_joined(
         self, timeout_s: float, on_status: Callable[[JoinStatus], object] = lambda _: None
     ) -> tuple[RankInfo, int]:
-        """This worker with the rank it got, and the world size, once everybody has joined.
+        """This worker with its assigned rank, and the world size, once all have joined.
 
-        `on_status` is called in this thread as others come. The sender names who is missing at its
-        own deadline, so give this one a little longer.
+        `on_status` is called in this thread as others join. The sender names the missing ranks at
+        its own deadline, so this one should be longer.
         """
         deadline = time.monotonic() + timeout_s
         while True:
             news = self._ask(self._join_news, deadline - time.monotonic())
             if news is None:
-                raise RendezvousError(f"not everybody has joined within {timeout_s:g} s")
+                raise RendezvousError(f"not all ranks have joined within {timeout_s:g} s")
             status, joined = news
             if joined is not None:
                 return joined
@@ -130,14 +90,14 @@ class ControlClient(Channel):
                 on_status(status)
 
     def send(self, message: Message) -> None:
-        """Send a message to the sender; raises the failure. One already gone gets nothing."""
+        """Send a message to the sender, if it is still there; raises the failure."""
         self.check()
         self._post(self._connection.send, message.encode())
 
     def expect(self, kind: type[M], timeout_s: float | None) -> M:
         """The sender's next message of this kind.
 
-        Raises the failure, or TransferError at the time-out or where the sender is gone.
+        Raises the failure, or TransferError at the time-out or if the sender is gone.
         """
         found = self._ask(lambda: self._take(kind), timeout_s)
         if found is None:
@@ -188,13 +148,13 @@ class ControlClient(Channel):
         return f"the sender, {connection.label}"
 
     def _on_abort(self, connection: Connection, message: Abort) -> None:
-        # The sender speaks for the group: its sentence is everybody's, word for word. But
-        # "interrupted" alone would read as if this rank had been.
+        # Every rank prints the sender's message unchanged. But "interrupted" alone would read as
+        # if this rank had been interrupted.
         said_by = self._name_of(connection) if message.code > 128 else None
         self._part(Incident(connection, message.error(said_by=said_by)))
 
     def _part(self, incident: Incident) -> None:
-        # At once: nobody else's word could be the cause, and what the sender serves may go with it.
+        # Without a delay: no other connection could know the cause, and the store may go too.
         super()._part(incident)
         self._settle()
 

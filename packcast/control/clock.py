@@ -1,4 +1,4 @@
-"""Time in which this process was able to run, for deadlines that blame others."""
+"""Time in which this process was able to run, for other ranks' deadlines."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class AwakeClock:
     """Monotonic seconds that stand still while this process does.
 
     A process that was stopped (SIGSTOP, a debugger, swapping) for longer than a deadline would
-    blame all others for its own sleep. So no two readings are further apart than `step_s`:
-    whoever waits must read more often than that, and a longer gap counts as one step. Unlike
-    "start again after a gap" this still ends in bounded time on a machine full of gaps.
+    take all others for lost. So a gap between two readings counts as at most `step_s`, and waiting
+    code must read more often than that. Unlike a restart of the deadline after a gap this ends in
+    bounded time on a machine full of gaps.
     """
 
     def __init__(self, step_s: float) -> None:
@@ -20,7 +20,7 @@ class AwakeClock:
         self._seconds = 0.0
 
     def read(self) -> float:
-        """Seconds awake since the clock was made, as far as its reader can tell."""
+        """Seconds awake since the clock was made."""
         now = time.monotonic()
         self._seconds += min(now - self._read_at, self._step_s)
         self._read_at = now

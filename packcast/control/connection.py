@@ -1,7 +1,7 @@
 """One connection of the control channel, on the event loop that serves it; both ends use it.
 
-asyncio's own transports drop what came before a connection broke, and do not tell whether
-what was sent has arrived. Both matter for a last word, so this reads and writes the socket itself.
+asyncio's own transports drop bytes received before a connection broke, and do not know whether
+sent bytes were acknowledged. Both matter for the last message, so this uses the socket itself.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from packcast.errors import PackcastError, TransferError
 from packcast.units import KIB, MIB
 
 RECEIVE_NBYTES = 64 * KIB
-SEND_NBYTES = 256 * KIB  # at once, so that a large message to many holds up nobody
+SEND_NBYTES = 256 * KIB  # at once, so that a large message to many delays no other
 MAX_UNREAD = 4096  # messages
 MAX_UNSENT_NBYTES = MAX_OFFER_NBYTES + MIB
 
-# A dead host that owes us nothing is found after half a minute; a dead process is found by EOF.
+# Finds a dead host on an idle connection after half a minute; a dead process causes EOF.
 _KEEPALIVE = ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 
 
 def tune(sock: socket.socket) -> None:
-    """The options that every control connection has, on both sides."""
+    """Set the options of a control connection, on either side."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, seconds in _KEEPALIVE:
@@ -40,13 +40,12 @@ def tune(sock: socket.socket) -> None:
 
 
 class Connection:
-    """The other end, a socket that never blocks; owns the socket until `close`.
+    """A non-blocking socket, owned until `close`, and the other end's info and progress.
 
-    `address` is that of the other end, `local_address` of this one, as it was reached. Whoever
-    makes a connection sets `on_frame(connection, kind, body)`, which gets every frame but
-    heartbeats and may raise ProtocolError, and `on_end(connection, why)`, which is called where the
-    other is gone (`why` is None then) or has broken the protocol, and closes. Both change as it
-    gets in.
+    `address` is the other end's, `local_address` this one's. The owner sets
+    `on_frame(connection, kind, body)`, which gets every frame but heartbeats and may raise
+    ProtocolError, and `on_end(connection, why)`, which must close: it is called if the other end
+    is gone (`why` is None) or has broken the protocol. Both change once a worker has joined.
     """
 
     __slots__ = (
@@ -98,7 +97,7 @@ class Connection:
 
     @property
     def label(self) -> str:
-        """By rank and host where it has said so, else by address."""
+        """By rank and host if known, else by address."""
         return self.info.label if self.info else f"a stranger at {self.address}"
 
     @property
@@ -123,29 +122,29 @@ class Connection:
         return int(struct.unpack("i", packed)[0]) == 0
 
     def allow(self, limits: dict[int, int]) -> None:
-        """From the next frame on these kinds may come."""
+        """Accept these kinds, with their largest sizes, from the next frame on."""
         self._reader.limits = limits
         self._max_unread_nbytes = 2 * max(limits.values(), default=0)
 
     def count_kept(self, nbytes: int) -> None:
-        """A message of this size is kept for whoever waits for it; ProtocolError for too many."""
+        """Count a message that waits to be fetched; ProtocolError for too many."""
         self._unread += 1
         self._unread_nbytes += nbytes
         if self._unread > MAX_UNREAD or self._unread_nbytes > self._max_unread_nbytes:
-            raise ProtocolError("more messages than anybody waits for")
+            raise ProtocolError("too many messages that no thread fetches")
 
     def count_fetched(self) -> None:
-        """Somebody has fetched one of them."""
+        """One of them was fetched."""
         self._unread -= 1
         if not self._unread:
             self._unread_nbytes = 0
 
     def send(self, frame: bytes) -> None:
-        """Have the frame sent as soon as the socket takes it; ends it where too much waits."""
+        """Send the frame, or queue it; ends the connection if too much is queued."""
         if self._cannot_send or not self.is_open:
             return
         if self._num_unsent + len(frame) > MAX_UNSENT_NBYTES:
-            self._end("it does not take in what is sent to it")
+            self._end("it does not receive what is sent to it")
             return
         self._unsent.append(memoryview(frame))
         self._num_unsent += len(frame)
@@ -155,7 +154,7 @@ class Connection:
                 self._loop.add_writer(self.sock, self._on_writable)
 
     def read(self) -> None:
-        """Take in what has come, once; at the end of the connection `on_end` is called."""
+        """Receive once; calls `on_end` at the end of the connection."""
         if not self.is_open:
             return
         try:
@@ -169,11 +168,11 @@ class Connection:
             self._reader.feed(data)
             self.take_frames()
         else:
-            # Last, so that whatever was said before the end still counts, an ABORT above all.
+            # Last, so that messages before the end still count, above all an ABORT.
             self._end(None)
 
     def take_frames(self) -> None:
-        """Handle the complete frames that are here."""
+        """Handle the complete frames in the reader."""
         try:
             while self.is_open and (frame := self._reader.next_frame()) is not None:
                 kind, body = frame
@@ -185,7 +184,7 @@ class Connection:
             self._end(f"it broke the protocol: {error}")
 
     def close(self) -> None:
-        """Let go of the socket; `on_end` is not called any more."""
+        """Close the socket; `on_end` is not called any more."""
         if self.is_open:
             self._loop.remove_reader(self.sock)
             self._loop.remove_writer(self.sock)
@@ -202,7 +201,7 @@ class Connection:
             self._loop.remove_writer(self.sock)
 
     def _flush(self) -> None:
-        """Send what the socket takes now, within reason."""
+        """Send what the socket takes now, up to a limit."""
         allowance = SEND_NBYTES
         while self._unsent and allowance > 0:
             try:
@@ -210,7 +209,7 @@ class Connection:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError:
-                # Not yet a death: it may have said why before it closed. Reading decides.
+                # Not yet a loss: its reason may still be in the receive buffer.
                 self._cannot_send = True
                 self._unsent.clear()
                 return
@@ -224,7 +223,7 @@ class Connection:
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """Something that ends the transfer, unless it is committed: one rank, and what became of it."""
+    """The loss or the ABORT of one rank: it ends the transfer, unless that is committed."""
 
     connection: Connection
     error: PackcastError
@@ -232,10 +231,10 @@ class Incident:
 
     @property
     def weight(self) -> int:
-        """Which of several incidents of one moment is the cause rather than a consequence.
+        """The largest of several simultaneous ones is the cause, the others are consequences.
 
-        A rank that names a reason of its own knows best; one that only says that the transfer
-        broke, or that it was interrupted, may have been struck by another's death.
+        Prefer a rank's specific error to a loss, and a loss to a TransferError, which may only
+        follow from another rank's loss.
         """
         if self.is_loss:
             return 2

@@ -1,6 +1,6 @@
-"""Frames of the control channel: a length, a kind, a body. Heartbeats are complete frames here.
+"""Frames of the control channel: a length, a kind, a body; and the heartbeats.
 
-Everything read is hostile until proven otherwise. Knows no sockets and no threads.
+All input is treated as hostile. Knows no sockets and no threads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 PROTOCOL = 6
 
-# Kinds of fixed layout, which are handled without JSON; the messages' own kinds are above these.
+# Kinds of fixed layout, without JSON; the kinds of messages are above these.
 CHALLENGE, PROOF, ACCEPTED, REJECTED, HEARTBEAT = range(1, 6)
 FIRST_MESSAGE_KIND = 16
 
@@ -23,16 +23,17 @@ _MAX_INTERVAL_S = 10.0
 
 
 class ProtocolError(ValueError):
-    """The other end sent what none of ours sends; nothing after it on this connection counts."""
+    """The other end broke the protocol; the rest of the connection is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a heartbeat carries: counters that grow as bytes move.
+    """The content of a heartbeat: counters that grow as bytes move.
 
-    `done` are the bytes that are where they belong, `moved` those of all stages together; in the
-    sender's heartbeats of the whole group. For `patience_s` the rank may be silent, since something
-    holds its interpreter. `stage` is what it waits for: a word of at most 12 letters and digits.
+    `done` are the bytes at their destination, `moved` those of all stages together; in the
+    sender's heartbeats those of the whole group. The rank may miss heartbeats for `patience_s`,
+    since something holds its interpreter. `stage` is what it waits for: at most 12 letters and
+    digits.
     """
 
     done: int = 0
@@ -42,12 +43,12 @@ class Progress:
 
 
 def frame_of(kind: int, body: bytes) -> bytes:
-    """The frame as it travels."""
+    """The frame's bytes."""
     return _HEADER.pack(len(body), kind) + body
 
 
 def heartbeat_frame(progress: Progress) -> bytes:
-    """A heartbeat; counters that overflow stay at their largest."""
+    """A heartbeat; counters saturate."""
     body = _HEARTBEAT.pack(
         min(progress.done, _MAX_COUNT),
         min(progress.moved, _MAX_COUNT),
@@ -58,7 +59,7 @@ def heartbeat_frame(progress: Progress) -> bytes:
 
 
 def progress_of(body: bytes) -> Progress:
-    """What a heartbeat says; raises ProtocolError."""
+    """The content of a heartbeat; raises ProtocolError."""
     if len(body) != _HEARTBEAT.size:
         raise ProtocolError("a heartbeat of another size")
     done, moved, patience_ms, padded = _HEARTBEAT.unpack(body)
@@ -69,19 +70,19 @@ def progress_of(body: bytes) -> Progress:
 
 
 def heartbeat_interval_s(limit_s: float, num_workers: int) -> float:
-    """How far heartbeats are apart: rarer in large groups, but two fit into the limit.
+    """The time between heartbeats: longer in large groups, but less than half the limit.
 
-    The sender takes in and sends one for each worker; at 120 us of interval for each worker that
-    is about a quarter of a processor.
+    The sender receives and sends one for each worker; with 120 us of interval for each worker
+    that takes about a quarter of a processor.
     """
     frequent = min(0.5, limit_s / 4)
     return min(limit_s / 2.5, _MAX_INTERVAL_S, max(frequent, 120e-6 * num_workers))
 
 
 class FrameReader:
-    """Bytes in, frames out, one at a time, so that what came before a fault still counts.
+    """Bytes in, frames out, one at a time, so that frames before a fault still count.
 
-    `limits` are the largest bodies, in bytes, of the kinds that may come; checked before a body is
+    `limits` has the largest body, in bytes, of each allowed kind; checked before a body is
     buffered.
     """
 
@@ -90,11 +91,11 @@ class FrameReader:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> None:
-        """Take bytes in as they came off the socket."""
+        """Add received bytes."""
         self._buffer += data
 
     def next_frame(self) -> tuple[int, bytes] | None:
-        """The next complete frame, None where more bytes are needed; raises ProtocolError."""
+        """The next complete frame, None if more bytes are needed; raises ProtocolError."""
         if len(self._buffer) < _HEADER.size:
             return None
         nbytes, kind = _HEADER.unpack_from(self._buffer)

@@ -1,6 +1,6 @@
-"""A worker's way in: find the sender's port, prove the token, be welcomed or refused.
+"""How a worker joins: connect to the sender, prove the token, receive WELCOME or the refusal.
 
-Blocking calls with one deadline over all of them; what the sender says is checked as well.
+Blocking calls with one deadline over all of them; the sender's input is checked as well.
 """
 
 from __future__ import annotations
@@ -39,16 +39,18 @@ MISMATCH_LIMIT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Entered:
-    """An open connection on which the sender has let this worker in."""
+    """An open connection on which the sender has accepted this worker."""
 
     sock: socket.socket
     reader: FrameReader
     transfer_id: str
     welcome: Welcome
+    me: RankInfo
+    heartbeat_timeout_s: float
 
 
 class _NotYet(Exception):
-    """Nobody to talk to there, for now."""
+    """No sender there, for now."""
 
     def __init__(self, why: str, pause_s: float = RETRY_S) -> None:
         super().__init__(why)
@@ -56,7 +58,7 @@ class _NotYet(Exception):
 
 
 class _Stranger(RendezvousError):
-    """Another program is there."""
+    """Another program listens there."""
 
 
 def enter(
@@ -68,13 +70,13 @@ def enter(
     join_timeout_s: float,
     heartbeat_timeout_s: float,
     log: Callable[[str], None],
-    still_wanted: Callable[[], bool],
+    still_wanted: Callable[[], bool] = lambda: True,
 ) -> Entered:
-    """Connect and be let in, at one of the `hosts`: what may be the sender's address, or its name.
+    """Connect to the sender at one of the `hosts`, addresses or names, and be accepted.
 
-    Tries again until the join timeout, since the worker may be first, the name not be known yet, or
-    a crowd in the way; or until it is not `still_wanted`. Raises RendezvousError: nobody there, not
-    let in, or another program at that address.
+    Tries again until the join timeout, since the worker may be first, the name may not resolve
+    yet, or the sender may be busy; or until it is not `still_wanted`. Raises RendezvousError: no
+    sender, a refusal, or another program at that address.
     """
     where = " or ".join(host_and_port(host, port) for host in hosts)
     hello = Hello(info=me, heartbeat_timeout_s=min(heartbeat_timeout_s, MAX_SECONDS))
@@ -161,7 +163,7 @@ class _Exchange:
         self._reader = FrameReader(auth.BEFORE_PROOF)
 
     def prove(self, token: bytes | None) -> auth.Challenge:
-        """Both sides' proof. Nothing but frames of fixed size is read before the sender's."""
+        """Both sides' proofs. Only frames of fixed size are read before the sender's."""
         kind, body = self._next_frame(ANSWER_LIMIT_S)
         if kind != CHALLENGE:
             raise ProtocolError("it does not begin with a challenge")
@@ -183,7 +185,7 @@ class _Exchange:
         return challenge
 
     def introduce(self, hello: Hello, challenge: auth.Challenge) -> Entered:
-        """Say who this is, and hear whether it may join."""
+        """Send HELLO; returns if the sender accepts, else raises its reason."""
         self._reader.limits = {Welcome.kind: Welcome.limit, Abort.kind: Abort.limit}
         if challenge.protocol != PROTOCOL:
             raise self._mismatch(hello, challenge)
@@ -193,10 +195,17 @@ class _Exchange:
         if isinstance(answer, Abort):
             raise _refused(answer)
         assert isinstance(answer, Welcome), "nothing else is allowed"
-        return Entered(self._sock, self._reader, challenge.transfer_id, answer)
+        return Entered(
+            self._sock,
+            self._reader,
+            challenge.transfer_id,
+            answer,
+            hello.info,
+            hello.heartbeat_timeout_s,
+        )
 
     def _mismatch(self, hello: Hello, challenge: auth.Challenge) -> PackcastError:
-        """The sender has to hear of it too, and says it in the words that all then print."""
+        """The sender's message about the two protocols, which all ranks print; else our own."""
         try:
             answer = decode(*self._next_frame(MISMATCH_LIMIT_S))
         except (_NotYet, OSError, ProtocolError):
@@ -209,7 +218,7 @@ class _Exchange:
         self._sock.sendall(frame)
 
     def _next_frame(self, limit_s: float) -> tuple[int, bytes]:
-        """One frame, however slowly it drips; _NotYet at the end of the connection or the limit."""
+        """One frame; _NotYet at the end of the connection or at the limit."""
         until = min(self._deadline, time.monotonic() + limit_s)
         while (frame := self._reader.next_frame()) is None:
             left_s = until - time.monotonic()

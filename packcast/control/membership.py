@@ -1,6 +1,6 @@
-"""Who is expected, who may join, which rank each gets, and who is missing. Knows no sockets.
+"""Which ranks are expected, which have joined, and which rank each worker gets. Knows no sockets.
 
-`expected` is a number of workers (no launcher: ranks are given out once all are there) or the
+`expected` is a number of workers (no launcher: ranks are assigned once all have joined) or the
 ranks that a launcher has started.
 """
 
@@ -20,14 +20,14 @@ MAX_NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why a worker may not join; `fatal` if the whole group cannot be what was meant."""
+    """Why a worker may not join; `fatal` if the whole group is wrong."""
 
     error: RendezvousError
     fatal: bool = False
 
 
 class Membership:
-    """The workers that have joined so far, each by a key of the caller's, in order of arrival."""
+    """The workers that have joined so far, by a key of the caller's, in order of arrival."""
 
     def __init__(self, expected: Expected, me: RankInfo) -> None:
         self.expected = expected
@@ -41,7 +41,7 @@ class Membership:
 
     @property
     def is_launched(self) -> bool:
-        """Whether a launcher has started the ranks: none of them comes a second time."""
+        """Whether a launcher has started the ranks: a lost one does not come again."""
         return not isinstance(self.expected, int)
 
     @property
@@ -53,19 +53,19 @@ class Membership:
         return None if rank is None else self._by_rank.get(rank)
 
     def add(self, key: Hashable, worker: RankInfo) -> None:
-        """The worker, which `refusal` has nothing against, has joined."""
+        """A worker without a `refusal` has joined."""
         self._there[key] = worker
         if worker.rank is not None:
             self._by_rank[worker.rank] = key
 
     def remove(self, key: Hashable) -> None:
-        """It has left before all were there."""
+        """It has left before all had joined."""
         worker = self._there.pop(key, None)
         if worker is not None and worker.rank is not None:
             self._by_rank.pop(worker.rank, None)
 
     def refusal(self, new: RankInfo) -> Refusal | None:
-        """Why `new` may not join those who are there; None if it may."""
+        """Why `new` may not join; None if it may."""
         if isinstance(self.expected, int):
             return self._refusal_without_launcher(new, self.expected)
         twin = self._twin_of(new)
@@ -80,22 +80,22 @@ class Membership:
         return None
 
     def ranked(self) -> dict[Hashable, RankInfo]:
-        """Every worker with its rank, by key, once all are there.
+        """Every worker with its rank, by key, once all have joined.
 
-        Without a launcher those that asked for a rank keep it, the others follow by host name, then
-        arrival.
+        Without a launcher workers that asked for a rank get it, the others follow by host name,
+        then arrival.
         """
         free = (rank for rank in range(1, self.wanted + 1) if rank not in self._by_rank)
         unranked = [key for key, worker in self._there.items() if worker.rank is None]
         by_host = sorted(unranked, key=lambda key: self._there[key].host)  # stable
-        given = dict(zip(by_host, free, strict=False))
+        assigned = dict(zip(by_host, free, strict=False))
         return {
-            key: replace(worker, rank=given[key]) if key in given else worker
+            key: replace(worker, rank=assigned[key]) if key in assigned else worker
             for key, worker in self._there.items()
         }
 
     def missing(self, limit_s: float) -> RendezvousError:
-        """Who has not come within the limit, and who has."""
+        """The error that names the missing ranks, and those that have joined."""
         here = _listed([info.label for info in (self.me, *self._there.values())])
         if isinstance(self.expected, int):
             count = self.wanted - len(self._there)

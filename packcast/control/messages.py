@@ -1,7 +1,7 @@
-"""The messages of the control channel as declared models: what may come, how large, from whom.
+"""The messages of the control channel as pydantic models, each with its sender and its limit.
 
-A frame's kind names the model, its body is the model's JSON. A model that exists has been checked.
-The transfer and the bench declare further messages in the same way, with kinds of their own.
+A frame's kind selects the model, its body is the model's JSON. An instance has been validated.
+The transfer and the bench declare further messages with other kinds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _kinds: dict[int, type[Message]] = {}
 
 
 def _one_line(text: object) -> object:
-    """Cut and made printable, at both ends: it will stand in somebody's terminal."""
+    """Shorten and escape, at both ends: it will be printed in a terminal."""
     if not isinstance(text, str):
         return text
     return printable(" ".join(text[:MAX_SENTENCE_LENGTH].split()))[:MAX_SENTENCE_LENGTH]
@@ -48,7 +48,7 @@ Sentence = Annotated[str, BeforeValidator(_one_line)]
 class Message(BaseModel):
     """A message: `class Ready(Message, kind=20, by="worker", limit=64 * KIB)`, then its fields.
 
-    `limit` is the largest JSON, in bytes. Numbers and texts are not converted into each other.
+    `limit` is the largest JSON, in bytes.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -64,7 +64,7 @@ class Message(BaseModel):
         _kinds[kind] = cls
 
     def encode(self) -> bytes:
-        """The frame; raises PackcastError where the message is over its limit."""
+        """The frame; raises PackcastError if the message is over its limit."""
         body = self._to_body()
         if len(body) > self.limit:
             name = type(self).__name__
@@ -80,7 +80,7 @@ class Message(BaseModel):
 
 
 def decode(kind: int, body: bytes) -> Message:
-    """The message in a frame; raises ProtocolError, whatever is wrong with it."""
+    """The message in a frame; raises ProtocolError."""
     cls = _kinds.get(kind)
     if cls is None or len(body) > cls.limit:
         raise ProtocolError(f"an unexpected message, of kind {kind}")
@@ -94,27 +94,27 @@ def decode(kind: int, body: bytes) -> Message:
 
 
 def limits_by(side: Literal["sender", "worker"]) -> dict[int, int]:
-    """What may come from this side once it has been let in, and how large."""
+    """The kinds that this side may send once it has joined, with their limits."""
     limits = {kind: cls.limit for kind, cls in _kinds.items() if cls.by in (side, "both")}
     return limits | {HEARTBEAT: len(heartbeat_frame(Progress()))}
 
 
 class Hello(Message, kind=16, by="handshake", limit=32 * KIB):
-    """A worker's introduction, once both sides have proven the token."""
+    """A worker's introduction, after the token's handshake."""
 
     info: RankInfo
     heartbeat_timeout_s: Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 
 class Welcome(Message, kind=17, by="handshake", limit=32 * KIB):
-    """The worker is in; how often it must give a sign of life."""
+    """The worker has been accepted; how often it must send a heartbeat."""
 
     sender: RankInfo
     heartbeat_interval_s: Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 
 
 class Joined(Message, kind=18, by="sender"):
-    """Everybody is there. Membership may change later: a group is told by another message then."""
+    """All ranks have joined."""
 
     rank: Rank
     world_size: Annotated[int, Field(ge=1, le=1_000_001)]
@@ -139,11 +139,11 @@ class Abort(Message, kind=19, by="both", limit=64 * KIB):
 
     @classmethod
     def of(cls, error: PackcastError) -> Abort:
-        """The error as it travels."""
+        """The message for an error."""
         return cls(code=error.exit_code, message=error.message, hint=error.hint)
 
     def error(self, *, said_by: str | None = None) -> PackcastError:
-        """The error that this carries, its sentence opened by who said it."""
+        """The error that this carries; `said_by` goes before its sentence."""
         text = self.message or "gave up without a reason"
         if said_by is not None and said_by not in text:
             text = f"{said_by}: {text}"
@@ -151,29 +151,29 @@ class Abort(Message, kind=19, by="both", limit=64 * KIB):
 
 
 class Bye(Message, kind=20, by="both"):
-    """A connection ends that is no death, once committed."""
+    """The connection ends, which is no loss once committed."""
 
 
 class Commit(Message, kind=21, by="sender"):
-    """The point of no return, which counts on arrival; `code` is what the whole ends with."""
+    """The point of no return, which counts on arrival; `code` is the exit code of the whole."""
 
     code: Annotated[int, Field(ge=0, le=255)] = 0
 
 
 class OfferMessage(Message, kind=22, by="sender", limit=MAX_OFFER_NBYTES):
-    """The offer, compressed; whoever waits for it takes it apart, not the control thread."""
+    """The offer, compressed; the receiving thread decompresses it, not the control thread."""
 
     compressed: bytes
 
     @classmethod
     def of(cls, content: bytes) -> OfferMessage:
-        """Compressed once, however many workers it goes to."""
+        """Compressed once for all workers."""
         if len(content) > MAX_OFFER_NBYTES:
             raise PackcastError(f"an offer of {len(content)} bytes is over the limit")
         return cls(compressed=zlib.compress(content, 1))
 
     def content(self, limit: int = MAX_OFFER_NBYTES) -> bytes:
-        """The offer; ProtocolError where it is no such thing, or of more than `limit` bytes."""
+        """The offer; ProtocolError if it is damaged, or of more than `limit` bytes."""
         inflate = zlib.decompressobj()
         try:
             content = inflate.decompress(self.compressed, limit)

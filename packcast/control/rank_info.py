@@ -1,6 +1,6 @@
-"""One process of a transfer, as it introduces itself to the others. Pure data.
+"""One process of a transfer, as it introduces itself to the others.
 
-It comes from the network: a model with bounds, so that an instance is always one that was checked.
+It comes from the network, so it is a model with bounds: every instance has been validated.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ MAX_GPUS = 64
 
 
 def printable(text: str) -> str:
-    """The text on one line, escaped where a terminal would act on it or could not show it."""
+    """The text with unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _check_printable(text: str) -> str:
+def check_printable(text: str) -> str:
+    """For a model's field: ValueError unless the text is printable."""
     if not text.isprintable():
         raise ValueError("it is not printable")
     return text
 
 
-Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH), AfterValidator(_check_printable)]
+Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH), AfterValidator(check_printable)]
 Rank = Annotated[int, Field(ge=0, le=MAX_RANK)]
 Nbytes = Annotated[int, Field(ge=0, le=1 << 63)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
 class RankInfo:
-    """A rank's introduction: where it runs, and what it brings along.
+    """A rank's host, process and devices, and the checkpoint that it can send.
 
-    `boot_id` tells hosts apart where names do not. `gpus` are the ids of the visible GPUs in
+    `boot_id` identifies the host; names may be equal. `gpus` are the ids of the visible GPUs in
     order, `gpu_free` their free bytes as far as they are known; `memory` is what limits leave of
-    the host's. `device` is the wish (`auto`, `cpu`, `cuda`, `cuda:1`). `checkpoint` (its real path)
-    and `fingerprint` are set where the rank ran `send`. `rank` is None until the sender gives one.
+    the host's. `device` is the requested one (`auto`, `cpu`, `cuda`, `cuda:1`). `checkpoint` (its
+    real path) and `fingerprint` are set if the rank ran `send`. `rank` is None until assigned.
     """
 
     role: Role
@@ -52,14 +53,20 @@ class RankInfo:
     boot_id: Name
     pid: Annotated[int, Field(ge=0, le=1 << 31)]
     local_rank: Rank | None = None
-    device: Annotated[str, Field(max_length=32), AfterValidator(_check_printable)] = "auto"
+    device: Annotated[str, Field(max_length=32), AfterValidator(check_printable)] = "auto"
     gpus: Annotated[tuple[Name, ...], Field(max_length=MAX_GPUS)] = ()
     gpu_free: Annotated[tuple[Nbytes | None, ...], Field(max_length=MAX_GPUS)] = ()
     memory: Annotated[tuple[MemoryLimit, ...], Field(max_length=MAX_LIMITS)] = ()
     checkpoint: (
-        Annotated[str, Field(max_length=MAX_PATH_LENGTH), AfterValidator(_check_printable)] | None
+        Annotated[str, Field(max_length=MAX_PATH_LENGTH), AfterValidator(check_printable)] | None
     ) = None
     fingerprint: Name | None = None
+
+    @property
+    def known_rank(self) -> int:
+        """`rank`, once it is certain that there is one."""
+        assert self.rank is not None
+        return self.rank
 
     @property
     def label(self) -> str:

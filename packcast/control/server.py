@@ -1,6 +1,6 @@
-"""The sender's end of the control channel: who joins, what they say, and who is lost.
+"""The sender's end of the control channel: joining, messages from workers, and lost workers.
 
-Knows no torch, and nothing of what the messages are about.
+Knows no torch, and no meaning of messages.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _TELL_EVERY_S = 1.0
 class ControlServer(Channel):
     """Listens from the constructor on, until `close` or a failure.
 
-    `expected` is the number of workers, or the ranks a launcher started (mine among them or not).
+    `expected` is the number of workers, or the ranks a launcher started (with or without mine).
     `on_failure(error)` is called once, on the control thread, when a worker is lost or gives up,
-    after the others were told; `gather` and `join` raise the same error. `me.rank` may be None
-    where no launcher gave one: the sender is rank 0 then. Raises RendezvousError where it cannot
-    listen on `host:port`; port 0 takes a free one, and a range its first free one.
+    after the others were notified; `gather` and `join` raise the same error. Without a launcher
+    `me.rank` may be None: the sender is rank 0. Raises RendezvousError if it cannot listen on
+    `host:port`; port 0 takes a free one, and a range its first free one.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ControlServer(Channel):
         address = listener.getsockname()
         self.address: tuple[str, int] = (text_of(address), address[1])
         super().__init__(
-            "packcast-control",
+            transfer_id,
             heartbeat_timeout_s=heartbeat_timeout_s,
             on_failure=on_failure,
             log=log,
@@ -102,20 +102,20 @@ class ControlServer(Channel):
 
     @property
     def wanted(self) -> int:
-        """How many workers there are to be."""
+        """How many workers are expected."""
         return self._membership.wanted
 
     @property
     def ranks_to_come(self) -> frozenset[int]:
-        """The workers' ranks, where a launcher has given them out; else none."""
+        """The workers' ranks under a launcher; else none."""
         expected = self._membership.expected
         return frozenset() if isinstance(expected, int) else expected - {self._membership.me.rank}
 
     def join(self, limit_s: float, on_join: OnJoin) -> tuple[RankInfo, ...]:
-        """All ranks in order, once every worker is there; call it once.
+        """All ranks in order, once every worker has joined; call it once.
 
         `on_join(worker, joined, wanted)` is called in this thread for each arrival. At the limit
-        everybody is told, and RendezvousError names the missing.
+        all ranks are notified, and RendezvousError names the missing ones.
         """
         self._post(self._begin_join, limit_s)
         while True:
@@ -128,15 +128,15 @@ class ControlServer(Channel):
                 return ranks
 
     def host_met(self) -> str:
-        """The address of this host at which the workers have come, once they have joined.
+        """The address of this host that the workers have used, once they have joined.
 
-        Those of this very host may have come by loopback, where the others cannot follow.
+        Not loopback, if possible: only workers on this host can have used it.
         """
-        met = Counter(connection.local_address for connection in self._by_rank.values())
-        return max(met, key=lambda host: (not is_loopback(host), met[host]))
+        counts = Counter(connection.local_address for connection in self._by_rank.values())
+        return max(counts, key=lambda host: (not is_loopback(host), counts[host]))
 
     def send(self, rank: int, message: Message) -> None:
-        """Send a message to one worker; raises the failure. A worker already gone gets nothing."""
+        """Send a message to one worker, if it is still there; raises the failure."""
         self._send_all([self._by_rank[rank]], message)
 
     def broadcast(self, message: Message) -> None:
@@ -156,7 +156,7 @@ class ControlServer(Channel):
         return cast("dict[int, M]", found)
 
     def progress_by_worker(self) -> dict[int, Progress]:
-        """What each worker's newest heartbeat said, by rank."""
+        """Each worker's newest heartbeat, by rank."""
         return {rank: one.progress for rank, one in list(self._by_rank.items())}
 
     def _send_all(self, connections: list[Connection], message: Message) -> None:
@@ -169,7 +169,7 @@ class ControlServer(Channel):
         worker = hello.info
         twin = self._membership.holder_of(worker.rank)
         if isinstance(twin, Connection):
-            twin.read()  # if it died and came back, its end waits in its socket
+            twin.read()  # if it died and came back, its EOF is in the socket
         connection.info = worker
         connection.allow(self._from_worker)
         if self._failure is not None:
@@ -192,7 +192,7 @@ class ControlServer(Channel):
         self._membership.add(connection, hello.info)
         self._serve(connection)
         connection.send(self._welcome)
-        # Its limit may be shorter than mine, which the interval of my heartbeats goes by.
+        # Its limit may be shorter than mine, so my heartbeats must be as frequent as it needs.
         mine = heartbeat_interval_s(hello.heartbeat_timeout_s, self._membership.wanted)
         self._interval_s = min(self._interval_s, mine)
         self._arrivals.append((hello.info, len(self._membership)))
@@ -263,12 +263,12 @@ class ControlServer(Channel):
                     f"this listens on {self.address[0]}, where only ranks of this host reach it: "
                     "the others need another address (--listen, MASTER_ADDR)"
                 )
-            self._give_up(error)  # whoever waits in `join` raises this very error
+            self._give_up(error)  # `join` raises it
 
     # For the control thread: afterwards.
 
     def _progress_now(self) -> Progress:
-        """The group's, so that no rank takes for a stall what is slow elsewhere."""
+        """The whole group's, so that a rank does not take another's slowness for a stall."""
         mine = super()._progress_now()
         return replace(mine, moved=mine.moved + self.moved_elsewhere())
 
@@ -280,7 +280,7 @@ class ControlServer(Channel):
         assert connection.info is not None
         rank = connection.info.rank
         if rank is None or self._ranks is None:
-            return False  # nobody waits for messages before all have joined
+            return False  # no thread waits for messages before all have joined
         ranks = self._received.setdefault(message.kind, {})
         ranks.setdefault(rank, deque()).append(message)
         return False
@@ -288,7 +288,7 @@ class ControlServer(Channel):
     def _take_all(self, kind: type[Message]) -> dict[int, Message] | None:
         ranks = self._received.get(kind.kind, {})
         if len(ranks) + len(self._gone) < len(self._by_rank):
-            return None  # the quick answer, for most of the messages of a large group
+            return None  # the fast path, for most messages of a large group
         if any(rank not in ranks and rank not in self._gone for rank in self._by_rank):
             return None
         return self._take_any(kind)
@@ -317,7 +317,7 @@ class ControlServer(Channel):
         )
 
     def _part(self, incident: Incident) -> None:
-        # Without a launcher somebody else may come; a launcher's rank will not come again.
+        # Without a launcher another worker may join; a launcher's rank does not come again.
         if self._ranks is not None or self._membership.is_launched:
             super()._part(incident)
             return

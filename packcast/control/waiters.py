@@ -1,4 +1,4 @@
-"""Threads that wait for something the control thread comes to know."""
+"""Threads that wait for a change of the control thread's state."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class _Waiter:
 
 
 class Waiters:
-    """Questions of other threads, asked again whenever something has changed; on the loop.
+    """Conditions of other threads, tested on the loop after every change.
 
-    `look()` is a question: what was found, or None for nothing yet; what it raises is raised in the
-    thread that waits.
+    `look()` returns the result, or None for not yet; the waiting thread gets what it raises.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -31,26 +30,26 @@ class Waiters:
         self._is_due = False
 
     def add(self, look: Callable[[], Any], future: Future[Any], until: float) -> None:
-        """Answer `future` with what `look` finds, or with None at `until`."""
+        """Set `future` to the result of `look`, or to None at `until`."""
         waiter = _Waiter(look, future, until)
         if not self._is_answered(waiter):
             self._waiters.append(waiter)
 
     def changed(self) -> None:
-        """Have all questions asked again, once for all that happens in this turn of the loop."""
+        """Test all conditions again, once for all changes in this turn of the loop."""
         if self._waiters and not self._is_due:
             self._is_due = True
             self._loop.call_soon(self._look)
 
     def expire(self, now: float) -> None:
-        """Those whose time is over find nothing."""
+        """Set the late ones to None."""
         late = [waiter for waiter in self._waiters if now >= waiter.until]
         for waiter in late:
             self._waiters.remove(waiter)
             waiter.future.set_result(None)
 
     def end(self, error: PackcastError) -> None:
-        """Nothing will be found any more, for this reason."""
+        """Raise this in all waiting threads."""
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             waiter.future.set_exception(error)

@@ -1,6 +1,6 @@
-"""Which rank gets which GPU, and so which backend: decided once, from what all ranks brought.
+"""Which rank gets which GPU, and so which backend.
 
-`assign_devices` is a pure function over members; `visible_gpus` is the one place that asks torch.
+`assign_devices` is a pure function over all ranks' infos; only `visible_gpus` asks torch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows' L
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What every rank computes on. `devices` maps a rank to `cpu` or to `cuda:i`, its own count.
+    """Each rank's device: `cpu`, or `cuda:i` by the rank's own numbering.
 
-    `reason` is one phrase for the start line; `loud` if GPUs are there that nobody asked to
-    leave unused.
+    `reason` is a phrase for the start line; `loud` if GPUs stay unused although no option asked
+    for that.
     """
 
     backend: Literal["nccl", "gloo"]
@@ -36,25 +36,25 @@ class Assignment:
 
 
 def host_name() -> str:
-    """This host's name, for people; hosts are told apart by `boot_id`."""
+    """This host's name, for messages; `boot_id` identifies hosts."""
     return socket.gethostname()
 
 
 def boot_id() -> str:
     """The same for all processes of one running kernel, containers included; unique to it.
 
-    But where NCCL is told by NCCL_HOSTID that ranks are on different hosts, we say so too: it
-    then lets them share a GPU, which is how several ranks are tried on a machine that has one.
+    NCCL_HOSTID is appended: with it NCCL takes ranks to be on different hosts and lets them share
+    a GPU, which is how several ranks are tested on a machine with one.
     """
-    told = os.environ.get("NCCL_HOSTID", "")
+    host_id = os.environ.get("NCCL_HOSTID", "")
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + told
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + host_id
     except OSError:
-        return host_name() + told
+        return host_name() + host_id
 
 
 def has_gpu_driver() -> bool:
-    """Whether GPUs may be there, told without torch."""
+    """Whether there may be GPUs, without asking torch."""
     return any(map(os.path.exists, _DRIVERS))
 
 
@@ -80,8 +80,8 @@ def assign_devices(
 ) -> Assignment:
     """NCCL if every rank can have a GPU of its own, else gloo on CPU buffers. Pure.
 
-    Every member has its rank. Raises RendezvousError only where somebody asked in so many words
-    for what is not possible: `backend` nccl, or a member's `--device cuda`.
+    Every member has its rank. Raises RendezvousError only if an explicit option cannot be met:
+    `backend` nccl, or a member's `--device cuda`.
     """
     _check_wishes(members)
     wants_gpu = next((m for m in members if m.device.startswith("cuda")), None)
@@ -121,7 +121,7 @@ def _on_gpus_if_possible(members: Sequence[RankInfo], demand: str | None) -> Ass
     gpus = {member.rank: gpu for gpu, member in owners.items()}
     without = next((member for member in members if member.rank not in gpus), None)
     if without is None:
-        devices = {_rank(m): f"cuda:{m.gpus.index(gpus[m.rank][1])}" for m in members}
+        devices = {m.known_rank: f"cuda:{m.gpus.index(gpus[m.rank][1])}" for m in members}
         return Assignment("nccl", devices, "every rank has a GPU of its own", loud=False)
     reason = _why_none(without, owners)
     if demand:
@@ -143,7 +143,7 @@ def _why_none(member: RankInfo, owners: dict[tuple[str, str], RankInfo]) -> str:
             return f"{member.label} asks for --device {member.device}, but sees {_gpus(member)}"
         owner = owners[member.boot_id, member.gpus[index]]
         return f"{member.label} and {owner.label} ask for the same GPU, {member.gpus[index]}"
-    # Without a fixed wish of its own, everything it sees is taken, and nobody can move.
+    # It asks for no certain GPU, so all that it sees are assigned, and no owner can move.
     return f"{member.label} sees {_gpus(member)}, all given to other ranks of its host"
 
 
@@ -152,10 +152,10 @@ def _gpus(member: RankInfo) -> str:
 
 
 def _match(members: Sequence[RankInfo]) -> dict[tuple[str, str], RankInfo]:
-    """As many ranks as possible with a GPU each: (boot id, uuid) -> its owner.
+    """A GPU for as many ranks as possible: (boot id, uuid) -> its owner.
 
-    Fixed wishes first, then each rank's preferred GPU, then any free one; ranks are moved off
-    their preferred GPU only where another one would go without (augmenting paths).
+    Explicit requests first, then each rank's preferred GPU, then any free one; a rank loses its
+    preferred GPU only if another rank would have none (augmenting paths).
     """
     owners: dict[tuple[str, str], RankInfo] = {}
     placed: set[int] = set()
@@ -163,11 +163,11 @@ def _match(members: Sequence[RankInfo]) -> dict[tuple[str, str], RankInfo]:
         for member in members:
             free = (gpu for gpu in candidates_of(member) if gpu not in owners)
             gpu = next(free, None)
-            if gpu and _rank(member) not in placed:
+            if gpu and member.known_rank not in placed:
                 owners[gpu] = member
-                placed.add(_rank(member))
+                placed.add(member.known_rank)
     for member in members:
-        if _rank(member) not in placed:
+        if member.known_rank not in placed:
             _augment(member, owners, seen=set())
     return owners
 
@@ -222,10 +222,5 @@ def _check_wishes(members: Sequence[RankInfo]) -> None:
             )
 
 
-def _rank(member: RankInfo) -> int:
-    assert member.rank is not None, "ranks are given out before devices"
-    return member.rank
-
-
 def _on_cpus(members: Sequence[RankInfo], reason: str, *, loud: bool) -> Assignment:
-    return Assignment("gloo", {_rank(member): "cpu" for member in members}, reason, loud)
+    return Assignment("gloo", {member.known_rank: "cpu" for member in members}, reason, loud)

@@ -1,9 +1,8 @@
-"""How a process ends after a peer's failure, a signal or an error, from whichever thread.
+"""How a command's process ends after another rank's failure, a signal or an error, on any thread.
 
-For a command that is the process itself (`ProcessExit`): collectives, destroy and abort can hang
-for ever, so nobody waits for the main thread. Clean-ups are registered here, and the process ends
-by `os._exit`. Imports no torch, not even late: another thread may hold the import lock for the
-seconds that torch takes.
+Collectives, destroy and abort can hang for ever, so the main thread is not waited for: clean-ups
+are registered here, and the process ends by `os._exit`. Imports no torch, not even late: another
+thread may hold the import lock for the seconds that torch takes.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from packcast.launch.handover import received
 from packcast.launch.launchers import detect_launch, launch_name
 from packcast.launch.secret import local_folder
 
-# To remove a checkpoint's files may take seconds; who stops processes by a signal (torchrun, Slurm,
-# Kubernetes) kills them after thirty.
+# Removing a checkpoint's files may take seconds; torchrun, Slurm and Kubernetes kill a process
+# thirty seconds after their signal.
 CLEAN_UP_LIMIT_S = 15.0
 _PRINT_LIMIT_S = 1.0
 _LOOK_LIMIT_S = 0.5
-# The sender tells the others before it leaves, and waits up to 0.7 s for that to arrive.
+# The sender notifies the others before it exits, and waits up to 0.7 s for acknowledgement.
 _VERDICT_WAIT_S = 1.2
 _SAID_LASTS_S = 30.0
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
@@ -38,9 +37,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ExitHandler(Protocol):
-    """What a transfer calls when it is over for a reason that its own thread cannot know.
+    """Ends a transfer for a reason that its own thread may not notice.
 
-    `error` is why, once `leave` was called. `survives`: the process goes on after that.
+    `error` is set by `leave`. `survives`: the process goes on after that.
     """
 
     error: PackcastError | None
@@ -49,25 +48,25 @@ class ExitHandler(Protocol):
     def on_leave(
         self, clean_up: Callable[[], object], left: Callable[[], str | None] | None = None
     ) -> None:
-        """Call `clean_up` when it ends so; at once, if it has.
+        """Register a clean-up for `leave`; called at once if that was called already.
 
-        `left` tells the path of what it has not removed yet.
+        `left` returns the path of what is not removed yet.
         """
 
-    def on_abandon(self, let_go: Callable[[], object]) -> None:
-        """Call this where the transfer has failed, or hangs, and the process goes on without it."""
+    def on_abandon(self, free: Callable[[], object]) -> None:
+        """Register what frees a failed or hanging transfer, if the process goes on without it."""
 
     def leave(self, error: PackcastError) -> None:
-        """End it; the first call decides. May not return."""
+        """End the transfer; the first call decides. May not return."""
 
     def shield(self) -> None:
-        """From now on whoever wants to interrupt has to wait for the end, which is near."""
+        """From now on an interrupt waits for the end, which is near."""
 
 
 class ProcessExit:
-    """The process's exit. The first call of `leave` decides; it does not return, nor do others.
+    """The process's exit. The first call of `leave` decides; no call returns.
 
-    `error` is what it was called with, for clean-ups that pass it on.
+    `error` is its argument, for clean-ups that pass it on.
     """
 
     survives = False
@@ -93,10 +92,10 @@ class ProcessExit:
     def on_leave(
         self, clean_up: Callable[[], object], left: Callable[[], str | None] | None = None
     ) -> None:
-        """Call this on the way out, in the order given here; it may raise, but should be quick.
+        """Register a clean-up; they run in this order, may raise, and should be quick.
 
-        At once, if this process is leaving already. `left` tells the path of what it has not
-        removed yet: where it is cut off, that is named.
+        Called at once if this process is exiting already. `left` returns the path of what is not
+        removed yet, which is printed if the clean-up does not finish.
         """
         if left is not None:
             self._lefts.append(left)
@@ -104,8 +103,8 @@ class ProcessExit:
         if self._leaving.is_set():
             clean_up()
 
-    def on_abandon(self, let_go: Callable[[], object]) -> None:
-        """Nothing: the process ends, and all that it has."""
+    def on_abandon(self, free: Callable[[], object]) -> None:
+        """Nothing: the process ends, and with it all memory."""
 
     def leave(self, error: PackcastError | None) -> NoReturn:
         """Record the error, clean up, print it and end the process with its exit code.
@@ -120,7 +119,7 @@ class ProcessExit:
         self._leaving.set()
         if error is not None:
             record_failure(error)
-        # If no thread can be started any more, clean-ups are trusted to end.
+        # Without a thread for the limit the clean-ups must end by themselves.
         with suppress(RuntimeError):
             threading.Thread(target=self._overrun, args=(error,), daemon=True).start()
         for clean_up in list(self._clean_ups):
@@ -129,10 +128,7 @@ class ProcessExit:
         self._print_and_exit(error)
 
     def shield(self) -> None:
-        """From now on signals end the process no more: what is left is short, and worth ending.
-
-        For the time after the point of no return. A third signal still leaves at once.
-        """
+        """After the point of no return: signals no longer end the process, except a third one."""
         self._shielded.set()
 
     @property
@@ -141,7 +137,7 @@ class ProcessExit:
         return self._shielded.is_set()
 
     def ask_for_patience(self) -> None:
-        """Somebody does not want to wait: say what for, and how not to."""
+        """After a second signal: print what the process is doing, and how to end it at once."""
         doing = "publishing the copy" if self.is_shielded else "cleaning up"
         left = self._left()
         what = f", removing {', '.join(left)}" if left and not self.is_shielded else ""
@@ -149,7 +145,7 @@ class ProcessExit:
         self._say(f"still {doing}{what}{limit}; one more signal ends this at once")
 
     def give_up(self, error: PackcastError) -> NoReturn:
-        """End now, whatever is left undone; it is named. The error of `leave` comes first."""
+        """End now; print what is left behind. The error of `leave` takes precedence."""
         self._leaving.set()
         self._exit_soon(self.error or error)
 
@@ -170,7 +166,7 @@ class ProcessExit:
         return list(found)
 
     def wait_leaving(self, timeout_s: float) -> bool:
-        """Whether some thread has called `leave`, waiting for that as long as `timeout_s`."""
+        """Whether `leave` has been called, after waiting up to `timeout_s`."""
         return self._leaving.wait(timeout_s)
 
     def _overrun(self, error: PackcastError | None) -> NoReturn:
@@ -196,7 +192,7 @@ class ProcessExit:
         os._exit(_exit_code(error))
 
     def exit(self, code: int) -> NoReturn:
-        """End the process without its usual teardown, in which stuck threads could hang it."""
+        """End the process without the interpreter's teardown, which stuck threads could block."""
         for stream in (sys.stdout, sys.stderr):
             with suppress(BaseException):
                 stream.flush()
@@ -204,13 +200,12 @@ class ProcessExit:
 
 
 def record_failure(error: PackcastError) -> None:
-    """Put the error where torchrun looks for root causes; nothing without a launcher.
+    """Record the error for the launcher, which looks for the root cause; nothing without one.
 
-    What torch's `ErrorHandler.record_exception` writes (torch/distributed/elastic/multiprocessing/
-    errors/error_handler.py), with the sentence as the "call stack", since that is the part that
-    torchrun prints, and with the exit code, which torchrun flattens. A signal from outside is no
-    failure of this rank, and torchrun sends one to all victims: it is not recorded.
-    `--nproc` knows its victims, and is told in any case.
+    For torchrun as torch's `ErrorHandler.record_exception` does (torch/distributed/elastic/
+    multiprocessing/errors/error_handler.py), with the message as the "call stack", which torchrun
+    prints, and with the exit code, which it flattens. A signal is not recorded: torchrun sends
+    one to all other ranks. `--nproc` knows whom it signals, and gets every error.
     """
     handover = received()
     if handover is not None:
@@ -236,11 +231,11 @@ def record_failure(error: PackcastError) -> None:
 
 
 def said_here(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """A file of this launch's ranks on this host, where they note what one of them has said.
+    """The file in which this launch's ranks on this host note errors that one of them has printed.
 
     Beside the error files of torchrun, whose folders are `attempt_0/<local rank>`, and which
-    removes them. Slurm and mpirun give no such place: then it is in a folder of the user's for
-    temporary files, and holds for as long as ranks need to end one after the other.
+    removes them. Slurm and mpirun have no such folder: then it is in a folder of the user's for
+    temporary files, and is valid for as long as ranks need to end one after the other.
     """
     handover = received()
     if handover is not None:
@@ -266,7 +261,7 @@ def _fresh(folder: Path, name: str) -> Path:
 
 
 def ignored_signals(numbers: Iterable[signal.Signals]) -> set[signal.Signals]:
-    """Those of them that this process was started with ignored, as by nohup."""
+    """Those that are ignored, as after nohup."""
     return {number for number in numbers if signal.getsignal(number) is signal.SIG_IGN}
 
 
@@ -303,7 +298,7 @@ def die_with_parent(launcher_pid: int | None = None) -> None:
     too. The kernel means the parent's *thread*: launchers start ranks from their main thread.
     """
     parent = launcher_pid or os.getppid()
-    # Where SIGTERM is ignored it would end nobody; what a killed rank leaves can be removed later.
+    # An ignored SIGTERM would not end it; `packcast clean` removes what a killed rank leaves.
     number = signal.SIGKILL if ignored_signals({signal.SIGTERM}) else signal.SIGTERM
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
     if os.getppid() != parent:
@@ -317,8 +312,8 @@ def _take_signals(exit_handler: ProcessExit, watched: set[signal.Signals], patie
         count += 1
         # On a thread of its own: each of these may hang, as a terminal can.
         if patient or count == 1:
-            # torchrun sends SIGTERM to all as soon as one rank has failed: the cause, which comes
-            # over the control channel at the same time, is the better answer. --nproc has waited.
+            # torchrun sends SIGTERM to all as soon as one rank has failed: wait for the cause,
+            # which arrives over the control channel at the same time. --nproc has waited.
             wait_s = _VERDICT_WAIT_S if number == signal.SIGTERM and not patient else 0.0
             threading.Thread(
                 target=_leave_on, args=(exit_handler, number, wait_s), daemon=True

@@ -1,8 +1,8 @@
-"""What `--nproc` hands to each rank that it starts, by inheritance: a secret and descriptors.
+"""What each rank inherits from `--nproc`: a secret and descriptors.
 
-The environment names only the number of a pipe, from which the rank reads the rest once. So no
-store, no command line and no file has the secret, and unlike an environment variable it is not
-handed on to what a rank starts, nor shown by whatever lists a process's environment.
+The environment has only the number of a pipe, from which the rank reads the rest once. So the
+secret is in no store, command line, file or environment, and is not inherited by what a rank
+starts.
 """
 
 from __future__ import annotations
@@ -26,39 +26,38 @@ HANDOVER_VARIABLE = "PACKCAST_LAUNCH_FD"
 LOOPBACK = "127.0.0.1"
 
 _PORT_NBYTES = 2
-_MAX_NBYTES = 4096  # fewer than a pipe holds, so that writing it waits for nobody
+_MAX_NBYTES = 4096  # fewer than a pipe holds, so that writing never blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handover:
-    """One rank's. The descriptors are shared with the other ranks and closed with the process."""
+    """One rank's; the descriptors are shared with the other ranks and closed with the process."""
 
     rank: int
     launcher_pid: int
     token: str
-    port_fd: int  # rank 0 writes there where its control channel listens, the others read it
-    failures_fd: int  # where a rank that fails says so: the first line is the root cause
+    port_fd: int  # rank 0 writes its control channel's port, the others read it
+    failures_fd: int  # failed ranks write here: the first line is the root cause
     said_fd: int  # a file in memory: the errors that a rank has printed for all
 
     @property
     def said(self) -> Path:
-        """By its path every process opens the file anew, so that a lock on it means something."""
+        """A path, so that every process opens the file anew and can lock it."""
         return Path(f"/proc/self/fd/{self.said_fd}")
 
     @property
     def descriptors(self) -> tuple[int, ...]:
-        """Those that the rank inherits."""
+        """The inherited ones."""
         return (self.port_fd, self.failures_fd, self.said_fd)
 
     def publish_port(self, port: int, num_workers: int) -> None:
-        """Rank 0 says where it listens on loopback: one record for each of the others."""
+        """On rank 0: one record for each of the others."""
         os.write(self.port_fd, port.to_bytes(_PORT_NBYTES) * num_workers)
 
     def await_port(self, timeout_s: float) -> int:
-        """Where rank 0 listens. Raises RendezvousError at the time limit.
+        """The port of rank 0, on loopback. Raises RendezvousError at the time limit.
 
-        If rank 0 has ended without a word this waits too: the launcher knows its reason, and ends
-        this rank.
+        This also waits if rank 0 has ended: the launcher knows why, and ends this rank.
         """
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
@@ -73,12 +72,12 @@ class Handover:
         )
 
     def record_failure(self, error: PackcastError) -> None:
-        """Tell the launcher, which looks for the first rank to do so."""
+        """For the launcher, which takes the first one as the root cause."""
         with suppress(OSError):
             os.write(self.failures_fd, f"{self.rank} {error.exit_code}\n".encode())
 
     def write(self) -> int:
-        """The end of a pipe from which it can be read, once; to be inherited and closed."""
+        """A pipe from which the rank reads this once; to be inherited and closed."""
         reader, writer = os.pipe()
         data = json.dumps(asdict(self)).encode()
         assert len(data) <= _MAX_NBYTES
@@ -96,7 +95,7 @@ _received: dict[str, Handover | None] = {}  # by descriptor: each can be read on
 
 
 def received(environ: Mapping[str, str] = os.environ) -> Handover | None:
-    """What this process was handed, if `--nproc` started it. The main thread asks first."""
+    """This process's handover, if `--nproc` started it. The main thread must call this first."""
     number = environ.get(HANDOVER_VARIABLE, "")
     if number not in _received:
         _received[number] = _read(int(number)) if number.isdecimal() else None
@@ -109,8 +108,8 @@ def _read(fd: int) -> Handover | None:
             return None
         handover = Handover(**json.loads(os.read(fd, _MAX_NBYTES)))
         for each in handover.descriptors:
-            os.set_inheritable(each, False)  # what this rank starts is not part of the launch
+            os.set_inheritable(each, False)  # not for what this rank starts
     except (OSError, ValueError, TypeError):
-        return None  # what started this process has inherited the variable only
+        return None  # this process has inherited the variable only
     os.close(fd)
     return handover

@@ -1,4 +1,4 @@
-"""A chain of ranks is connected hop by hop: a gloo group of two ranks where a chunk passes."""
+"""Connects a chain of ranks hop by hop: a gloo group of two ranks for each."""
 
 from __future__ import annotations
 
@@ -18,31 +18,9 @@ from packcast.packed.unfinished import release_ended
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-    from packcast.packed.chain import Chain, Hop
+    from packcast.packed.chain import Hop
 
 _CONNECT_LIMIT_S = 15.0  # once both are about to connect, which takes milliseconds
-
-
-def open_chain(
-    order: Sequence[int],
-    roots: Collection[int],
-    *,
-    rank: int,
-    store: Store,
-    timeout_s: float,
-    interface: str | None,
-    check: Callable[[], object],
-) -> Chain:
-    """A chain over hops of its own; as `open_hops`.
-
-    One connection for each hop: two are not faster on loopback.
-    """
-    from packcast.packed.chain import Chain
-
-    before, after = open_hops(
-        order, roots, rank=rank, store=store, timeout_s=timeout_s, interface=interface, check=check
-    )
-    return Chain(before, after, rank=rank, order=order, check=check)
 
 
 def open_hops(
@@ -56,12 +34,12 @@ def open_hops(
     check: Callable[[], object],
     connections: int = 1,
 ) -> tuple[Hop | None, Hop | None]:
-    """Connect this rank to its neighbours in the chains from `roots`: the hop towards it, and from
-    it; None where no chunk passes.
+    """Connect this rank to its neighbours in the chains from `roots`.
 
-    All ranks call this with the same arguments and store, and it waits for the neighbours.
-    Raises RendezvousError where they do not connect, and what `check` raises while it waits:
-    why the transfer has failed, if it has.
+    Returns the hop towards this rank and the one from it; None where no chunk passes. All ranks
+    call this with the same arguments and store, and it waits for the neighbours. `connections` is
+    1 in every transfer: two are not faster on loopback. Raises RendezvousError if they do not
+    connect, and what `check` raises during the wait: why the transfer has failed, if it has.
     """
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore

@@ -1,6 +1,6 @@
-"""Who started this process, and which rank it is: `--nproc`, torchrun, Slurm, mpirun or nobody.
+"""Which launcher started this process (`--nproc`, torchrun, Slurm, mpirun or none), as which rank.
 
-Reads environments that are handed in; knows no torch.
+Reads only environments that are passed in; knows no torch.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MPI_JOB_VARIABLE = "PMIX_NAMESPACE"  # Open MPI's name of the launch; Hydra sets
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """This process's place: its rank of `world_size`, and among those of its host.
+    """This process's rank of `world_size`, and among those of its host.
 
-    `is_one_host`: it is certain that all ranks are on this one. All ranks agree about that.
+    `is_one_host`: all ranks are certainly on this host; the same on all ranks.
     """
 
     kind: Literal["nproc", "torchrun", "slurm", "mpirun", "none"]
@@ -52,7 +52,7 @@ ALONE = Launch("none", rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
 def detect_launch(environ: Mapping[str, str]) -> Launch:
-    """The launcher, from its variables; raises RendezvousError where they make no sense."""
+    """The launcher, by its variables; raises RendezvousError if they are not valid."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return _nproc(environ) if HANDOVER_VARIABLE in environ else _torchrun(environ)
     mpi = _mpi_variables(environ)
@@ -61,7 +61,7 @@ def detect_launch(environ: Mapping[str, str]) -> Launch:
         return _mpirun(environ, mpi)
     if "SLURM_PROCID" in environ and _is_srun_step(environ):
         launch = _slurm(environ)
-        # `srun --pty bash` is a step of one task: a place to type in, not a launch.
+        # `srun --pty bash` is a step of one task: a shell, not a launch.
         if launch.world_size > 1:
             return launch
     return ALONE
@@ -85,7 +85,7 @@ def slurm_nodelist(environ: Mapping[str, str]) -> str:
 
 
 def slurm_port(environ: Mapping[str, str]) -> int:
-    """The store's port, the same on every rank of a step and unlikely the same for another."""
+    """The store's port: equal on all ranks of a step, and most likely different for others."""
     job = _number(environ, "SLURM_JOB_ID" if "SLURM_JOB_ID" in environ else "SLURM_JOBID")
     step = _number(environ, "SLURM_STEP_ID")
     # 31: two jobs that run at once have near ids, and seldom as many as 31 steps.
@@ -120,7 +120,7 @@ def rendezvous_address(
 ) -> tuple[str, int]:
     """Host and port of the launcher's store; `port` replaces the one of Slurm or mpirun.
 
-    Raises RendezvousError where the launcher's variables name none.
+    Raises RendezvousError if the launcher's variables have no valid address.
     """
     if launch.kind == "slurm":
         where, host = "Slurm's node list", first_host(slurm_nodelist(environ))
@@ -170,9 +170,9 @@ def _torchrun(environ: Mapping[str, str]) -> Launch:
 
 
 def _is_one_per_pod(environ: Mapping[str, str]) -> bool:
-    """Whether Kubeflow's operator started this, which counts pods, rather than torchrun in it.
+    """Whether Kubeflow's operator started this pod without torchrun: RANK counts pods then.
 
-    Where LOCAL_RANK is absent otherwise, people set RANK by hand, most likely on one host.
+    Otherwise, without LOCAL_RANK, RANK was set by hand, most likely on one host.
     """
     return "PET_NODE_RANK" in environ and environ["PET_NODE_RANK"] == environ["RANK"]
 

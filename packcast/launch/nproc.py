@@ -1,7 +1,7 @@
-"""`--nproc`: all ranks on this machine, started and watched by a process that is not one of them.
+"""`--nproc`: starts all ranks on this machine, and watches them.
 
-The ranks are plain processes. The launcher answers signals, ends the ranks that are left where one
-has failed, and returns the root cause's own exit code. It imports no torch.
+The ranks are plain processes. This launcher handles signals, ends the other ranks if one has
+failed, and returns the exit code of the root cause. It imports no torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from packcast.launch.handover import HANDOVER_VARIABLE, LOOPBACK, Handover, new_
 
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 _ERROR = "packcast: error: "
-# Ranks that lose another one have its reason from the control channel by then.
+# By then ranks that lose another one have received its reason over the control channel.
 _VERDICT_LIMIT_S = 1.5
-# A rank takes a signal at once, whatever else it does, unless it is frozen or its disk is dead.
+# A rank takes a signal at once, unless it is frozen or its disk is dead.
 _REACT_LIMIT_S = 3.0
-# One that took it has cleaned up by then, or is stuck.
+# By then one that took it has cleaned up, or is stuck.
 _STOP_LIMIT_S = CLEAN_UP_LIMIT_S + 5.0
-_KILL_LIMIT_S = 2.0  # for the kernel to end them; one that waits for a dead disk stays
+_KILL_LIMIT_S = 2.0  # for the kernel to end them; one that waits for a dead disk remains
 _LOOK_S = 0.05
 _LOOPBACK_LIMIT_S = 5.0
 # Without the current directory on the path (-P), which may be a checkpoint from anywhere. Where
@@ -50,12 +50,12 @@ def run_nproc(
 ) -> int:
     """Run `command + argv` as `nproc` ranks and return the exit code of the whole.
 
-    Main thread only. Output passes through; signals that are ignored stay so, also in the ranks.
-    0 if all succeeded; the root cause's own code where ranks failed; 5 where a signal killed it;
-    128 plus the number of a signal that ended this process. No rank outlives the call, nor this
-    process if the ranks call `die_with_parent`. `say` gets what no rank can say: that one was
-    killed, or this process interrupted. Once no rank is left of a run that failed, `look_after`
-    is called: False if nobody wants to wait for it.
+    Main thread only. Output passes through; ignored signals stay ignored, also in the ranks. 0 if
+    all succeeded; the root cause's exit code if ranks failed; 5 if a signal killed it; 128 plus
+    the number of a signal that ended this process. No rank outlives the call, nor this process if
+    the ranks call `die_with_parent`. `say` prints what no rank can: that one was killed, or this
+    process interrupted. `look_after` is called after a failed run, when no rank is left; with
+    False if the user does not want to wait for it.
     """
     _check_loopback()
     with _signal_numbers() as signals:
@@ -78,9 +78,9 @@ class _Ranks:
         self._interrupted: int | None = None
         self._failed_at: float | None = None
         self._asked: tuple[int, float] | None = None  # to end: by which signal, and when
-        # Until they were asked to end: who has said that it failed, in this order, and its code...
-        self._told: list[tuple[int, int]] = []
-        self._ended: dict[int, int] = {}  # ... and who has ended.
+        # Both until they were asked to end: (rank, exit code) of failures, in order of report.
+        self._failures_reported: list[tuple[int, int]] = []
+        self._ended: dict[int, int] = {}  # exit codes by rank
         self._processes: list[subprocess.Popen[bytes]] = []
         ports, (self._failures, failures) = os.pipe(), os.pipe()
         os.set_blocking(self._failures, False)
@@ -105,7 +105,7 @@ class _Ranks:
                 os.close(fd)
 
     def watch(self, signals: int, say: Callable[[str], None]) -> None:
-        """Until all have ended, or time is up; `signals` is where signals' numbers are read."""
+        """Wait until all have ended, or time is up; `signals`: a pipe of signals' numbers."""
         num_signals = 0
         while self._tend():
             is_calm = self._failed_at is None and self._asked is None
@@ -126,7 +126,7 @@ class _Ranks:
                     return
 
     def kill(self) -> None:
-        """End those that are left, each with what it has started: each leads a session."""
+        """Kill the remaining ranks with their children: each rank leads a session."""
         running = [process for process in self._processes if process.poll() is None]
         for process in running:
             with suppress(ProcessLookupError, PermissionError):
@@ -145,16 +145,16 @@ class _Ranks:
         if self._interrupted is not None:
             say(f"{_ERROR}interrupted by {signal.Signals(self._interrupted).name}")
             return 128 + self._interrupted
-        told = {rank for rank, _ in self._told}
-        for rank, code in self._ended.items():  # it failed before it could tell, on its own
-            if code > 0 and rank not in told:
+        reported = {rank for rank, _ in self._failures_reported}
+        for rank, code in self._ended.items():  # it failed before it could report
+            if code > 0 and rank not in reported:
                 return code
-        if self._told:
-            return self._told[0][1]
+        if self._failures_reported:
+            return self._failures_reported[0][1]
         killed = {rank: code for rank, code in self._ended.items() if code < 0}
         if -signal.SIGTERM in killed.values():
             return 128 + signal.SIGTERM
-        if killed:  # what the surviving ranks would say of it; perhaps none had met it yet
+        if killed:  # perhaps no other rank has noticed and printed it
             rank, code = next(iter(killed.items()))
             what = f"was killed by {signal.Signals(-code).name}"
         else:  # it had to be ended, and all others were done
@@ -163,7 +163,7 @@ class _Ranks:
         return TransferError.exit_code
 
     def _tend(self) -> bool:
-        """Do what it is time for; whether there is more to wait for."""
+        """Do what is due; whether to go on waiting."""
         running = [process for process in self._processes if process.poll() is None]
         now = time.monotonic()
         if self._asked is None:
@@ -182,16 +182,18 @@ class _Ranks:
         return bool(running) and now < asked_at + _STOP_LIMIT_S
 
     def _listen(self) -> None:
-        """Which ranks have failed or ended."""
+        """Update which ranks have failed or ended."""
         with suppress(BlockingIOError):
             lines = os.read(self._failures, 1 << 16).decode().splitlines()
-            self._told += [(int(rank), int(code)) for rank, code in map(str.split, lines)]
+            self._failures_reported += [
+                (int(rank), int(code)) for rank, code in map(str.split, lines)
+            ]
         for rank, process in enumerate(self._processes):
             if process.returncode is not None:
                 self._ended.setdefault(rank, process.returncode)
 
     def _ask(self, number: int) -> None:
-        """Have all end that are left, by a signal; who was stopped goes on, to clean up."""
+        """Signal the remaining ranks to end; stopped ones are continued, to clean up."""
         self._asked = (number, time.monotonic())
         for process in self._processes:
             process.send_signal(number)
@@ -202,7 +204,7 @@ def _start(command: Sequence[str], handover: Handover, nproc: int) -> subprocess
     place = {"RANK": handover.rank, "LOCAL_RANK": handover.rank}
     place |= {"WORLD_SIZE": nproc, "LOCAL_WORLD_SIZE": nproc}
     fd = handover.write()
-    # As torchrun does: or each rank's torch has threads for all cores, which get in the way.
+    # As torchrun does: otherwise each rank's torch has threads for all cores.
     environment = {"OMP_NUM_THREADS": "1"} | dict(os.environ)
     environment |= {name: str(value) for name, value in place.items()}
     try:
@@ -217,7 +219,7 @@ def _start(command: Sequence[str], handover: Handover, nproc: int) -> subprocess
 
 
 def _check_loopback() -> None:
-    """Ranks meet there; torch would tell of its absence in sixty lines of C++."""
+    """Ranks connect over loopback; without it torch would print sixty lines of C++."""
     try:
         with socket.create_server((LOOPBACK, 0)) as server:
             socket.create_connection(server.getsockname(), timeout=_LOOPBACK_LIMIT_S).close()
@@ -230,9 +232,9 @@ def _check_loopback() -> None:
 
 @contextmanager
 def _signal_numbers() -> Iterator[int]:
-    """A descriptor from which the numbers of signals to this process are read, SIGCHLD too.
+    """A pipe with the numbers of signals to this process, SIGCHLD included.
 
-    Those that are ignored stay so, and handlers come back at the end.
+    Ignored signals stay ignored; handlers are restored at the end.
     """
     watched = {*(_SIGNALS - ignored_signals(_SIGNALS)), signal.SIGCHLD}
     before = {number: signal.getsignal(number) for number in watched}
@@ -246,7 +248,7 @@ def _signal_numbers() -> Iterator[int]:
     finally:
         signal.set_wakeup_fd(earlier)
         for number, handler in before.items():
-            # None: a handler that is not Python's own, which cannot be given back.
+            # None: a handler of C code, which cannot be restored.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.close(reader)
         os.close(writer)
@@ -257,13 +259,13 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _is_pending(pid: int, number: int) -> bool:
-    """Whether the process has not taken a signal that it was sent."""
+    """Whether the signal is still pending."""
     masks = [line.split()[1] for line in _status(pid) if line.startswith(("SigPnd:", "ShdPnd:"))]
     return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
 
 
 def _status(pid: int) -> list[str]:
-    """What the kernel says; nothing where /proc is not mounted, or the process has gone."""
+    """/proc/PID/status; empty without /proc, or if the process has gone."""
     try:
         return Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,6 +1,6 @@
-"""The torch process group: made over a given store and interface, taken down within a bound.
+"""torch process groups: made over a store and a network interface, closed within a time limit.
 
-Knows nothing of launchers or of the control channel; errors of peers are that channel's business.
+Knows no launchers and no control channel.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOOK_UP_EVERY = timedelta(seconds=0.1)
 
 
 class Group(Protocol):
-    """What the data phase needs of a process group, whether it is one of torch's or our own."""
+    """The part of a process group that the data phase needs."""
 
     def broadcast(self, tensors: list[torch.Tensor], opts: BroadcastOptions) -> Work:
         """Enqueue a broadcast of one tensor, in place."""
@@ -47,11 +47,10 @@ def open_process_group(
 ) -> Group:
     """Make a process group of our own; all ranks call this with the same store, and it waits.
 
-    It stands beside torch.distributed's default group, which may be there or not, and is in none
-    of torch's tables: nothing global changes. gloo and NCCL talk over `interface` unless the
-    environment names one. `timeout_s` is a backstop: whoever watches the ranks must be faster.
-    Raises RendezvousError where the ranks do not connect, and what `check` raises while it waits:
-    why the transfer has failed, if it has.
+    It is independent of torch.distributed's default group and in none of torch's tables: nothing
+    global changes. gloo and NCCL use `interface` unless the environment names one. `timeout_s` is
+    a backstop: the watch over the ranks must be faster. Raises RendezvousError if the ranks do
+    not connect, and what `check` raises while it waits, if the transfer has failed.
     """
     from torch._C._distributed_c10d import PrefixStore
 
@@ -82,11 +81,11 @@ def open_process_group(
 def broadcast_over(
     group: Group, failure: Callable[[], PackcastError | None]
 ) -> Callable[[torch.Tensor, int], None]:
-    """The group's broadcast of a tensor from a rank of it: on a GPU ordered on the current stream,
-    on a CPU over when it returns.
+    """The group's broadcast of a tensor from a root rank.
 
-    A thread that waits for gloo looks up now and then, and raises the `failure` if there is one:
-    gloo itself would keep it until its connections end. The group is kept then until they do.
+    On a GPU it is ordered on the current stream; on a CPU it has ended on return. While gloo
+    blocks, `failure` is polled and raised: gloo itself would block until its connections end. The
+    group is kept until they do.
     """
     from torch._C._distributed_c10d import BroadcastOptions
 
@@ -121,18 +120,18 @@ def _await(
 
 
 def begin_close(group: Group, device: torch.device) -> threading.Event:
-    """Take the group down: NCCL's in the background, since it takes half a second, and can hang.
+    """Shut NCCL's group down in the background, since it takes half a second, and can hang.
 
-    Every collective must have ended, and every rank should call this. The event comes when it is
-    done; if it does not, a thread is stuck. gloo's ends with whoever holds it last.
+    Every collective must have ended, and every rank should call this. The event is set at the
+    end; if it is not, a thread is stuck. gloo's group ends with its last reference.
     """
     return _in_background("packcast-close", group, device, ("shutdown", "_shutdown"))
 
 
 def begin_abort(group: Group, device: torch.device) -> threading.Event:
-    """Break NCCL's collectives, in the background, so that who waits for a GPU goes on.
+    """Abort NCCL's collectives, in the background, so that threads waiting for a GPU go on.
 
-    gloo has no such thing, and who waits for it need not.
+    gloo has no abort, and waits for it poll.
     """
     return _in_background("packcast-abort", group, device, ("abort",))
 
@@ -159,8 +158,8 @@ def _in_background(
             if "abort" in methods and device.type == "cuda":
                 torch.cuda.synchronize(device)  # until nothing of it is in flight any more
         finally:
-            # Before anybody goes on: torch's destructors, met by the end of the interpreter on
-            # a thread that is not the main one, abort the process.
+            # Before the event: if the interpreter ends while torch's destructors run on a thread
+            # that is not the main one, the process aborts.
             held.clear()
             done.set()
 
@@ -194,8 +193,10 @@ def _gloo_group(
 
 
 def gloo_options(timeout: timedelta, interface: str | None, connections: int = 1) -> Any:
-    """What a gloo group is made with: its collectives take turns on so many connections to a peer,
-    each of which has threads of its own. As many for each interface that the environment names."""
+    """The options of a gloo group, with so many connections to a peer for each interface.
+
+    Collectives take turns on the connections, each of which has its own threads.
+    """
     import torch.distributed as dist
 
     gloo: Any = dist.ProcessGroupGloo
@@ -233,8 +234,8 @@ def _nccl_group(
     return group
 
 
-# For torch's NCCL groups. A lost peer is the control channel's to tell: NCCL's own watchdog would
-# abort this process with a C++ stack, in the middle of its clean-up.
+# For torch's NCCL groups. The control channel handles lost ranks: NCCL's own watchdog would abort
+# this process with a C++ stack, in the middle of its clean-up.
 NCCL_GROUP_VARIABLES = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
@@ -242,22 +243,21 @@ NCCL_GROUP_VARIABLES = {
 
 
 def interface_variable(backend: Literal["nccl", "gloo"], interface: str | None) -> dict[str, str]:
-    """What names the network interface to a group of this kind while it connects."""
+    """The variable that selects the network interface for a group while it connects."""
     if not interface:
         return {}
-    # NCCL takes a name for a prefix (eth1 for eth10 too) unless it is told otherwise.
+    # NCCL matches prefixes (eth1 for eth10 too) unless the value begins with "=".
     exactly = "=" if backend == "nccl" else ""
     return {_INTERFACE_VARIABLES[backend]: exactly + interface}
 
 
 @contextmanager
 def environment_with(wanted: Mapping[str, str]) -> Iterator[None]:
-    """These variables, where the environment does not say otherwise, and for as long only.
+    """Set variables that the environment does not have, for the duration of the block.
 
-    For C++ libraries that read them from nowhere else, as torch and NCCL do: there is no option
-    in their place. They are in the process's own environment, so that a program which is started
-    meanwhile without an environment of its own inherits them; `os.environ` stays as it is. Where
-    several threads are in here, a variable stays until the last of them has left.
+    For C++ libraries, such as torch and NCCL, that have no option instead. A program started
+    meanwhile with the process's own environment inherits them; `os.environ` does not change. With
+    several threads, a variable stays until the last of them has left the block.
     """
     with _environment_lock:
         held = [name for name in wanted if name in _holders or not _has_variable(name)]
@@ -284,7 +284,7 @@ _libc.getenv.argtypes, _libc.getenv.restype = [ctypes.c_char_p], ctypes.c_char_p
 
 
 def _has_variable(name: str) -> bool:
-    """Whether C++ sees it, which may know more of them than `os.environ`."""
+    """Whether C++ code sees the variable; it may see more than `os.environ` has."""
     return name in os.environ or _libc.getenv(os.fsencode(name)) is not None
 
 

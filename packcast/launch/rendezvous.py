@@ -1,37 +1,28 @@
-"""Where the ranks of a launch find the sender, before the control channel is there.
-
-Roles and one address go through a store, never bulk data. Keys are polled rather than waited for:
-a store's own time-outs cannot be relied on (see store.py).
-"""
+"""The store of a launch: the launcher's own, or one that rank 0 hosts until all have joined."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from packcast.control.addresses import (
     host_and_port,
-    interface_of,
     is_literal,
     is_loopback,
     resolve,
     source_towards,
     text_of,
-    with_interface,
 )
-from packcast.errors import PackcastError, RendezvousError, error_from_code
+from packcast.errors import PackcastError, RendezvousError
 from packcast.launch.handover import LOOPBACK
 from packcast.launch.launchers import Launch, rendezvous_address
-from packcast.launch.secret import Keys, SignedKeys, launch_context
+from packcast.launch.secret import SignedKeys, launch_context
 from packcast.launch.store import GRACE_S, answer_in, await_listener, connect_store, host_store
-from packcast.units import format_duration
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -43,28 +34,14 @@ _MAX_NAMED_RANKS = 8
 _NO_ANSWER = "the launcher's store does not answer"
 
 
-@dataclass(frozen=True, slots=True)
-class SenderAddress:
-    """Where the sender's control channel listens: at one of `hosts`, the likeliest first.
-
-    Where it is `beside_store` that is also the host of the launcher's store, which every rank has
-    reached by an address of its own.
-    """
-
-    hosts: tuple[str, ...]
-    port: int
-    beside_store: bool = False
-
-
 class Rendezvous:
     """The launcher's store while the ranks find each other, from `open_rendezvous` until `close`.
 
-    Either the launcher's own, or one that rank 0 hosts at the launcher's address, for so long only:
-    a trainer's own init_process_group wants that port afterwards. Who calls holds this object and
-    not the store in it, since the frames of an exception would keep the port taken.
+    Either the launcher's own, or one that rank 0 hosts at the launcher's address until then: a
+    trainer's init_process_group needs that port afterwards. Callers hold this object, not the
+    store in it, since the frames of an exception would keep the port in use.
 
-    Where keys are signed, those that this rank has set are set again if a stranger has changed
-    them.
+    With signed keys, this rank sets its own keys again if a stranger has changed them.
     """
 
     def __init__(
@@ -121,19 +98,10 @@ class Rendezvous:
                     if self._open().is_foreign(key) or not self._open().check([key]):
                         self._open().set(key, value)
 
-    def hosts_of(self, sender: SenderAddress) -> list[str]:
-        """The addresses at which this rank may reach the sender, the likeliest first."""
-        interface = None if self.here is None else interface_of(self.here)
-        told = [with_interface(host, interface) for host in sender.hosts]
-        if sender.beside_store:
-            told.insert(0, self.there or "127.0.0.1")
-        return list(dict.fromkeys(told))
-
     def close(self, wait_s: float = 0.0) -> None:
-        """Let go of the store: on the rank that hosts it the port is free from now on.
+        """Release the store: the port is free from now on, on the rank that hosts it.
 
-        Elsewhere wait for that, at most `wait_s`. Nobody needs to where all ranks are told to go on
-        only once rank 0 has closed.
+        Other ranks wait for that, at most `wait_s`; 0 if all go on only after rank 0 has closed.
         """
         self._over.set()
         if self._keeper is not None:
@@ -148,7 +116,7 @@ class Rendezvous:
                 link.recv(1)  # nothing ever comes but the end
 
     def _outlives_this(self) -> bool:
-        """Whether the store is torchrun's agent's, or perhaps the default group's."""
+        """Whether it belongs to torchrun's agent, or perhaps to the default group."""
         import torch.distributed as dist
 
         return self.is_agents or dist.is_initialized()
@@ -169,12 +137,12 @@ def open_rendezvous(
     call: int = 0,
     log: Callable[[str], object] = lambda _text: None,
 ) -> Rendezvous:
-    """Every rank of a launch calls this first; what they say there is signed with the `secret`.
+    """Every rank of a launch calls this first; the keys are signed with the `secret`.
 
-    Does not wait for the other ranks, only (up to `timeout_s`) for the store's host: `log` is told
-    where that takes long. `port` goes before the one derived from the job; `call` counts the
-    transfers of this launch, each of which has keys of its own. Raises RendezvousError where the
-    port is in use or the host does not answer.
+    Waits only for the store's host (up to `timeout_s`; `log` gets a line if that takes long), not
+    for other ranks. `port` replaces the one derived from the job; `call` counts the transfers of
+    this launch, each of which has its own keys. Raises RendezvousError if the port is in use or
+    the host does not answer.
     """
     address = rendezvous_address(launch, environ, port)
     context = launch_context(launch, environ, call)
@@ -204,15 +172,17 @@ def open_rendezvous(
 
 
 def _address_here(host: str) -> str:
-    """This host's address by that name; "", every one, where it is not certain that others reach
-    it: many systems give a host's own name a loopback address."""
+    """This host's address by that name, or "", every address, if others may not reach that.
+
+    Many systems resolve a host's own name to a loopback address.
+    """
     if is_literal(host):
         return host if source_towards(host) == host else ""
     try:
-        found = {text_of(address) for *_, address in resolve(host, 0)}
+        addresses = {text_of(address) for *_, address in resolve(host, 0)}
     except OSError:
         return ""
-    here = [each for each in found if not is_loopback(each) and source_towards(each) == each]
+    here = [each for each in addresses if not is_loopback(each) and source_towards(each) == each]
     return here[0] if len(here) == 1 else ""
 
 
@@ -236,152 +206,6 @@ def _joined(
     except BaseException:
         link.close()
         raise
-
-
-def settle_sender(
-    store: Keys, launch: Launch, role: Literal["send", "recv"], timeout_s: float
-) -> int:
-    """The lowest rank that ran `send`; every rank calls this with its own role.
-
-    Returns as soon as that is certain: ranks above the sender need not have come. Raises
-    RendezvousError if no rank sends, or naming those still missing at the deadline; or the
-    failure that another rank published.
-    """
-    ranks = range(launch.world_size)
-
-    def settled() -> int | None:
-        for rank in ranks:
-            if not store.check([_role_key(rank)]):
-                return None
-            if store.get(_role_key(rank)) == b"send":
-                return rank
-        raise RendezvousError(
-            "no rank ran `packcast send`",
-            hint="one launch must run `packcast send CKPT`, the others `packcast recv`",
-        )
-
-    def post_and_settle() -> int:
-        if isinstance(store, Rendezvous):
-            store.announce(launch.rank)
-        store.set(_role_key(launch.rank), role)
-        return _poll(store, settled, lambda: _missing(store, launch, timeout_s), timeout_s)
-
-    return answer_in(timeout_s, _NO_ANSWER, post_and_settle)
-
-
-def _missing(store: Keys, launch: Launch, timeout_s: float) -> str:
-    """Who has not come, where the time to join is over."""
-    missing = [rank for rank in range(launch.world_size) if not store.check([_role_key(rank)])]
-    named = ", ".join(map(str, missing[:_MAX_NAMED_RANKS]))
-    more = len(missing) - _MAX_NAMED_RANKS
-    verb = "has" if len(missing) == 1 else "have"
-    is_foreign = isinstance(store, Rendezvous) and any(map(store.is_announced, missing))
-    return (
-        f"{'rank' if len(missing) == 1 else 'ranks'} {named}"
-        f"{f' and {more} more' if more > 0 else ''} {verb} not joined"
-        f" within {format_duration(timeout_s)}"
-        f"{', or not with the same token as this rank' if is_foreign else ''}"
-    )
-
-
-def post_route(rendezvous: Rendezvous, launch: Launch) -> None:
-    """Every rank but where all are on one host: by which address it has reached the store."""
-    way = rendezvous.there or LOOPBACK
-    answer_in(GRACE_S, _NO_ANSWER, lambda: rendezvous.set(_route_key(launch.rank), way))
-
-
-def await_routes(store: Keys, launch: Launch, timeout_s: float) -> set[str]:
-    """By which addresses the ranks have reached the store, once all have come."""
-
-    def ways() -> set[str] | None:
-        keys = [_route_key(rank) for rank in range(launch.world_size)]
-        if not store.check(keys):
-            return None
-        return {store.get(key).decode(errors="replace") for key in keys}
-
-    return answer_in(
-        timeout_s,
-        _NO_ANSWER,
-        lambda: _poll(store, ways, lambda: _missing(store, launch, timeout_s), timeout_s),
-    )
-
-
-def publish_address(store: Keys, address: SenderAddress) -> None:
-    """The sender says where its control channel listens."""
-    text = json.dumps(
-        {"hosts": address.hosts, "port": address.port, "beside_store": address.beside_store}
-    )
-    answer_in(GRACE_S, _NO_ANSWER, lambda: store.set(_ADDRESS_KEY, text))
-
-
-def publish_failure(store: Keys, error: PackcastError) -> None:
-    """Tell the ranks that still wait in `settle_sender` or `await_address`; never raises."""
-    text = json.dumps({"code": error.exit_code, "message": error.message, "hint": error.hint})
-    try:
-        answer_in(GRACE_S, "no answer", lambda: store.set(_FAILURE_KEY, text))
-    except (PackcastError, RuntimeError):
-        return  # the launcher ends the others, or their own deadline does
-
-
-def leave_failed_join(rendezvous: Rendezvous, launch: Launch, limit_s: float) -> None:
-    """The way out of a join that failed; every rank calls this, which closes the rendezvous.
-
-    Where rank 0 hosts the store it stays until the others have read why, but no longer than
-    `limit_s`: without the store they could only time out. And they stay until it has gone, so that
-    all leave the port as they found it. Never raises.
-    """
-    others = [f"gone/{rank}" for rank in range(1, launch.world_size)]
-
-    def go() -> None:
-        if launch.rank:
-            rendezvous.set(f"gone/{launch.rank}", "")
-            return
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline and not all(rendezvous.check([key]) for key in others):
-            time.sleep(_SLOWEST_POLL_S / 4)
-
-    if not rendezvous.is_agents:
-        with contextlib.suppress(PackcastError, RuntimeError):
-            answer_in(limit_s, "no answer", go)
-    rendezvous.close(GRACE_S)
-
-
-def await_address(store: Keys, timeout_s: float) -> SenderAddress:
-    """Where the control channel listens, for every rank but the sender.
-
-    Raises the sender's own error where it failed first, RendezvousError at the deadline.
-    """
-
-    def published() -> SenderAddress | None:
-        if not store.check([_ADDRESS_KEY]):
-            return None
-        try:
-            told = json.loads(store.get(_ADDRESS_KEY))
-            hosts = tuple(map(str, told["hosts"]))
-            return SenderAddress(hosts, int(told["port"]), told["beside_store"] is True)
-        except (ValueError, KeyError, TypeError):
-            return None  # without a token anybody may have set it
-
-    def silence() -> str:
-        return f"the sender published no address within {format_duration(timeout_s)}"
-
-    return answer_in(
-        timeout_s,
-        _NO_ANSWER,
-        lambda: _poll(store, published, silence, timeout_s),
-    )
-
-
-_ADDRESS_KEY = "address"
-_FAILURE_KEY = "failure"
-
-
-def _route_key(rank: int) -> str:
-    return f"way/{rank}"
-
-
-def _role_key(rank: int) -> str:
-    return f"role/{rank}"
 
 
 def _of_this_call(store: Store, environ: Mapping[str, str], call: int) -> Store:
@@ -409,29 +233,3 @@ def _agents_store(launch: Launch, address: tuple[str, int], timeout_s: float) ->
         f"the launcher's store at {host_and_port(host, port)} does not answer",
         meet,
     )
-
-
-def _poll(
-    store: Keys, found: Callable[[], T | None], silence: Callable[[], str], timeout_s: float
-) -> T:
-    """`found()` once it is not None; another rank's failure or `silence()` as an error else."""
-    deadline = time.monotonic() + timeout_s
-    pause_s = 0.005
-    while True:
-        if store.check([_FAILURE_KEY]) and (failure := _failure(store)) is not None:
-            raise failure
-        value = found()
-        if value is not None:
-            return value
-        if time.monotonic() > deadline:
-            raise RendezvousError(silence())
-        time.sleep(pause_s)
-        pause_s = min(1.5 * pause_s, _SLOWEST_POLL_S)
-
-
-def _failure(store: Keys) -> PackcastError | None:
-    try:
-        told = json.loads(store.get(_FAILURE_KEY))
-        return error_from_code(int(told["code"]), str(told["message"]), told["hint"])
-    except (ValueError, KeyError, TypeError):
-        return None  # as above

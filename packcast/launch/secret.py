@@ -1,6 +1,6 @@
-"""The secret of a launch, and a launcher's store whose values are believed only if signed with it.
+"""The secret of a launch, and signed keys in a launcher's store.
 
-A launcher's store asks nobody who he is: whoever reaches it reads and writes every key.
+A launcher's store has no authentication: any process that reaches it reads and writes every key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OPEN_LAUNCH = (
 
 
 class Keys(Protocol):
-    """What is needed of a store."""
+    """The used part of a store."""
 
     def check(self, keys: list[str], /) -> bool: ...
 
@@ -39,11 +39,11 @@ class Keys(Protocol):
 
 
 class SignedKeys:
-    """Keys of one launch: what others have set there is as good as not there.
+    """Keys of one launch: values that others have set are ignored.
 
-    With a secret the keys have names that only who has it can tell, so that a stranger does not
-    know what to overwrite, and the values are signed. Without one everything is believed.
-    `context` tells this launch, and this transfer of it, from others with the same secret.
+    With a secret the values are signed, and the names of keys depend on it, so that a stranger
+    does not know which keys to overwrite. Without one every value is accepted. `context`
+    distinguishes this launch, and this transfer of it, from others with the same secret.
     """
 
     def __init__(self, keys: Keys, secret: bytes | None, context: str) -> None:
@@ -56,7 +56,7 @@ class SignedKeys:
         return self._secret is not None
 
     def check(self, keys: list[str], /) -> bool:
-        """Whether all have a value of this launch."""
+        """Whether all keys have a value of this launch."""
         return all(self._value(key) is not None for key in keys)
 
     def get(self, key: str, /) -> bytes:
@@ -71,15 +71,15 @@ class SignedKeys:
         self._keys.set(self._name(key), signed)
 
     def is_foreign(self, key: str) -> bool:
-        """Whether its value is there and does not count, as where the tokens differ."""
+        """Whether it has a value that is not of this launch, as with another token."""
         return self._keys.check([self._name(key)]) and self._value(key) is None
 
     def announce(self, rank: int) -> None:
-        """Say to everybody that this rank has come: a hint for people, believed for no more."""
+        """Record, unsigned, that this rank has come: only for a hint in messages."""
         self._keys.set(f"here/{rank}", "")
 
     def is_announced(self, rank: int) -> bool:
-        """Whether somebody says that the rank has come."""
+        """Whether that is recorded of the rank; anybody may have done so."""
         return self._keys.check([f"here/{rank}"])
 
     def _value(self, key: str) -> bytes | None:
@@ -104,30 +104,29 @@ class SignedKeys:
 
     def _mac(self, what: str, key: str, value: bytes) -> str:
         assert self._secret is not None
-        # What comes before the value holds no zero byte, so this can be read in one way only.
+        # Unambiguous: no part before the value has a zero byte.
         text = b"\0".join(part.encode() for part in ("packcast store", what, self._context, key))
         return hmac.new(self._secret, text + b"\0" + value, hashlib.sha256).hexdigest()
 
 
 def launch_context(launch: Launch, environ: Mapping[str, str], call: int) -> str:
-    """What is the same on all ranks of a launch, and another in every other launch."""
+    """A text that is equal on all ranks of a launch, and differs between launches."""
     names: tuple[str, ...] = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     if launch.kind == "slurm":
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID")
     elif launch.kind == "mpirun":
         names = (MPI_JOB_VARIABLE, "MASTER_PORT")
-    said = [environ.get(name, "") for name in names]
-    return " ".join(map(repr, (launch.kind, launch.world_size, *said, call)))
+    values = [environ.get(name, "") for name in names]
+    return " ".join(map(repr, (launch.kind, launch.world_size, *values, call)))
 
 
 def launch_secret(
     launch: Launch, environ: Mapping[str, str], token: bytes | None, context: str
 ) -> bytes | None:
-    """What all ranks of a launcher's launch share and strangers do not: the token, if there is one.
+    """The secret that all ranks of a launch share: the token, if there is one.
 
-    Where all ranks are on one host it is derived from a file that only this user can read. Raises
-    UsageError under Slurm on several hosts, where `srun` would hand on a token; None under torchrun
-    or mpirun on several hosts, whose ranks share nothing then.
+    On one host it is derived from a file that only this user can read. On several hosts it is None
+    under torchrun and mpirun; under Slurm UsageError is raised, since `srun` passes a token on.
     """
     if token is not None:
         return token
@@ -143,7 +142,7 @@ def launch_secret(
 
 
 def secret_folders(environ: Mapping[str, str]) -> tuple[Path, ...]:
-    """Where a user's secret may lie, the first choice first."""
+    """The folders for a user's secret, the first choice first."""
     state = environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(state) / "packcast", _temporary_folder()  # where home may not be written
 
@@ -160,17 +159,17 @@ def _temporary_folder() -> Path:
 
 
 def user_secret(folders: Sequence[Path]) -> bytes:
-    """A secret of this user on this host, made where there is none yet."""
+    """This user's secret on this host, made at the first call."""
     return _kept(folders, _FILE, secrets.token_bytes(_NBYTES))[0]
 
 
 def user_token(folders: Sequence[Path]) -> tuple[bytes, Path]:
-    """The same as text, for `--token-file`; and the file that it is in."""
+    """The same as text, for `--token-file`; and its file."""
     return _kept(folders, _TOKEN_FILE, secrets.token_hex(_NBYTES // 2).encode())
 
 
 def _kept(folders: Sequence[Path], name: str, new: bytes) -> tuple[bytes, Path]:
-    """The secret in the first folder that can have it, which is `new` where there was none."""
+    """The secret in the first usable folder; `new` if there was none."""
     reasons = []
     for folder in folders:
         try:

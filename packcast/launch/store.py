@@ -1,8 +1,8 @@
 """Stores of torch, hosted or joined. torch is imported when one is opened.
 
-A TCPStore ignores its own time-outs while its host is frozen, and says a broken connection in
-thirty lines of C++ stack: so ports are tried with plain sockets first, and whatever can block does
-so on a thread of its own.
+A TCPStore ignores its own time-outs while its host is frozen, and prints thirty lines of C++ stack
+for a broken connection. So plain sockets test ports first, and calls that can block run on their
+own threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 _TRY_LIMIT_S = 5.0
 _REACH_LIMIT_S = 10.0  # a lost SYN is sent again after 1, 3 and 7 s
-GRACE_S = 5.0  # beyond its own deadline a store call is held to be stuck
+GRACE_S = 5.0  # a store call so long after its own deadline is stuck
 
 
 def serve_store(host: str, timeout_s: float, ports: range | None = None) -> tuple[Store, int]:
@@ -42,9 +42,9 @@ def serve_store(host: str, timeout_s: float, ports: range | None = None) -> tupl
 
 
 def join_served_store(host: str, port: int, timeout_s: float) -> Store:
-    """A client of a store that another rank has told this one of, so that it listens by now.
+    """A client of the sender's store, which listens already.
 
-    Raises RendezvousError soon where nothing answers, which is not for want of a sender.
+    So RendezvousError is raised soon if nothing answers.
     """
     try:
         await_listener(host, port, time.monotonic() + _REACH_LIMIT_S).close()
@@ -75,10 +75,10 @@ def connect_store(host: str, port: int, timeout_s: float) -> Store:
 def host_store(
     on: str, host: str, port: int | range, timeout_s: float, *, option: str
 ) -> tuple[Store, int]:
-    """Host a store on the addresses of `on`, this process its first client by way of `host`.
+    """Host a store on the addresses of `on`; this process is its first client, through `host`.
 
-    The socket is bound here, where a taken port has an error of its own: `option` is how another
-    one is chosen. Returns the store and its port.
+    The socket is bound here, for a clear error if the port is in use: `option` chooses another.
+    Returns the store and its port.
     """
     from torch._C._distributed_c10d import TCPStore
 
@@ -112,9 +112,9 @@ def host_store(
 def await_listener(
     host: str, port: int, deadline: float, log: Callable[[str], object] | None = None
 ) -> socket.socket:
-    """A connection to `host:port`, once something listens there, whose name may not be known yet.
+    """A connection to `host:port`, once it listens; the name may not resolve yet.
 
-    `log` is told where that takes longer. Raises RendezvousError at the deadline.
+    `log` gets a line if that takes long. Raises RendezvousError at the deadline.
     """
     where = host_and_port(host, port)
     pause_s = 0.02
@@ -149,9 +149,9 @@ def _only_here(host: str) -> str | None:
 
 
 def answer_in(limit_s: float, complaint: str, call: Callable[[], T]) -> T:
-    """What `call` returns or raises; RendezvousError if it is still stuck a grace after the limit.
+    """The result of `call`; RendezvousError if it is stuck GRACE_S after the limit.
 
-    The stuck thread stays behind: it holds the store's lock, so the process can only leave.
+    The stuck thread stays behind with the store's lock, so the process can only exit.
     """
     try:
         result = within(limit_s + GRACE_S, "packcast-store", call)

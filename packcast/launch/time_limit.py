@@ -1,4 +1,4 @@
-"""A call that may never come back, waited for only so long."""
+"""A call that may never return, with a time limit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ _CHECK_EVERY_S = 0.1
 def within(
     limit_s: float, name: str, call: Callable[[], T], *, check: Callable[[], object] | None = None
 ) -> tuple[T] | None:
-    """What `call` returned, in a tuple, or None where it has not in `limit_s`; what it raised is
-    raised, and what `check` raises while this waits. It runs on a daemon thread called `name`,
-    which stays behind where it is stuck."""
+    """The result of `call` in a tuple, or None at the limit; raises what it raised.
+
+    Also raises what `check` raises during the wait. `call` runs on a daemon thread called `name`,
+    which stays behind if it is stuck.
+    """
     results: list[T] = []
     errors: list[BaseException] = []
 

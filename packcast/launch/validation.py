@@ -1,6 +1,6 @@
-"""Launch validation: whether the options fit the way this process was started.
+"""Launch validation: whether the options fit the launcher. Pure.
 
-Pure. `name_of` turns a setting's name into what the user calls it: `--listen`, or `listen=`.
+`name_of` turns a setting's name into the user's: `--listen`, or `listen=`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ WAYS_TO_LAUNCH = """ways to start the workers:
 
 
 def launch_of(environ: Mapping[str, str], *, by_address: bool) -> Launch:
-    """The launcher's launch; none where the user says by address who takes part.
+    """The launcher's launch, or none if explicit arguments choose the ranks.
 
-    A process may have a rank in a launch that is not this transfer's: a rollout worker's in its
-    own tensor parallel group, a trainer's. So explicit arguments win over the environment, of
-    which only the place on this host is kept.
+    A process may have a rank in a launch that is not this transfer's: in a trainer, or in a rollout
+    worker's tensor parallel group. So explicit arguments win over the environment, of which only
+    the local rank is kept.
     """
     if not by_address:
         return detect_launch(environ)
@@ -41,9 +41,9 @@ def launch_of(environ: Mapping[str, str], *, by_address: bool) -> Launch:
 def check_send(
     settings: Settings, launch: Launch, name_of: NameOf, *, nproc: int | None, hint: str
 ) -> None:
-    """Who takes part must be said once, by a launcher or by an option.
+    """The ranks must be chosen once, by a launcher or by an option.
 
-    `hint` is for whoever says nothing: the ways to start workers.
+    `hint` lists the ways to start workers, for an error without any.
     """
     launched = launch.kind != "none"
     if launched and nproc is not None:
@@ -73,7 +73,7 @@ def check_send(
 
 
 def check_recv(settings: Settings, launch: Launch, name_of: NameOf, *, hint: str) -> None:
-    """Without a launcher it must be said where the sender is."""
+    """Without a launcher the sender's address is needed."""
     launched = launch.kind != "none"
     if launched and settings.rank is not None:
         raise UsageError(
@@ -93,7 +93,7 @@ def check_recv(settings: Settings, launch: Launch, name_of: NameOf, *, hint: str
 def check_port(
     port: int | None, launch: Launch, name_of: NameOf, *, without_launcher: str | None = None
 ) -> None:
-    """A port is chosen for Slurm and mpirun; without a launcher `without_launcher` says it."""
+    """`port` is for Slurm and mpirun; `without_launcher` is the option without a launcher."""
     if port is not None and launch.kind not in ("slurm", "mpirun"):
         hint = "torchrun has --master-port"
         if without_launcher is not None:

@@ -1,14 +1,14 @@
-"""What the sender settles once all have joined: that they fit, who reads, what is offered."""
+"""The agreement once all have joined: one checkpoint, the readers, the offer and its answers."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 
 import torch
 import xxhash
+from pydantic import ValidationError
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
@@ -24,17 +24,16 @@ from packcast.launch.fitting import Fitted, fit_buffers
 from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
 from packcast.settings import Settings
-from packcast.transfer.offer import Offer, Place, Sample, Selection
-from packcast.transfer.outline import amount_fault
-from packcast.transfer.protocol import RankAssignment
+from packcast.transfer.offer import Offer, Sample, amount_fault, fault_of
+from packcast.transfer.protocol import RankAssignment, Ready
 
 NUM_SAMPLES = 16
 
 
 def check_one_checkpoint(infos: Sequence[RankInfo], sender: RankInfo) -> None:
-    """Raise RendezvousError if ranks that ran `send` mean different checkpoints.
+    """Raise RendezvousError if ranks that ran `send` name different checkpoints.
 
-    Where a rank cannot see the checkpoint (it is on the sender's disk), the paths must be equal.
+    If a rank cannot read it (it is on the sender's disk), the paths must be equal.
     """
     for info in infos:
         if info.role != "send":
@@ -55,7 +54,7 @@ def check_one_checkpoint(infos: Sequence[RankInfo], sender: RankInfo) -> None:
 def choose_readers(
     infos: Sequence[RankInfo], sender: RankInfo, wanted: int | None
 ) -> tuple[int, ...]:
-    """The sender, then the lowest other ranks that ran `send` and see the checkpoint.
+    """The sender, then the lowest other ranks that ran `send` and can read the checkpoint.
 
     `wanted` None means every rank that ran `send`. Raises RendezvousError if there are too few.
     """
@@ -73,7 +72,7 @@ def choose_readers(
             hint=f"give at most {1 + len(able)}, or `all`",
         )
     count = len(able) if wanted is None else wanted - 1
-    return tuple(rank_of(m) for m in (sender, *able[:count]))
+    return tuple(m.known_rank for m in (sender, *able[:count]))
 
 
 def make_offers(
@@ -83,13 +82,15 @@ def make_offers(
     infos: Sequence[RankInfo],
     sender: RankInfo,
 ) -> tuple[dict[int, Offer], Fitted]:
-    """One offer for each rank, the sender's own included: the same but for the place. And how its
-    buffers were chosen."""
+    """One offer for each rank, the sender's own included: the same but for the assignment.
+
+    And the sizes of the buffers, with the reason.
+    """
     check_one_checkpoint(infos, sender)
     readers = choose_readers(infos, sender, settings.readers)
-    assignment = assign_devices(infos, settings.backend)
+    devices = assign_devices(infos, settings.backend)
     sizes = [file.spec.nbytes for file in files]
-    fitted = fit_buffers(settings, sum(sizes), infos, assignment.devices)
+    fitted = fit_buffers(settings, sum(sizes), infos, devices.devices)
     buffer_size = fitted.sizes.buffer_size
     fault = amount_fault(sum(sizes), buffer_size)
     if fault:
@@ -99,61 +100,79 @@ def make_offers(
     order = tuple(chain_order([info.boot_id for info in infos]))
     ranks_on = Counter(info.boot_id for info in infos)
     readers_on = Counter(info.boot_id for info in infos if info.rank in readers)
-    offer = Offer(
-        files=tuple(file.spec for file in files),
-        buffer_size=buffer_size,
-        num_buffers=fitted.sizes.num_buffers,
-        staging=fitted.sizes.staging,
-        readers=readers,
-        chain=() if order == tuple(range(len(infos))) else order,
-        plan=plan_digest(sizes, buffer_size, chunks),
-        selection=Selection(settings.include, settings.exclude),
-        samples=samples,
-        world_size=len(infos),
-        backend=assignment.backend,
-        reason=assignment.reason,
-        loud=assignment.loud,
-        place=Place(0, "", 1, 1),
-    )
-    offers = {
-        rank: replace(
-            offer,
-            place=Place(
-                rank,
-                assignment.devices[rank],
-                ranks_on[info.boot_id],
-                max(1, readers_on[info.boot_id]),
-            ),
+    assignments = [
+        RankAssignment(
+            rank=rank,
+            device=devices.devices[rank],
+            ranks_on_host=ranks_on[info.boot_id],
+            readers_on_host=max(1, readers_on[info.boot_id]),
         )
         for rank, info in enumerate(infos)
+    ]
+    try:
+        offer = Offer(
+            files=tuple(file.spec for file in files),
+            buffer_size=buffer_size,
+            num_buffers=fitted.sizes.num_buffers,
+            staging=fitted.sizes.staging,
+            readers=readers,
+            chain=() if order == tuple(range(len(infos))) else order,
+            plan=plan_digest(sizes, buffer_size, chunks),
+            digest="xxh3_128",
+            include=settings.include,
+            exclude=settings.exclude,
+            samples=samples,
+            world_size=len(infos),
+            backend=devices.backend,
+            reason=devices.reason,
+            loud=devices.loud,
+            assignment=assignments[0],
+        )
+    except ValidationError as error:  # globs of the command line, above all
+        raise UsageError(f"this cannot be offered: {fault_of(error)}") from error
+    offers = {
+        rank: offer.model_copy(update={"assignment": assignment})
+        for rank, assignment in enumerate(assignments)
     }
     return offers, fitted
 
 
 def send_offers(server: ControlServer, offers: Mapping[int, Offer], sender: int) -> list[int]:
-    """Send every worker its offer: one for all, and each one's own assignment. Their ranks."""
+    """Send every worker the offer and its own assignment; returns the workers' ranks."""
     server.broadcast(OfferMessage.of(offers[sender].to_bytes()))
     workers = [rank for rank in offers if rank != sender]
     for rank in workers:
-        server.send(rank, RankAssignment(**asdict(offers[rank].place)))
+        server.send(rank, offers[rank].assignment)
     return workers
 
 
 def await_offer(
     client: ControlClient, rank: int, world_size: int, timeout_s: float | None
 ) -> Offer:
-    """The sender's offer for this rank; TransferError where it is none."""
+    """The sender's offer for this rank; TransferError if it is not valid."""
     message = client.expect(OfferMessage, timeout_s)
     assignment = client.expect(RankAssignment, timeout_s)
     try:
         content = message.content()
     except ProtocolError as error:
         raise TransferError(f"the sender's offer is refused: {error}") from error
-    offer = Offer.from_bytes(content, assignment.model_dump())
+    offer = Offer.from_bytes(content, assignment)
     if (offer.rank, offer.world_size) != (rank, world_size):
         raise TransferError("the sender's offer is for another rank or group")
     check_device(offer)
     return offer
+
+
+def await_ready(server: ControlServer, offer: Offer, timeout_s: float) -> bool:
+    """Wait until every worker has reserved its space and buffers, and has made the same plan.
+
+    Returns whether a worker needs the chunks' sums, since its bytes stay on the device.
+    """
+    answers = server.gather(Ready, timeout_s)
+    for rank, ready in answers.items():
+        if ready.plan != offer.plan:
+            raise TransferError(f"rank {rank} makes another plan of the offer")
+    return any(ready.sums for ready in answers.values())
 
 
 def take_samples(checkpoint: Checkpoint, files: Sequence[OutgoingFile]) -> tuple[Sample, ...]:
@@ -170,8 +189,7 @@ def take_samples(checkpoint: Checkpoint, files: Sequence[OutgoingFile]) -> tuple
 
 def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[OutgoingFile, ...]:
     """This reader's own outgoing files; RendezvousError unless they are the sender's."""
-    chosen = offer.selection
-    files = outgoing_files(checkpoint, include=chosen.include, exclude=chosen.exclude)
+    files = outgoing_files(checkpoint, include=offer.include, exclude=offer.exclude)
     for mine, theirs in zip(files, offer.files, strict=False):
         if _identity(mine.spec) != _identity(theirs):
             raise RendezvousError(f"this reader's {mine.spec.name} is not the sender's")
@@ -190,7 +208,7 @@ def same_files_as_offered(checkpoint: Checkpoint, offer: Offer) -> tuple[Outgoin
 
 
 def check_device(offer: Offer) -> None:
-    """Raise RendezvousError where this rank cannot take part with the device it was given."""
+    """Raise RendezvousError if this rank cannot use the device that it is assigned."""
     if offer.backend != "nccl":
         return
     index = int(offer.device.removeprefix("cuda:"))
@@ -199,12 +217,6 @@ def check_device(offer: Offer) -> None:
             f"the sender offers nccl on {offer.device}, which this rank's torch does not support",
             hint="--backend gloo, on the sender, needs no GPU",
         )
-
-
-def rank_of(info: RankInfo) -> int:
-    """Its rank, which it has once everybody has joined."""
-    assert info.rank is not None
-    return info.rank
 
 
 def _digest(reader: FileReader, file: int, offset: int, nbytes: int) -> str:

@@ -1,7 +1,7 @@
-"""The library's whole transfers: `send_checkpoint` and `receive_checkpoint`.
+"""The Python API: `send_checkpoint` and `receive_checkpoint`.
 
-Typed arguments -> settings -> one call of `run`, as the command line does it; but what ends a
-transfer is raised here, and never ends the process.
+Typed arguments -> settings -> one call of `run`, as on the command line; but the end of a transfer
+is raised as an error here, and never ends the process.
 """
 
 from __future__ import annotations
@@ -99,18 +99,18 @@ def send_checkpoint(
     names of files and folders, `include` and `exclude` globs over tensor names,
     `readers` how many of the ranks that call this read the checkpoint and share the sending,
     `max_rate` bytes per second, or a text such as "2GB/s".
-    `view` is told what happens, on a thread of the transfer.
+    `view` receives updates, on a thread of the transfer.
 
-    Returns when every worker has a proven, published copy. A process group that is there already
-    is left alone, and none is left behind: this makes one of its own. The bytes move on threads;
+    Returns when every worker has a verified, published copy. This makes a process group of its own
+    and closes it; an existing one is not used. The bytes move on threads;
     the calling thread, which may be any, waits.
 
     Raises, on every rank and with one sentence, within the bounds of the command line: UsageError
-    for arguments that cannot be meant (here only), CheckpointError, RendezvousError, TransferError
+    for invalid arguments (here only), CheckpointError, RendezvousError, TransferError
     (a lost rank, damage, a stall), DestinationError; VerificationError where a worker's comparison
     found a difference, on that worker and on the sender. The error of a transfer that reached its
-    end has its `report`. KeyboardInterrupt passes through, once the others were told, and after
-    the point of no return only at the end. Partial directories are gone by then. No signal handler
+    end has its `report`. KeyboardInterrupt is raised after the other ranks were notified; after the
+    point of no return only at the end. Partial directories are gone by then. No signal handler
     is installed, and `os.environ` is not changed; but while NCCL connects, TORCH_NCCL_* and
     NCCL_SOCKET_IFNAME variables are in the process's environment, where a program that is started
     just then inherits them: torch and NCCL read them from nowhere else. After a failure in
@@ -285,13 +285,13 @@ def _transfer(
     call: int,
     make_destination: MakeDestination | None = None,
 ) -> Report:
-    told = view or View()
+    view = view or View()
     try:
         report = caller.run(
-            lambda: run(settings, told, caller, call=call, make_destination=make_destination)
+            lambda: run(settings, view, caller, call=call, make_destination=make_destination)
         )
     finally:
-        told.close()
+        view.close()
     if not report.ok:
         error = error_from_code(report.exit_code, report.error or "failed", report.hint)
         error.report = report
@@ -346,7 +346,7 @@ def _token(token: str | bytes | None, view: View | None) -> bytes | None:
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Where all of them are, as far as it can be said in one word."""
+    """Their device, if it is the same for all."""
     devices = {str(tensor.device) for tensor in tensors.values() if hasattr(tensor, "device")}
     one = devices.pop() if len(devices) == 1 else "auto"
     return one if one == "cpu" or one.startswith("cuda") else "auto"

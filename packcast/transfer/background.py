@@ -1,7 +1,7 @@
-"""A transfer inside somebody's process: a thread of ours does it, the calling thread waits for it.
+"""A transfer inside a caller's process: it runs on a thread of ours, and the calling thread waits.
 
-A collective may hang, and no thread can be freed from one: so the caller's is never inside. What
-ends a transfer from elsewhere is raised there, and a stuck thread is left behind.
+No thread can be freed from a hanging collective, so the calling thread is never inside one. A
+failure is raised in the calling thread, and a stuck thread is left behind.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ T = TypeVar("T")
 
 OnTensor = Callable[[str, "torch.Tensor"], object]
 
-_END_LIMIT_S = 1.0  # for the transfer's thread to hear of the end, if it is not stuck
-_LET_GO_LIMIT_S = 2.0
+_END_LIMIT_S = 1.0  # for the transfer's thread to end, if it is not stuck
+_FREE_LIMIT_S = 2.0
 _POLL_S = 0.25
 
 
 class BackgroundTransfer:
-    """The calling thread of one library call: where its transfer's ends and questions meet it.
+    """One library call: runs the transfer on a thread, and calls of it in the calling thread.
 
     An `ExitHandler`: `leave`, from any thread, makes `run` clean up and raise. Installs no signal
-    handler, since Python's own reach a thread that waits here.
+    handler: Python's own interrupt the waiting thread.
     """
 
     survives = True
@@ -45,7 +45,7 @@ class BackgroundTransfer:
         self._leaving = threading.Event()
         self._shielded = threading.Event()
         self._clean_ups: list[Callable[[], object]] = []
-        self._let_go: list[Callable[[], object]] = []
+        self._free: list[Callable[[], object]] = []
         self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
 
     # For any thread.
@@ -53,15 +53,15 @@ class BackgroundTransfer:
     def on_leave(
         self, clean_up: Callable[[], object], left: Callable[[], str | None] | None = None
     ) -> None:
-        """Call this when the transfer ends by `leave`; if it has, at once, and raise its error."""
+        """Register a clean-up for `leave`; if that was called, call it now and raise the error."""
         self._clean_ups.append(clean_up)
         if self._leaving.is_set() and self.error is not None:
             clean_up()
             raise self.error
 
-    def on_abandon(self, let_go: Callable[[], object]) -> None:
-        """Call this when the transfer has failed, even where its thread is stuck."""
-        self._let_go.append(let_go)
+    def on_abandon(self, free: Callable[[], object]) -> None:
+        """Register what frees the transfer's memory after a failure; its thread may be stuck."""
+        self._free.append(free)
 
     def leave(self, error: PackcastError) -> None:
         """Have `run` raise `error`, after the clean-ups; the first call decides."""
@@ -75,15 +75,15 @@ class BackgroundTransfer:
         self._calls.put(None)
 
     def shield(self) -> None:
-        """From now on an interruption waits for the end: it comes too late to stop anything."""
+        """From now on an interrupt waits for the end: it is too late to stop the transfer."""
         self._shielded.set()
 
     def post(self, call: Callable[[], object]) -> None:
-        """Have the calling thread do this, in the order of posting."""
+        """Call this in the calling thread, in order."""
         self._calls.put(call)
 
     def ask(self, question: Callable[[], T]) -> T:
-        """What the calling thread answers; raises why the transfer ended, if it ends first."""
+        """The result of a call in the calling thread; raises the error if the transfer fails."""
         answers: SimpleQueue[T] = SimpleQueue()
         self.post(lambda: answers.put(question()))
         while True:
@@ -95,17 +95,17 @@ class BackgroundTransfer:
     # For the calling thread.
 
     def run(self, transfer: Callable[[], T]) -> T:
-        """What `transfer` returns or raises, which runs in a thread of its own meanwhile.
+        """Run `transfer` on its own thread; returns or raises what it does.
 
-        Raises the error of `leave` where that comes first. Where the calling thread is interrupted,
-        or something that it was asked to do raises, the transfer is ended and that is raised.
+        Raises the error of `leave` if that comes first. If the calling thread is interrupted, or a
+        posted call raises, that ends the transfer and is raised.
         """
         try:
             return self._run(transfer)
         finally:
-            # They have the transfer's buffers, and a cycle with this object; and an error that is
-            # raised has this object in its frames, and may be kept for long.
-            self._let_go.clear()
+            # They hold the transfer's buffers, and an error that the caller keeps holds this
+            # object in its frames.
+            self._free.clear()
             self._clean_ups.clear()
 
     def _run(self, transfer: Callable[[], T]) -> T:
@@ -122,7 +122,7 @@ class BackgroundTransfer:
 
         thread = threading.Thread(target=work, name="packcast-transfer", daemon=True)
         try:
-            thread.start()  # inside: an interrupt may come in the middle of it
+            thread.start()  # inside the try: an interrupt may come in the middle of it
             while (call := self._calls.get()) is not None:
                 if self.error is None:
                     call()
@@ -133,14 +133,14 @@ class BackgroundTransfer:
                 self._give_up(fault)
                 self._await_end(thread, faults)
             raise
-        # What its thread met after `leave` only follows from that.
+        # An error of the thread after `leave` is only a consequence.
         cause: Exception | None = self.error
         if cause is None and faults:
             cause = faults[0]
             self.leave(as_packcast_error(cause, "the transfer"))
         if results:
-            # To its very end: what it drops last may be torch's, whose destructors, met by the end
-            # of the interpreter on a thread that is not the main one, abort the process.
+            # Until it has ended: if the interpreter ends while torch's destructors run on a thread
+            # that is not the main one, the process aborts.
             thread.join(_END_LIMIT_S)
             return results[0]
         self._await_end(thread, faults)
@@ -154,20 +154,20 @@ class BackgroundTransfer:
             self.leave(TransferError(f"this rank's program raised {fault!r}"))
 
     def _await_end(self, thread: threading.Thread, faults: list[Exception]) -> None:
-        """The end of the transfer's thread; one that is stuck on a GPU is let go, or left behind.
+        """Wait for the transfer's thread; one that is stuck on a GPU is freed, or left behind.
 
-        What it held goes first: a process group's end may block whoever holds it last, and that
-        is to be the one that it is given up to.
+        Its frames are cleared first: the end of a process group may block the thread that holds
+        the last reference, which must be the one that aborts it.
         """
         if thread.is_alive():
             thread.join(_END_LIMIT_S)
         for fault in faults:
             _forget_frames(fault)
-        for let_go in self._let_go:
+        for free in self._free:
             with suppress(Exception):
-                let_go()
+                free()
         if thread.is_alive():
-            thread.join(_LET_GO_LIMIT_S)
+            thread.join(_FREE_LIMIT_S)
 
     def _clean_up(self) -> None:
         for clean_up in list(self._clean_ups):
@@ -176,16 +176,16 @@ class BackgroundTransfer:
 
 
 def _forget_frames(fault: BaseException | None) -> None:
-    """Drop what the frames of a thread that has ended still hold: buffers, and others' tensors."""
+    """Drop what the frames of an ended thread still hold: buffers, and the caller's tensors."""
     while fault is not None:
         traceback.clear_frames(fault.__traceback__)
         fault = fault.__cause__ or fault.__context__
 
 
 class TensorQueue:
-    """Finished tensors on their way to the calling thread, at most `limit_nbytes` of them waiting.
+    """Finished tensors for the calling thread; at most `limit_nbytes` wait, or one larger tensor.
 
-    One that is larger than that waits alone. `put` is for the transfer's threads.
+    `put` is for the transfer's threads.
     """
 
     def __init__(self, caller: BackgroundTransfer, on_tensor: OnTensor, limit_nbytes: int) -> None:
@@ -197,20 +197,20 @@ class TensorQueue:
         self._stopped = False
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Hand this out, once there is room; raises TransferError after `stop`."""
+        """Deliver this once there is room; raises TransferError after `stop`."""
         with self._changed:
             self._wait_for(lambda: self._nbytes_waiting + tensor.nbytes <= self._limit_nbytes)
             self._num_waiting += 1
             self._nbytes_waiting += tensor.nbytes
-        self._caller.post(partial(self._hand_out, name, tensor))
+        self._caller.post(partial(self._deliver, name, tensor))
 
     def finish(self) -> None:
-        """Block until the caller has taken all; raises TransferError after `stop`."""
+        """Block until the caller has received all; raises TransferError after `stop`."""
         with self._changed:
             self._wait_for(lambda: False)
 
     def stop(self) -> None:
-        """Wake everyone who waits here; for any thread."""
+        """Wake all waiting threads; for any thread."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -220,7 +220,7 @@ class TensorQueue:
         if self._stopped:
             raise TransferError("the transfer is over")
 
-    def _hand_out(self, name: str, tensor: torch.Tensor) -> None:
+    def _deliver(self, name: str, tensor: torch.Tensor) -> None:
         self._on_tensor(name, tensor)
         with self._changed:
             self._num_waiting -= 1

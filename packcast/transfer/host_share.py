@@ -1,7 +1,4 @@
-"""A rank's share of its host: how much memory it pins, who does its I/O, and how many of them.
-
-Decided from the offer and the machine alone; nothing is allocated or started here.
-"""
+"""A rank's share of its host's memory and processors. Allocates and starts nothing."""
 
 from __future__ import annotations
 
@@ -13,19 +10,16 @@ from packcast.packed.plan import ring_nbytes
 from packcast.transfer.offer import Offer
 from packcast.units import format_exact_size, format_size
 
-_KEPT_PROCESSORS = 2  # of a rank's share: for its loop, and for what proves on a GPU
+_KEPT_PROCESSORS = 2  # of a rank's share: for its loop, and for verification on a GPU
 _MAX_IO_THREADS = 24  # more do not pay, with a GPU's link as the limit
 
 
 def staging_bound(offer: Offer) -> int:
-    """The offered staging, or less: a rank never pins more than its share of half the free memory.
-
-    What a worker stages is its own business, so a large offer is cut down rather than refused.
-    """
+    """The offered staging, or less: a rank pins at most its share of half the free memory."""
     available = available_nbytes()
     if available is None:
         return offer.staging
-    return min(offer.staging, available // 2 // offer.place.ranks_on_host)
+    return min(offer.staging, available // 2 // offer.assignment.ranks_on_host)
 
 
 def check_ring_fits(offer: Offer) -> None:
@@ -46,7 +40,9 @@ def check_ring_fits(offer: Offer) -> None:
 
 
 def num_io_threads(sharing: int) -> int:
-    """How many threads read or write for this rank, of `sharing` on the host that do: its share of
-    the processors, less those that its own threads keep busy, at least two."""
+    """How many I/O threads this rank has, if `sharing` ranks of the host do I/O.
+
+    Its share of the processors, less those that its own threads keep busy; at least two.
+    """
     share = len(os.sched_getaffinity(0)) // sharing
     return max(2, min(_MAX_IO_THREADS, share - _KEPT_PROCESSORS))

@@ -1,89 +1,133 @@
-"""The sender's description of a transfer, as it travels, and the receiver's distrust of it.
+"""The sender's description of a transfer, as it travels, and the checks of a received one.
 
 Everything that a worker does follows from an Offer that passed `Offer.from_bytes`: names stay
 inside the target, counts and sizes are bounded, headers are parsed again, and the plan is made
-again. As bytes it is an outline, one line of JSON (see `outline`), and behind it the shards'
-headers as they are in the files, one after the other, so that each is parsed once.
+again. As bytes it is one line of JSON, an `Outline`, followed by the shards' headers as they are
+in the files. Being from another process, the line is counted before it is parsed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, NamedTuple
 
-from packcast.checkpoint.header import Header, parse_header
-from packcast.checkpoint.header_limits import HeaderLimits
-from packcast.checkpoint.names import clash_of
-from packcast.checkpoint.outgoing import FileSpec
-from packcast.errors import PackcastError, TransferError
-from packcast.packed.plan import Chunks, check_buffers, plan_chunks, plan_digest
-from packcast.transfer.outline import (
-    FileOutline,
-    Outline,
-    Placement,
-    amount_fault,
-    fault_of,
-    read_outline,
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    Strict,
+    ValidationError,
 )
 
+from packcast.checkpoint.header import Header, parse_header
+from packcast.checkpoint.header_limits import MAX_TENSORS, HeaderLimits
+from packcast.checkpoint.names import MAX_COMPONENT_NBYTES, MAX_DEPTH, clash_of, name_fault
+from packcast.checkpoint.outgoing import MAX_FILES, MAX_OUTLINE_NBYTES, FileSpec
+from packcast.checkpoint.sourcefile import MAX_MTIME_NS
+from packcast.checkpoint.walk import ALL_MAY
+from packcast.control.rank_info import Rank, check_printable
+from packcast.errors import PackcastError, TransferError
+from packcast.packed.plan import BLOCK, TURN, Chunks, check_buffers, plan_chunks, plan_digest
+from packcast.transfer.protocol import NumRanks, RankAssignment
+from packcast.units import format_exact_size
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """Which tensors of the sender's checkpoint go; the other readers choose the same."""
+MAX_NBYTES = 1 << 46
+# A plan of so many takes about one second and 70 MB to make.
+MAX_CHUNKS = 1 << 18  # 16 TiB in buffers of 64 MiB, 256 GiB in the smallest
+MAX_TURNS = 1 << 20  # of files, within chunks: 4 TiB
+MAX_LISTED_RANKS = 1 << 16
+MAX_SAMPLES = 64
+MAX_GLOBS = 1000
 
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
+# Bound the number of objects that a parser makes: a file has a few, and positions.
+_MAX_BRACKETS = 8 * MAX_FILES
+_MAX_COMMAS = 2 * MAX_TENSORS + 16 * MAX_FILES
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+def _check_name(name: str) -> str:
+    if fault := name_fault(name):
+        raise ValueError(f"the name {fault}")
+    return name
+
+
+Name = Annotated[
+    str, Field(max_length=MAX_DEPTH * (MAX_COMPONENT_NBYTES + 1)), AfterValidator(_check_name)
+]
+Text = Annotated[str, Field(max_length=1000), AfterValidator(check_printable)]
+Nbytes = Annotated[int, Field(ge=0, le=MAX_NBYTES)]
+Position = Annotated[int, Field(ge=0, lt=MAX_TENSORS)]
+Positions = Annotated[list[Position], Field(max_length=MAX_TENSORS)]
+Mode = Annotated[int, Field(ge=0, le=ALL_MAY)]
+# Tuples are lists in JSON, which a strict tuple would refuse.
+Globs = Annotated[tuple[Text, ...], Strict(False), Field(max_length=MAX_GLOBS)]
+Ranks = Annotated[tuple[Rank, ...], Strict(False), Field(max_length=MAX_LISTED_RANKS)]
+
+
+class Sample(NamedTuple):
     """A block that every reader must see as the sender does."""
 
-    file: int
-    offset: int
-    nbytes: int
-    digest: str
+    file: Position
+    offset: Nbytes
+    nbytes: Annotated[int, Field(ge=0, le=BLOCK)]
+    digest: Text
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What an offer says to one rank alone: its GPU, and with how many it shares its host."""
-
-    rank: int
-    device: str
-    ranks_on_host: int
-    readers_on_host: int
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """What will be sent and how; the same for every rank but for `place`."""
+class FileOutline(_Strict):
+    """A file; `header` is the size of its header as JSON, in bytes, None for a sidecar."""
 
-    files: tuple[FileSpec, ...]
-    buffer_size: int
-    num_buffers: int
-    staging: int
-    readers: tuple[int, ...]
-    chain: tuple[int, ...]  # see `order`
-    plan: str
-    selection: Selection
-    samples: tuple[Sample, ...]
-    world_size: int
-    backend: str
-    reason: str
+    name: Name
+    nbytes: Nbytes
+    mtime_ns: Annotated[int, Field(ge=-MAX_MTIME_NS, le=MAX_MTIME_NS)]
+    mode: Mode
+    folder_mode: Mode
+    header: Nbytes | None
+    elsewhere: Positions
+    unlisted: Positions
+
+
+class _Terms(_Strict):
+    buffer_size: Nbytes
+    num_buffers: Annotated[int, Field(ge=1, le=MAX_CHUNKS)]
+    staging: Nbytes
+    readers: Annotated[Ranks, Field(min_length=1)]
+    chain: Ranks  # see `Offer.order`
+    plan: Text
+    digest: Literal["xxh3_128"]
+    include: Globs
+    exclude: Globs
+    samples: Annotated[tuple[Sample, ...], Strict(False), Field(max_length=MAX_SAMPLES)]
+    world_size: NumRanks
+    backend: Literal["nccl", "gloo"]
+    reason: Text
     loud: bool
-    place: Place
+
+
+class Outline(_Terms):
+    """An offer without its headers, the same for all ranks."""
+
+    files: Annotated[list[FileOutline], Field(max_length=MAX_FILES)]
+
+
+class Offer(_Terms):
+    """What will be sent and how; the same for every rank but for `assignment`."""
+
+    files: tuple[InstanceOf[FileSpec], ...]
+    assignment: RankAssignment
 
     @property
     def rank(self) -> int:
-        """The addressee's."""
-        return self.place.rank
+        return self.assignment.rank
 
     @property
     def device(self) -> str:
-        """The addressee's."""
-        return self.place.device
+        return self.assignment.device
 
     @property
     def order(self) -> Sequence[int]:
@@ -92,12 +136,10 @@ class Offer:
 
     @property
     def nbytes(self) -> int:
-        """All files together."""
         return sum(spec.nbytes for spec in self.files)
 
     @property
     def num_tensors(self) -> int:
-        """Tensors in all shards."""
         return sum(len(spec.header.tensors) for spec in self.files if spec.header)
 
     def chunks(self) -> Chunks:
@@ -109,96 +151,98 @@ class Offer:
         return chunks
 
     def to_bytes(self) -> bytes:
-        """The offer without the place: it may be large, and is made once for all ranks."""
-        outline = {
-            "files": [_file_to_json(spec) for spec in self.files],
-            "buffer_size": self.buffer_size,
-            "num_buffers": self.num_buffers,
-            "staging": self.staging,
-            "readers": list(self.readers),
-            "chain": list(self.chain),
-            "plan": self.plan,
-            "digest": "xxh3_128",
-            "include": list(self.selection.include),
-            "exclude": list(self.selection.exclude),
-            "samples": [[s.file, s.offset, s.nbytes, s.digest] for s in self.samples],
-            "world_size": self.world_size,
-            "backend": self.backend,
-            "reason": self.reason,
-            "loud": self.loud,
-        }
-        line = json.dumps(outline, separators=(",", ":"), ensure_ascii=False)
+        """The offer without the assignment: it may be large, and is made once for all ranks."""
+        shared = {name: getattr(self, name) for name in _Terms.model_fields}
+        outline = Outline.model_construct(files=[_outline_of(s) for s in self.files], **shared)
         headers = (spec.header.json_bytes for spec in self.files if spec.header)
-        return b"".join((line.encode(), b"\n", *headers))
+        return b"".join((outline.model_dump_json().encode(), b"\n", *headers))
 
     @staticmethod
-    def from_bytes(data: bytes, place: Mapping[str, object]) -> Offer:
-        """Check an offer and its place, which may be hostile; TransferError says what is wrong."""
+    def from_bytes(data: bytes, assignment: RankAssignment) -> Offer:
+        """Check an offer, which may be hostile; TransferError says what is wrong."""
         try:
-            return _checked(data, Placement.model_validate(dict(place)))
+            outline, begin = _read_outline(data)
+            _check(outline, assignment)
+            if begin + sum(file.header or 0 for file in outline.files) != len(data):
+                raise ValueError("its headers are not those that it lists")
+            files = tuple(_files(data, begin, outline.files))
+            return Offer(**dict(outline) | {"files": files, "assignment": assignment})
         except PackcastError as error:
             raise TransferError(f"the sender's offer is refused: {error}") from error
         except ValueError as error:
             raise TransferError(f"the sender's offer is refused: {fault_of(error)}") from error
 
 
-def _file_to_json(spec: FileSpec) -> dict[str, object]:
-    return {
-        "name": spec.name,
-        "nbytes": spec.nbytes,
-        "mtime_ns": spec.mtime_ns,
-        "mode": spec.mode,
-        "folder_mode": spec.folder_mode,
-        "header": len(spec.header.json_bytes) if spec.header else None,
-        "elsewhere": sorted(spec.elsewhere),
-        "unlisted": sorted(spec.unlisted),
-    }
+def amount_fault(nbytes: int, buffer_size: int) -> str | None:
+    """Why a plan of so many bytes would be too large; None if it is not."""
+    num_chunks, num_turns = nbytes // buffer_size, nbytes // TURN
+    if num_chunks <= MAX_CHUNKS and num_turns <= MAX_TURNS:
+        return None
+    return f"{nbytes:,} bytes in buffers of {format_exact_size(buffer_size)} are too many"
 
 
-def _checked(data: bytes, place: Placement) -> Offer:
-    outline, begin = read_outline(data)
-    check_buffers(outline.buffer_size, outline.num_buffers)
-    _check_group(outline, place)
-    _check_sizes(outline)
-    clash = clash_of(file.name for file in outline.files)
-    if clash:
-        raise ValueError(f"two files cannot both be there: {clash[0]!r} and {clash[1]!r}")
-    if begin + sum(file.header or 0 for file in outline.files) != len(data):
-        raise ValueError("its headers are not those that it lists")
-    return Offer(
-        files=tuple(_files(data, begin, outline.files)),
-        buffer_size=outline.buffer_size,
-        num_buffers=outline.num_buffers,
-        staging=outline.staging,
-        readers=tuple(outline.readers),
-        chain=tuple(outline.chain),
-        plan=outline.plan,
-        selection=Selection(tuple(outline.include), tuple(outline.exclude)),
-        samples=tuple(_samples(outline)),
-        world_size=outline.world_size,
-        backend=outline.backend,
-        reason=outline.reason,
-        loud=outline.loud,
-        place=Place(place.rank, place.device, place.ranks_on_host, place.readers_on_host),
+def fault_of(error: ValueError) -> str:
+    """What is wrong, in a few words; pydantic would show whole values, which may be anything."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))[:100]
+    what = f"{where}: {first['msg']}" if where else first["msg"]
+    return "".join(c if c.isprintable() else "?" for c in what)[:500]
+
+
+def _outline_of(spec: FileSpec) -> FileOutline:
+    return FileOutline.model_construct(
+        name=spec.name,
+        nbytes=spec.nbytes,
+        mtime_ns=spec.mtime_ns,
+        mode=spec.mode,
+        folder_mode=spec.folder_mode,
+        header=len(spec.header.json_bytes) if spec.header else None,
+        elsewhere=sorted(spec.elsewhere),
+        unlisted=sorted(spec.unlisted),
     )
 
 
-def _check_group(outline: Outline, place: Placement) -> None:
-    ranks = (*outline.readers, place.rank)
-    if max(ranks) >= outline.world_size or len(set(outline.readers)) != len(outline.readers):
+def _read_outline(data: bytes) -> tuple[Outline, int]:
+    """The outline, and where the headers begin."""
+    end = data.find(b"\n", 0, MAX_OUTLINE_NBYTES + 1)
+    if end < 0:
+        raise ValueError(f"no outline in its first {MAX_OUTLINE_NBYTES} bytes")
+    line = data[:end]
+    num_brackets = line.count(b"[") + line.count(b"{")
+    if num_brackets > _MAX_BRACKETS or line.count(b",") > _MAX_COMMAS:
+        raise ValueError("its outline holds more than any checkpoint needs")
+    try:
+        # Not by pydantic itself, which would copy the whole for every field that is missing.
+        content = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("its outline is nested too deeply") from error
+    return Outline.model_validate(content), end + 1
+
+
+def _check(outline: Outline, assignment: RankAssignment) -> None:
+    """Whether the fields fit together, which no bound of one field can say."""
+    check_buffers(outline.buffer_size, outline.num_buffers)
+    readers, world_size = outline.readers, outline.world_size
+    if max(*readers, assignment.rank) >= world_size or len(set(readers)) != len(readers):
         raise ValueError("its readers or its rank are not of its group")
-    if outline.chain and sorted(outline.chain) != list(range(outline.world_size)):
+    if outline.chain and sorted(outline.chain) != list(range(world_size)):
         raise ValueError("its chain does not have every rank once")
-    if max(place.ranks_on_host, place.readers_on_host) > outline.world_size:
+    if max(assignment.ranks_on_host, assignment.readers_on_host) > world_size:
         raise ValueError("more ranks on a host than there are")
-    if (outline.backend == "nccl") is (place.device == "cpu"):
-        raise ValueError(f"{place.device} is no device for {outline.backend}")
-
-
-def _check_sizes(outline: Outline) -> None:
-    fault = amount_fault(sum(file.nbytes for file in outline.files), outline.buffer_size)
-    if fault:
+    if (outline.backend == "nccl") is (assignment.device == "cpu"):
+        raise ValueError(f"{assignment.device} is no device for {outline.backend}")
+    if fault := amount_fault(sum(file.nbytes for file in outline.files), outline.buffer_size):
         raise ValueError(fault)
+    if clash := clash_of(file.name for file in outline.files):
+        raise ValueError(f"two files cannot both be there: {clash[0]!r} and {clash[1]!r}")
+    for sample in outline.samples:
+        if (
+            sample.file >= len(outline.files)
+            or sample.offset + sample.nbytes > outline.files[sample.file].nbytes
+        ):
+            raise ValueError("a sample is of no file, or past its end")
 
 
 def _files(data: bytes, at: int, files: Sequence[FileOutline]) -> Iterator[FileSpec]:
@@ -222,10 +266,3 @@ def _files(data: bytes, at: int, files: Sequence[FileOutline]) -> Iterator[FileS
             frozenset(file.elsewhere),
             frozenset(file.unlisted),
         )
-
-
-def _samples(outline: Outline) -> Iterator[Sample]:
-    for file, offset, nbytes, digest in outline.samples:
-        if file >= len(outline.files) or offset + nbytes > outline.files[file].nbytes:
-            raise ValueError("a sample is of no file, or past its end")
-        yield Sample(file, offset, nbytes, digest)

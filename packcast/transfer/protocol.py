@@ -1,7 +1,6 @@
-"""What sender and workers tell each other in the course of a transfer, as declared models.
+"""The messages of a transfer, in the order in which they are sent; kinds 32 to 63.
 
-In the order of DESIGN's protocol; control/messages.py has what precedes them, OFFER and COMMIT.
-Kinds 32 to 63 are the transfer's.
+Those of the control channel itself, OFFER and COMMIT are in control/messages.py.
 """
 
 from __future__ import annotations
@@ -18,42 +17,46 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
 Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
 Nbytes = Annotated[int, Field(ge=0, le=1 << 63)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
+NumRanks = Annotated[int, Field(ge=1, le=MAX_RANK + 1)]
 ShortText = Annotated[str, Field(max_length=64)]
 
 
 class RankAssignment(Message, kind=32, by="sender"):
-    """What an offer says to one rank alone: its GPU, and with how many it shares its host."""
+    """The part of an offer for one rank alone: its device, and how many ranks share its host."""
 
     rank: Rank
-    device: ShortText
-    ranks_on_host: Rank
-    readers_on_host: Rank
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda:(0|[1-9][0-9]?))\z")]
+    ranks_on_host: NumRanks
+    readers_on_host: NumRanks
 
 
 class Prepared(Message, kind=33, by="worker"):
-    """A worker's sink has its space: before READY. `directory` is the device and inode of the
-    partial directory that it could write into; `owns`: it has made that."""
+    """A worker's sink has its space: before READY.
+
+    `directory` is the device and inode of the partial directory that it could write into; `owns`:
+    this worker has made it.
+    """
 
     directory: tuple[Inode, Inode] | None
     owns: bool
 
 
 class WritingShare(Message, kind=34, by="sender"):
-    """With how many ranks a worker shares the writing of that directory, and which share it has."""
+    """The share that a worker writes of that directory, and how many ranks share it."""
 
     index: Rank
-    count: Annotated[int, Field(ge=1, le=MAX_RANK + 1)]
+    count: NumRanks
 
 
 class Ready(Message, kind=35, by="worker"):
-    """A worker has its space and buffers, and has made this plan; `sums`: it needs the chunks'."""
+    """A worker has its space and buffers, and this plan; `sums`: it needs sums of the chunks."""
 
     plan: Digest
     sums: bool
 
 
 class Go(Message, kind=36, by="sender"):
-    """All ranks are ready: where the sender serves a store, and whether chunks carry sums."""
+    """All workers are ready: the address of the sender's store, and whether chunks carry sums."""
 
     host: Annotated[str, Field(pattern=r"^[0-9A-Za-z.:%_-]{1,255}$")]  # or an IPv6 with its scope
     port: Annotated[int, Field(ge=1, le=65535)]
@@ -61,15 +64,15 @@ class Go(Message, kind=36, by="sender"):
 
 
 class Moved(Message, kind=37, by="worker"):
-    """Every chunk is through on this rank."""
+    """This worker has received every chunk."""
 
 
 class Close(Message, kind=38, by="sender"):
-    """Every chunk is through on every rank: the process group may go."""
+    """All workers have received every chunk: close the process group."""
 
 
 class StageFigures(BaseModel):
-    """What one stage did, as a part of PROVED."""
+    """One stage, as a part of PROVED."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -79,7 +82,7 @@ class StageFigures(BaseModel):
 
 
 class Proved(Message, kind=39, by="worker", limit=16 * MIB):
-    """Every byte was received, proven, and made durable, compared or dropped."""
+    """Every byte was received, verified, and made durable, compared or dropped."""
 
     digests: Annotated[list[Digest], Field(max_length=100_000)] | None
     seconds: Seconds
@@ -92,7 +95,7 @@ class Proved(Message, kind=39, by="worker", limit=16 * MIB):
 
 
 class Published(Message, kind=40, by="worker", limit=64 * KIB):
-    """What a worker has at the end, or why not; `code` is 0 then."""
+    """A worker's result; `code` is 0, or `error` says why it has no copy."""
 
     result: dict[str, JsonValue]
     code: Annotated[int, Field(ge=0, le=255)]
@@ -101,4 +104,4 @@ class Published(Message, kind=40, by="worker", limit=64 * KIB):
 
 
 class Done(Message, kind=41, by="sender"):
-    """Every worker has said what became of its copy."""
+    """The sender has every worker's PUBLISHED."""

@@ -1,10 +1,10 @@
-"""What ranks tell each other at the end, and the report made of it."""
+"""The ranks' last messages, and the report made of them."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from pydantic import JsonValue
 
@@ -16,7 +16,6 @@ from packcast.io.pool import pool_kind
 from packcast.packed.counters import Counters
 from packcast.report import RankReport, Report, StageReport, ranks_text
 from packcast.settings import Settings
-from packcast.transfer.agreement import rank_of
 from packcast.transfer.data_plane import DataPhaseResult
 from packcast.transfer.offer import Offer
 from packcast.transfer.protocol import Proved, Published, StageFigures
@@ -25,7 +24,7 @@ _MAX_SENTENCES = 8
 
 
 def stage_reports(counters: Counters) -> dict[str, StageReport]:
-    """Each stage from its first beginning to its last end, and the loop's waiting for it."""
+    """Each stage's time from its first beginning to its last end, and the loop's waits for it."""
     return {
         stage: StageReport(
             total.nbytes, max(0.0, total.last_end - total.first_begin), total.waiting_s
@@ -37,7 +36,7 @@ def stage_reports(counters: Counters) -> dict[str, StageReport]:
 def agreed_digests(
     offer: Offer, mine: list[str] | None, proofs: Mapping[int, Proved]
 ) -> dict[str, str]:
-    """The digest of every file, which sender and workers must all have found to be the same."""
+    """The digest of every file; TransferError unless it is the same on sender and workers."""
     digests, measure = mine, "the sender"
     for rank, proof in sorted(proofs.items()):
         theirs = proof.digests
@@ -52,18 +51,14 @@ def agreed_digests(
     return {spec.name: digest for spec, digest in zip(offer.files, digests, strict=True)}
 
 
-def proof_of(
-    offer: Offer, moved: DataPhaseResult, counters: Counters, sink: Sink, seconds: float
-) -> Proved:
-    """What this worker has proven: call it once its sink has finished."""
+def proof_of(offer: Offer, moved: DataPhaseResult, sink: Sink, seconds: float) -> Proved:
+    """This worker's PROVED, once its sink has finished."""
     return Proved(
         digests=moved.digests,
         seconds=seconds,
         stages={
-            name: StageFigures(
-                nbytes=stage.nbytes, seconds=stage.seconds, waiting_seconds=stage.waiting_seconds
-            )
-            for name, stage in stage_reports(counters).items()
+            name: StageFigures(**asdict(stage))
+            for name, stage in stage_reports(moved.counters).items()
         },
         peak_device_bytes=moved.peak_device_nbytes,
         pinned_bytes=moved.pinned_nbytes,
@@ -74,7 +69,7 @@ def proof_of(
 
 
 def published_by(sink: Sink, fault: PackcastError | None) -> Published:
-    """What this worker has at the end, or why not."""
+    """This worker's PUBLISHED: what it has at the end, or why not."""
     result = _as_json(sink.result())
     assert isinstance(result, dict)
     return Published(
@@ -120,7 +115,7 @@ def failures_of(
 
 
 def facts_of(proof: Proved, published: Published | None) -> dict[str, object]:
-    """What a worker told of itself, for the sender's report."""
+    """A worker's own figures, for the sender's report."""
     facts = proof.model_dump(exclude={"digests", "difference"})
     return facts | (published.result if published else {})
 
@@ -129,7 +124,6 @@ def make_report(
     settings: Settings,
     offer: Offer,
     moved: DataPhaseResult,
-    counters: Counters,
     *,
     seconds: float,
     ranks: Sequence[RankReport],
@@ -142,15 +136,15 @@ def make_report(
 ) -> Report:
     """This rank's report of a transfer that reached its end.
 
-    A worker that could not publish weighs more than one that found a difference.
+    A worker that could not publish decides the exit code before one that found a difference.
     """
     worst = min(failures, key=lambda rank: (failures[rank].exit_code == 6, rank), default=None)
     exit_code = 0 if worst is None else failures[worst].exit_code
-    said = _said(failures)
+    sentences = _sentences(failures)
     done = [report.rank for report in ranks if report.role == "worker" and report.ok]
     if done and exit_code not in (0, VerificationError.exit_code):
-        said.append(f"complete on {ranks_text(done)}")
-    error = "; ".join(said)
+        sentences.append(f"complete on {ranks_text(done)}")
+    error = "; ".join(sentences)
     return Report(
         command=settings.command,
         rank=offer.rank,
@@ -172,7 +166,7 @@ def make_report(
         staging=offer.staging,
         pool=pool_kind(),
         seconds=seconds,
-        stages=stage_reports(counters),
+        stages=stage_reports(moved.counters),
         peak_device_nbytes=moved.peak_device_nbytes,
         peak_pinned_nbytes=moved.pinned_nbytes,
         digests=dict(digests),
@@ -183,17 +177,17 @@ def make_report(
     )
 
 
-def _said(failures: Mapping[int, PackcastError]) -> list[str]:
+def _sentences(failures: Mapping[int, PackcastError]) -> list[str]:
     """The failures' sentences, each with its ranks; one about a lost rank names it already."""
-    by_sentence: dict[str, list[int]] = {}
+    ranks_by_sentence: dict[str, list[int]] = {}
     for rank, fault in failures.items():
-        by_sentence.setdefault(fault.message, []).append(rank)
-    said = [
+        ranks_by_sentence.setdefault(fault.message, []).append(rank)
+    sentences = [
         sentence if sentence.startswith("lost ") else f"{ranks_text(ranks)}: {sentence}"
-        for sentence, ranks in by_sentence.items()
+        for sentence, ranks in ranks_by_sentence.items()
     ]
-    more = len(said) - _MAX_SENTENCES
-    return [*said[:_MAX_SENTENCES], f"and {more} more"] if more > 1 else said
+    more = len(sentences) - _MAX_SENTENCES
+    return [*sentences[:_MAX_SENTENCES], f"and {more} more"] if more > 1 else sentences
 
 
 def rank_reports(
@@ -202,20 +196,19 @@ def rank_reports(
     sender: int,
     failures: Mapping[int, PackcastError],
 ) -> list[RankReport]:
-    """One line for each rank; `failures` says what went wrong on some."""
-    return [
-        RankReport(
-            rank=rank_of(info),
-            role="sender" if rank_of(info) == sender else "worker",
-            host=info.host,
-            device=offers[rank_of(info)].device if rank_of(info) in offers else "",
-            ok=rank_of(info) not in failures,
-            error=failures[rank_of(info)].message if rank_of(info) in failures else None,
+    """One line for each rank."""
+    reports = []
+    for info in infos:
+        rank = info.known_rank
+        failure = failures.get(rank)
+        reports.append(
+            RankReport(
+                rank=rank,
+                role="sender" if rank == sender else "worker",
+                host=info.host,
+                device=offers[rank].device if rank in offers else "",
+                ok=failure is None,
+                error=None if failure is None else failure.message,
+            )
         )
-        for info in infos
-    ]
-
-
-def since(began: float) -> float:
-    """Seconds from `began`, by the clock that `DataPhaseResult.began` was read from."""
-    return time.perf_counter() - began
+    return reports

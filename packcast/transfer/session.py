@@ -1,4 +1,4 @@
-"""Taking part: who started this process, who sends, and the control channel between them."""
+"""Joining: who started this process, who sends, and the control channel between the ranks."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from packcast.control.addresses import (
     text_of,
 )
 from packcast.control.client import ControlClient
+from packcast.control.handshake import enter
 from packcast.control.membership import Expected
 from packcast.control.rank_info import MAX_PATH_LENGTH, RankInfo, printable
 from packcast.control.server import ControlServer
@@ -32,21 +33,21 @@ from packcast.errors import PackcastError, RendezvousError
 from packcast.io.memory import memory_limits
 from packcast.launch.devices import boot_id, host_name, visible_gpus
 from packcast.launch.exit import ExitHandler
-from packcast.launch.gpumemory import free_nbytes
-from packcast.launch.handover import LOOPBACK, received
-from packcast.launch.launchers import Launch
-from packcast.launch.rendezvous import (
-    Rendezvous,
+from packcast.launch.find_sender import (
     SenderAddress,
     await_address,
     await_routes,
+    hosts_of,
     leave_failed_join,
-    open_rendezvous,
     post_route,
     publish_address,
     publish_failure,
     settle_sender,
 )
+from packcast.launch.gpumemory import free_nbytes
+from packcast.launch.handover import LOOPBACK, received
+from packcast.launch.launchers import Launch
+from packcast.launch.rendezvous import Rendezvous, open_rendezvous
 from packcast.launch.secret import OPEN_LAUNCH, launch_context, launch_secret
 from packcast.launch.validation import launch_of
 from packcast.settings import Settings
@@ -55,24 +56,20 @@ from packcast.view import View
 _RESOLVE_AGAIN_S = 1.0
 _GRACE_S = 5.0  # for the others to read why a join has failed
 
-# What to send, or why there is nothing.
-Opened = tuple[Checkpoint | None, tuple[OutgoingFile, ...], PackcastError | None]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """The result of the rendezvous. The sender has a server and a checkpoint.
 
-    `checkpoint` is there too on other ranks that ran `send` and can see it: they may be readers.
-    A launcher's ranks have met in the `rendezvous`.
+    Other ranks that ran `send` and can read the checkpoint have it too: they may be readers.
+    `rendezvous` is set under torchrun, Slurm and mpirun.
     """
 
     launch: Launch
     channel: ControlServer | ControlClient
-    transfer_id: str
-    rendezvous: Rendezvous | None
     checkpoint: Checkpoint | None
     files: tuple[OutgoingFile, ...]
+    rendezvous: Rendezvous | None
 
     def have_joined(self) -> None:
         """All ranks have joined: close the rendezvous, so that its port is free."""
@@ -80,7 +77,7 @@ class Session:
             self.rendezvous.close()
 
     def leave(self) -> None:
-        """The end. Where that comes before all have joined it waits for the port a moment."""
+        """At the end; before all have joined this waits a moment until the port is free."""
         if self.rendezvous is not None:
             self.rendezvous.close(_GRACE_S)
 
@@ -88,217 +85,207 @@ class Session:
 def open_session(
     settings: Settings, view: View, exit_handler: ExitHandler, *, call: int
 ) -> Session:
-    """Find the others and open the control channel; every rank calls this first.
+    """Find the other ranks and open the control channel; every rank calls this first.
 
-    `call` tells the transfers of one launch apart. Raises CheckpointError on the sender whose
-    checkpoint is none (the others are told), and RendezvousError where the group cannot come about.
+    `call` counts the transfers of one launch. Raises CheckpointError on a sender without a valid
+    checkpoint (the others receive the reason), RendezvousError if the group cannot be formed.
     """
     launch = launch_of(os.environ, by_address=settings.by_address)
-    checkpoint, files, fault = _open(settings)
-    if launch.kind == "none":
-        if fault:
-            raise fault
-        me = _introduce(settings, launch, checkpoint)
-        return _join_without_launcher(settings, launch, me, checkpoint, files, view, exit_handler)
-    if launch.world_size < 2:
+    if launch.kind != "none" and launch.world_size < 2:
         raise RendezvousError(
             "the group has one rank, so there are no workers to send to",
             hint="start at least two, for example with torchrun --nproc-per-node 2",
         )
+    if launch.kind == "none":
+        return _Joining(settings, launch, view, exit_handler).without_launcher()
     if launch.kind == "nproc":
-        me = _introduce(settings, launch, checkpoint)
-        return _join_with_nproc(
-            settings, launch, me, (checkpoint, files, fault), view, exit_handler
-        )
-    secret = launch_secret(
-        launch, os.environ, settings.token, launch_context(launch, os.environ, call)
-    )
+        return _Joining(settings, launch, view, exit_handler).with_nproc()
+    context = launch_context(launch, os.environ, call)
+    secret = launch_secret(launch, os.environ, settings.token, context)
     if secret is None and launch.rank == 0:
         view.warn(OPEN_LAUNCH)
-    me = _introduce(settings, launch, checkpoint)
-    deadline = time.monotonic() + settings.join_timeout_s + _GRACE_S
-    rendezvous = open_rendezvous(
-        launch,
-        os.environ,
-        settings.join_timeout_s,
-        settings.port,
-        secret=secret,
-        call=call,
-        log=view.note,
-    )
-    try:
-        return _join_with_launcher(
-            settings, launch, me, rendezvous, secret, (checkpoint, files, fault), view, exit_handler
-        )
-    except PackcastError:
-        leave_failed_join(rendezvous, launch, max(0.0, deadline - time.monotonic()))
-        raise
-    except BaseException:
-        rendezvous.close()
-        raise
+    return _Joining(settings, launch, view, exit_handler).with_launcher(secret, call)
 
 
-def _join_with_nproc(
-    settings: Settings,
-    launch: Launch,
-    me: RankInfo,
-    opened: Opened,
-    view: View,
-    exit_handler: ExitHandler,
-) -> Session:
-    """The ranks need no store: what they have to know of each other they were handed."""
-    checkpoint, files, fault = opened
-    handed = received()
-    if handed is None:
-        raise RendezvousError(
-            "PACKCAST_LAUNCH_FD is set, but `--nproc` did not start this process",
-            hint="unset PACKCAST_LAUNCH_FD",
-        )
-    view.placed(launch.rank, is_sender=launch.rank == 0)
-    token = handed.token.encode()
-    if launch.rank != 0:
-        port = handed.await_port(settings.join_timeout_s)
-        client = _connect(settings, [LOOPBACK], port, token, me, view, exit_handler)
-        return _session(launch, client, client.transfer_id, None, checkpoint, files)
-    if fault:
-        raise fault
-    transfer_id = uuid.uuid4().hex
-    expected = frozenset(range(launch.world_size))
-    server = _listen(expected, (LOOPBACK, 0), settings, me, transfer_id, token, view, exit_handler)
-    handed.publish_port(server.address[1], launch.world_size - 1)
-    return _session(launch, server, transfer_id, None, checkpoint, files)
+class _Joining:
+    """One rank's way to its session, by each kind of launch."""
 
+    def __init__(
+        self, settings: Settings, launch: Launch, view: View, exit_handler: ExitHandler
+    ) -> None:
+        self._settings = settings
+        self._launch = launch
+        self._view = view
+        self._exit_handler = exit_handler
+        self._checkpoint: Checkpoint | None = None
+        self._files: tuple[OutgoingFile, ...] = ()
+        self._fault: PackcastError | None = None  # fatal only on the rank that is to send
+        self._rendezvous: Rendezvous | None = None
+        if settings.checkpoint is not None:
+            try:
+                self._open_checkpoint(settings.checkpoint)
+            except PackcastError as fault:
+                self._fault = fault
+        self._me = _introduction(settings, launch, self._checkpoint)
 
-def _join_with_launcher(
-    settings: Settings,
-    launch: Launch,
-    me: RankInfo,
-    rendezvous: Rendezvous,
-    secret: bytes | None,
-    opened: Opened,
-    view: View,
-    exit_handler: ExitHandler,
-) -> Session:
-    checkpoint, files, fault = opened
-    if not launch.is_one_host:
-        post_route(rendezvous, launch)
-    sender = settle_sender(rendezvous, launch, settings.command, settings.join_timeout_s)
-    view.placed(launch.rank, is_sender=sender == launch.rank)
-    if sender != launch.rank:
-        told = await_address(rendezvous, settings.join_timeout_s)
-        client = _connect(
-            settings, rendezvous.hosts_of(told), told.port, secret, me, view, exit_handler
-        )
-        return _session(launch, client, client.transfer_id, rendezvous, checkpoint, files)
-    transfer_id = uuid.uuid4().hex
-    try:
-        if fault:
-            raise fault
-        host = _host_to_listen_on(rendezvous, launch, settings, view)
-        expected = frozenset(range(launch.world_size))
-        server = _listen(expected, (host, 0), settings, me, transfer_id, secret, view, exit_handler)
-    except PackcastError as error:
-        publish_failure(rendezvous, error)
-        raise
-    hosts = (host,) if host else tuple(addresses_here())
-    publish_address(rendezvous, SenderAddress(hosts, server.address[1], beside_store=not host))
-    return _session(launch, server, transfer_id, rendezvous, checkpoint, files)
-
-
-def _host_to_listen_on(
-    rendezvous: Rendezvous, launch: Launch, settings: Settings, view: View
-) -> str:
-    """The one address of this host at which the others reach it.
-
-    They have reached the launcher's store. If that is on another host, this one's address on the
-    way there will do. If it is here, then what they call it counts: an address is the same
-    everywhere, but a name can be another address, even loopback, on its own host. "" is every
-    address: where they reach this host at several.
-    """
-    if launch.is_one_host:
-        return LOOPBACK
-    if not rendezvous.is_here and rendezvous.here is not None:
-        return rendezvous.here
-    host = rendezvous.host
-    if is_literal(host) and source_towards(host) == host:
-        return host
-    ways = await_routes(rendezvous, launch, settings.join_timeout_s)
-    others = [way for way in ways if is_literal(way) and not is_loopback(way)]
-    here = [way for way in others if source_towards(way) == way]
-    if len(here) > 1:
-        view.note(f"ranks reach this host at {', '.join(sorted(here))}: listening on all addresses")
-    if not others:
-        return LOOPBACK
-    return here[0] if len(here) == 1 else ""
-
-
-def _join_without_launcher(
-    settings: Settings,
-    launch: Launch,
-    me: RankInfo,
-    checkpoint: Checkpoint | None,
-    files: tuple[OutgoingFile, ...],
-    view: View,
-    exit_handler: ExitHandler,
-) -> Session:
-    assert settings.address is not None, "the command line asks for it"
-    if settings.command == "recv":
+    def without_launcher(self) -> Session:
+        if self._fault is not None:
+            raise self._fault
+        settings, view = self._settings, self._view
+        assert settings.address is not None, "the launch has been validated"
         host, port = settings.address
-        client = _connect(settings, [host], port, settings.token, me, view, exit_handler)
-        return _session(launch, client, client.transfer_id, None, None, ())
-    assert settings.workers is not None, "the command line asks for it"
-    token = settings.token or secrets.token_urlsafe(18).encode()
-    transfer_id = uuid.uuid4().hex
-    host, port = settings.address
-    host = _others_address(host, settings.join_timeout_s, view)
-    server = _listen(
-        settings.workers, (host, port), settings, me, transfer_id, token, view, exit_handler
-    )
-    where, *more = _hosts_to_reach(server.address[0])
-    shown = None if settings.token else token.decode()
-    view.listening(_recv_line(where, server.address[1], shown, settings.token_file))
-    if more:
-        view.note(f"or by another address of this host: {', '.join(more)}")
-    return _session(launch, server, transfer_id, None, checkpoint, files)
+        if settings.command == "recv":
+            return self._connect([host], port, settings.token)
+        assert settings.workers is not None, "the launch has been validated"
+        token = settings.token or secrets.token_urlsafe(18).encode()
+        host = _address_for_others(host, settings.join_timeout_s, view)
+        server = self._listen(settings.workers, host, port, token)
+        where, *more = _hosts_to_reach(server.address[0])
+        shown = None if settings.token else token.decode()
+        view.listening(_recv_line(where, server.address[1], shown, settings.token_file))
+        if more:
+            view.note(f"or by another address of this host: {', '.join(more)}")
+        return self._session(server)
 
+    def with_nproc(self) -> Session:
+        """No store is needed: `--nproc` has handed over what the ranks must know of each other."""
+        launch, handover = self._launch, received()
+        if handover is None:
+            raise RendezvousError(
+                "PACKCAST_LAUNCH_FD is set, but `--nproc` did not start this process",
+                hint="unset PACKCAST_LAUNCH_FD",
+            )
+        self._view.placed(launch.rank, is_sender=launch.rank == 0)
+        token = handover.token.encode()
+        if launch.rank != 0:
+            port = handover.await_port(self._settings.join_timeout_s)
+            return self._connect([LOOPBACK], port, token)
+        if self._fault is not None:
+            raise self._fault
+        server = self._listen(frozenset(range(launch.world_size)), LOOPBACK, 0, token)
+        handover.publish_port(server.address[1], launch.world_size - 1)
+        return self._session(server)
 
-def _session(
-    launch: Launch,
-    channel: ControlServer | ControlClient,
-    transfer_id: str,
-    rendezvous: Rendezvous | None,
-    checkpoint: Checkpoint | None,
-    files: tuple[OutgoingFile, ...],
-) -> Session:
-    return Session(
-        launch=launch,
-        channel=channel,
-        transfer_id=transfer_id,
-        rendezvous=rendezvous,
-        checkpoint=checkpoint,
-        files=files,
-    )
+    def with_launcher(self, secret: bytes | None, call: int) -> Session:
+        settings = self._settings
+        deadline = time.monotonic() + settings.join_timeout_s + _GRACE_S
+        self._rendezvous = rendezvous = open_rendezvous(
+            self._launch,
+            os.environ,
+            settings.join_timeout_s,
+            settings.port,
+            secret=secret,
+            call=call,
+            log=self._view.note,
+        )
+        try:
+            return self._meet(rendezvous, secret)
+        except PackcastError:
+            leave_failed_join(rendezvous, self._launch, max(0.0, deadline - time.monotonic()))
+            raise
+        except BaseException:
+            rendezvous.close()
+            raise
 
+    def _meet(self, rendezvous: Rendezvous, secret: bytes | None) -> Session:
+        launch, limit_s = self._launch, self._settings.join_timeout_s
+        if not launch.is_one_host:
+            post_route(rendezvous, launch)
+        sender = settle_sender(rendezvous, launch, self._settings.command, limit_s)
+        self._view.placed(launch.rank, is_sender=sender == launch.rank)
+        if sender != launch.rank:
+            address = await_address(rendezvous, limit_s)
+            return self._connect(hosts_of(address, rendezvous), address.port, secret)
+        try:
+            if self._fault is not None:
+                raise self._fault
+            host = self._host_to_listen_on(rendezvous)
+            server = self._listen(frozenset(range(launch.world_size)), host, 0, secret)
+        except PackcastError as error:
+            publish_failure(rendezvous, error)
+            raise
+        hosts = (host,) if host else tuple(addresses_here())
+        publish_address(rendezvous, SenderAddress(hosts, server.address[1], beside_store=not host))
+        return self._session(server)
 
-def _open(settings: Settings) -> Opened:
-    """What to send, or why there is nothing: fatal only on the rank that turns out to send."""
-    if settings.checkpoint is None:
-        return None, (), None
-    try:
+    def _host_to_listen_on(self, rendezvous: Rendezvous) -> str:
+        """The address of this host at which the others reach it; "", every one, for several.
+
+        The others have reached the launcher's store. If that is on another host, this host's
+        source address on the way there will do. If it is here, the address by which they reached
+        it counts: an address is the same on every host, but a name can resolve to another address
+        on its own host, even to loopback.
+        """
+        if self._launch.is_one_host:
+            return LOOPBACK
+        if not rendezvous.is_here and rendezvous.here is not None:
+            return rendezvous.here
+        host = rendezvous.host
+        if is_literal(host) and source_towards(host) == host:
+            return host
+        routes = await_routes(rendezvous, self._launch, self._settings.join_timeout_s)
+        others = [route for route in routes if is_literal(route) and not is_loopback(route)]
+        here = [route for route in others if source_towards(route) == route]
+        if len(here) > 1:
+            hosts = ", ".join(sorted(here))
+            self._view.note(f"ranks reach this host at {hosts}: listening on all addresses")
+        if not others:
+            return LOOPBACK
+        return here[0] if len(here) == 1 else ""
+
+    def _listen(
+        self, expected: Expected, host: str, port: int, token: bytes | None
+    ) -> ControlServer:
+        return ControlServer(
+            expected,
+            host=host,
+            port=port or self._settings.port_range or 0,
+            me=self._me,
+            transfer_id=uuid.uuid4().hex,
+            token=token,
+            heartbeat_timeout_s=self._settings.heartbeat_timeout_s,
+            on_failure=self._exit_handler.leave,
+            log=self._view.note,
+        )
+
+    def _connect(self, hosts: Sequence[str], port: int, token: bytes | None) -> Session:
+        entered = enter(
+            hosts,
+            port,
+            me=self._me,
+            token=token,
+            join_timeout_s=self._settings.join_timeout_s,
+            heartbeat_timeout_s=self._settings.heartbeat_timeout_s,
+            log=self._view.note,
+            still_wanted=lambda: self._exit_handler.error is None,
+        )
+        return self._session(
+            ControlClient(entered, on_failure=self._exit_handler.leave, log=self._view.note)
+        )
+
+    def _session(self, channel: ControlServer | ControlClient) -> Session:
+        return Session(
+            launch=self._launch,
+            channel=channel,
+            checkpoint=self._checkpoint,
+            files=self._files,
+            rendezvous=self._rendezvous,
+        )
+
+    def _open_checkpoint(self, path: Path) -> None:
+        settings = self._settings
         checkpoint = open_checkpoint(
-            settings.checkpoint,
+            path,
             sidecars=settings.sidecars,
             all_files=settings.all_files,
             exclude_files=settings.exclude_files,
             follow_links=settings.follow_links,
         )
-        files = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
-    except PackcastError as fault:
-        return None, (), fault
-    return checkpoint, files, None
+        self._files = outgoing_files(checkpoint, include=settings.include, exclude=settings.exclude)
+        self._checkpoint = checkpoint
 
 
-def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None) -> RankInfo:
+def _introduction(settings: Settings, launch: Launch, checkpoint: Checkpoint | None) -> RankInfo:
     launched = launch.kind != "none"
     path = settings.checkpoint
     gpus = visible_gpus() if settings.device != "cpu" and settings.backend != "gloo" else ()
@@ -318,56 +305,11 @@ def _introduce(settings: Settings, launch: Launch, checkpoint: Checkpoint | None
     )
 
 
-def _listen(
-    expected: Expected,
-    address: tuple[str, int],
-    settings: Settings,
-    me: RankInfo,
-    transfer_id: str,
-    token: bytes | None,
-    view: View,
-    exit_handler: ExitHandler,
-) -> ControlServer:
-    return ControlServer(
-        expected,
-        host=address[0],
-        port=address[1] or settings.port_range or 0,
-        me=me,
-        transfer_id=transfer_id,
-        token=token,
-        heartbeat_timeout_s=settings.heartbeat_timeout_s,
-        on_failure=exit_handler.leave,
-        log=view.note,
-    )
+def _address_for_others(host: str, limit_s: float, view: View) -> str:
+    """The address to listen on if the workers call this host `host`; "" is every address.
 
-
-def _connect(
-    settings: Settings,
-    hosts: Sequence[str],
-    port: int,
-    token: bytes | None,
-    me: RankInfo,
-    view: View,
-    exit_handler: ExitHandler,
-) -> ControlClient:
-    return ControlClient.connect(
-        hosts,
-        port,
-        me=me,
-        token=token,
-        join_timeout_s=settings.join_timeout_s,
-        heartbeat_timeout_s=settings.heartbeat_timeout_s,
-        on_failure=exit_handler.leave,
-        log=view.note,
-        still_wanted=lambda: exit_handler.error is None,
-    )
-
-
-def _others_address(host: str, limit_s: float, view: View) -> str:
-    """What to listen on where `host` is what the workers call this one.
-
-    Its name may not be known yet. And many systems give a host's own name a loopback address
-    (127.0.1.1 in /etc/hosts), which is none to the others: then it is every address.
+    The name may not resolve yet. And many systems resolve a host's own name to a loopback address
+    (127.0.1.1 in /etc/hosts), which other hosts cannot reach: then it is every address.
     """
     if is_everywhere(host) or is_literal(host) or says_loopback(host):
         return host
@@ -375,7 +317,7 @@ def _others_address(host: str, limit_s: float, view: View) -> str:
     waiting = False
     while True:
         try:
-            found = [text_of(address) for *_, address in resolve(host, 0)]
+            addresses = [text_of(address) for *_, address in resolve(host, 0)]
             break
         except OSError as error:
             if time.monotonic() + _RESOLVE_AGAIN_S > deadline:
@@ -387,17 +329,17 @@ def _others_address(host: str, limit_s: float, view: View) -> str:
                 view.note(f"waiting until {host} resolves to an address ({error.strerror})")
         waiting = True
         time.sleep(_RESOLVE_AGAIN_S)
-    if not all(map(is_loopback, found)) or not addresses_here():
+    if not all(map(is_loopback, addresses)) or not addresses_here():
         return host
     view.note(
-        f"{host} resolves to {found[0]} here, which other hosts cannot reach:"
+        f"{host} resolves to {addresses[0]} here, which other hosts cannot reach:"
         " listening on all addresses"
     )
     return ""
 
 
 def _hosts_to_reach(listening: str) -> list[str]:
-    """Where the other ranks reach who listens there, the likeliest first."""
+    """The addresses by which other ranks reach a listener, the likeliest first."""
     if not is_everywhere(listening):
         return [listening]
     families = (4, 6) if listening == "::" else (4,)

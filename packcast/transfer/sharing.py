@@ -10,7 +10,6 @@ from packcast.control.server import ControlServer
 from packcast.io.landing import Sink
 from packcast.io.sinks.sharing import Share
 from packcast.io.sinks.write import WriteSink
-from packcast.transfer.agreement import rank_of
 from packcast.transfer.protocol import Prepared, WritingShare
 
 
@@ -39,7 +38,7 @@ def shares_of(infos: Sequence[RankInfo], prepared: Mapping[int, Prepared]) -> di
 
     The owner's is the first. Who has no such directory, or sees it from another host, is alone.
     """
-    hosts = {rank_of(info): info.boot_id for info in infos}
+    hosts = {info.known_rank: info.boot_id for info in infos}
     sharing: dict[tuple[str, tuple[int, int]], list[int]] = {}
     for rank, it in sorted(prepared.items(), key=lambda item: (not item[1].owns, item[0])):
         if it.directory is not None:

@@ -1,7 +1,4 @@
-"""The watch over a transfer in which everybody is alive and nothing moves.
-
-Knows counters and the control channel's view of the others, nothing of what is moved.
-"""
+"""Ends a transfer in which all ranks are alive but no byte moves."""
 
 from __future__ import annotations
 
@@ -17,18 +14,18 @@ from packcast.units import format_duration
 
 
 class Watched(Protocol):
-    """What moves bytes, as DataPlane does."""
+    """Moves bytes, as DataPlane does."""
 
     @property
     def counters(self) -> Counters:
-        """They change whenever something has moved."""
+        """Change with every byte."""
 
     def position(self) -> str:
-        """How far it is, for a sentence."""
+        """How far it is, for messages."""
 
 
 class StallWatch:
-    """Ends the transfer when no byte has moved anywhere for `timeout_s` although all are alive."""
+    """Calls `exit_handler.leave` when no byte has moved on any rank for `timeout_s`."""
 
     def __init__(
         self, data_plane: Watched, channel: Channel, exit_handler: ExitHandler, timeout_s: float

@@ -1,6 +1,6 @@
-"""The whole story of a transfer, in the order in which it happens: `send` beside `receive`.
+"""A whole transfer in the order in which it happens: `send` beside `receive`.
 
-Each step is one call; what a step does is told where it lives.
+Each step is one call; its details are where it is defined.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
 from packcast.launch.exit import ExitHandler
 from packcast.launch.store import join_served_store, serve_store
-from packcast.packed.plan import check_ring
+from packcast.packed.plan import Chunks, check_ring
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import (
     await_offer,
+    await_ready,
     make_offers,
-    rank_of,
     same_files_as_offered,
     send_offers,
 )
 from packcast.transfer.data_plane import DataPlane
-from packcast.transfer.offer import Offer, Selection
+from packcast.transfer.offer import Offer
 from packcast.transfer.protocol import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.results import (
     agreed_digests,
@@ -47,7 +47,6 @@ from packcast.transfer.results import (
     proof_of,
     published_by,
     rank_reports,
-    since,
 )
 from packcast.transfer.session import Session, open_session
 from packcast.transfer.sharing import hand_out_shares, take_share
@@ -55,12 +54,12 @@ from packcast.transfer.stall import StallWatch
 from packcast.transfer.view_state import joining_updates, start_of, told_by_sender, worker_states
 from packcast.view import View
 
-# Of a device and how many bytes of finished tensors may wait: where tensors are received.
+# Takes a device and how many bytes of finished tensors may wait; for receiving tensors.
 MakeDestination = Callable[[str, int], TensorDestination]
 
 _SLOWEST_DISK = 5e6  # bytes per second
 _DEVICE_START_S = 30.0  # how long CUDA and NCCL may hold the interpreter
-_PATIENCE_S = 30.0  # for the others' last words, once their work is done
+_PATIENCE_S = 30.0  # for the others' last messages, once their work is done
 
 
 def run(
@@ -73,25 +72,26 @@ def run(
 ) -> Report:
     """Take part in one transfer, as `packcast send` or `packcast recv` does. Every rank calls it.
 
-    Returns this rank's report, whose exit code is 6 where a comparison found a difference. Raises
-    PackcastError after telling the other ranks; a failure that comes from them, a lost rank or a
-    stall goes to `exit_handler`, from another thread, since a collective may be hanging. `call`
-    counts the transfers of one launch, alike on all ranks. A worker with `make_destination`
-    receives tensors.
+    Returns this rank's report, whose exit code is 6 if a comparison found a difference. Raises
+    PackcastError after notifying the other ranks. A failure of another rank, a lost rank or a
+    stall goes to `exit_handler` on another thread, since a collective may hang. `call` counts the
+    transfers of one launch, the same on all ranks. A worker with `make_destination` receives
+    tensors.
     """
     if settings.command == "send":
         check_ring(settings.buffer_size, settings.num_buffers, settings.staging)
     view.phase("join")
     session = open_session(settings, view, exit_handler, call=call)
+    channel = session.channel
     exit_handler.on_leave(
-        lambda: session.channel.fail(exit_handler.error or TransferError("it disconnected"))
+        lambda: channel.fail(exit_handler.error or TransferError("it disconnected"))
     )
     try:
-        if isinstance(session.channel, ControlServer):
-            return send(settings, session, session.channel, view, exit_handler)
-        return receive(settings, session, session.channel, view, exit_handler, make_destination)
+        if isinstance(channel, ControlServer):
+            return send(settings, session, channel, view, exit_handler)
+        return receive(settings, session, channel, view, exit_handler, make_destination)
     except PackcastError as error:
-        session.channel.fail(error)
+        channel.fail(error)
         raise
     finally:
         session.leave()
@@ -109,7 +109,6 @@ def send(
     assert checkpoint is not None, "the sender has a checkpoint"
     for warning in checkpoint.warnings:
         view.warn(warning)
-
     infos = server.join(settings.join_timeout_s, joining_updates(settings, server, view))
     session.have_joined()
     offers, fitted = make_offers(settings, checkpoint, files, infos, infos[session.launch.rank])
@@ -121,41 +120,40 @@ def send(
     workers = send_offers(server, offers, offer.rank)
     _allow_device_start(server, offer)
     reader = FileReader(files, checkpoint.files)
-    data_plane = DataPlane(offer, offer.chunks(), session.transfer_id, reader=reader, sink=None)
-    exit_handler.on_abandon(data_plane.abandon)
-    server.follow(data_plane.position, data_plane.progress)
-    data_plane.read_ahead()
+    data_plane = _start_data_plane(server, exit_handler, offer, offer.chunks(), reader, sink=None)
     hand_out_shares(server, infos, settings.join_timeout_s)
-    sums = _await_ready(server, offer, settings.join_timeout_s)
+    sums = await_ready(server, offer, settings.join_timeout_s)
 
     view.phase("start")
     host = server.host_met()
     store, port = serve_store(host, settings.join_timeout_s, settings.port_range)
     server.broadcast(Go(host=host, port=port, sums=sums))
-    hosts = {rank_of(info): info.host for info in infos}
     view.started(
-        start_of(offer, is_sender=True, hosts=hosts, is_low=fitted.is_low),
+        start_of(
+            offer,
+            is_sender=True,
+            hosts={info.known_rank: info.host for info in infos},
+            is_low=fitted.is_low,
+        ),
         lambda: data_plane.snapshot(worker_states(server)),
     )
-
     with StallWatch(data_plane, server, exit_handler, settings.stall_timeout_s):
         view.phase("data")
         moved = data_plane.move(
             store,
             interface_of(host),
-            server,
             stall_timeout_s=settings.stall_timeout_s,
             sums=sums,
-            survives=exit_handler.survives,
             max_rate=settings.max_rate,
         )
         server.gather(Moved, None)  # the stall watch is its bound
     server.broadcast(Close())
+
     view.phase("finish")
     close = data_plane.begin_close()
     proofs = server.gather(Proved, _finish_limit_s(settings, offer))
-    seconds = since(moved.began)
-    closed = close()
+    seconds = time.perf_counter() - moved.began
+    ends_cleanly = close()
     digests = agreed_digests(offer, moved.digests, proofs)
 
     view.phase("publish")
@@ -172,14 +170,13 @@ def send(
         settings,
         offer,
         moved,
-        data_plane.counters,
         seconds=seconds,
         ranks=rank_reports(infos, offers, offer.rank, failures),
         digests=digests,
         workers={rank: facts_of(proofs[rank], published.get(rank)) for rank in workers},
         warnings=(*checkpoint.warnings, *fitted.notes),
         failures=failures,
-        ends_cleanly=closed,
+        ends_cleanly=ends_cleanly,
     )
 
 
@@ -191,14 +188,14 @@ def receive(
     exit_handler: ExitHandler,
     make_destination: MakeDestination | None,
 ) -> Report:
-    """A worker's side, which may read too."""
+    """A worker's side; it may be a reader too."""
     patience_s = settings.join_timeout_s + _PATIENCE_S
     view.note(f"joined {client.sender.label}, waiting for the other workers")
     me, world_size = client.await_joined(patience_s, told_by_sender(view))
     session.have_joined()
 
     view.phase("offer")
-    offer = await_offer(client, rank_of(me), world_size, patience_s)
+    offer = await_offer(client, me.known_rank, world_size, patience_s)
     _allow_device_start(client, offer)
     chunks = offer.chunks()
     sink = _make_sink(settings, session, offer, me, make_destination)
@@ -206,12 +203,8 @@ def receive(
     with _undone_on_error(sink, client):
         sink.prepare()
         take_share(sink, client, patience_s)
-        data_plane = DataPlane(
-            offer, chunks, session.transfer_id, reader=_own_reader(session, offer), sink=sink
-        )
-        exit_handler.on_abandon(data_plane.abandon)
-        client.follow(data_plane.position, data_plane.progress)
-        data_plane.read_ahead()
+        reader = _own_reader(session, offer)
+        data_plane = _start_data_plane(client, exit_handler, offer, chunks, reader, sink)
         client.send(Ready(plan=offer.plan, sums=data_plane.needs_sums))
 
         go = client.expect(Go, patience_s)
@@ -219,37 +212,36 @@ def receive(
         host = client.host_told(go.host)
         store = join_served_store(host, go.port, settings.join_timeout_s)
         view.started(start_of(offer, is_sender=False), lambda: data_plane.snapshot({}))
-
         with StallWatch(data_plane, client, exit_handler, settings.stall_timeout_s):
             view.phase("data")
             moved = data_plane.move(
                 store,
                 interface_towards(host),
-                client,
                 stall_timeout_s=settings.stall_timeout_s,
                 sums=go.sums,
-                survives=exit_handler.survives,
             )
             client.send(Moved())
             client.expect(Close, None)
+
         view.phase("finish")
         close = data_plane.begin_close()
         data_plane.counters.standing = "sync"
         synced_from = time.perf_counter()
         sink.finish()
         data_plane.counters.standing = None
-        seconds = moved.ended - moved.began + since(synced_from)  # not of waiting for the others
-        proof = proof_of(offer, moved, data_plane.counters, sink, seconds)
+        # Not the time of waiting for the others.
+        seconds = moved.ended - moved.began + time.perf_counter() - synced_from
+        proof = proof_of(offer, moved, sink, seconds)
         client.send(proof)
-        closed = close()
+        ends_cleanly = close()
         client.expect(Commit, _finish_limit_s(settings, offer))
 
         view.phase("publish")
         exit_handler.shield()
         client.commit()
-        fault = _publish(sink)
-        client.send(published_by(sink, fault))
-    with suppress(TransferError):  # published is published, whatever became of the sender
+        published = _publish(sink)
+        client.send(published)
+    with suppress(TransferError):  # published is published, even if the sender is lost
         client.expect(Done, _PATIENCE_S)
     if client.lost:
         view.warn(f"{client.lost}, after this rank had published")
@@ -258,22 +250,43 @@ def receive(
         view.warn(f"rank {offer.rank}: {note}")
 
     view.phase("done")
-    rank = offer.rank
-    failures = failures_of([rank], {rank: proof}, {rank: published_by(sink, fault)}, {})
+    failures = failures_of([offer.rank], {offer.rank: proof}, {offer.rank: published}, {})
     return make_report(
         settings,
         offer,
         moved,
-        data_plane.counters,
         seconds=seconds,
-        ranks=rank_reports([client.sender, me], {rank: offer}, offer.readers[0], failures),
-        digests=agreed_digests(offer, moved.digests, {rank: proof}),
-        workers={rank: sink.result()},
+        ranks=rank_reports([client.sender, me], {offer.rank: offer}, offer.readers[0], failures),
+        digests=agreed_digests(offer, moved.digests, {offer.rank: proof}),
+        workers={offer.rank: sink.result()},
         warnings=sink.notes,
         failures=failures,
-        ends_cleanly=closed,
+        ends_cleanly=ends_cleanly,
         comparison=sink.comparison() if isinstance(sink, VerifySink) else None,
     )
+
+
+def _start_data_plane(
+    channel: ControlServer | ControlClient,
+    exit_handler: ExitHandler,
+    offer: Offer,
+    chunks: Chunks,
+    reader: FileReader | None,
+    sink: Sink | None,
+) -> DataPlane:
+    data_plane = DataPlane(
+        offer,
+        chunks,
+        channel,
+        channel.transfer_id,
+        reader=reader,
+        sink=sink,
+        survives=exit_handler.survives,
+    )
+    exit_handler.on_abandon(data_plane.abandon)
+    channel.follow(data_plane.position, data_plane.progress)
+    data_plane.read_ahead()
+    return data_plane
 
 
 def _make_sink(
@@ -287,23 +300,25 @@ def _make_sink(
         return TensorSink(offer.files, make_destination(offer.device, offer.staging))
     if settings.target is None:
         return DiscardSink()
-    where = fill_in(
-        settings.target, rank=offer.rank, local_rank=session.launch.local_rank, host=me.host
+    target = Path(
+        fill_in(
+            settings.target, rank=offer.rank, local_rank=session.launch.local_rank, host=me.host
+        )
     )
     if settings.sink == "verify":
-        selection = offer.selection != Selection((), ())
-        return VerifySink(local_copy(Path(where), offer.files), offer.files, selection=selection)
+        is_selection = bool(offer.include or offer.exclude)
+        return VerifySink(local_copy(target, offer.files), offer.files, selection=is_selection)
     return WriteSink(
-        Path(where),
+        target,
         offer.files,
-        transfer_id=session.transfer_id,
+        transfer_id=session.channel.transfer_id,
         force=settings.force,
         in_place=settings.in_place,
     )
 
 
 def _own_reader(session: Session, offer: Offer) -> FileReader | None:
-    """What this worker reads itself, where the sender chose it as a reader."""
+    """For a worker that the sender chose as a reader."""
     if offer.rank not in offer.readers:
         return None
     if session.checkpoint is None:
@@ -313,7 +328,7 @@ def _own_reader(session: Session, offer: Offer) -> FileReader | None:
 
 @contextmanager
 def _undone_on_error(sink: Sink, client: ControlClient) -> Iterator[None]:
-    """Whatever goes wrong: the others hear of it first, then nothing is left behind here."""
+    """After any error: notify the others first, then remove what the sink has made."""
     try:
         yield
     except BaseException as error:
@@ -325,33 +340,21 @@ def _undone_on_error(sink: Sink, client: ControlClient) -> Iterator[None]:
 def _finish_limit_s(settings: Settings, offer: Offer) -> float:
     """How long the slowest rank may take to make its copy durable, or to replace the old one.
 
-    No byte is seen to move meanwhile, so this grows with the checkpoint instead.
+    No byte moves meanwhile, so this grows with the checkpoint instead.
     """
     return settings.stall_timeout_s + offer.nbytes / _SLOWEST_DISK
 
 
-def _publish(sink: Sink) -> PackcastError | None:
-    """After COMMIT a failure is this rank's own: it is reported, and stops nobody else."""
+def _publish(sink: Sink) -> Published:
+    """After COMMIT a failure is this rank's own: it is reported, and stops no other rank."""
     try:
         sink.publish()
     except PackcastError as error:
-        return error
-    return None
+        return published_by(sink, error)
+    return published_by(sink, None)
 
 
 def _allow_device_start(channel: ControlServer | ControlClient, offer: Offer) -> None:
-    """Until the first broadcast CUDA and NCCL may hold the interpreter, which is no death."""
+    """Until the first broadcast CUDA and NCCL may hold the interpreter: no missed heartbeat."""
     if offer.backend == "nccl":
         channel.be_patient(_DEVICE_START_S)
-
-
-def _await_ready(server: ControlServer, offer: Offer, timeout_s: float) -> bool:
-    """Every worker has reserved its space and buffers, and has made the same plan.
-
-    Whether some worker needs the chunks' sums, since its bytes stay on the device.
-    """
-    answers = server.gather(Ready, timeout_s)
-    for rank, ready in answers.items():
-        if ready.plan != offer.plan:
-            raise TransferError(f"rank {rank} makes another plan of the offer")
-    return any(ready.sums for ready in answers.values())

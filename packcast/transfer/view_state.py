@@ -1,4 +1,4 @@
-"""What a view is told of a transfer, out of the offer, the control channel and its heartbeats."""
+"""A view's updates, made from the offer, the control channel and its heartbeats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packcast.view import Joining, Start, View, WorkerState
 
 
 def joining_updates(settings: Settings, server: ControlServer, view: View) -> OnJoin:
-    """Tells the view that this waits for workers, and again for each that comes."""
+    """Update the view now, and once for each worker that joins."""
     deadline = time.monotonic() + settings.join_timeout_s
     left = set(server.ranks_to_come)
     view.joining(Joining(0, server.wanted, tuple(sorted(left)), None, deadline))
@@ -39,7 +39,7 @@ def told_by_sender(view: View) -> Callable[[JoinStatus], None]:
 
 
 def worker_states(server: ControlServer) -> dict[int, WorkerState]:
-    """Where each worker is, by its newest heartbeat."""
+    """Each worker's progress, by its newest heartbeat."""
     return {
         rank: WorkerState(progress.done, progress.stage)
         for rank, progress in server.progress_by_worker().items()
@@ -53,7 +53,7 @@ def start_of(
     hosts: Mapping[int, str] | None = None,
     is_low: bool = False,
 ) -> Start:
-    """The start line, out of what was offered."""
+    """The start line, made from the offer."""
     return Start(
         rank=offer.rank,
         is_sender=is_sender,

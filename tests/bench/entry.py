@@ -86,7 +86,7 @@ def after_broadcasts(change: Change) -> None:
     """In this process, something is done after every broadcast, along a chain or not."""
     from packcast.launch import processgroup
     from packcast.packed.chain import Chain
-    from packcast.transfer import data_plane
+    from packcast.transfer import group
 
     true_one, true_carry = processgroup.broadcast_over, Chain.carry
 
@@ -103,7 +103,7 @@ def after_broadcasts(change: Change) -> None:
         change(memory, root)
         return passed
 
-    patched: list[Any] = [processgroup, data_plane, Chain]
+    patched: list[Any] = [processgroup, group, Chain]
     patched[0].broadcast_over = patched[1].broadcast_over = changed
     patched[2].carry = carry
 

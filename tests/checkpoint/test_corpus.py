@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,20 @@ from packcast.transfer.offer import Offer
 from tests.checkpoint import corpus
 from tests.checkpoint.corpus import Case
 from tests.checkpoint.handmade import file_bytes, index, shard, write
-from tests.transfer.offers import messages, packed, valid_offer
+from tests.transfer.offers import OFFER, outline_of, packed, valid_offer
 
 MALFORMED, LEGAL = corpus.malformed(), corpus.legal()
 NAME, PART = "model.safetensors", "model-00001-of-00001.safetensors"
 
 
-def offered(case: Case) -> tuple[bytes, dict[str, object]]:
+def offered(case: Case) -> bytes:
     """An offer whose only file has this header."""
     whole = file_bytes(case.header, case.data)
     header = whole[8 : len(whole) - len(case.data)]
-    outline, place = messages(valid_offer())
+    outline = outline_of(valid_offer())
     outline |= {"samples": [], "files": [[NAME, len(whole), 1, 0o644, 0o755, None, [], []]]}
     data = packed(outline).replace(b'"header": null', b'"header": %d' % len(header))
-    return data + header, place
+    return data + header
 
 
 def names(cases: list[Case]) -> list[str]:
@@ -60,11 +59,11 @@ def test_a_malformed_header_is_refused_at_the_sender(case: Case, tmp_path: Path)
 
 @pytest.mark.parametrize("case", MALFORMED, ids=names(MALFORMED))
 def test_a_malformed_header_is_refused_at_a_worker(case: Case) -> None:
-    data, place = offered(case)
+    data = offered(case)
     tracemalloc.start()
     try:
         with pytest.raises(TransferError, match="the sender's offer is refused") as caught:
-            Offer.from_bytes(data, place)
+            Offer.from_bytes(data, OFFER.assignment)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -91,8 +90,8 @@ def test_a_legal_header_is_accepted_at_both_ends_as_safetensors_reads_it(
     whole = file_bytes(case.header, case.data)
     write(tmp_path / NAME, whole)
     (file,) = open_checkpoint(tmp_path).files
-    data, place = offered(case)
-    (spec,) = Offer.from_bytes(data, place).files
+    data = offered(case)
+    (spec,) = Offer.from_bytes(data, OFFER.assignment).files
     assert file.header == spec.header
     assert file.header
     theirs = {
@@ -242,6 +241,5 @@ def test_a_folder_that_is_no_checkpoint_is_refused(name: str, tmp_path: Path) ->
 
 def test_an_offer_made_by_hand_is_the_one_that_travels() -> None:
     case = Case("", {"t": corpus.T}, b"x", None)
-    data, place = offered(case)
-    assert Offer.from_bytes(data, place).files[0].nbytes == len(WHOLE)
-    assert asdict(valid_offer().place) == place
+    data = offered(case)
+    assert Offer.from_bytes(data, OFFER.assignment).files[0].nbytes == len(WHOLE)

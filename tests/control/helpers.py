@@ -19,6 +19,7 @@ from pydantic import Field
 from packcast.control import auth
 from packcast.control.client import ControlClient
 from packcast.control.frames import ACCEPTED, CHALLENGE, PROOF, PROTOCOL, FrameReader, frame_of
+from packcast.control.handshake import enter
 from packcast.control.messages import Hello, Message, Welcome, decode
 from packcast.control.rank_info import RankInfo
 from packcast.control.server import ControlServer
@@ -121,16 +122,16 @@ class Group:
     ) -> tuple[ControlClient, Witness]:
         seen = seen or Witness()
         host, port = server.address if isinstance(server, ControlServer) else server
-        client = ControlClient.connect(
+        entered = enter(
             hosts or [host],
             port,
             me=me,
             token=token,
             join_timeout_s=join_timeout_s,
             heartbeat_timeout_s=heartbeat_timeout_s,
-            on_failure=seen.on_failure,
             log=seen.log.append,
         )
+        client = ControlClient(entered, on_failure=seen.on_failure, log=seen.log.append)
         self._stack.callback(client.close)
         return client, seen
 
@@ -234,6 +235,7 @@ class Raw:
 _CHILD = """
 import os, sys, threading
 from packcast.control.client import ControlClient
+from packcast.control.handshake import enter
 from packcast.control.server import ControlServer
 from packcast.control.rank_info import RankInfo
 from tests.control.helpers import Ping, Pong
@@ -248,8 +250,9 @@ def me(rank, role="recv"):
     return RankInfo(role=role, rank=rank, host=f"child-{rank}", boot_id="b", pid=os.getpid())
 
 def client(port, rank, heartbeat_timeout_s):
-    return ControlClient.connect(["127.0.0.1"], port, me=me(rank), token=None, join_timeout_s=20,
-        heartbeat_timeout_s=heartbeat_timeout_s, on_failure=on_failure, log=lambda text: None)
+    entered = enter(["127.0.0.1"], port, me=me(rank), token=None, join_timeout_s=20,
+        heartbeat_timeout_s=heartbeat_timeout_s, log=lambda text: None)
+    return ControlClient(entered, on_failure=on_failure, log=lambda text: None)
 
 def server(expected, heartbeat_timeout_s):
     return ControlServer(expected, host="127.0.0.1", port=0, me=me(0, "send"), transfer_id="t",

@@ -25,6 +25,7 @@ from packcast.control.frames import (
     Progress,
     frame_of,
 )
+from packcast.control.handshake import enter
 from packcast.control.messages import (
     Abort,
     Bye,
@@ -468,14 +469,13 @@ def test_failing_takes_no_longer_than_a_second_whoever_does_not_answer(group: Gr
 
 def test_who_is_waited_for_no_longer_ends_the_knocking(group: Group) -> None:
     with pytest.raises(RendezvousError, match="waited for no longer"):
-        ControlClient.connect(
+        enter(
             ["127.0.0.1"],
             free_port(),
             me=info(1),
             token=None,
             join_timeout_s=PATIENCE_S,
             heartbeat_timeout_s=3.0,
-            on_failure=group.seen.on_failure,
             log=group.seen.log.append,
             still_wanted=lambda: False,
         )

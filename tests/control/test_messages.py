@@ -163,9 +163,9 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
     },
     transfer.RankAssignment: {
         "rank": RANKS,
-        "device": SHORT,
-        "ranks_on_host": RANKS,
-        "readers_on_host": RANKS,
+        "device": st.just("cpu") | st.integers(0, 99).map("cuda:{}".format),
+        "ranks_on_host": st.integers(1, 1_000_001),
+        "readers_on_host": st.integers(1, 1_000_001),
     },
     transfer.Prepared: {
         "directory": st.none() | st.tuples(INODES, INODES),

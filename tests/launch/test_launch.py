@@ -14,8 +14,17 @@ from typing import TYPE_CHECKING, Literal
 import pytest
 
 from packcast.errors import CheckpointError, PackcastError, RendezvousError
-from packcast.launch import rendezvous
+from packcast.launch import find_sender
 from packcast.launch import store as stores
+from packcast.launch.find_sender import (
+    SenderAddress,
+    await_address,
+    hosts_of,
+    leave_failed_join,
+    publish_address,
+    publish_failure,
+    settle_sender,
+)
 from packcast.launch.launchers import (
     Launch,
     detect_launch,
@@ -25,16 +34,7 @@ from packcast.launch.launchers import (
     slurm_nodelist,
     slurm_port,
 )
-from packcast.launch.rendezvous import (
-    Rendezvous,
-    SenderAddress,
-    await_address,
-    leave_failed_join,
-    open_rendezvous,
-    publish_address,
-    publish_failure,
-    settle_sender,
-)
+from packcast.launch.rendezvous import Rendezvous, open_rendezvous
 from packcast.launch.store import connect_store, join_served_store, serve_store
 from tests.helpers.commands import hydra_rank, open_mpi_rank
 
@@ -461,8 +461,8 @@ def test_the_sender_beside_the_store_is_looked_for_where_the_store_was_found() -
     with open_both(environ, host, client) as (first, second):
         assert (first.is_here, second.is_here) == (True, True)
         beside = SenderAddress(("10.0.0.1", "10.1.0.1"), 1, beside_store=True)
-        assert second.hosts_of(beside) == ["127.0.0.1", "10.0.0.1", "10.1.0.1"]
-        assert second.hosts_of(SenderAddress(("10.0.0.1",), 1)) == ["10.0.0.1"]
+        assert hosts_of(beside, second) == ["127.0.0.1", "10.0.0.1", "10.1.0.1"]
+        assert hosts_of(SenderAddress(("10.0.0.1",), 1), second) == ["10.0.0.1"]
 
 
 def test_a_served_store_is_on_one_interface_only() -> None:
@@ -544,7 +544,7 @@ def test_a_store_that_hangs_is_reported_and_never_by_publish_failure(
             threading.Event().wait(3)
 
     monkeypatch.setattr(stores, "GRACE_S", 0.1)
-    monkeypatch.setattr(rendezvous, "GRACE_S", 0.1)
+    monkeypatch.setattr(find_sender, "GRACE_S", 0.1)
     if call is publish_failure:
         call(Hanging(), PackcastError("x"))
     else:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from packcast.errors import RendezvousError, UsageError
+from packcast.launch.find_sender import await_address, publish_failure, settle_sender
 from packcast.launch.launchers import Launch
-from packcast.launch.rendezvous import await_address, publish_failure, settle_sender
 from packcast.launch.secret import (
     SignedKeys,
     launch_context,

@@ -35,7 +35,7 @@ from packcast.packed.plan import (
     unit_nbytes,
     units_of,
 )
-from packcast.transfer.outline import MAX_TURNS
+from packcast.transfer.offer import MAX_TURNS
 from packcast.units import parse_size
 from tests.helpers.blocks import blocks_of
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
 from typing import Literal
 
 from packcast.checkpoint.header import LENGTH_NBYTES, parse_header
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.control.rank_info import RankInfo
 from packcast.packed.plan import BLOCK, plan_chunks, plan_digest
-from packcast.transfer.offer import Offer, Place, Sample, Selection
-from packcast.transfer.outline import FileOutline
+from packcast.transfer.offer import FileOutline, Offer, Sample
+from packcast.transfer.protocol import RankAssignment
 
 Message = dict[str, object]
 
@@ -47,6 +46,19 @@ FILES = (
     shard("model-00002-of-00002.safetensors", 300),
     sidecar("nested/deeper/run.sh", BLOCK + 1, mode=0o500, folder_mode=0o700),
 )
+
+
+def assigned(
+    rank: int, device: str = "cpu", ranks_on_host: int = 1, readers_on_host: int = 1
+) -> RankAssignment:
+    return RankAssignment(
+        rank=rank,
+        device=device,
+        ranks_on_host=ranks_on_host,
+        readers_on_host=readers_on_host,
+    )
+
+
 OFFER = Offer(
     files=FILES,
     buffer_size=2 * BLOCK,
@@ -55,13 +67,15 @@ OFFER = Offer(
     readers=(1, 2),
     chain=(0, 2, 1, 3),
     plan="",
-    selection=Selection(("t*", "a?b"), ("*.bias",)),
+    digest="xxh3_128",
+    include=("t*", "a?b"),
+    exclude=("*.bias",),
     samples=(Sample(2, BLOCK, BLOCK, "ab" * 16), Sample(4, BLOCK, 1, "cd" * 16)),
     world_size=4,
     backend="gloo",
     reason="no rank sees a GPU",
     loud=True,
-    place=Place(3, "cpu", 2, 1),
+    assignment=assigned(3, ranks_on_host=2),
 )
 
 # These stand in a message for JSON that Python does not write.
@@ -87,11 +101,16 @@ JUNK: dict[str, object] = {
 }
 
 
+def changed(offer: Offer, **changes: object) -> Offer:
+    """The offer with other values."""
+    return offer.model_copy(update=changes)
+
+
 def planned(offer: Offer) -> Offer:
     """The offer with the digest of its own plan."""
     sizes = [spec.nbytes for spec in offer.files]
     chunks = plan_chunks(sizes, offer.buffer_size, offer.readers)
-    return replace(offer, plan=plan_digest(sizes, offer.buffer_size, chunks))
+    return changed(offer, plan=plan_digest(sizes, offer.buffer_size, chunks))
 
 
 def valid_offer() -> Offer:
@@ -101,20 +120,20 @@ def valid_offer() -> Offer:
 def offer_of(files: Sequence[FileSpec], readers: tuple[int, ...] = (0,)) -> Offer:
     """An offer of these files for rank 1 of two, or of as many as the readers need."""
     return planned(
-        replace(
+        changed(
             OFFER,
             files=tuple(files),
             readers=readers,
             chain=(),
             samples=(),
             world_size=max(2, *readers),
-            place=Place(1, "cpu", 1, 1),
+            assignment=assigned(1),
         )
     )
 
 
-def messages(offer: Offer) -> tuple[Message, Message]:
-    """The offer's outline, in which each shard has the text of its header, and its place."""
+def outline_of(offer: Offer) -> Message:
+    """The offer's outline, in which each shard has the text of its header."""
     data = offer.to_bytes()
     line, _, headers = data.partition(b"\n")
     outline = json.loads(line)
@@ -123,7 +142,7 @@ def messages(offer: Offer) -> tuple[Message, Message]:
             nbytes = file["header"]
             file["header"], headers = headers[:nbytes].decode(), headers[nbytes:]
     assert not headers
-    return outline, asdict(offer.place)
+    return dict(outline)
 
 
 def packed(message: object) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,14 +21,13 @@ from packcast.transfer.agreement import (
     check_one_checkpoint,
     choose_readers,
     make_offers,
-    rank_of,
     same_files_as_offered,
     take_samples,
 )
-from packcast.transfer.offer import Offer, Place, Sample, Selection
+from packcast.transfer.offer import Offer, Sample
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.processes import num_descriptors
-from tests.transfer.offers import member, offer_of, valid_offer
+from tests.transfer.offers import assigned, changed, member, offer_of, valid_offer
 
 SENDER = member(0)
 
@@ -52,15 +50,7 @@ def files(checkpoint: Checkpoint) -> tuple[OutgoingFile, ...]:
 
 def with_samples(files: tuple[OutgoingFile, ...], checkpoint: Checkpoint) -> Offer:
     offer = offer_of([file.spec for file in files], (0, 1))
-    return replace(
-        offer,
-        samples=take_samples(checkpoint, files),
-        selection=Selection((), ()),
-    )
-
-
-def open_descriptors() -> int:
-    return num_descriptors()
+    return changed(offer, samples=take_samples(checkpoint, files), include=(), exclude=())
 
 
 def test_ranks_that_see_one_checkpoint_fit_together_whatever_its_path() -> None:
@@ -134,14 +124,17 @@ def offers_for(
     return make_offers(settings, checkpoint, files, members, members[0])[0]
 
 
-def test_every_rank_gets_the_same_offer_but_for_its_place(
+def test_every_rank_gets_the_same_offer_but_for_its_assignment(
     checkpoint: Checkpoint, files: tuple[OutgoingFile, ...]
 ) -> None:
     offers = offers_for(checkpoint, files, readers=2)
     assert [offer.rank for offer in offers.values()] == list(offers) == [0, 1, 2, 3]
-    assert len({repr(replace(offer, place=offers[0].place)) for offer in offers.values()}) == 1
-    assert [offer.place.ranks_on_host for offer in offers.values()] == [2, 2, 2, 2]
-    assert [offer.place.readers_on_host for offer in offers.values()] == [2, 2, 1, 1]
+    assert (
+        len({repr(changed(offer, assignment=offers[0].assignment)) for offer in offers.values()})
+        == 1
+    )
+    assert [offer.assignment.ranks_on_host for offer in offers.values()] == [2, 2, 2, 2]
+    assert [offer.assignment.readers_on_host for offer in offers.values()] == [2, 2, 1, 1]
     one = offers[0]
     assert (one.backend, one.device, one.world_size) == ("gloo", "cpu", 4)
     assert (one.buffer_size, one.num_buffers, one.staging) == (BLOCK, 3, 5 * BLOCK)
@@ -153,7 +146,7 @@ def test_what_is_offered_passes_the_receivers_own_checks(
     checkpoint: Checkpoint, files: tuple[OutgoingFile, ...], readers: int | None
 ) -> None:
     for offer in offers_for(checkpoint, files, readers).values():
-        received = Offer.from_bytes(offer.to_bytes(), asdict(offer.place))
+        received = Offer.from_bytes(offer.to_bytes(), offer.assignment)
         assert received == offer
         assert {chunk.root for chunk in received.chunks()} == set(offer.readers)
 
@@ -180,10 +173,10 @@ def test_a_copy_elsewhere_is_the_same_files(
     tmp_path: Path, checkpoint: Checkpoint, files: tuple[OutgoingFile, ...]
 ) -> None:
     copy = open_checkpoint(shutil.copytree(checkpoint.path, tmp_path / "copy", copy_function=copy1))
-    before = open_descriptors()
+    before = num_descriptors()
     mine = same_files_as_offered(copy, with_samples(files, checkpoint))
     assert [file.spec.name for file in mine] == [file.spec.name for file in files]
-    assert open_descriptors() == before
+    assert num_descriptors() == before
 
 
 def copy1(source: str, target: str) -> None:
@@ -194,8 +187,8 @@ def copy1(source: str, target: str) -> None:
 def test_a_selection_is_made_again_on_the_reader(checkpoint: Checkpoint) -> None:
     files = outgoing_files(checkpoint, include=("layer.*.1",))
     offer = with_samples(files, checkpoint)
-    chosen = Selection(("layer.*.1",), ())
-    assert same_files_as_offered(checkpoint, replace(offer, selection=chosen)) == files
+    chosen = changed(offer, include=("layer.*.1",))
+    assert same_files_as_offered(checkpoint, chosen) == files
     with pytest.raises(RendezvousError, match="is not the sender's"):
         same_files_as_offered(checkpoint, offer)
 
@@ -215,11 +208,11 @@ def test_a_reader_whose_block_differs_is_told_file_and_place(
     sample = Sample(number, at, len(block), xxhash.xxh3_128_hexdigest(block))
     copy = open_checkpoint(folder)
     assert copy.fingerprint() == checkpoint.fingerprint()
-    before = open_descriptors()
-    offer = replace(offer, samples=(sample,), selection=Selection((), ()))
+    before = num_descriptors()
+    offer = changed(offer, samples=(sample,), include=(), exclude=())
     with pytest.raises(RendezvousError, match=rf"{name} differs from the sender's at byte {at} "):
         same_files_as_offered(copy, offer)
-    assert open_descriptors() == before
+    assert num_descriptors() == before
 
 
 def longer(folder: Path) -> None:
@@ -267,13 +260,9 @@ def test_a_reader_whose_file_changes_meanwhile_says_so(tmp_path: Path) -> None:
         same_files_as_offered(checkpoint, offer)
 
 
-def test_rank_of_is_the_rank() -> None:
-    assert rank_of(member(7)) == 7
-
-
 def test_nccl_where_torch_has_none_is_a_matter_of_who_takes_part() -> None:
     check_device(valid_offer())
-    offer = replace(valid_offer(), backend="nccl", place=Place(3, "cuda:99", 1, 1))
+    offer = changed(valid_offer(), backend="nccl", assignment=assigned(3, "cuda:99"))
     with pytest.raises(RendezvousError, match="offers nccl on cuda:99") as caught:
         check_device(offer)
     assert caught.value.exit_code == 4

@@ -100,10 +100,10 @@ def test_a_rank_that_freezes_while_the_chain_is_connected_is_lost_within_its_hea
     freezing.write_text(
         textwrap.dedent("""
             import os, signal
-            import packcast.__main__, packcast.transfer.data_plane
+            import packcast.__main__, packcast.transfer.group
             def freeze(*args, **options):
                 os.kill(os.getpid(), signal.SIGSTOP)
-            packcast.transfer.data_plane.open_chain = freeze
+            packcast.transfer.group.open_hops = freeze
             packcast.__main__.main()
         """)
     )

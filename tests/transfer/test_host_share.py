@@ -5,14 +5,12 @@ Decided from the offer and the machine; nothing is started here.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from packcast.transfer import host_share
 from packcast.transfer.host_share import num_io_threads, staging_bound
 from packcast.units import GIB
-from tests.transfer.offers import OFFER
+from tests.transfer.offers import OFFER, assigned, changed
 
 
 def has_cores(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -43,5 +41,5 @@ def test_staging_is_cut_down_to_a_share_of_half_the_memory_that_is_free(
     available: int | None, ranks_on_host: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host_share, "available_nbytes", lambda: available)
-    place = replace(OFFER.place, ranks_on_host=ranks_on_host)
-    assert staging_bound(replace(OFFER, staging=GIB, place=place)) == expected
+    assignment = assigned(3, ranks_on_host=ranks_on_host)
+    assert staging_bound(changed(OFFER, staging=GIB, assignment=assignment)) == expected

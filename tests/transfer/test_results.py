@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 import pytest
@@ -29,13 +28,17 @@ from packcast.transfer.results import (
     proof_of,
     published_by,
     rank_reports,
-    since,
     stage_reports,
 )
 from tests.transfer.offers import member, offer_of, sidecar, valid_offer
 
 OFFER = offer_of([sidecar("a", 3), sidecar("b", 5)])
-MOVED = DataPhaseResult(1.0, ["d1", "d2"], 11, 12, ended=2.0)
+
+
+def moved(counters: Counters) -> DataPhaseResult:
+    return DataPhaseResult(counters, 1.0, 2.0, ["d1", "d2"], 11, 12)
+
+
 GOOD = Published(result={}, error=None, hint=None, code=0)
 PROVED = Proved(
     digests=["d1", "d2"],
@@ -149,8 +152,7 @@ def report_of(failures: Mapping[int, PackcastError]) -> Report:
     return make_report(
         Settings(command="send"),
         OFFER,
-        MOVED,
-        Counters(),
+        moved(Counters()),
         seconds=2.0,
         ranks=[],
         digests={"a": "d1"},
@@ -225,7 +227,7 @@ def test_a_stage_lasts_from_its_first_beginning_to_its_last_end() -> None:
 def test_a_proof_travels_and_carries_what_was_counted() -> None:
     counters = Counters()
     counters.add("discard", 0, 8, 1.0, 3.0)
-    proof = proof_of(OFFER, MOVED, counters, DiscardSink(), 2.5)
+    proof = proof_of(OFFER, moved(counters), DiscardSink(), 2.5)
     assert Proved.model_validate_json(proof.model_dump_json()) == proof
     assert proof.difference is None
     stage = {"nbytes": 8, "seconds": 2.0, "waiting_seconds": 0.0}
@@ -253,7 +255,7 @@ def test_facts_need_no_result(published: Published | None) -> None:
 
 
 def test_a_difference_travels_as_one_sentence_of_bounded_length() -> None:
-    proof = proof_of(OFFER, MOVED, Counters(), DifferingSink(), 1.0)
+    proof = proof_of(OFFER, moved(Counters()), DifferingSink(), 1.0)
     sentence = str(proof.difference)
     assert sentence.startswith("b differs at byte 7!")
     assert len(sentence) == 2000
@@ -289,7 +291,3 @@ def test_each_rank_has_a_line_with_how_it_ended() -> None:
         (True, None),
     ]
     assert [line.device for line in lines] == ["cpu", "cpu", ""]
-
-
-def test_since_counts_by_the_clock_of_the_data_phase() -> None:
-    assert 0 <= since(time.perf_counter()) < 5
