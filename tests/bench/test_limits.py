@@ -126,14 +126,21 @@ def measure(
         data = Dataset("x", checkpoint=found, files=files, offer=offer, able=(0, 1, 2))
         one = case(sink=sink, readers=readers, limit="together", buffer_size=2 * MIB, num_buffers=2)
         job = Job(
-            case=one, ranks=ranks, data=data, run_id="run", turn=1, nbytes=offer.nbytes, cold=False
+            case=one,
+            ranks=ranks,
+            data=data,
+            run_id="run",
+            turn=1,
+            nbytes=offer.nbytes,
+            cold=False,
+            write_folder=folder / f"rank-{rank}",
         )
-        method = LimitMethod(job, folder / f"rank-{rank}")
+        method = LimitMethod(job)
         try:
             method.prepare()
             method.poison()
             method.run()
-            pools = [pool.totals().nbytes for pool, _ in method._prepared().pools]
+            pools = [pool.totals().nbytes for pool, _ in method._pools]
             return ranks.num_broadcast, pools
         except RunFailed as error:
             return error.message

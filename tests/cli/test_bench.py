@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import packcast.bench
-from packcast.bench.export_files import export_files
+from packcast.bench.export import check_exports
 from packcast.bench.model import BenchSettings, BenchView, Results
 from packcast.cli import benchsettings, start
 from packcast.cli.app import run
 from packcast.cli.bench import verdict
-from packcast.cli.benchview import PlainBenchDisplay, RichBenchDisplay
+from packcast.cli.benchview import BenchDisplay
 from packcast.errors import TransferError, UsageError
+from packcast.settings import Settings
 from packcast.units import GIB, MIB, format_exact_size
 from tests.bench.samples import a_bench, case, row
 from tests.helpers.handovers import hand_over
@@ -81,7 +82,15 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
     assert run(argv) == 0
     assert ranks.settings == [
         BenchSettings(
-            checkpoint=None,
+            transfer=Settings(
+                command="send",
+                staging=64 * MIB,
+                backend="gloo",
+                device="cpu",
+                join_timeout_s=60.0,
+                heartbeat_timeout_s=5.0,
+                stall_timeout_s=7.0,
+            ),
             shapes=("dense", "tiny"),
             size=GIB,
             sources=("file", "resident"),
@@ -96,12 +105,6 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
             cold=True,
             baselines=False,
             limits=False,
-            staging=64 * MIB,
-            backend="gloo",
-            device="cpu",
-            join_timeout_s=60.0,
-            heartbeat_timeout_s=5.0,
-            stall_timeout_s=7.0,
         )
     ]
 
@@ -212,12 +215,12 @@ def test_the_table_is_standard_output_and_what_happens_meanwhile_is_not(
 
 
 def test_a_terminal_is_told_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    display = RichBenchDisplay("packcast bench")
-    monkeypatch.setattr(display, "_began", time.monotonic() - 30, raising=False)
+    display = BenchDisplay("rich", "packcast bench", {})
+    monkeypatch.setattr(display, "_began", time.monotonic() - 30)
     display.results = GOOD
     display.doing("a case", 0.5)
     console = Console(file=io.StringIO(), width=200)
-    console.print(display._frame())
+    console.print(display.frame())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "a case (50% of the runs, 30.0 s, about 30.0 s left)" in text
     assert "43.6" in text
@@ -305,7 +308,7 @@ def test_wrong_bytes_are_exit_6(ranks: FakeBench, capsys: Capture) -> None:
     assert run(["bench", "-q"]) == 6
     captured = capsys.readouterr()
     assert "3 blocks or tensors in packcast dense file->write 64MiB x 4" in captured.err
-    assert "3 blocks or tensors are not the sender's" in captured.out
+    assert "3 blocks or tensors differ from the sender's" in captured.out
 
 
 def test_a_fault_that_only_the_ranks_know_of_is_not_silent(
@@ -427,7 +430,7 @@ def test_a_failed_export_does_not_hide_why_the_bench_ended(
 
 def test_a_late_row_changes_nothing_once_the_end_was_told(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "r.json"
-    display = PlainBenchDisplay("packcast bench", export_files({"--export-json": str(path)}))
+    display = BenchDisplay("plain", "packcast bench", check_exports({"--export-json": str(path)}))
     show(display, replace(GOOD, rows=GOOD.rows[:1]))
     display.end(TransferError("lost rank 3"))
     capsys.readouterr()
