@@ -1,7 +1,7 @@
-"""A path becomes a Checkpoint: which files belong, under which names, where their bytes are.
+"""Opens a checkpoint: which files it has, under which names, where their bytes are.
 
-Judges what `walk` found by the rules of Hugging Face directories; reads headers and indexes, never
-a tensor's bytes, and knows nothing of where the files will go.
+Applies the rules of Hugging Face directories to what `walk` lists. Reads headers and indexes, never
+a tensor's bytes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from packcast.checkpoint.cachefolder import refuse_cache_folder
 from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.hub import hint_for_missing
 from packcast.checkpoint.index import Index, is_index, read_index
 from packcast.checkpoint.names import clashes_of, name_fault
-from packcast.checkpoint.other_formats import what_folder_is
-from packcast.checkpoint.reading import (
-    shown,
-    shown_name,
-    unreadable,
-)
+from packcast.checkpoint.not_a_checkpoint import refuse_cache_folder, what_folder_is
+from packcast.checkpoint.reading import os_errors, shown, shown_name, some, unreadable
 from packcast.checkpoint.roles import (
     INCOMPLETE,
     SENT_ANYWAY,
@@ -32,18 +27,17 @@ from packcast.checkpoint.roles import (
     fitting,
     role_warnings,
     roles_of,
-    some,
 )
-from packcast.checkpoint.sourcefile import SourceFile, open_plain, open_shard
+from packcast.checkpoint.sourcefile import SourceFile, open_source
 from packcast.checkpoint.walk import ALL_MAY, Entry, Kind, leaves_out, outside, walk
 from packcast.errors import CheckpointError, PackcastError, UsageError
 
-MAX_INDEXES = 100  # each is held against every shard
+MAX_INDEXES = 100  # each is compared with every shard
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is on disk: `path` as it was given, the files that belong, by name, and warnings."""
+    """A checkpoint on disk: `path` as given, its files by name, and warnings."""
 
     path: Path
     files: tuple[SourceFile, ...]
@@ -84,12 +78,12 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint at `path`: one safetensors file, or a directory of shards.
 
-    Without `sidecars` only shards and their indexes belong. With `all_files` every `.safetensors`
-    file does, whatever an index beside it says, and an index need not fit. `exclude_files` are
-    globs over logical names, as `fnmatch.fnmatchcase` reads them; what lies in a folder that one
-    matches is left out too. `path` may be a symlink; one in the directory is followed where it ends
-    in the directory or in the blobs of a Hugging Face cache, and with `follow_links` everywhere.
-    Raises CheckpointError, and UsageError where nothing is left.
+    Without `sidecars` it has only shards and their indexes. With `all_files` it has every
+    `.safetensors` file, whatever an index says, and an index need not fit. `exclude_files` are
+    globs over logical names of files and folders, as in `fnmatch.fnmatchcase`. `path` may be a
+    symlink; links in the directory are followed within it and to the blobs of a Hugging Face
+    cache, and with `follow_links` everywhere. Raises CheckpointError, and UsageError where nothing
+    is left.
     """
     try:
         mode = os.stat(path).st_mode
@@ -115,8 +109,13 @@ def open_checkpoint(
     _check_name(path.name)
     if any(leaves_out(glob, path.name) for glob in exclude_files):
         raise UsageError(f"--exclude-files leaves out {path.name}, the only file")
-    real = _resolved(path.name, path)
-    files = (open_shard(path.name, real, _folder_mode(real.parent), HeaderLimits()),)
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks, before 3.13
+        raise CheckpointError(f"{path.name}: the target of its symlinks does not exist") from error
+    with os_errors(str(real.parent)):
+        folder_mode = os.stat(real.parent).st_mode & ALL_MAY
+    files = (open_source(path.name, real, folder_mode, HeaderLimits()),)
     return Checkpoint(path, files, tuple(_clamped_times(files)))
 
 
@@ -151,7 +150,7 @@ def _open_directory(
         warnings.append(f"{name}: not in the index beside it: left out (--all-files takes it)")
     shards, more = _judged([open_named(entry.name)[0] for entry in chosen], indexes)
     warnings += more
-    replaced = {index.name for index in indexes if index.is_stood_in_for}
+    replaced = {index.name for index in indexes if index.is_replaced}
     ruling = [_plain(entry) for entry in of_kind[Kind.INDEX] if entry.name not in replaced]
     others: list[SourceFile] = []
     if sidecars:
@@ -183,14 +182,14 @@ def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[In
 
 
 def _opener(entries: Sequence[Entry]) -> Callable[[str], tuple[SourceFile, frozenset[str]]]:
-    """A function from a shard's name to the shard and its tensors' names; opens each once."""
+    """A function that returns a shard and its tensors' names; opens each shard once."""
     by_name = {entry.name: entry for entry in entries}
     limits = HeaderLimits()
 
     @cache
     def open_named(name: str) -> tuple[SourceFile, frozenset[str]]:
         entry = by_name[name]
-        file = open_shard(name, _checked(entry), entry.folder_mode, limits)
+        file = open_source(name, _checked(entry), entry.folder_mode, limits)
         return file, frozenset(file.header.tensors.names if file.header else ())
 
     return open_named
@@ -218,7 +217,7 @@ def _nothing_here(
 def _judged(
     shards: Sequence[SourceFile], indexes: Sequence[Index]
 ) -> tuple[list[SourceFile], list[str]]:
-    """The shards, each with what the indexes say of its tensors, and warnings."""
+    """The shards with the tensors that the indexes declare invalid, and warnings."""
     headers = {file.name: file.header for file in shards if file.header}
     roles = roles_of(headers, indexes)
     judged = [
@@ -248,7 +247,7 @@ def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
 def _beside_each_other(
     needed: Sequence[SourceFile], others: Sequence[SourceFile]
 ) -> tuple[tuple[SourceFile, ...], list[str]]:
-    """All files by name; a sidecar that clashes with another file is left with a warning."""
+    """All files by name; a sidecar that clashes with another file is left out with a warning."""
     by_name = {file.name: file for file in (*needed, *others)}
     optional = {file.name for file in others}
     left: dict[str, list[str]] = {}
@@ -282,7 +281,7 @@ def _clamped_times(files: Sequence[SourceFile]) -> list[str]:
 
 
 def _checked(entry: Entry) -> Path:
-    """The path of a file that has to be there and to have a name that can travel."""
+    """The path of a file that must exist and have a valid name."""
     _check_name(entry.name)
     if entry.found is None:
         raise CheckpointError(
@@ -300,7 +299,7 @@ def _checked(entry: Entry) -> Path:
 def _target_of(link: Path) -> str:
     try:
         return os.readlink(link)
-    except OSError:  # it is a folder above that leads nowhere, or it has changed
+    except OSError:  # a folder above it is the dangling link, or it has changed
         return str(link)
 
 
@@ -313,18 +312,4 @@ def _check_name(name: str) -> None:
 
 
 def _plain(entry: Entry) -> SourceFile:
-    return open_plain(entry.name, _checked(entry), entry.folder_mode)
-
-
-def _folder_mode(folder: Path) -> int:
-    try:
-        return os.stat(folder).st_mode & ALL_MAY
-    except OSError as error:
-        raise unreadable(str(folder), error) from error
-
-
-def _resolved(name: str, path: Path) -> Path:
-    try:
-        return path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks, before 3.13
-        raise CheckpointError(f"{name}: the target of its symlinks does not exist") from error
+    return open_source(entry.name, _checked(entry), entry.folder_mode)
