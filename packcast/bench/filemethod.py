@@ -35,37 +35,37 @@ class FileMethod(MethodRun):
     _is_incomplete = False
 
     def prepare(self) -> None:
-        job, case = self.job, self.job.case
+        case = self.case
         check_buffers(case.buffer_size, case.num_buffers)
-        offer = offer_of_case(job.data, case, job.ranks)
+        offer = offer_of_case(self.data, case, self.ranks)
         check_staging(case.buffer_size, offer.staging)
-        reads = job.ranks.rank in job.readers
-        if job.cold and (reads or case.sink == "verify"):
-            evict(job.data.paths())
-        reader = FileReader(job.data.files, job.data.opened().files) if reads else None
+        reads = self.ranks.rank in self.readers
+        if self.cold and (reads or case.sink == "verify"):
+            evict(self.data.paths())
+        reader = FileReader(self.data.files, self.data.opened().files) if reads else None
         self._landed: dict[str, torch.Tensor] = {}
         self.resources.callback(self._landed.clear)
-        if not job.ranks.is_sender:
+        if not self.ranks.is_sender:
             self._sink = self._make_sink()
             self.resources.callback(self._sink.abort)
             self._sink.prepare()
         self._data_plane = DataPlane(
             offer,
             offer.chunks(),
-            job.run_id,
+            self.run_id,
             reader=reader,
             sink=self._sink,
             tolerant=True,  # damaged blocks are counted
         )
         self.resources.callback(self._data_plane.close)
         self.counters = self._data_plane.counters
-        if case.sink in ("land", "discard") and job.ranks.on_gpu:
+        if case.sink in ("land", "discard") and self.ranks.on_gpu:
             self._data_plane.prove_by_sums()
 
     def connect(self) -> None:
         """Over gloo chunks go along a chain of ranks, as in a transfer."""
-        if not self.job.ranks.on_gpu:
-            self._chain = self.open_chain(self.job.readers)
+        if not self.ranks.on_gpu:
+            self._chain = self.open_chain(self.readers)
 
     def poison(self) -> None:
         fill_with_poison(*self._landed.values())
@@ -73,7 +73,7 @@ class FileMethod(MethodRun):
 
     def run(self) -> float:
         """Ends with the last byte, before the buffers are unpinned."""
-        ranks = self.job.ranks
+        ranks = self.ranks
         self._data_plane.read_ahead()
         moved = self._data_plane.run(self._chain or ranks.group, ranks.channel)
         if self._chain is not None:
@@ -91,7 +91,7 @@ class FileMethod(MethodRun):
         return moved.ended + seconds
 
     def check(self) -> int:
-        data, sink = self.job.data, self._sink
+        data, sink = self.data, self._sink
         if sink is None:
             return 0
         if isinstance(sink, TensorSink):
@@ -104,22 +104,22 @@ class FileMethod(MethodRun):
             return max(wrong, 1)
         if isinstance(sink, WriteSink):
             sink.publish()
-            copy = digests_of_copy(self.job.write_folder, data.offered().files)
+            copy = digests_of_copy(self.write_folder, data.offered().files)
             return max(wrong, wrong_blocks(copy, data.blocks))
         return wrong
 
     def _make_sink(self) -> FileSink:
-        job, files = self.job, self.job.data.offered().files
-        match job.case.sink:
+        files = self.data.offered().files
+        match self.case.sink:
             case "write":
-                self.resources.callback(shutil.rmtree, job.write_folder, ignore_errors=True)
-                return WriteSink(job.write_folder, files, transfer_id=job.run_id, force=False)
+                self.resources.callback(shutil.rmtree, self.write_folder, ignore_errors=True)
+                return WriteSink(self.write_folder, files, transfer_id=self.run_id, force=False)
             case "verify":
-                return VerifySink(job.data.opened(), files)
+                return VerifySink(self.data.opened(), files)
             case "land":
-                job.data.check_specs()
-                device = job.ranks.device
-                for spec in job.data.specs:
+                self.data.check_specs()
+                device = self.ranks.device
+                for spec in self.data.specs:
                     tensor = torch.empty(spec.shape, dtype=spec.dtype, device=device)
                     self._landed[spec.name] = tensor
                 return TensorSink(files, GivenTensors(device, self._landed, strict=True))

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from packcast.bench.dataset import offer_of_case
-from packcast.bench.methods import MethodRun, RunFailed, check_room, fill_with_poison
+from packcast.bench.methods import MethodRun, RunFailed, fill_with_poison
 from packcast.bench.model import SENDER, LimitStage
 from packcast.bench.pagecache import evict
 from packcast.bench.residentmethods import carry_all
@@ -62,15 +62,15 @@ class LimitMethod(MethodRun):
     _written: Sequence[int] = ()
 
     def prepare(self) -> None:
-        case, ranks = self.job.case, self.job.ranks
+        case, ranks = self.case, self.ranks
         self._pools: list[tuple[Pool, int]] = []  # with their units
         nbytes = case.num_buffers * case.buffer_size
-        check_room(self.job, nbytes)
+        self.check_room(nbytes)
         memory = torch.empty(nbytes + PAGE, dtype=torch.uint8, device=ranks.device)
         self._host = self._memory = memory[-memory.data_ptr() % PAGE :][:nbytes]  # as packcast's
         if case.source == "resident":
             return
-        offer = offer_of_case(self.job.data, case, ranks)
+        offer = offer_of_case(self.data, case, ranks)
         if ranks.on_gpu:
             num_units = staging_count(case.buffer_size, staging_bound(offer))
             staging = PinnedMemory(num_units * unit_nbytes(case.buffer_size))
@@ -81,7 +81,7 @@ class LimitMethod(MethodRun):
             self._target = torch.empty(offer.nbytes, dtype=torch.uint8, device=ranks.device)
         # Reading stands for comparing, which takes no time beside it.
         compares = sink == "verify" and case.limit == "together"
-        if compares or (self._has("read") and ranks.rank in self.job.readers):
+        if compares or (self._has("read") and ranks.rank in self.readers):
             self._start_reading(offer, everything=compares)
         if self._has("write") and sink == "write":
             self._start_writing(offer)
@@ -92,8 +92,7 @@ class LimitMethod(MethodRun):
 
     def connect(self) -> None:
         """Over gloo every other run uses a chain of ranks: the faster one is the limit."""
-        job = self.job
-        if not job.ranks.on_gpu and self._has("broadcast") and job.turn % 2 == 0:
+        if not self.ranks.on_gpu and self._has("broadcast") and self.turn % 2 == 0:
             self._chain = self.open_chain(self._roots())
 
     def poison(self) -> None:
@@ -105,13 +104,13 @@ class LimitMethod(MethodRun):
     def run(self) -> None:
         for pool, num_units in self._pools:
             pool.allow(num_units)
-        if self.job.ranks.on_gpu:
+        if self.ranks.on_gpu:
             self._copy_and_broadcast()
         elif self._chain is not None:
-            carry_all(self._chain, list(self._calls()), self.job.case.num_buffers)
+            carry_all(self._chain, list(self._calls()), self.case.num_buffers)
         elif self._has("broadcast"):
             for slot, root in self._calls():
-                self.job.ranks.broadcast(slot, root)
+                self.ranks.broadcast(slot, root)
         # After the broadcasts: a failure leaves no other rank waiting.
         try:
             for pool, num_units in self._pools:
@@ -126,21 +125,21 @@ class LimitMethod(MethodRun):
             reason = "a file has ended early" if ended else failure.reason if failure else "stopped"
             raise RunFailed(f"an I/O thread failed: {reason}") from stopped
         except OSError as error:
-            raise RunFailed(f"cannot write {self.job.write_folder}: {error.strerror}") from error
+            raise RunFailed(f"cannot write {self.write_folder}: {error.strerror}") from error
 
     def check(self) -> int:
         """The bytes are random."""
         return 0
 
     def _has(self, stage: LimitStage) -> bool:
-        return self.job.case.limit in ("together", stage)
+        return self.case.limit in ("together", stage)
 
     def _roots(self) -> Sequence[int]:
-        return self.job.readers if self.job.case.source == "file" else (SENDER,)
+        return self.readers if self.case.source == "file" else (SENDER,)
 
     def _calls(self) -> Iterator[tuple[torch.Tensor, int]]:
         """The broadcasts, each with its slot and root; readers take turns."""
-        case, nbytes, roots = self.job.case, self.job.nbytes, self._roots()
+        case, nbytes, roots = self.case, self.nbytes, self._roots()
         slots = self._memory.split(case.buffer_size)
         for i, begin in enumerate(range(0, nbytes, case.buffer_size)):
             size = min(case.buffer_size, nbytes - begin)
@@ -148,7 +147,7 @@ class LimitMethod(MethodRun):
 
     def _copy_and_broadcast(self) -> None:
         """On a GPU: each stage on its own stream, at most as many chunks ahead as buffers."""
-        ranks, case = self.job.ranks, self.job.case
+        ranks, case = self.ranks, self.case
         stages = [stage for stage in ("h2d", "broadcast") if case.limit in ("together", stage)]
         if not ranks.is_sender and self._has("d2h") and case.sink in ("write", "verify"):
             stages.append("d2h")
@@ -172,27 +171,29 @@ class LimitMethod(MethodRun):
                         landed += slot.numel()
                     elif stage == "d2h" or root == ranks.rank:
                         for part in slot.split(unit_nbytes(case.buffer_size)):
-                            pair = (part, self._host[: part.numel()])
-                            to, source = pair if stage == "h2d" else reversed(pair)
-                            to.copy_(source, non_blocking=True)
+                            host = self._host[: part.numel()]
+                            if stage == "h2d":
+                                part.copy_(host, non_blocking=True)
+                            else:
+                                host.copy_(part, non_blocking=True)
                     in_flight.append(stream.record_event())
             while len(in_flight) > case.num_buffers * len(streams):
                 in_flight.popleft().synchronize()
         ranks.synchronize()
 
     def _start_reading(self, offer: Offer, *, everything: bool) -> None:
-        paths = {file.name: file.path for file in self.job.data.opened().files}
+        paths = {file.name: file.path for file in self.data.opened().files}
         wanted = [paths[spec.name] for spec in offer.files]
-        if self.job.cold:
+        if self.cold:
             evict(wanted)
-        chunks = [c for c in offer.chunks() if everything or c.root == self.job.ranks.rank]
+        chunks = [c for c in offer.chunks() if everything or c.root == self.ranks.rank]
         sharing = offer.place.ranks_on_host if everything else offer.place.readers_on_host
         descriptors = self._open(wanted, os.O_RDONLY)
         self._start(Task.READ, chunks, _spans, descriptors, num_io_threads(sharing))
 
     def _start_writing(self, offer: Offer) -> None:
         """To new files with reserved space."""
-        folder = self.job.write_folder
+        folder = self.write_folder
         self.resources.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.mkdir(parents=True)
         paths = [folder / str(index) for index in range(len(offer.files))]
@@ -219,8 +220,8 @@ class LimitMethod(MethodRun):
         num_threads: int,
     ) -> None:
         """Start I/O threads, which wait for `run`; units take turns in the host's memory."""
-        size = self.job.case.buffer_size
-        unit = unit_nbytes(size) if self.job.ranks.on_gpu else size
+        size = self.case.buffer_size
+        unit = unit_nbytes(size) if self.ranks.on_gpu else size
         num_places = self._host.numel() // unit
         schedule = make_schedule(chunks, unit, lambda _, i: i % num_places * unit, spans_of)
         work = Work(

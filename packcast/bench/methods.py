@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,11 +19,17 @@ from packcast.packed.chain import Chain
 from packcast.packed.counters import Counters
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One run of one case on one rank, the `turn`-th. `run_id` is unique.
+class RunFailed(PackcastError):
+    """A run that failed on this rank while no other rank waits for it."""
 
-    A method that writes makes `write_folder`, and removes it in `close`.
+
+@dataclass(kw_only=True, eq=False)
+class MethodRun:
+    """One run of one case on one rank, the `turn`-th; `run_id` is unique.
+
+    All ranks call the steps in this order, `close` also after a failure. `counters` are of the data
+    path, empty where nothing is counted; `pinned_nbytes` and `sent_nbytes` are set by `run`. A
+    method that writes makes `write_folder`. `resources` are released by `close`.
     """
 
     case: Case
@@ -34,30 +40,10 @@ class Job:
     nbytes: int
     cold: bool
     write_folder: Path
-
-    @property
-    def readers(self) -> tuple[int, ...]:
-        """The ranks that read."""
-        return self.data.able[: self.case.readers]
-
-
-class RunFailed(PackcastError):
-    """A run that failed on this rank while no other rank waits for it."""
-
-
-class MethodRun:
-    """One run of one method. All ranks call the steps in this order, `close` also after a failure.
-
-    `counters` are of the data path, empty where nothing is counted; `pinned_nbytes` and
-    `sent_nbytes` are set by `run`. `resources` are released by `close`.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.counters = Counters()
-        self.pinned_nbytes = 0
-        self.sent_nbytes: int | None = None
-        self.resources = ExitStack()
+    counters: Counters = field(default_factory=Counters)
+    pinned_nbytes: int = 0
+    sent_nbytes: int | None = None
+    resources: ExitStack = field(default_factory=ExitStack)
 
     def prepare(self) -> None:
         """Allocate and open, without a collective. May raise PackcastError on one rank alone."""
@@ -88,20 +74,41 @@ class MethodRun:
 
     def open_chain(self, roots: Sequence[int]) -> Chain:
         """All ranks; gloo only. The chain is closed with the method."""
-        chain = self.job.ranks.open_chain(roots, self.job.run_id)
+        chain = self.ranks.open_chain(roots, self.run_id)
         self.resources.callback(chain.close)
         return chain
 
+    def time(self) -> float:
+        """Warm up and run; returns the seconds from the common start to the end of this rank."""
+        self.warm()
+        self.poison()
+        self.ranks.start_together()
+        began = time.perf_counter()
+        ended = self.run()
+        self.ranks.synchronize()
+        return (ended or time.perf_counter()) - began
 
-def time_run(method: MethodRun, ranks: Ranks) -> float:
-    """Seconds from the common start to the end of this rank."""
-    method.warm()
-    method.poison()
-    ranks.start_together()
-    began = time.perf_counter()
-    ended = method.run()
-    ranks.synchronize()
-    return (ended or time.perf_counter()) - began
+    @property
+    def readers(self) -> tuple[int, ...]:
+        """The ranks that read."""
+        return self.data.able[: self.case.readers]
+
+    def check_room(self, nbytes: int) -> None:
+        """Raise PackcastError unless the device has `nbytes` free.
+
+        A failure during a run would leave the other ranks waiting in a collective.
+        """
+        device = self.ranks.device
+        try:
+            if device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(device)
+                if nbytes > free:
+                    raise torch.OutOfMemoryError
+            else:
+                torch.empty(nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            text = f"{device} has no room for the buffers, {self.case.buffers}"
+            raise PackcastError(text) from error
 
 
 def fill_with_poison(*tensors: torch.Tensor) -> None:
@@ -110,20 +117,3 @@ def fill_with_poison(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if tensor.numel():
             tensor.view(-1).view(torch.uint8).fill_(byte)
-
-
-def check_room(job: Job, nbytes: int) -> None:
-    """Raise PackcastError unless the device has `nbytes` free.
-
-    A failure during a run would leave the other ranks waiting in a collective.
-    """
-    device = job.ranks.device
-    try:
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if nbytes > free:
-                raise torch.OutOfMemoryError
-        else:
-            torch.empty(nbytes, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise PackcastError(f"{device} has no room for the buffers, {job.case.buffers}") from error

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from packcast.bench.check import sums_of, wrong_tensors
-from packcast.bench.methods import MethodRun, check_room, fill_with_poison
+from packcast.bench.methods import MethodRun, fill_with_poison
 from packcast.bench.model import SENDER
 from packcast.errors import PackcastError
 from packcast.packed.chain import Chain, ChunkSent
@@ -21,15 +21,15 @@ from packcast.packed.tensor_bytes import as_bytes
 
 
 class ResidentMethod(MethodRun):
-    """Into the tensors of `job.data.resident`."""
+    """Into the tensors of `self.data.resident`."""
 
     def poison(self) -> None:
-        if not self.job.ranks.is_sender:
-            fill_with_poison(*self.job.data.resident.values())
+        if not self.ranks.is_sender:
+            fill_with_poison(*self.data.resident.values())
 
     def check(self) -> int:
-        data = self.job.data
-        if self.job.ranks.is_sender:
+        data = self.data
+        if self.ranks.is_sender:
             return 0
         sums = sums_of(data.resident[spec.name] for spec in data.specs)
         return wrong_tensors(sums, data.sums["resident"])
@@ -41,16 +41,16 @@ class ReplayMethod(ResidentMethod):
     _pair: ReplaySender | ReplayReceiver
 
     def prepare(self) -> None:
-        case = self.job.case
+        case = self.case
         try:
-            check_plan(self.job.data.specs, case.buffer_size, case.num_buffers)
+            check_plan(self.data.specs, case.buffer_size, case.num_buffers)
         except ValueError as error:
             raise PackcastError(str(error)) from error
-        check_room(self.job, case.buffer_size * case.num_buffers)
+        self.check_room(case.buffer_size * case.num_buffers)
 
     def connect(self) -> None:
         """Make the pair, which compares plans, and bind the tensors as a trainer does."""
-        ranks, case, resident = self.job.ranks, self.job.case, self.job.data.resident
+        ranks, case, resident = self.ranks, self.case, self.data.resident
         if ranks.is_sender:
             self._pair = ReplaySender(
                 resident, ranks, SENDER, buffer_size=case.buffer_size, num_buffers=case.num_buffers
@@ -79,9 +79,9 @@ class PerTensorMethod(ResidentMethod):
         self.run()
 
     def run(self) -> None:
-        for tensor in self.job.data.resident.values():
+        for tensor in self.data.resident.values():
             if tensor.numel():
-                self.job.ranks.broadcast(tensor.view(-1).view(torch.uint8), SENDER)
+                self.ranks.broadcast(tensor.view(-1).view(torch.uint8), SENDER)
 
 
 class GlooBroadcastMethod(MethodRun):
@@ -92,22 +92,22 @@ class GlooBroadcastMethod(MethodRun):
 
     def prepare(self) -> None:
         """The weights one after the other."""
-        resident = self.job.data.resident.values()
-        check_room(self.job, sum(tensor.nbytes for tensor in resident))
+        resident = self.data.resident.values()
+        self.check_room(sum(tensor.nbytes for tensor in resident))
         memory = torch.cat([as_bytes("", tensor, tensor.device) for tensor in resident])
-        self._chunks = memory.split(self.job.case.buffer_size)
+        self._chunks = memory.split(self.case.buffer_size)
 
     def connect(self) -> None:
-        ranks = self.job.ranks
+        ranks = self.ranks
         self._sums = ranks.share(sums_of(self._chunks) if ranks.is_sender else None)
 
     def poison(self) -> None:
-        if not self.job.ranks.is_sender:
+        if not self.ranks.is_sender:
             fill_with_poison(*self._chunks)
 
     def run(self) -> None:
         for chunk in self._chunks:
-            self.job.ranks.broadcast(chunk, SENDER)
+            self.ranks.broadcast(chunk, SENDER)
 
     def check(self) -> int:
         return wrong_tensors(sums_of(self._chunks), self._sums)
@@ -124,7 +124,7 @@ class ChainMethod(GlooBroadcastMethod):
 
     def run(self) -> None:
         calls = [(chunk, SENDER) for chunk in self._chunks]
-        carry_all(self._chain, calls, self.job.case.num_buffers)
+        carry_all(self._chain, calls, self.case.num_buffers)
         self.sent_nbytes = self._chain.sent_nbytes
 
 

@@ -18,7 +18,7 @@ from packcast.bench.dataset import Dataset, make_resident, share_files, share_tr
 from packcast.bench.environment import environment_of
 from packcast.bench.filemethod import FileMethod
 from packcast.bench.limits import LimitMethod
-from packcast.bench.methods import Job, MethodRun, RunFailed, time_run
+from packcast.bench.methods import MethodRun, RunFailed
 from packcast.bench.model import (
     SENDER,
     BenchSettings,
@@ -258,7 +258,9 @@ class Runner:
             text = f"only {len(self._data.able)} ranks can read {case.shape}"
             raise StepFailed(text, TransferError(text))
         ranks.release_memory()
-        job = Job(
+        self._doing = str(case)
+        kind = FileMethod if case.source == "file" else ReplayMethod
+        self._method = method = _METHODS.get(case.method, kind)(
             case=case,
             ranks=ranks,
             data=self._data,
@@ -268,14 +270,11 @@ class Runner:
             cold=self._settings.cold,
             write_folder=self._write_folder / "copy",
         )
-        ours = FileMethod if case.source == "file" else ReplayMethod
-        self._doing = str(case)
-        self._method = method = _METHODS.get(case.method, ours)(job)
         try:
             ranks.attempt(method.prepare)
             ranks.attempt(method.connect, PackcastError)
             self._beat()
-            seconds = ranks.attempt(lambda: time_run(method, ranks), RunFailed)
+            seconds = ranks.attempt(method.time, RunFailed)
             peak = ranks.peak_device_nbytes()
             totals = method.counters.totals()
             part = RankRun(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from packcast.bench.baselines import original_consumer, original_producer
 from packcast.bench.check import sums_of, wrong_tensors
-from packcast.bench.methods import MethodRun, RunFailed, check_room
+from packcast.bench.methods import MethodRun, RunFailed
 from packcast.bench.model import SENDER
 from packcast.bench.pagecache import evict
 from packcast.errors import PackcastError
@@ -33,52 +33,52 @@ class PackedMethod(MethodRun):
     """
 
     def prepare(self) -> None:
-        job, case = self.job, self.job.case
+        case = self.case
         self._kept: Pairs = []
         self.resources.callback(self._kept.clear)
-        job.data.check_specs()
+        self.data.check_specs()
         if case.method == "original":
-            check_original_can(job.data.specs, case.buffer_size)
-        largest = max((spec.nbytes for spec in job.data.specs), default=0)
-        total = sum(spec.nbytes for spec in job.data.specs)
+            check_original_can(self.data.specs, case.buffer_size)
+        largest = max((spec.nbytes for spec in self.data.specs), default=0)
+        total = sum(spec.nbytes for spec in self.data.specs)
         # A buffer exceeds its size by up to a tensor, and the next one is made while it is in use.
         buffers = min(2 * total, (case.num_buffers + 1) * (case.buffer_size + largest))
-        check_room(job, buffers + (total if case.sink in ("land", "write") else 0))
-        if job.ranks.is_sender and case.source == "file":
-            job.data.opened()  # a failure later would leave the others waiting
-            if job.cold:
-                evict(job.data.paths())
+        self.check_room(buffers + (total if case.sink in ("land", "write") else 0))
+        if self.ranks.is_sender and case.source == "file":
+            self.data.opened()  # a failure later would leave the others waiting
+            if self.cold:
+                evict(self.data.paths())
 
     def warm(self) -> None:
         """A first pass, so that memory is allocated; for `compat` another one, which is counted:
         timing each stage would slow the measured run down."""
-        if self.job.case.source != "resident":
+        if self.case.source != "resident":
             return
         self._move(keep=False)
-        if self.job.case.method == "compat":
+        if self.case.method == "compat":
             with counting(self.counters):
                 self._move(keep=False)
 
     def run(self) -> None:
-        self._move(keep=self.job.case.sink != "discard")
-        if self.job.case.sink == "write" and not self.job.ranks.is_sender:
+        self._move(keep=self.case.sink != "discard")
+        if self.case.sink == "write" and not self.ranks.is_sender:
             self._save()
 
     def check(self) -> int:
-        job, sums = self.job, list[int]()
-        if job.case.sink == "discard":
+        sums: list[int] = []
+        if self.case.sink == "discard":
             sums = self._move(keep=False, add_up=True)
-        if job.ranks.is_sender:
+        if self.ranks.is_sender:
             return 0
-        if job.case.sink == "write":
+        if self.case.sink == "write":
             sums = sums_of(self._saved())
-        elif job.case.sink == "land":
+        elif self.case.sink == "land":
             sums = sums_of(tensor for _, tensor in self._kept)
-        return wrong_tensors(sums, job.data.sums[job.case.source])
+        return wrong_tensors(sums, self.data.sums[self.case.source])
 
     def _move(self, *, keep: bool, add_up: bool = False) -> list[int]:
         """Send or receive all tensors; returns their sums if wanted."""
-        job, case, ranks = self.job, self.job.case, self.job.ranks
+        case, ranks = self.case, self.ranks
         sums: list[int] = []
 
         def take(pairs: Pairs) -> None:
@@ -91,10 +91,10 @@ class PackedMethod(MethodRun):
             return pair[1]
 
         sizes = (case.buffer_size, case.num_buffers)
-        described = ((spec.name, (spec.shape, spec.dtype)) for spec in job.data.specs)
-        tensors = iter(job.data.resident.items())
+        described = ((spec.name, (spec.shape, spec.dtype)) for spec in self.data.specs)
+        tensors = iter(self.data.resident.items())
         if case.source == "file" and ranks.is_sender:
-            tensors = job.data.tensors(ranks.device)
+            tensors = self.data.tensors(ranks.device)
         if case.method == "compat" and ranks.is_sender:
             packed_broadcast_producer(tensors, ranks, SENDER, tensor_of, *sizes)
         elif case.method == "compat":
@@ -108,7 +108,7 @@ class PackedMethod(MethodRun):
 
     def _save(self) -> None:
         """Save the kept tensors shard by shard, as the original's users do."""
-        folder, tensors = self.job.write_folder, dict(self._kept)
+        folder, tensors = self.write_folder, dict(self._kept)
         self.resources.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
             folder.mkdir(parents=True)
@@ -124,10 +124,10 @@ class PackedMethod(MethodRun):
                     yield shard.get_tensor(name)
 
     def _shards(self) -> Iterator[tuple[Path, Sequence[str]]]:
-        for spec in self.job.data.offered().files:
+        for spec in self.data.offered().files:
             if spec.header:
                 name = spec.name.replace("/", "_")
-                yield self.job.write_folder / name, spec.header.tensors.names
+                yield self.write_folder / name, spec.header.tensors.names
 
 
 class LoadFileMethod(MethodRun):
@@ -136,15 +136,15 @@ class LoadFileMethod(MethodRun):
     def prepare(self) -> None:
         self._loaded: dict[str, torch.Tensor] = {}
         self.resources.callback(self._loaded.clear)
-        self.job.data.check_specs()
-        self.job.data.opened()
-        if self.job.cold:
-            evict(self.job.data.paths())
+        self.data.check_specs()
+        self.data.opened()
+        if self.cold:
+            evict(self.data.paths())
 
     def run(self) -> None:
-        device = self.job.ranks.device
+        device = self.ranks.device
         try:
-            for shard in self.job.data.opened().shards:
+            for shard in self.data.opened().shards:
                 for name, tensor in load_file(shard.path, device=str(device)).items():
                     # On a CPU the file is mapped, and is read only when it is used.
                     self._loaded[name] = _copy_of(tensor) if device.type == "cpu" else tensor
@@ -152,8 +152,8 @@ class LoadFileMethod(MethodRun):
             raise RunFailed(f"load_file: {error}") from error
 
     def check(self) -> int:
-        sums = sums_of(self._loaded[spec.name] for spec in self.job.data.specs)
-        return wrong_tensors(sums, self.job.data.sums["file"])
+        sums = sums_of(self._loaded[spec.name] for spec in self.data.specs)
+        return wrong_tensors(sums, self.data.sums["file"])
 
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
