@@ -131,42 +131,38 @@ def _open_directory(
         refuse_cache_folder(path)
     entries, warnings = walk(path, exclude_files, follow_links=follow_links)
     of_kind = {kind: [entry for entry in entries if entry.kind is kind] for kind in Kind}
-    indexes, more = _read_indexes(of_kind[Kind.INDEX], all_files=all_files)
-    warnings += more
     open_named = _opener(of_kind[Kind.SHARD])
-    indexes, more = fitting(
-        indexes,
+    indexes = fitting(
+        _read_indexes(of_kind[Kind.INDEX], warnings, all_files=all_files),
         {entry.name for entry in of_kind[Kind.SHARD] if entry.found},
         lambda name: open_named(name)[1],
+        warnings,
         all_files=all_files,
         exclude_files=exclude_files,
     )
-    warnings += more
     chosen, left = chosen_of(of_kind[Kind.SHARD], [] if all_files else indexes)
     if not chosen:
         raise _nothing_here(path, left, of_kind[Kind.OTHER_WEIGHTS], exclude_files)
     for entry in left:
         name = shown_name(entry.name)
         warnings.append(f"{name}: not in the index beside it: left out (--all-files takes it)")
-    shards, more = _judged([open_named(entry.name)[0] for entry in chosen], indexes)
-    warnings += more
+    shards = _with_roles([open_named(entry.name)[0] for entry in chosen], indexes, warnings)
     replaced = {index.name for index in indexes if index.is_replaced}
     ruling = [_plain(entry) for entry in of_kind[Kind.INDEX] if entry.name not in replaced]
     others: list[SourceFile] = []
     if sidecars:
-        others, more = _sidecars(of_kind[Kind.SIDECAR])
-        warnings += more
+        others = _sidecars(of_kind[Kind.SIDECAR], warnings)
         if of_kind[Kind.OTHER_WEIGHTS]:
             names = some(shown_name(entry.name) for entry in of_kind[Kind.OTHER_WEIGHTS])
             warnings.append(f"weights in other formats are left out: {names}")
-    files, more = _beside_each_other([*shards, *ruling], others)
-    return Checkpoint(path, files, (*warnings, *more, *_clamped_times(files)))
+    files = _without_clashes([*shards, *ruling], others, warnings)
+    return Checkpoint(path, files, (*warnings, *_clamped_times(files)))
 
 
-def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[Index], list[str]]:
+def _read_indexes(entries: Sequence[Entry], warnings: list[str], *, all_files: bool) -> list[Index]:
     if len(entries) > MAX_INDEXES:
         raise CheckpointError(f"{len(entries)} indexes, more than {MAX_INDEXES}")
-    indexes, warnings = [], []
+    indexes = []
     for entry in entries:
         try:
             index = read_index(_checked(entry), entry.name)
@@ -178,7 +174,7 @@ def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[In
         else:
             indexes.append(index)
             warnings += index.warnings
-    return indexes, warnings
+    return indexes
 
 
 def _opener(entries: Sequence[Entry]) -> Callable[[str], tuple[SourceFile, frozenset[str]]]:
@@ -214,23 +210,23 @@ def _nothing_here(
     return CheckpointError(f"{path}: no .safetensors file in this directory: {what}", hint=hint)
 
 
-def _judged(
-    shards: Sequence[SourceFile], indexes: Sequence[Index]
-) -> tuple[list[SourceFile], list[str]]:
-    """The shards with the tensors that the indexes declare invalid, and warnings."""
+def _with_roles(
+    shards: Sequence[SourceFile], indexes: Sequence[Index], warnings: list[str]
+) -> list[SourceFile]:
+    """The shards with the tensors that the indexes declare invalid."""
     headers = {file.name: file.header for file in shards if file.header}
     roles = roles_of(headers, indexes)
-    judged = [
+    warnings += role_warnings(headers, indexes, roles)
+    return [
         replace(file, elsewhere=roles[file.name].elsewhere, unlisted=roles[file.name].unlisted)
         if file.name in roles
         else file
         for file in shards
     ]
-    return judged, role_warnings(headers, indexes, roles)
 
 
-def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
-    files, warnings = [], []
+def _sidecars(entries: Sequence[Entry], warnings: list[str]) -> list[SourceFile]:
+    files = []
     for entry in entries:
         fault = name_fault(entry.name)
         if fault:
@@ -241,12 +237,12 @@ def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
             warnings.append(outside(entry.name, "left out"))
         else:
             files.append(_plain(entry))
-    return files, warnings
+    return files
 
 
-def _beside_each_other(
-    needed: Sequence[SourceFile], others: Sequence[SourceFile]
-) -> tuple[tuple[SourceFile, ...], list[str]]:
+def _without_clashes(
+    needed: Sequence[SourceFile], others: Sequence[SourceFile], warnings: list[str]
+) -> tuple[SourceFile, ...]:
     """All files by name; a sidecar that clashes with another file is left out with a warning."""
     by_name = {file.name: file for file in (*needed, *others)}
     optional = {file.name for file in others}
@@ -259,12 +255,12 @@ def _beside_each_other(
             )
         left.setdefault(kept, []).append(out)
         del by_name[out]
-    warnings = [
+    warnings += [
         f"{some(names)}: not every file system can hold {'it' if len(names) == 1 else 'them'}"
         f" beside {kept}: left out"
         for kept, names in left.items()
     ]
-    return tuple(by_name[name] for name in sorted(by_name)), warnings
+    return tuple(by_name[name] for name in sorted(by_name))
 
 
 def _clamped_times(files: Sequence[SourceFile]) -> list[str]:

@@ -37,16 +37,17 @@ def fitting(
     indexes: Sequence[Index],
     there: AbstractSet[str],
     tensors_in: TensorsIn,
+    warnings: list[str],
     *,
     all_files: bool,
     exclude_files: Sequence[str],
-) -> tuple[list[Index], list[str]]:
-    """The indexes that apply to the shards that are `there`, and warnings.
+) -> list[Index]:
+    """The indexes that apply to the shards that are `there`; adds to `warnings`.
 
     An index that names missing shards or tensors is an error. But if the whole model is in one file
     beside it, which loaders prefer, that file replaces its shards.
     """
-    ruling, warnings = [], []
+    ruling = []
     for index in indexes:
         fault = _missing_shards(index, there) or _missing_tensors(index, tensors_in)
         whole = whole_file_of(index.name)
@@ -68,7 +69,7 @@ def fitting(
         else:
             _refuse_exclusion(index, there, exclude_files)
             raise CheckpointError(f"{index.name}: {fault}", hint=f"{INCOMPLETE}; {SENT_ANYWAY}")
-    return ruling, warnings
+    return ruling
 
 
 def _refuse_exclusion(index: Index, there: AbstractSet[str], exclude_files: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -27,6 +28,8 @@ from packcast.cli.terminal import can_draw, printable, say
 from packcast.errors import DestinationError, PackcastError
 from packcast.units import format_duration, format_rate
 
+Mode = Literal["quiet", "none", "plain", "rich"]
+
 _REFRESH_PER_SECOND = 4
 _LEAST_SHARE = 0.05  # of the sweep, before the remaining time is estimated
 _WIDTH_OF_FILES = 240  # where the table goes to no terminal: nothing is cut off or wrapped
@@ -41,7 +44,7 @@ class BenchDisplay(BenchView):
 
     def __init__(
         self,
-        mode: ProgressMode | str,
+        mode: Mode,
         command_line: str,
         exports: Exports,
         plot: Callable[[Results], None] | None = None,
@@ -206,7 +209,9 @@ def make_bench_display(
     quiet: bool,
 ) -> BenchDisplay:
     """The display that `--progress` and `--quiet` ask for, on this terminal or file."""
-    mode = "quiet" if quiet else progress
-    if mode == "rich" or mode == "auto":
-        mode = "rich" if can_draw() else "plain"
+    mode: Mode = "rich" if can_draw() else "plain"
+    if quiet:
+        mode = "quiet"
+    elif progress == "none" or progress == "plain":
+        mode = progress
     return BenchDisplay(mode, command_line, exports, plot)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,25 +15,12 @@ import pytest
 from packcast.checkpoint import names as names_module
 from packcast.checkpoint import sourcefile as sourcefile_module
 from packcast.checkpoint import walk as walk_module
-from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.header import Header
 from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.reading import FileState
 from packcast.checkpoint.sourcefile import MAX_MTIME_NS
-from packcast.errors import CheckpointError, PackcastError, UsageError
-from tests.checkpoint.handmade import index, shard, sharded, write
-
-
-def names(checkpoint: Checkpoint) -> list[str]:
-    return [file.name for file in checkpoint.files]
-
-
-def refused(
-    path: Path, *, all_files: bool = False, exclude_files: Sequence[str] = ()
-) -> PackcastError:
-    with pytest.raises((CheckpointError, UsageError)) as caught:
-        open_checkpoint(path, all_files=all_files, exclude_files=exclude_files)
-    return caught.value
+from tests.checkpoint.handmade import index, names, refused, shard, sharded, write
 
 
 def test_a_single_file_is_itself_alone(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from packcast.checkpoint import checkpoint as checkpoint_module
-from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.reading import open_without_links
 from packcast.checkpoint.walk import Entry, walk
 from packcast.errors import CheckpointError
-from tests.checkpoint.handmade import index, shard, write
+from tests.checkpoint.handmade import index, names, shard, write
 
 SHARD = "model.safetensors"
 
@@ -26,10 +26,6 @@ def secret(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return shard(tmp_path / "model" / SHARD, "t").parent
-
-
-def names(checkpoint: Checkpoint) -> list[str]:
-    return [file.name for file in checkpoint.files]
 
 
 def link(path: Path, target: Path | str) -> None:
