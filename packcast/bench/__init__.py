@@ -1,6 +1,6 @@
 """Measuring: a sweep of transfers beside baselines and the hardware's limits.
 
-Imports no torch here: the command line looks in for what needs none.
+Imports no torch: the command line imports this for its options.
 """
 
 from __future__ import annotations

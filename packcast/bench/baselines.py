@@ -1,7 +1,7 @@
-"""What there was before: the algorithm that packed broadcasts were first made with.
+"""The algorithm that packed broadcasts were first made with, written from its description.
 
-Our own writing of it, from its description (round-robin streams; pack until the buffer is exceeded;
-concatenate; broadcast), faults and all: tests show them, the bench measures against it.
+Round-robin streams; pack until the buffer is exceeded; concatenate; broadcast. With its faults,
+which tests show; the bench compares with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class BroadcastGroup(Protocol):
-    """What engines call a communicator."""
+    """A communicator, as engines have it."""
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> object:
         """In place, on the current stream."""
@@ -29,7 +29,7 @@ def original_producer(
     num_buffers: int,
     device: torch.device,
 ) -> None:
-    """The sending end: a buffer is closed after the tensor that takes it over the limit."""
+    """The sending end: a buffer is closed after the tensor that exceeds the limit."""
     streams = _streams(num_buffers, device)
     packed: list[torch.Tensor | None] = [None] * num_buffers
     turn, exhausted = 0, False

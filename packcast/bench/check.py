@@ -1,6 +1,6 @@
-"""What came, against what was sent: digests of files' blocks, and weighted sums of tensors.
+"""Compares received bytes with the sender's: digests of files' blocks, weighted sums of tensors.
 
-Runs outside the timed part. Knows bytes and tensors, not how they travelled.
+Runs outside the timed part, and shares no code with the checks of a transfer.
 """
 
 from __future__ import annotations
@@ -27,29 +27,28 @@ ReadAt = Callable[[int, int, memoryview], object]  # file, offset, into
 
 def digests_of_files(files: Sequence[FileSpec], read: ReadAt) -> list[bytes]:
     """For each file the digests of its 1 MiB blocks, one after the other."""
-    tables = [bytearray(DIGEST_NBYTES * -(-spec.nbytes // BLOCK)) for spec in files]
 
-    def take(piece: tuple[int, int, int]) -> None:
+    def digests_of(piece: tuple[int, int, int]) -> bytes:
         file, offset, nbytes = piece
         view = memoryview(bytearray(nbytes))
         read(file, offset, view)
-        digest = xxhash.xxh3_128_digest
-        found = b"".join(digest(view[at : at + BLOCK]) for at in range(0, nbytes, BLOCK))
-        at = offset // BLOCK * DIGEST_NBYTES
-        tables[file][at : at + len(found)] = found
+        blocks = (view[at : at + BLOCK] for at in range(0, nbytes, BLOCK))
+        return b"".join(map(xxhash.xxh3_128_digest, blocks))
 
     pieces = [
         (file, offset, min(_PIECE_NBYTES, spec.nbytes - offset))
         for file, spec in enumerate(files)
         for offset in range(0, spec.nbytes, _PIECE_NBYTES)
     ]
+    tables = [b""] * len(files)
     with ThreadPoolExecutor(_NUM_THREADS, "packcast-check") as pool:
-        list(pool.map(take, pieces))
-    return [bytes(table) for table in tables]
+        for (file, *_), digests in zip(pieces, pool.map(digests_of, pieces), strict=True):
+            tables[file] += digests
+    return tables
 
 
 def digests_of_copy(folder: Path, files: Sequence[FileSpec]) -> list[bytes]:
-    """The same of a copy that was written, read again; a missing or short file has other ones."""
+    """The digests of a written copy; what is missing of a file counts as zeros."""
 
     def read(file: int, offset: int, into: memoryview) -> None:
         path = folder / files[file].name
@@ -62,7 +61,7 @@ def digests_of_copy(folder: Path, files: Sequence[FileSpec]) -> list[bytes]:
 
 
 def wrong_blocks(found: Sequence[bytes], truth: Sequence[bytes]) -> int:
-    """How many blocks of all files have another digest than they should."""
+    """How many blocks of all files have a wrong digest."""
     return sum(
         mine[at : at + DIGEST_NBYTES] != right[at : at + DIGEST_NBYTES]
         for mine, right in zip(found, truth, strict=True)
@@ -71,34 +70,32 @@ def wrong_blocks(found: Sequence[bytes], truth: Sequence[bytes]) -> int:
 
 
 def wrong_tensors(found: Sequence[int], truth: Sequence[int]) -> int:
-    """How many tensors have another sum than they should, or are missing."""
+    """How many tensors have a wrong sum or are missing."""
     missing = abs(len(found) - len(truth))
     return missing + sum(mine != right for mine, right in zip(found, truth, strict=False))
 
 
 def sums_of(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """A 64-bit sum of each tensor's bytes, on its device, that depends on their places.
+    """A 64-bit sum of each tensor's bytes, on its device, that depends on their order.
 
-    32-bit words times odd 64-bit multipliers, so that neither swaps nor flipped signs cancel: rows
-    of 1 MiB first, then their sums as if they were words. Finds accidents: it is no signature.
+    32-bit words times odd 64-bit multipliers, so that neither swaps nor flipped signs cancel: first
+    each row of 1 MiB, then the rows' sums as if they were words. Finds accidents; no signature.
     """
     sums: list[torch.Tensor] = []
-    multipliers: torch.Tensor | None = None
+    multipliers = torch.empty(0)
     for tensor in tensors:
         words = _words_of(tensor)
-        if multipliers is None or multipliers.device != words.device:
+        if not sums:
             multipliers = _multipliers(words.device)
-        whole = words.numel() // _ROW_WORDS * _ROW_WORDS
-        rows = [words[:whole].view(-1, _ROW_WORDS), words[whole:].view(1, -1)]
+        num_whole = words.numel() // _ROW_WORDS * _ROW_WORDS
+        matrices = words[:num_whole].view(-1, _ROW_WORDS), words[num_whole:].view(1, -1)
         at_once = _ROWS_AT_ONCE[words.device.type]
-        parts = [_weigh(few, multipliers) for some in rows for few in some.split(at_once)]
-        of_rows = torch.cat(parts)
-        sums.append((of_rows * multipliers[: of_rows.numel()]).sum())
+        parts = [rows for matrix in matrices for rows in matrix.split(at_once)]
+        row_sums = torch.cat(
+            [(rows.to(torch.int64) * multipliers[: rows.shape[1]]).sum(1) for rows in parts]
+        )
+        sums.append((row_sums * multipliers[: row_sums.numel()]).sum())
     return [int(value) for value in torch.stack(sums).tolist()] if sums else []
-
-
-def _weigh(rows: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
-    return (rows.to(torch.int64) * multipliers[: rows.shape[1]]).sum(1)
 
 
 def _words_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -112,7 +109,7 @@ def _words_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _multipliers(device: torch.device) -> torch.Tensor:
-    """Odd 64-bit numbers by position, the same everywhere; integer overflow wraps."""
+    """Odd 64-bit numbers, the same on all ranks; integer overflow wraps."""
     mixed = torch.arange(1, _ROW_WORDS + 1, dtype=torch.int64, device=device)
     mixed = mixed * -7046029254386353131  # 2**64 over the golden ratio, as a signed number
     mixed = (mixed ^ (mixed >> 29)) * -4658895280553007687

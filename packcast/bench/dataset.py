@@ -1,4 +1,4 @@
-"""What one rank has of the weights being measured: files, tensors, and what they should be.
+"""One rank's copy of the weights being measured: files, tensors, and their true digests and sums.
 
 Made and dropped between tables, never while a run is timed.
 """
@@ -30,7 +30,6 @@ from packcast.errors import (
 )
 from packcast.io.sinks.tensor_destination import torch_dtype
 from packcast.io.source import FileReader
-from packcast.packed.chain_order import chain_order
 from packcast.packed.layout import TensorSpec
 from packcast.packed.plan import plan_chunks, plan_digest
 from packcast.transfer.offer import Offer
@@ -41,11 +40,11 @@ _REMOVAL_LIMIT_S = 2.0
 
 @dataclass(slots=True)
 class Dataset:
-    """One shape on one rank. What is None is not there (yet), or not on this rank.
+    """One shape on one rank. `checkpoint` and `files` are empty on a rank that cannot read them.
 
-    `folder` is set where this rank wrote the files itself and has to remove them. `offer` is what a
-    sender would say of the files. `blocks` and `sums` are what the sender says is right: digests of
-    each file's blocks, tensors' sums.
+    `folder` is set where this rank has written the files itself and has to remove them. `offer` is
+    the sender's description of the files. `blocks` and `sums` are computed by the sender: digests
+    of each file's blocks, sums of tensors.
     """
 
     shape: str
@@ -53,7 +52,7 @@ class Dataset:
     checkpoint: Checkpoint | None = None
     files: tuple[OutgoingFile, ...] = ()
     offer: Offer | None = None
-    able: tuple[int, ...] = (SENDER,)  # ranks that see the sender's files
+    able: tuple[int, ...] = (SENDER,)  # the ranks that see the sender's files
     specs: tuple[TensorSpec, ...] = ()
     specs_fault: CheckpointError | None = None
     resident: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -68,30 +67,28 @@ class Dataset:
             raise self.specs_fault
 
     def opened(self) -> Checkpoint:
-        """The checkpoint; raises CheckpointError where this rank has none."""
+        """The checkpoint; raises CheckpointError where this rank cannot read it."""
         if self.checkpoint is None:
             raise CheckpointError(f"this rank cannot read {self.shape}")
         return self.checkpoint
 
     def offered(self) -> Offer:
-        """What all ranks know of the files."""
-        assert self.offer is not None, "it is shared before any case from files"
+        assert self.offer is not None, "shared before any case from files"
         return self.offer
 
     def paths(self) -> list[Path]:
-        """Every file of the checkpoint on this rank's host."""
+        """Every file of the checkpoint."""
         return [file.path for file in self.opened().files]
 
     def tensors(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of every shard, loaded as the original's users load them."""
-        for file in self.opened().files:
-            if file.header:
-                with safe_open(file.path, framework="pt", device=str(device)) as shard:
-                    for tensor in file.header.tensors:
-                        yield tensor.name, shard.get_tensor(tensor.name)
+        """Every tensor of every shard, loaded one by one as the original's users do."""
+        for file in self.opened().shards:
+            with safe_open(file.path, framework="pt", device=str(device)) as shard:
+                for name in file.header.tensors.names if file.header else ():
+                    yield name, shard.get_tensor(name)
 
     def write(self, folder: Path, weights: Sequence[Weight], written: Callable[[], object]) -> None:
-        """Write generated weights; whoever ends the bench drops them, maybe meanwhile."""
+        """Write generated weights. Stops when another thread calls `drop`."""
 
         def go_on(_: int) -> None:
             if self._is_dropped:
@@ -99,7 +96,7 @@ class Dataset:
             written()
 
         try:
-            with self._dropping:  # nothing is made behind its back
+            with self._dropping:
                 go_on(0)
                 folder.mkdir(parents=True)
                 self.folder = folder
@@ -108,43 +105,34 @@ class Dataset:
             raise DestinationError(f"cannot write {folder}: {error.strerror}") from error
 
     def drop(self) -> None:
-        """Free tensors and remove files that were made for it. Idempotent, from any thread."""
+        """Free the tensors and remove the files that were made. Idempotent, from any thread."""
         with self._dropping:
             self._is_dropped = True
         self.resident.clear()
-        if self.folder is None:
-            return
         deadline = time.monotonic() + _REMOVAL_LIMIT_S
-        while True:
+        # Threads that still write may add another file meanwhile.
+        while self.folder and self.folder.exists() and time.monotonic() < deadline:
             shutil.rmtree(self.folder, ignore_errors=True)
-            # Threads that are still writing may have made another file in it.
-            if not self.folder.exists() or time.monotonic() > deadline:
-                return
             time.sleep(0.01)
 
 
 def share_files(data: Dataset, settings: BenchSettings, ranks: Ranks, path: Path | None) -> None:
-    """Open the files at `path` where this rank has them, and let all know what the sender has."""
+    """Open the files at `path`, if this rank has them, and share the sender's offer. All ranks."""
 
-    def open_mine() -> str | None:
+    def open_files() -> str | None:
         if path is None:
             return None
-        data.checkpoint = open_checkpoint(path)
-        data.files = outgoing_files(data.checkpoint)
-        return data.checkpoint.fingerprint()
-
-    def open_if_there() -> str | None:
-        # Of a given checkpoint the sender's is the one that counts; others may not see it.
         try:
-            return open_mine()
+            data.checkpoint = open_checkpoint(path)
+            data.files = outgoing_files(data.checkpoint)
         except PackcastError:
             if ranks.is_sender or settings.checkpoint is None:
                 raise
-            return None
+            return None  # a given checkpoint may be on the sender's host alone
+        return data.checkpoint.fingerprint()
 
-    fingerprint = ranks.attempt(open_if_there)
-    found = ranks.gather(fingerprint)
-    data.able = tuple(rank for rank, one in enumerate(found) if one == found[SENDER])
+    fingerprints = ranks.gather(ranks.attempt(open_files))
+    data.able = tuple(i for i, one in enumerate(fingerprints) if one == fingerprints[SENDER])
     if ranks.rank not in data.able:
         data.checkpoint = None
     data.offer = _share_offer(data, settings, ranks)
@@ -155,13 +143,12 @@ def share_files(data: Dataset, settings: BenchSettings, ranks: Ranks, path: Path
             if spec.header
             for tensor in spec.header.tensors
         )
-    except UsageError as fault:
-        # Its hint is for a transfer; in a bench only what loads tensors cannot be measured.
+    except UsageError as fault:  # its hint is for a transfer
         data.specs_fault = CheckpointError(fault.message)
 
 
 def _share_offer(data: Dataset, settings: BenchSettings, ranks: Ranks) -> Offer:
-    """The sender's description of the files, as the ranks of a transfer get it."""
+    """The sender's description of the files, as the ranks of a transfer receive it."""
     assignment = RankAssignment(
         rank=ranks.rank,
         device=str(ranks.device),
@@ -176,9 +163,9 @@ def _share_offer(data: Dataset, settings: BenchSettings, ranks: Ranks) -> Offer:
             files=tuple(file.spec for file in data.files),
             buffer_size=buffer_size,
             num_buffers=settings.num_buffers[0],
-            staging=settings.staging,
+            staging=settings.transfer.staging,
             readers=(SENDER,),
-            chain=tuple(chain_order([str(host) for host in ranks.hosts])),
+            chain=ranks.order,
             plan=plan_digest(sizes, buffer_size, plan_chunks(sizes, buffer_size, (SENDER,))),
             digest="xxh3_128",
             include=(),
@@ -190,12 +177,12 @@ def _share_offer(data: Dataset, settings: BenchSettings, ranks: Ranks) -> Offer:
             loud=False,
             assignment=assignment,
         )
-    told = ranks.share(offer.to_bytes().decode("latin-1") if offer else None)
-    return offer or Offer.from_bytes(told.encode("latin-1"), assignment)
+    text = ranks.share(offer.to_bytes().decode("latin-1") if offer else None)
+    return offer or Offer.from_bytes(text.encode("latin-1"), assignment)
 
 
 def offer_of_case(data: Dataset, case: Case, ranks: Ranks) -> Offer:
-    """What the sender would offer for this case: the files' offer with the case's own numbers."""
+    """The offer of the files with the case's buffers and readers."""
     base = data.offered()
     sizes = [spec.nbytes for spec in base.files]
     readers = data.able[: case.readers]
@@ -215,7 +202,7 @@ def offer_of_case(data: Dataset, case: Case, ranks: Ranks) -> Offer:
 
 
 def make_resident(data: Dataset, ranks: Ranks) -> None:
-    """Tensors on this rank's device: random on all, so that nothing is right by chance.
+    """Random tensors on this rank's device, different on each rank.
 
     Raises PackcastError where the device has no room.
     """
@@ -238,18 +225,18 @@ def make_resident(data: Dataset, ranks: Ranks) -> None:
 def share_truth(
     data: Dataset, ranks: Ranks, source: SourceKind, *, blocks: bool, sums: bool
 ) -> None:
-    """What is right, from the sender's mouth: digests of files' blocks, sums of tensors."""
+    """Share the sender's digests of the files' blocks and its sums of tensors. All ranks."""
     if blocks:
-        tables: list[str] = []
+        digests: list[str] = []
         if ranks.is_sender:
             specs = [file.spec for file in data.files]
             read = FileReader(data.files, data.opened().files).read
-            tables = [table.hex() for table in digests_of_files(specs, read)]
-        data.blocks = [bytes.fromhex(table) for table in ranks.share(tables)]
+            digests = [table.hex() for table in digests_of_files(specs, read)]
+        data.blocks = [bytes.fromhex(table) for table in ranks.share(digests)]
     if sums:
-        found: list[int] = []
-        if ranks.is_sender and source == "file":
-            found = sums_of(tensor for _, tensor in data.tensors(ranks.device))
-        elif ranks.is_sender:
-            found = sums_of(data.resident[spec.name] for spec in data.specs)
-        data.sums[source] = ranks.share(found)
+        values: list[int] = []
+        if ranks.is_sender:
+            from_files = source == "file"
+            pairs = data.tensors(ranks.device) if from_files else data.resident.items()
+            values = sums_of(tensor for _, tensor in pairs)
+        data.sums[source] = ranks.share(values)

@@ -1,9 +1,11 @@
-"""Where a bench runs: versions, hosts, devices, file systems; what its header says."""
+"""Where a bench runs, for its header: versions, hosts, devices, file systems."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,54 +19,43 @@ from packcast.launch.devices import host_name
 
 
 def environment_of(settings: BenchSettings, ranks: Ranks) -> Environment:
-    """All ranks call this, and all get the same."""
+    """The same on all ranks, which all call this."""
     directories = [settings.checkpoint or settings.directory]
     if "write" in settings.sinks:
         directories.append(settings.write_directory)
     systems = {str(directory): file_system_of(directory) for directory in directories}
     versions, systems = ranks.share((_versions(on_gpu=ranks.on_gpu), systems))
+    facts: dict[str, object] = {
+        "rank": ranks.rank,
+        "host": host_name(),
+        "device": str(ranks.device),
+        "cores": len(os.sched_getaffinity(0)),
+        "pool": pool_kind(),
+    }
+    if ranks.on_gpu:
+        facts["gpu"] = torch.cuda.get_device_name(ranks.device)
     return Environment(
         versions=versions,
         backend="nccl" if ranks.on_gpu else "gloo",
         world_size=ranks.world_size,
-        ranks=tuple(ranks.gather(_facts(ranks.rank, ranks.device))),
+        ranks=tuple(ranks.gather(facts)),
         file_systems=systems,
     )
 
 
 def _versions(*, on_gpu: bool) -> dict[str, str]:
-    """Of everything that the numbers depend on."""
-    found = {
+    versions = {
         "packcast": packcast.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "kernel": platform.release(),
     }
     if on_gpu:
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        found["cuda"] = str(torch.version.cuda)
-        if driver := _driver():
-            found["driver"] = driver
-    return found
-
-
-def _facts(rank: int, device: torch.device) -> dict[str, object]:
-    facts: dict[str, object] = {
-        "rank": rank,
-        "host": host_name(),
-        "device": str(device),
-        "cores": len(os.sched_getaffinity(0)),
-        "pool": pool_kind(),
-    }
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
-    return facts
-
-
-def _driver() -> str | None:
-    try:
-        # NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar ...
-        words = Path("/proc/driver/nvidia/version").read_text().split("\n")[0].split()
-    except OSError:
-        return None
-    return next((word for word in words if word[0].isdigit() and word.count(".") >= 1), None)
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        versions["cuda"] = str(torch.version.cuda)
+        with suppress(OSError):
+            # NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar ...
+            first_line = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+            if driver := re.search(r" (\d+\.[\d.]+) ", first_line):
+                versions["driver"] = driver[1]
+    return versions

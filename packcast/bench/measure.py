@@ -1,6 +1,6 @@
 """A whole bench on one rank: join, open the process group, run the sweep, leave together.
 
-The one place where the bench knows how ranks meet.
+The one module of the bench that knows how ranks meet.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 import xxhash
+from pydantic import Field
 
 from packcast.bench.model import SENDER, BenchSettings, BenchView
 from packcast.bench.ranks import Ranks, StepFailed
 from packcast.bench.runner import Runner
-from packcast.bench.steps import Begin, Did, Left
 from packcast.control.addresses import interface_towards
 from packcast.control.channel import Channel
 from packcast.control.client import ControlClient
 from packcast.control.frames import Progress
-from packcast.control.messages import Commit
+from packcast.control.messages import Commit, Message
+from packcast.control.rank_info import Rank
 from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, RendezvousError, TransferError, UsageError
 from packcast.launch.devices import assign_devices
@@ -35,9 +36,9 @@ from packcast.launch.store import join_served_store, serve_store
 from packcast.packed.chain import Chain
 from packcast.packed.chain_order import chain_order
 from packcast.packed.plan import check_buffers
-from packcast.settings import Settings
 from packcast.transfer.session import Session, open_session
 from packcast.transfer.stall import StallWatch
+from packcast.units import MIB
 from packcast.view import View
 
 if TYPE_CHECKING:
@@ -47,17 +48,38 @@ _PATIENCE_S = 30.0
 _CLOSE_LIMIT_S = 15.0
 _CAUSE_LIMIT_S = 5.0
 _DEVICE_START_S = 30.0  # while NCCL and CUDA start, which may hold the interpreter
-# A backstop only, as in a transfer.
+# The control channel and the stall watch end a hanging bench before.
 _GROUP_TIMEOUT_S = 24 * 3600.0
+
+ShortText = Annotated[str, Field(max_length=255)]
+
+
+class Begin(Message, kind=64, by="sender", limit=16 * MIB):
+    """What every rank needs to know to make the process group. Kinds 64 to 79 are the bench's."""
+
+    settings: ShortText
+    hosts: list[Rank]
+    devices: list[ShortText]
+    backend: Literal["nccl", "gloo"]
+    host: ShortText
+    port: Annotated[int, Field(ge=1, le=65535)]
+
+
+class Did(Message, kind=65, by="worker"):
+    """This rank has measured every row."""
+
+
+class Left(Message, kind=66, by="worker"):
+    """This rank sends nothing more."""
 
 
 def run(settings: BenchSettings, view: BenchView, exit_handler: ProcessExit) -> int:
-    """Take part in one bench; every rank that a launcher started calls it, with the same settings.
+    """Take part in one bench; every rank of a launch calls it, with the same settings.
 
     Returns the exit code, the same on all ranks: 0, 5 where no row could be measured, 6 where
-    bytes were wrong. Raises PackcastError after telling the other ranks; a lost rank or a stall
-    ends the process through `exit_handler`. Files that it made are removed however it ends. Only
-    the sender's view is updated.
+    bytes were wrong. Raises PackcastError after sending it to the other ranks; a lost rank or a
+    stall ends the process through `exit_handler`. Files that it made are always removed. Only the
+    sender's view is called.
     """
     for buffer_size in settings.buffer_sizes:
         for num_buffers in settings.num_buffers:
@@ -66,18 +88,18 @@ def run(settings: BenchSettings, view: BenchView, exit_handler: ProcessExit) -> 
         raise UsageError(
             "a bench needs at least two ranks", hint="start them with --nproc 2, torchrun or srun"
         )
-    session = open_session(_as_transfer(settings), View(), exit_handler, call=0)
+    session = open_session(settings.transfer, View(), exit_handler, call=0)
     channel = session.channel
     exit_handler.on_leave(lambda: channel.fail(exit_handler.error or TransferError("it left")))
-    agreed: PackcastError | None = None
+    common: PackcastError | None = None
     code = 0
     try:
         ranks, warning = _open(settings, session)
         try:
-            told = view if ranks.is_sender else BenchView()
-            code = _sweep(settings, ranks, warning, told, exit_handler)
-        except StepFailed as failed:  # all know of it, and say the same
-            agreed = failed.first
+            my_view = view if ranks.is_sender else BenchView()
+            code = _sweep(settings, ranks, warning, my_view, exit_handler)
+        except StepFailed as failed:  # on all ranks alike
+            common = failed.first
         exit_handler.shield()
         _leave(channel)
     except PackcastError as error:
@@ -91,8 +113,8 @@ def run(settings: BenchSettings, view: BenchView, exit_handler: ProcessExit) -> 
         raise cause from error
     finally:
         session.leave()
-    if agreed is not None:
-        raise agreed
+    if common is not None:
+        raise common
     return code
 
 
@@ -103,17 +125,17 @@ def _sweep(
     view: BenchView,
     exit_handler: ProcessExit,
 ) -> int:
-    """All rows; what was made for them is removed on the way out, whichever that is."""
-    channel = ranks.channel
+    """All rows; removes the files that were made for them, also after a failure."""
+    channel, stall_timeout_s = ranks.channel, settings.transfer.stall_timeout_s
     runner = Runner(settings, ranks, view, warning)
     exit_handler.on_leave(runner.show_partial_rows)
     exit_handler.on_leave(runner.remove_files)
     channel.follow(runner.position, lambda: Progress(moved=runner.moved()))
     try:
-        with StallWatch(runner, channel, exit_handler, settings.stall_timeout_s):
+        with StallWatch(runner, channel, exit_handler, stall_timeout_s):
             code = runner.run()
             ranks.synchronize()
-            with suppress(RuntimeError):  # a group that does not close is left behind
+            with suppress(RuntimeError):  # a group that does not close is left open
                 begin_close(ranks.group, ranks.device).wait(_CLOSE_LIMIT_S)
             return code
     finally:
@@ -121,7 +143,7 @@ def _sweep(
 
 
 def _leave(channel: ControlServer | ControlClient) -> None:
-    """After the last row: all ranks let the connection go at the same time."""
+    """After the last row: all ranks close the connection at the same time."""
     if isinstance(channel, ControlServer):
         channel.gather(Did, _PATIENCE_S)
         channel.commit()
@@ -136,17 +158,18 @@ def _leave(channel: ControlServer | ControlClient) -> None:
 
 
 def _open(settings: BenchSettings, session: Session) -> tuple[Ranks, str | None]:
-    """Join and make the process group, which waits for all ranks; a warning on the sender."""
-    channel, join_timeout_s = session.channel, settings.join_timeout_s
+    """Join and make the process group, with all ranks; also returns the sender's warning."""
+    channel, transfer = session.channel, settings.transfer
+    join_timeout_s = transfer.join_timeout_s
     warning = None
     if isinstance(channel, ControlServer):
         infos = channel.join(join_timeout_s, lambda *_: None)
         session.have_joined()
-        assignment = assign_devices(infos, settings.backend)
+        assignment = assign_devices(infos, transfer.backend)
         if assignment.loud:
             warning = f"{assignment.backend}: {assignment.reason}"
         rank, host = session.launch.rank, channel.host_met()
-        store, port = serve_store(host, join_timeout_s, settings.port_range)
+        store, port = serve_store(host, join_timeout_s, transfer.port_range)
         boots = list(dict.fromkeys(info.boot_id for info in infos))
         begin = Begin(
             settings=_digest(settings),
@@ -194,17 +217,17 @@ def _connect(
     except RendezvousError as error:
         raise channel.wait_failure(_CAUSE_LIMIT_S) or error from error
     channel.be_patient(0.0)
+    order = tuple(chain_order([str(host) for host in begin.hosts]))
 
     def open_chain_of(roots: Sequence[int], name: str) -> Chain:
         from torch._C._distributed_c10d import PrefixStore
 
-        order = chain_order([str(host) for host in begin.hosts])
         hops = open_hops(
             order,
             roots,
             rank=rank,
             store=PrefixStore(name, store),
-            timeout_s=settings.stall_timeout_s + _PATIENCE_S,
+            timeout_s=settings.transfer.stall_timeout_s + _PATIENCE_S,
             interface=interface,
             check=channel.check,
         )
@@ -213,6 +236,7 @@ def _connect(
     return Ranks(
         rank=rank,
         hosts=tuple(begin.hosts),
+        order=order,
         device=device,
         group=group,
         channel=channel,
@@ -220,27 +244,12 @@ def _connect(
     )
 
 
-def _as_transfer(settings: BenchSettings) -> Settings:
-    """What a transfer with these settings would be: for joining."""
-    return Settings(
-        command="send",
-        checkpoint=settings.checkpoint,
-        backend=settings.backend,
-        device=settings.device,
-        port=settings.port,
-        port_range=settings.port_range,
-        token=settings.token,
-        join_timeout_s=settings.join_timeout_s,
-        heartbeat_timeout_s=settings.heartbeat_timeout_s,
-        stall_timeout_s=settings.stall_timeout_s,
-    )
-
-
 def _digest(settings: BenchSettings) -> str:
-    """Equal on two ranks iff they were asked for the same; where files lie may differ."""
+    """Equal on two ranks iff they measure the same; paths, devices and secrets may differ."""
     here = Path()
     checkpoint = None if settings.checkpoint is None else here
-    same = replace(
-        settings, checkpoint=checkpoint, directory=here, write_directory=here, device="", token=None
+    transfer = replace(
+        settings.transfer, checkpoint=checkpoint, device="", token=None, token_file=None
     )
+    same = replace(settings, transfer=transfer, directory=here, write_directory=here)
     return xxhash.xxh3_128_hexdigest(repr(same).encode())

@@ -1,10 +1,13 @@
-"""What every way of moving weights has in common: made, started together, checked, let go."""
+"""What all methods of moving weights have in common: the steps of a run, and its resources."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -12,12 +15,22 @@ from packcast.bench.dataset import Dataset
 from packcast.bench.model import Case
 from packcast.bench.ranks import Ranks
 from packcast.errors import PackcastError
+from packcast.packed.chain import Chain
 from packcast.packed.counters import Counters
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One run of one case on one rank, the `turn`-th. `run_id` is unique."""
+class RunFailed(PackcastError):
+    """A run that failed on this rank while no other rank waits for it."""
+
+
+@dataclass(kw_only=True, eq=False)
+class MethodRun:
+    """One run of one case on one rank, the `turn`-th; `run_id` is unique.
+
+    All ranks call the steps in this order, `close` also after a failure. `counters` are of the data
+    path, empty where nothing is counted; `pinned_nbytes` and `sent_nbytes` are set by `run`. A
+    method that writes makes `write_folder`. `resources` are released by `close`.
+    """
 
     case: Case
     ranks: Ranks
@@ -26,86 +39,81 @@ class Job:
     turn: int
     nbytes: int
     cold: bool
+    write_folder: Path
+    counters: Counters = field(default_factory=Counters)
+    pinned_nbytes: int = 0
+    sent_nbytes: int | None = None
+    resources: ExitStack = field(default_factory=ExitStack)
+
+    def prepare(self) -> None:
+        """Allocate and open, without a collective. May raise PackcastError on one rank alone."""
+
+    def connect(self) -> None:
+        """Collective steps that are not timed."""
+
+    def warm(self) -> None:
+        """A first pass, for methods that users call again and again."""
+
+    def poison(self) -> None:
+        """Overwrite buffers and targets, so that no earlier bytes pass for received ones."""
+
+    def run(self) -> float | None:
+        """The timed part: until the last byte has arrived, or is under way on the device.
+
+        Returns the end, by `time.perf_counter()`, where more is done after it.
+        """
+        raise NotImplementedError
+
+    def check(self) -> int:
+        """How many blocks or tensors differ from the sender's. May be a collective."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Release everything; idempotent."""
+        self.resources.close()
+
+    def open_chain(self, roots: Sequence[int]) -> Chain:
+        """All ranks; gloo only. The chain is closed with the method."""
+        chain = self.ranks.open_chain(roots, self.run_id)
+        self.resources.callback(chain.close)
+        return chain
+
+    def time(self) -> float:
+        """Warm up and run; returns the seconds from the common start to the end of this rank."""
+        self.warm()
+        self.poison()
+        self.ranks.start_together()
+        began = time.perf_counter()
+        ended = self.run()
+        self.ranks.synchronize()
+        return (ended or time.perf_counter()) - began
 
     @property
     def readers(self) -> tuple[int, ...]:
         """The ranks that read."""
         return self.data.able[: self.case.readers]
 
+    def check_room(self, nbytes: int) -> None:
+        """Raise PackcastError unless the device has `nbytes` free.
 
-class RunFailed(PackcastError):
-    """A run that failed on this rank without leaving another one waiting for it."""
-
-
-@dataclass(slots=True)
-class MethodRun:
-    """One run of one method. All ranks call the same, in this order; close also after a failure.
-
-    `counters` are of the data path, empty where nothing is counted; `pinned_nbytes` and
-    `sent_nbytes` are known once it has run.
-    """
-
-    job: Job
-    counters: Counters = field(default_factory=Counters)
-    pinned_nbytes: int = 0
-    sent_nbytes: int | None = None
-
-    def prepare(self) -> None:
-        """Allocate, open, reserve: alone, without a collective. May raise PackcastError."""
-
-    def connect(self) -> None:
-        """What takes all ranks but is no part of the run, as agreeing on a plan."""
-
-    def warm(self) -> None:
-        """A first pass, where in use many follow; all ranks are connected."""
-
-    def poison(self) -> None:
-        """Leave nothing in buffers and targets that could pass for what is to come."""
-
-    def run(self) -> float | None:
-        """The timed part: ends when the last byte is where it belongs, or is under way on the
-        device. Where more is done after that, it returns the moment, by `time.perf_counter()`."""
-        raise NotImplementedError
-
-    def check(self) -> int:
-        """How many blocks or tensors are not the sender's; may take all ranks."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Give everything back; idempotent."""
-
-
-def time_run(method: MethodRun, ranks: Ranks) -> float:
-    """Seconds from the common start until this rank is done."""
-    method.warm()
-    method.poison()
-    ranks.start_together()
-    began = time.perf_counter()
-    ended = method.run()
-    ranks.synchronize()
-    return (ended or time.perf_counter()) - began
+        A failure during a run would leave the other ranks waiting in a collective.
+        """
+        device = self.ranks.device
+        try:
+            if device.type == "cuda":
+                free, _ = torch.cuda.mem_get_info(device)
+                if nbytes > free:
+                    raise torch.OutOfMemoryError
+            else:
+                torch.empty(nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            text = f"{device} has no room for the buffers, {self.case.buffers}"
+            raise PackcastError(text) from error
 
 
 def fill_with_poison(*tensors: torch.Tensor) -> None:
-    """Overwrite tensors with a byte that nobody sends on purpose: another one each time."""
+    """Overwrite tensors with a random byte."""
     byte = random.randrange(256)
     for tensor in tensors:
         if tensor.numel():
             tensor.view(-1).view(torch.uint8).fill_(byte)
-
-
-def check_room(job: Job, nbytes: int) -> None:
-    """Raise PackcastError unless the device could hold so much more now.
-
-    In the middle of a run it would be too late: the others would be left in a collective.
-    """
-    device = job.ranks.device
-    try:
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            if nbytes > free:
-                raise torch.OutOfMemoryError
-        else:
-            torch.empty(nbytes, dtype=torch.uint8)
-    except RuntimeError as error:
-        raise PackcastError(f"{device} has no room for the buffers, {job.case.buffers}") from error

@@ -1,4 +1,4 @@
-"""Whether a file's pages are in memory, and how to get them out: what `--cold` stands on."""
+"""The page cache, for `--cold`: whether a file's pages are in memory, and how to evict them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,16 @@ _TRIES = 3
 # Read-ahead and others' reads may bring a page back; the bench measures gigabytes.
 _TOLERATED_FRACTION = 0.01
 
-_size, _pointer, _int = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_int
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.mmap.restype = _pointer
-_libc.mmap.argtypes = [_pointer, _size, _int, _int, _int, ctypes.c_int64]
-_libc.munmap.argtypes = [_pointer, _size]
-_libc.mincore.argtypes = [_pointer, _size, ctypes.c_char_p]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 def file_system_of(path: Path) -> str:
-    """The type of the file system that the path, or its nearest parent that is there, lies on."""
-    there = path.absolute()
-    while not there.exists():
-        there = there.parent
-    argv = ["stat", "--file-system", "--format=%T", "--", str(there)]
+    """The type of the file system of the path, or of its nearest parent that exists."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    argv = ["stat", "--file-system", "--format=%T", "--", str(existing)]
     try:
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -38,7 +34,7 @@ def file_system_of(path: Path) -> str:
 
 
 def check_can_be_cold(path: Path) -> None:
-    """Raise UsageError where the files are nowhere but in memory."""
+    """Raise UsageError where the file system keeps its files in memory."""
     kind = file_system_of(path)
     if kind in _IN_MEMORY_ONLY:
         raise UsageError(
@@ -48,12 +44,12 @@ def check_can_be_cold(path: Path) -> None:
 
 
 def evict(paths: Iterable[Path]) -> None:
-    """Take the files out of the page cache; raises UsageError where they stay in it."""
+    """Remove the files from the page cache; raises UsageError where they stay."""
     for path in paths:
         with path.open("rb") as file:
             nbytes = os.fstat(file.fileno()).st_size
             for _ in range(_TRIES):
-                os.fsync(file.fileno())  # pages not yet written cannot be dropped
+                os.fsync(file.fileno())  # dirty pages cannot be dropped
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 cached = cached_nbytes(file.fileno(), nbytes)
                 if cached <= nbytes * _TOLERATED_FRACTION:
@@ -61,22 +57,21 @@ def evict(paths: Iterable[Path]) -> None:
             else:
                 raise UsageError(
                     f"--cold: {format_size(cached)} of {path} stay in the page cache",
-                    hint="something else has it open or mapped, or it belongs to another user",
+                    hint="another program has it open or mapped, or another user owns it",
                 )
 
 
 def cached_nbytes(descriptor: int, nbytes: int) -> int:
-    """How much of the file is in the page cache, by mincore; all of it where that is not told."""
+    """How much of the file is in the page cache, by mincore(2)."""
     if not nbytes:
         return 0
-    address = _libc.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    try:
+    # A private mapping is writable, as ctypes wants it; nothing is written.
+    with mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_COPY) as mapped:
+        first = ctypes.c_char.from_buffer(mapped)
         pages = ctypes.create_string_buffer(-(-nbytes // mmap.PAGESIZE))
-        if _libc.mincore(address, nbytes, pages) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    finally:
-        _libc.munmap(address, nbytes)
-    resident = sum(page & 1 for page in pages.raw)  # the other bits mean nothing yet
+        code = _libc.mincore(ctypes.addressof(first), nbytes, pages)
+        del first  # or the mapping could not be closed
+    if code != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    resident = sum(page & 1 for page in pages.raw)  # the other bits are reserved
     return min(nbytes, resident * mmap.PAGESIZE)

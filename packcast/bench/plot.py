@@ -1,4 +1,4 @@
-"""`--plot`: throughput against buffer size as a picture. Needs matplotlib, asked for late.
+"""`--plot`: throughput against buffer size as a picture. Imports matplotlib only when needed.
 
 Draws on a figure of its own: no display, no window, no state of pyplot.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from packcast.bench.export_files import file_to_export_to
+from packcast.bench.export import writable_file
 from packcast.bench.model import OURS, Results
-from packcast.bench.stats import grouped, rate_of, shown
+from packcast.bench.stats import shown
 from packcast.errors import DestinationError, UsageError
 from packcast.units import MIB
 
@@ -19,12 +19,12 @@ _MARKERS = "os^DvPX"
 
 
 def check_plot(option: str, text: str) -> Path:
-    """The file to draw into, if it can be drawn; raises UsageError. Imports matplotlib."""
-    path = file_to_export_to(option, text)
+    """The file to draw into; raises UsageError. Imports matplotlib."""
+    path = writable_file(option, text)
     if path.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{option}: {text} must end in {' or '.join(SUFFIXES)}")
     try:
-        # Now, not at the end: where a signal ends the bench, few seconds are left to draw.
+        # Now, not at the end: after a signal only a few seconds are left to draw.
         importlib.import_module("matplotlib.figure")
     except ImportError as error:
         raise UsageError(
@@ -34,24 +34,22 @@ def check_plot(option: str, text: str) -> Path:
 
 
 def write_plot(path: Path, results: Results) -> None:
-    """A line for each of our methods and counts of buffers and readers, a dashed level for each
-    baseline; raises DestinationError."""
+    """A line for each of packcast's methods, buffer counts and readers; a dashed level for each
+    baseline. Raises DestinationError."""
     from matplotlib.figure import Figure
 
     lines: dict[str, list[tuple[float, float]]] = {}
     levels: dict[str, float] = {}
-    for (shape, source, sink), rows in grouped(shown(results.rows)).items():
-        for row in rows:
-            case, rate = row.case, rate_of(row)
-            if rate is None:
-                continue
-            name = f"{case.method}, {shape} {source} to {sink}"
-            if case.method not in OURS:
-                levels[name] = rate / 1e9
-                continue
-            readers = f", {case.readers} readers" if case.readers > 1 else ""
-            points = lines.setdefault(f"{name}, {case.num_buffers} buffers{readers}", [])
-            points.append((case.buffer_size / MIB, rate / 1e9))
+    for row in shown(results.rows):
+        case = row.case
+        name = f"{case.method}, {case.shape} {case.source} to {case.sink}"
+        if row.rate is None:
+            continue
+        if case.method in OURS:
+            name += f", {case.num_buffers} buffers{case.more_readers}"
+            lines.setdefault(name, []).append((case.buffer_size / MIB, row.rate / 1e9))
+        else:
+            levels[name] = row.rate / 1e9
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for i, (name, points) in enumerate(lines.items()):
@@ -62,8 +60,7 @@ def write_plot(path: Path, results: Results) -> None:
     axes.set_xscale("log", base=2)
     ticks = sorted({size for points in lines.values() for size, _ in points})
     axes.set_xticks(ticks, [f"{size:g}" for size in ticks])
-    axes.set_xlabel("buffer size (MiB)")
-    axes.set_ylabel("GB/s")
+    axes.set(xlabel="buffer size (MiB)", ylabel="GB/s")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if lines or levels:

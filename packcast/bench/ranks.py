@@ -1,4 +1,4 @@
-"""The ranks of a bench as one of them sees them: who is where, and how they agree.
+"""The ranks of a bench as one of them sees them: their hosts, and collectives between them.
 
 Every rank makes the same calls in the same order. Knows nothing of cases or weights.
 """
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class StepFailed(PackcastError):
-    """A step failed on some rank, and all know it; its own error is the cause on that rank.
+    """A step failed on some rank; raised on all ranks, on that one with the cause.
 
     `first` is the error of the lowest rank that failed.
     """
@@ -35,15 +35,15 @@ class StepFailed(PackcastError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This rank among the others. `hosts` tells for each rank which host it is on, from 0.
+    """This rank and the others. `hosts` is each rank's host, numbered from 0; `order` the chain's.
 
-    It is what engines call a communicator, too: the library's functions and the original's take it.
-    `open_chain` connects this rank to its neighbours in the chains from some roots, under a name of
-    their own; gloo only.
+    Also the communicator that the library functions and the original's algorithm take.
+    `open_chain` makes the chains from some roots, under a unique name; gloo only.
     """
 
     rank: int
     hosts: tuple[int, ...]
+    order: tuple[int, ...]
     device: torch.device
     group: Group
     channel: Channel
@@ -51,8 +51,8 @@ class Ranks:
     _broadcast: Callable[[torch.Tensor, int], None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Once, and not for each tensor that is timed. It knows the channel, not the ranks: in a
-        # circle with those the group would outlive them.
+        # Made once, since tensors are timed. It refers to the channel, not to self: with a
+        # reference cycle the group would outlive the ranks.
         channel = self.channel
         broadcast = processgroup.broadcast_over(self.group, lambda: channel.failure)
         object.__setattr__(self, "_broadcast", broadcast)
@@ -74,11 +74,11 @@ class Ranks:
         return sum(self.hosts[rank] == self.hosts[self.rank] for rank in ranks)
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
-        """In place, ordered after and before the current stream's other work."""
+        """In place, in order with the current stream's other work."""
         self._broadcast(tensor, src)
 
     def share(self, value: object, root: int = SENDER) -> Any:
-        """What `root` gives, on all ranks; a value that JSON can carry."""
+        """The `value` of `root`, which JSON can represent, on all ranks."""
         data = json.dumps(value).encode() if self.rank == root else b""
         length = torch.tensor([len(data)], dtype=torch.int64, device=self.device)
         self.broadcast(length, root)
@@ -89,66 +89,65 @@ class Ranks:
         return value if self.rank == root else json.loads(bytes(memory.cpu().numpy()))
 
     def gather(self, value: object) -> list[Any]:
-        """What each rank gives, by rank."""
+        """Each rank's value, by rank."""
         return [self.share(value, rank) for rank in range(self.world_size)]
 
     def attempt(self, step: Callable[[], T], *kinds: type[Exception]) -> T:
-        """Do what any rank may fail at alone; raises StepFailed on all where one has.
+        """Run `step`; raises StepFailed on all ranks if it failed on one.
 
-        Only `kinds` are failures of this rank alone; by default what a step without collectives
-        can raise. In others the ranks wait for each other, so they end the bench.
+        Only `kinds` are failures of one rank, by default what a step without collectives can raise.
+        In other steps ranks wait for each other, so other errors end the bench.
         """
         alone = kinds or (PackcastError, OSError, RuntimeError, MemoryError)
-        done: list[T] = []
+        result: T | None = None
         error: Exception | None = None
         try:
-            done.append(step())
+            result = step()
         except alone as caught:
             error = caught
-        failures = {
-            rank: (code, text, hint)
-            for rank, (code, text, hint) in enumerate(self.gather(_described(error)))
-            if text
-        }
-        if not failures:
-            return done[0]
-        done.clear()
-        lowest = min(failures)
-        code, text, hint = failures[lowest]
-        same_everywhere = len(set(failures.values())) == 1 and len(failures) == self.world_size
-        message = text if same_everywhere else f"rank {lowest}: {text}"
-        raise StepFailed(message, error_from_code(code, message, hint)) from error
+        try:
+            failures = {
+                rank: tuple(failure)
+                for rank, failure in enumerate(self.gather(error and _described(error)))
+                if failure
+            }
+            if failures:
+                lowest = min(failures)
+                code, text, hint = failures[lowest]
+                is_common = len(set(failures.values())) == 1 and len(failures) == self.world_size
+                message = text if is_common else f"rank {lowest}: {text}"
+                raise StepFailed(message, error_from_code(code, message, hint)) from error
+        finally:
+            del error  # with its traceback it is a cycle, which would keep the step's memory
+        return result  # type: ignore[return-value]  # T may include None
 
     def synchronize(self) -> None:
-        """Until this rank's device is idle."""
+        """Wait until this rank's device is idle."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def start_together(self) -> None:
-        """Returns on all ranks at about the same moment, with idle devices."""
+        """A barrier: returns on all ranks at about the same moment, with idle devices."""
         self.synchronize()
         token = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        for rank in range(self.world_size):  # who has heard from all may begin
+        for rank in range(self.world_size):
             self.broadcast(token, rank)
         self.synchronize()
 
     def release_memory(self) -> None:
-        """Give cached device memory back, and count its peak anew."""
+        """Free cached device memory, and reset its peak."""
         if self.on_gpu:
             self.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_device_nbytes(self) -> int:
-        """Device memory reserved at most since `release_memory`; 0 on a CPU."""
+        """Most device memory reserved since `release_memory`; 0 on a CPU."""
         return torch.cuda.max_memory_reserved(self.device) if self.on_gpu else 0
 
 
-def _described(error: Exception | None) -> tuple[int, str, str | None]:
+def _described(error: Exception) -> tuple[int, str, str | None]:
     """Exit code, first line, hint."""
-    if error is None:
-        return 0, "", None
     if isinstance(error, PackcastError):
         return error.exit_code, error.message.splitlines()[0], error.hint
-    lines = str(error).splitlines()
-    return PackcastError.exit_code, lines[0] if lines else repr(error), None
+    return PackcastError.exit_code, (str(error).splitlines() or [repr(error)])[0], None

@@ -1,7 +1,4 @@
-"""Methods that carry tensors: replays, the library functions, the baselines.
-
-The sender's tensors are resident, or are loaded from its files one after the other.
-"""
+"""Methods that end in new tensors: the library functions, the original's algorithm, `load_file`."""
 
 from __future__ import annotations
 
@@ -15,185 +12,109 @@ from safetensors.torch import load_file, save_file
 
 from packcast.bench.baselines import original_consumer, original_producer
 from packcast.bench.check import sums_of, wrong_tensors
-from packcast.bench.methods import Job, MethodRun, RunFailed, check_room, fill_with_poison
+from packcast.bench.methods import MethodRun, RunFailed
 from packcast.bench.model import SENDER
 from packcast.bench.pagecache import evict
 from packcast.errors import PackcastError
 from packcast.packed.compat import packed_broadcast_consumer, packed_broadcast_producer
 from packcast.packed.counters import counting
-from packcast.packed.layout import TensorSpec, check_plan
-from packcast.packed.replay import ReplayReceiver, ReplaySender
+from packcast.packed.layout import TensorSpec
 from packcast.packed.tensor_bytes import as_bytes, from_bytes
 
 Pairs = list[tuple[str, torch.Tensor]]
 
 
-class ResidentMethod(MethodRun):
-    """Resident weights into the workers' own tensors."""
-
-    def poison(self) -> None:
-        if not self.job.ranks.is_sender:
-            fill_with_poison(*self.job.data.resident.values())
-
-    def check(self) -> int:
-        data = self.job.data
-        if self.job.ranks.is_sender:
-            return 0
-        found = sums_of(data.resident[spec.name] for spec in data.specs)
-        return wrong_tensors(found, data.sums["resident"])
-
-
-class ReplayMethod(ResidentMethod):
-    """By the pair that is made for it."""
-
-    _pair: ReplaySender | ReplayReceiver | None = None
-
-    def prepare(self) -> None:
-        case = self.job.case
-        try:
-            check_plan(self.job.data.specs, case.buffer_size, case.num_buffers)
-        except ValueError as error:
-            raise PackcastError(str(error)) from error
-        check_room(self.job, case.buffer_size * case.num_buffers)
-
-    def connect(self) -> None:
-        """Make the pair, which compares plans; bound, as who sends the same every step does."""
-        ranks, case, resident = self.job.ranks, self.job.case, self.job.data.resident
-        if ranks.is_sender:
-            self._pair = ReplaySender(
-                resident, ranks, SENDER, buffer_size=case.buffer_size, num_buffers=case.num_buffers
-            )
-        else:
-            self._pair = ReplayReceiver(ranks, SENDER, resident)
-        self._pair.bind(resident)
-
-    def warm(self) -> None:
-        """What a pair learns in its first pass serves all later ones; the second is counted."""
-        self.run()
-        with counting(self.counters):
-            self.run()
-
-    def run(self) -> None:
-        if isinstance(self._pair, ReplaySender):
-            self._pair.send()
-        elif self._pair is not None:
-            self._pair.receive()
-
-    def close(self) -> None:
-        self._pair = None
-
-
-class OneByOneMethod(ResidentMethod):
-    """One broadcast for each tensor; as bytes, since not every backend carries every dtype."""
-
-    def warm(self) -> None:
-        self.run()
-
-    def run(self) -> None:
-        for tensor in self.job.data.resident.values():
-            if tensor.numel():
-                self.job.ranks.broadcast(tensor.view(-1).view(torch.uint8), SENDER)
-
-
 class PackedMethod(MethodRun):
-    """Packed broadcasts on the original's wire: ours, borrowed, or the original's algorithm.
+    """Packed broadcasts on the original's wire, by packcast (`compat`) or the original's algorithm.
 
-    From resident weights or from files; tensors are dropped, kept, or kept and then saved.
-    Dropped tensors are checked by a second pass of the same kind, which is not timed.
+    Resident weights, or tensors that the sender loads from its files one by one. The workers drop
+    them, keep them, or keep and then save them. Dropped tensors are checked by a second pass, which
+    is not timed.
     """
 
-    def __init__(self, job: Job, write_folder: Path) -> None:
-        super().__init__(job)
-        self._write_folder = write_folder
-        self._kept: Pairs = []
-
     def prepare(self) -> None:
-        job, case = self.job, self.job.case
-        job.data.check_specs()
+        case = self.case
+        self._kept: Pairs = []
+        self.resources.callback(self._kept.clear)
+        self.data.check_specs()
         if case.method == "original":
-            check_original_can(job.data.specs, case.buffer_size)
-        largest = max((spec.nbytes for spec in job.data.specs), default=0)
-        total = sum(spec.nbytes for spec in job.data.specs)
-        # Each buffer is exceeded by up to a tensor, and made anew while the last one is in use.
+            check_original_can(self.data.specs, case.buffer_size)
+        largest = max((spec.nbytes for spec in self.data.specs), default=0)
+        total = sum(spec.nbytes for spec in self.data.specs)
+        # A buffer exceeds its size by up to a tensor, and the next one is made while it is in use.
         buffers = min(2 * total, (case.num_buffers + 1) * (case.buffer_size + largest))
-        check_room(job, buffers + (total if case.sink in ("land", "write") else 0))
-        if job.ranks.is_sender and case.source == "file":
-            job.data.opened()  # or the others would wait for tensors that never come
-            if job.cold:
-                evict(job.data.paths())
+        self.check_room(buffers + (total if case.sink in ("land", "write") else 0))
+        if self.ranks.is_sender and case.source == "file":
+            self.data.opened()  # a failure later would leave the others waiting
+            if self.cold:
+                evict(self.data.paths())
 
     def warm(self) -> None:
-        """A first pass, as all methods from device to device have; memory is there afterwards.
-
-        Ours has another one, which is counted: to time each stage would slow the run down.
-        """
-        if self.job.case.source != "resident":
+        """A first pass, so that memory is allocated; for `compat` another one, which is counted:
+        timing each stage would slow the measured run down."""
+        if self.case.source != "resident":
             return
         self._move(keep=False)
-        if self.job.case.method == "compat":
+        if self.case.method == "compat":
             with counting(self.counters):
                 self._move(keep=False)
 
     def run(self) -> None:
-        self._move(keep=self.job.case.sink != "discard")
-        if self.job.case.sink == "write" and not self.job.ranks.is_sender:
+        self._move(keep=self.case.sink != "discard")
+        if self.case.sink == "write" and not self.ranks.is_sender:
             self._save()
 
     def check(self) -> int:
-        job = self.job
-        if job.case.sink == "discard":
-            sums = self._move(keep=False, weigh=True)
-        elif job.case.sink == "write":
-            sums = [] if job.ranks.is_sender else sums_of(self._saved())
-        else:
+        sums: list[int] = []
+        if self.case.sink == "discard":
+            sums = self._move(keep=False, add_up=True)
+        if self.ranks.is_sender:
+            return 0
+        if self.case.sink == "write":
+            sums = sums_of(self._saved())
+        elif self.case.sink == "land":
             sums = sums_of(tensor for _, tensor in self._kept)
-        return 0 if job.ranks.is_sender else wrong_tensors(sums, job.data.sums[job.case.source])
+        return wrong_tensors(sums, self.data.sums[self.case.source])
 
-    def close(self) -> None:
-        self._kept = []
-        if self.job.case.sink == "write":
-            shutil.rmtree(self._write_folder, ignore_errors=True)
-
-    def _move(self, *, keep: bool, weigh: bool = False) -> list[int]:
-        job, case, ranks = self.job, self.job.case, self.job.ranks
+    def _move(self, *, keep: bool, add_up: bool = False) -> list[int]:
+        """Send or receive all tensors; returns their sums if wanted."""
+        case, ranks = self.case, self.ranks
         sums: list[int] = []
 
         def take(pairs: Pairs) -> None:
             if keep:
                 self._kept += pairs
-            if weigh:
+            if add_up:
                 sums.extend(sums_of(tensor for _, tensor in pairs))
 
-        def value(pair: tuple[str, torch.Tensor]) -> torch.Tensor:
+        def tensor_of(pair: tuple[str, torch.Tensor]) -> torch.Tensor:
             return pair[1]
 
         sizes = (case.buffer_size, case.num_buffers)
-        described = ((spec.name, (spec.shape, spec.dtype)) for spec in job.data.specs)
+        described = ((spec.name, (spec.shape, spec.dtype)) for spec in self.data.specs)
+        tensors = iter(self.data.resident.items())
+        if case.source == "file" and ranks.is_sender:
+            tensors = self.data.tensors(ranks.device)
         if case.method == "compat" and ranks.is_sender:
-            packed_broadcast_producer(self._sent(), ranks, SENDER, value, *sizes)
+            packed_broadcast_producer(tensors, ranks, SENDER, tensor_of, *sizes)
         elif case.method == "compat":
             packed_broadcast_consumer(described, ranks, SENDER, take, *sizes, borrow=not keep)
         elif ranks.is_sender:
-            original_producer(self._sent(), ranks, SENDER, value, *sizes, ranks.device)
+            original_producer(tensors, ranks, SENDER, tensor_of, *sizes, ranks.device)
         else:
             original_consumer(described, ranks, SENDER, take, *sizes, ranks.device)
-        # The original leaves its last buffers in flight.
-        ranks.synchronize()
+        ranks.synchronize()  # the original leaves its last buffers in flight
         return sums
 
-    def _sent(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self.job.case.source == "file":
-            return self.job.data.tensors(self.job.ranks.device)
-        return iter(self.job.data.resident.items())
-
     def _save(self) -> None:
-        """As the original's users save what they have kept: shard by shard."""
-        tensors = dict(self._kept)
+        """Save the kept tensors shard by shard, as the original's users do."""
+        folder, tensors = self.write_folder, dict(self._kept)
+        self.resources.callback(shutil.rmtree, folder, ignore_errors=True)
         try:
-            self._write_folder.mkdir(parents=True)
+            folder.mkdir(parents=True)
             for path, names in self._shards():
                 save_file({name: tensors[name] for name in names}, path)
-        except Exception as error:  # safetensors has its own, OSError and others beside
+        except Exception as error:  # safetensors has errors of its own
             raise RunFailed(f"save_file: {error}") from error
 
     def _saved(self) -> Iterator[torch.Tensor]:
@@ -202,58 +123,48 @@ class PackedMethod(MethodRun):
                 for name in names:
                     yield shard.get_tensor(name)
 
-    def _shards(self) -> list[tuple[Path, list[str]]]:
-        return [
-            (
-                self._write_folder / spec.name.replace("/", "_"),
-                [tensor.name for tensor in spec.header.tensors],
-            )
-            for spec in self.job.data.offered().files
-            if spec.header
-        ]
+    def _shards(self) -> Iterator[tuple[Path, Sequence[str]]]:
+        for spec in self.data.offered().files:
+            if spec.header:
+                name = spec.name.replace("/", "_")
+                yield self.write_folder / name, spec.header.tensors.names
 
 
 class LoadFileMethod(MethodRun):
-    """Every rank loads the files itself, by safetensors' own `load_file`."""
-
-    _loaded: dict[str, torch.Tensor]
+    """Every rank loads the files itself, with safetensors' `load_file`."""
 
     def prepare(self) -> None:
-        self._loaded = {}
-        self.job.data.check_specs()
-        self.job.data.opened()
-        if self.job.cold:
-            evict(self.job.data.paths())
+        self._loaded: dict[str, torch.Tensor] = {}
+        self.resources.callback(self._loaded.clear)
+        self.data.check_specs()
+        self.data.opened()
+        if self.cold:
+            evict(self.data.paths())
 
     def run(self) -> None:
-        device = self.job.ranks.device
+        device = self.ranks.device
         try:
-            for file in self.job.data.opened().files:
-                if file.header is None:
-                    continue
-                for name, tensor in load_file(file.path, device=str(device)).items():
-                    # On a CPU it maps the file, and reads nothing until somebody looks.
+            for shard in self.data.opened().shards:
+                for name, tensor in load_file(shard.path, device=str(device)).items():
+                    # On a CPU the file is mapped, and is read only when it is used.
                     self._loaded[name] = _copy_of(tensor) if device.type == "cpu" else tensor
         except Exception as error:
             raise RunFailed(f"load_file: {error}") from error
 
     def check(self) -> int:
-        found = sums_of(self._loaded[spec.name] for spec in self.job.data.specs)
-        return wrong_tensors(found, self.job.data.sums["file"])
-
-    def close(self) -> None:
-        self._loaded = {}
+        sums = sums_of(self._loaded[spec.name] for spec in self.data.specs)
+        return wrong_tensors(sums, self.data.sums["file"])
 
 
 def _copy_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Byte for byte: a clone would tidy up booleans that are neither 0 nor 1."""
+    """Byte for byte: a clone changes booleans that are neither 0 nor 1."""
     return from_bytes(as_bytes("", tensor, tensor.device).clone(), tensor.shape, tensor.dtype)
 
 
 def check_original_can(specs: Sequence[TensorSpec], buffer_size: int) -> None:
-    """Raise PackcastError where the original's algorithm breaks on these tensors.
+    """Raise PackcastError if the original's algorithm fails on these tensors.
 
-    It does so on one end, in mid stream, and leaves the other one waiting: so it is foretold.
+    It fails on one rank in the middle of a run, and leaves the others waiting.
     """
     offset = 0
     for spec in specs:

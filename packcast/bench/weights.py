@@ -1,6 +1,6 @@
-"""Weights made for a bench: which tensors, in which shards, and random bytes for them on disk.
+"""Generated weights: which tensors, in which shards, and random bytes for them on disk.
 
-Pure layouts first, then files. The bytes follow from a seed, so every host makes the same files.
+The bytes follow from a seed, so every host makes the same files.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from packcast.packed.ring import host_view
 from packcast.units import KIB, MIB, format_size
 
 NUM_SHARDS = 8
-# Beyond that nothing new is learnt, and every baseline takes minutes.
-MAX_TINY_TENSORS = 40_000
+MAX_TINY_TENSORS = 40_000  # with more the baselines take minutes
 
 _ELEMENT_NBYTES = 2  # all are bf16
 _PATTERN_NBYTES = 4 * MIB
@@ -37,7 +36,7 @@ _NUM_WRITERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One bf16 tensor to be made."""
+    """One bf16 tensor to generate."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,9 +45,13 @@ class Weight:
     def nbytes(self) -> int:
         return math.prod(self.shape) * _ELEMENT_NBYTES
 
+    @property
+    def spec(self) -> TensorSpec:
+        return TensorSpec(self.name, self.shape, torch.bfloat16)
+
 
 def make_layout(kind: ShapeKind, nbytes: int) -> tuple[Weight, ...]:
-    """The tensors of about `nbytes` in all, in order; `tiny` stops at 40,000 of them."""
+    """Tensors of about `nbytes` together, in order; at most 40,000 of `tiny`."""
     if kind == "dense":
         return tuple(_dense(nbytes))
     if kind == "moe":
@@ -57,7 +60,7 @@ def make_layout(kind: ShapeKind, nbytes: int) -> tuple[Weight, ...]:
 
 
 def in_shards(weights: Sequence[Weight]) -> list[list[Weight]]:
-    """The same, cut into shards of about equal size."""
+    """The weights split into shards of about equal size."""
     total = sum(weight.nbytes for weight in weights)
     shards: list[list[Weight]] = [[] for _ in range(min(NUM_SHARDS, len(weights)))]
     before = 0
@@ -70,10 +73,9 @@ def in_shards(weights: Sequence[Weight]) -> list[list[Weight]]:
 def write_weights(
     folder: Path, weights: Sequence[Weight], written: Callable[[int], object]
 ) -> None:
-    """Write shards and index into `folder`, an empty one; every 1 MiB of them is different.
+    """Write shards and index into `folder`, an empty one; no two blocks of 1 MiB are equal.
 
-    On disk when this returns. `written(nbytes)` is called now and then, from threads. Raises
-    OSError for what the file system says.
+    Durable when this returns. Threads call `written(nbytes)` as they write. Raises OSError.
     """
     shards = in_shards(weights)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -111,19 +113,19 @@ def _write_shard(
     text += b" " * (-(len(text) + 8) % PAGE)  # as torch and others map files: aligned data
     piece = torch.empty_like(pattern)
     view = host_view(piece.view(torch.uint8))
-    with path.open("xb", buffering=0) as file:
+    with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for begin in range(0, at, _PATTERN_NBYTES):
             torch.bitwise_xor(pattern, words.getrandbits(62), out=piece)
-            rest = view[: min(_PATTERN_NBYTES, at - begin)]
-            while rest:
-                rest = rest[file.write(rest) :]
-            written(min(_PATTERN_NBYTES, at - begin))
+            nbytes = min(_PATTERN_NBYTES, at - begin)
+            file.write(view[:nbytes])
+            written(nbytes)
+        file.flush()
         os.fsync(file.fileno())
 
 
 def _dense(nbytes: int) -> Iterator[Weight]:
-    """Llama-like: as wide as leaves room for eight layers, then as many layers as fit."""
+    """Like Llama: as wide as eight layers allow, then as many layers as fit."""
     hidden = 4096
     while hidden > 32 and 336 * hidden**2 > nbytes:  # eight layers and both embeddings, in bytes
         hidden //= 2
@@ -148,13 +150,13 @@ def _dense(nbytes: int) -> Iterator[Weight]:
         for name, shape in layer:
             yield Weight(f"model.layers.{i}.{name}.weight", shape)
     yield Weight("model.norm.weight", (hidden,))
-    # The last matrix takes what is left, so that the size is the one that was asked for.
+    # The last matrix takes the remaining bytes, so that the total is as requested.
     rows = max(1, (rest - num_layers * layer_nbytes) // row_nbytes)
     yield Weight("lm_head.weight", (rows, hidden))
 
 
 def _moe() -> Iterator[Weight]:
-    """Thirty-two experts of three matrices a layer, 3 MiB each, beside a small attention."""
+    """Layers of a small attention and 32 experts with three matrices of 3 MiB each."""
     for i in itertools.count():
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             yield Weight(f"model.layers.{i}.self_attn.{name}.weight", (256, 2048))
@@ -169,42 +171,30 @@ def _tiny() -> Iterator[Weight]:
 
 
 def _until(weights: Iterator[Weight], nbytes: int) -> Iterator[Weight]:
-    """As many as fit into `nbytes`, but at least one of them."""
-    first = next(weights)
-    yield first
-    left = nbytes - first.nbytes
+    """As many as fit into `nbytes`, but at least one."""
+    total = 0
     for weight in weights:
-        left -= weight.nbytes
-        if left < 0:
+        if total and total + weight.nbytes > nbytes:
             return
+        total += weight.nbytes
         yield weight
 
 
-def check_space(
-    weights: Sequence[Weight],
-    directory: Path,
-    write_directory: Path,
-    *,
-    is_written: bool,
-    copies: int,
-) -> None:
-    """Raise DestinationError unless there is room for the files, if they are written on this host,
-    and for as many copies of them."""
+def check_space(weights: Sequence[Weight], copies: Sequence[tuple[Path, int]]) -> None:
+    """Raise DestinationError unless each folder has room for as many copies of the weights' files.
+
+    Folders on the same file system are added up.
+    """
     headers_and_index = 300 * len(weights) + 2 * PAGE * NUM_SHARDS
     each = align_up(sum(weight.nbytes for weight in weights) + headers_and_index, MIB)
     needed: dict[int, tuple[Path, int]] = {}
-    for folder, count in ((directory, int(is_written)), (write_directory, copies)):
+    for folder, count in copies:
         device = os.stat(folder).st_dev
-        path, nbytes = needed.get(device, (folder, 0))
-        needed[device] = path, nbytes + count * each
+        first, nbytes = needed.get(device, (folder, 0))
+        needed[device] = first, nbytes + count * each
     for path, nbytes in needed.values():
         room = os.statvfs(path)
         free = room.f_bavail * room.f_frsize
         if nbytes > free:
             text = f"{path}: {format_size(nbytes)} needed, {format_size(free)} free"
-            raise DestinationError(text, hint="choose a smaller --size, or other places with --dir")
-
-
-def specs_of(weights: Sequence[Weight]) -> tuple[TensorSpec, ...]:
-    """What the weights are as tensors."""
-    return tuple(TensorSpec(w.name, w.shape, torch.bfloat16) for w in weights)
+            raise DestinationError(text, hint="choose a smaller --size, or another --dir")

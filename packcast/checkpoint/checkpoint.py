@@ -1,7 +1,7 @@
-"""A path becomes a Checkpoint: which files belong, under which names, where their bytes are.
+"""Opens a checkpoint: which files it has, under which names, where their bytes are.
 
-Judges what `walk` found by the rules of Hugging Face directories; reads headers and indexes, never
-a tensor's bytes, and knows nothing of where the files will go.
+Applies the rules of Hugging Face directories to what `walk` lists. Reads headers and indexes, never
+a tensor's bytes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from packcast.checkpoint.cachefolder import refuse_cache_folder
 from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.hub import hint_for_missing
 from packcast.checkpoint.index import Index, is_index, read_index
 from packcast.checkpoint.names import clashes_of, name_fault
-from packcast.checkpoint.other_formats import what_folder_is
-from packcast.checkpoint.reading import (
-    shown,
-    shown_name,
-    unreadable,
-)
+from packcast.checkpoint.not_a_checkpoint import refuse_cache_folder, what_folder_is
+from packcast.checkpoint.reading import os_errors, shown, shown_name, some, unreadable
 from packcast.checkpoint.roles import (
     INCOMPLETE,
     SENT_ANYWAY,
@@ -32,18 +27,17 @@ from packcast.checkpoint.roles import (
     fitting,
     role_warnings,
     roles_of,
-    some,
 )
-from packcast.checkpoint.sourcefile import SourceFile, open_plain, open_shard
+from packcast.checkpoint.sourcefile import SourceFile, open_source
 from packcast.checkpoint.walk import ALL_MAY, Entry, Kind, leaves_out, outside, walk
 from packcast.errors import CheckpointError, PackcastError, UsageError
 
-MAX_INDEXES = 100  # each is held against every shard
+MAX_INDEXES = 100  # each is compared with every shard
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is on disk: `path` as it was given, the files that belong, by name, and warnings."""
+    """A checkpoint on disk: `path` as given, its files by name, and warnings."""
 
     path: Path
     files: tuple[SourceFile, ...]
@@ -84,12 +78,12 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint at `path`: one safetensors file, or a directory of shards.
 
-    Without `sidecars` only shards and their indexes belong. With `all_files` every `.safetensors`
-    file does, whatever an index beside it says, and an index need not fit. `exclude_files` are
-    globs over logical names, as `fnmatch.fnmatchcase` reads them; what lies in a folder that one
-    matches is left out too. `path` may be a symlink; one in the directory is followed where it ends
-    in the directory or in the blobs of a Hugging Face cache, and with `follow_links` everywhere.
-    Raises CheckpointError, and UsageError where nothing is left.
+    Without `sidecars` it has only shards and their indexes. With `all_files` it has every
+    `.safetensors` file, whatever an index says, and an index need not fit. `exclude_files` are
+    globs over logical names of files and folders, as in `fnmatch.fnmatchcase`. `path` may be a
+    symlink; links in the directory are followed within it and to the blobs of a Hugging Face
+    cache, and with `follow_links` everywhere. Raises CheckpointError, and UsageError where nothing
+    is left.
     """
     mode = mode_of(path)
     if stat.S_ISDIR(mode):
@@ -109,8 +103,13 @@ def open_checkpoint(
     _check_name(path.name)
     if any(leaves_out(glob, path.name) for glob in exclude_files):
         raise UsageError(f"--exclude-files leaves out {path.name}, the only file")
-    real = _resolved(path.name, path)
-    files = (open_shard(path.name, real, _folder_mode(real.parent), HeaderLimits()),)
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks, before 3.13
+        raise CheckpointError(f"{path.name}: the target of its symlinks does not exist") from error
+    with os_errors(str(real.parent)):
+        folder_mode = os.stat(real.parent).st_mode & ALL_MAY
+    files = (open_source(path.name, real, folder_mode, HeaderLimits()),)
     return Checkpoint(path, files, tuple(_clamped_times(files)))
 
 
@@ -137,42 +136,38 @@ def _open_directory(
         refuse_cache_folder(path)
     entries, warnings = walk(path, exclude_files, follow_links=follow_links)
     of_kind = {kind: [entry for entry in entries if entry.kind is kind] for kind in Kind}
-    indexes, more = _read_indexes(of_kind[Kind.INDEX], all_files=all_files)
-    warnings += more
     open_named = _opener(of_kind[Kind.SHARD])
-    indexes, more = fitting(
-        indexes,
+    indexes = fitting(
+        _read_indexes(of_kind[Kind.INDEX], warnings, all_files=all_files),
         {entry.name for entry in of_kind[Kind.SHARD] if entry.found},
         lambda name: open_named(name)[1],
+        warnings,
         all_files=all_files,
         exclude_files=exclude_files,
     )
-    warnings += more
     chosen, left = chosen_of(of_kind[Kind.SHARD], [] if all_files else indexes)
     if not chosen:
         raise _nothing_here(path, left, of_kind[Kind.OTHER_WEIGHTS], exclude_files)
     for entry in left:
         name = shown_name(entry.name)
         warnings.append(f"{name}: not in the index beside it: left out (--all-files takes it)")
-    shards, more = _judged([open_named(entry.name)[0] for entry in chosen], indexes)
-    warnings += more
-    replaced = {index.name for index in indexes if index.is_stood_in_for}
+    shards = _with_roles([open_named(entry.name)[0] for entry in chosen], indexes, warnings)
+    replaced = {index.name for index in indexes if index.is_replaced}
     ruling = [_plain(entry) for entry in of_kind[Kind.INDEX] if entry.name not in replaced]
     others: list[SourceFile] = []
     if sidecars:
-        others, more = _sidecars(of_kind[Kind.SIDECAR])
-        warnings += more
+        others = _sidecars(of_kind[Kind.SIDECAR], warnings)
         if of_kind[Kind.OTHER_WEIGHTS]:
             names = some(shown_name(entry.name) for entry in of_kind[Kind.OTHER_WEIGHTS])
             warnings.append(f"weights in other formats are left out: {names}")
-    files, more = _beside_each_other([*shards, *ruling], others)
-    return Checkpoint(path, files, (*warnings, *more, *_clamped_times(files)))
+    files = _without_clashes([*shards, *ruling], others, warnings)
+    return Checkpoint(path, files, (*warnings, *_clamped_times(files)))
 
 
-def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[Index], list[str]]:
+def _read_indexes(entries: Sequence[Entry], warnings: list[str], *, all_files: bool) -> list[Index]:
     if len(entries) > MAX_INDEXES:
         raise CheckpointError(f"{len(entries)} indexes, more than {MAX_INDEXES}")
-    indexes, warnings = [], []
+    indexes = []
     for entry in entries:
         try:
             index = read_index(_checked(entry), entry.name)
@@ -184,18 +179,18 @@ def _read_indexes(entries: Sequence[Entry], *, all_files: bool) -> tuple[list[In
         else:
             indexes.append(index)
             warnings += index.warnings
-    return indexes, warnings
+    return indexes
 
 
 def _opener(entries: Sequence[Entry]) -> Callable[[str], tuple[SourceFile, frozenset[str]]]:
-    """A function from a shard's name to the shard and its tensors' names; opens each once."""
+    """A function that returns a shard and its tensors' names; opens each shard once."""
     by_name = {entry.name: entry for entry in entries}
     limits = HeaderLimits()
 
     @cache
     def open_named(name: str) -> tuple[SourceFile, frozenset[str]]:
         entry = by_name[name]
-        file = open_shard(name, _checked(entry), entry.folder_mode, limits)
+        file = open_source(name, _checked(entry), entry.folder_mode, limits)
         return file, frozenset(file.header.tensors.names if file.header else ())
 
     return open_named
@@ -220,23 +215,23 @@ def _nothing_here(
     return CheckpointError(f"{path}: no .safetensors file in this directory: {what}", hint=hint)
 
 
-def _judged(
-    shards: Sequence[SourceFile], indexes: Sequence[Index]
-) -> tuple[list[SourceFile], list[str]]:
-    """The shards, each with what the indexes say of its tensors, and warnings."""
+def _with_roles(
+    shards: Sequence[SourceFile], indexes: Sequence[Index], warnings: list[str]
+) -> list[SourceFile]:
+    """The shards with the tensors that the indexes declare invalid."""
     headers = {file.name: file.header for file in shards if file.header}
     roles = roles_of(headers, indexes)
-    judged = [
+    warnings += role_warnings(headers, indexes, roles)
+    return [
         replace(file, elsewhere=roles[file.name].elsewhere, unlisted=roles[file.name].unlisted)
         if file.name in roles
         else file
         for file in shards
     ]
-    return judged, role_warnings(headers, indexes, roles)
 
 
-def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
-    files, warnings = [], []
+def _sidecars(entries: Sequence[Entry], warnings: list[str]) -> list[SourceFile]:
+    files = []
     for entry in entries:
         fault = name_fault(entry.name)
         if fault:
@@ -247,13 +242,13 @@ def _sidecars(entries: Sequence[Entry]) -> tuple[list[SourceFile], list[str]]:
             warnings.append(outside(entry.name, "left out"))
         else:
             files.append(_plain(entry))
-    return files, warnings
+    return files
 
 
-def _beside_each_other(
-    needed: Sequence[SourceFile], others: Sequence[SourceFile]
-) -> tuple[tuple[SourceFile, ...], list[str]]:
-    """All files by name; a sidecar that clashes with another file is left with a warning."""
+def _without_clashes(
+    needed: Sequence[SourceFile], others: Sequence[SourceFile], warnings: list[str]
+) -> tuple[SourceFile, ...]:
+    """All files by name; a sidecar that clashes with another file is left out with a warning."""
     by_name = {file.name: file for file in (*needed, *others)}
     optional = {file.name for file in others}
     left: dict[str, list[str]] = {}
@@ -265,12 +260,12 @@ def _beside_each_other(
             )
         left.setdefault(kept, []).append(out)
         del by_name[out]
-    warnings = [
+    warnings += [
         f"{some(names)}: not every file system can hold {'it' if len(names) == 1 else 'them'}"
         f" beside {kept}: left out"
         for kept, names in left.items()
     ]
-    return tuple(by_name[name] for name in sorted(by_name)), warnings
+    return tuple(by_name[name] for name in sorted(by_name))
 
 
 def _clamped_times(files: Sequence[SourceFile]) -> list[str]:
@@ -287,7 +282,7 @@ def _clamped_times(files: Sequence[SourceFile]) -> list[str]:
 
 
 def _checked(entry: Entry) -> Path:
-    """The path of a file that has to be there and to have a name that can travel."""
+    """The path of a file that must exist and have a valid name."""
     _check_name(entry.name)
     if entry.found is None:
         raise CheckpointError(
@@ -305,7 +300,7 @@ def _checked(entry: Entry) -> Path:
 def _target_of(link: Path) -> str:
     try:
         return os.readlink(link)
-    except OSError:  # it is a folder above that leads nowhere, or it has changed
+    except OSError:  # a folder above it is the dangling link, or it has changed
         return str(link)
 
 
@@ -318,18 +313,4 @@ def _check_name(name: str) -> None:
 
 
 def _plain(entry: Entry) -> SourceFile:
-    return open_plain(entry.name, _checked(entry), entry.folder_mode)
-
-
-def _folder_mode(folder: Path) -> int:
-    try:
-        return os.stat(folder).st_mode & ALL_MAY
-    except OSError as error:
-        raise unreadable(str(folder), error) from error
-
-
-def _resolved(name: str, path: Path) -> Path:
-    try:
-        return path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symlinks, before 3.13
-        raise CheckpointError(f"{name}: the target of its symlinks does not exist") from error
+    return open_source(entry.name, _checked(entry), entry.folder_mode)

@@ -1,8 +1,8 @@
-"""The JSON of a header becomes columns, in one of two ways that accept the same.
+"""Parses the JSON of a header into columns, in one of two ways with the same result.
 
-`usual` takes what safetensors itself and `json.dumps` write, a few bytes of memory and less than
-two microseconds for each tensor. All else is for `strict`, which parses any JSON, takes ten times
-as much of both, and says what is wrong; so what it may be given is bounded more tightly.
+`usual` parses what safetensors and `json.dumps` write, with a few bytes of memory and less than two
+microseconds for each tensor. `strict` parses any JSON and reports errors, but needs ten times as
+much of both, so its limits are tighter.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Found = tuple[Columns, dict[str, str]]
 
 
 class _Shapes(dict[tuple[bytes, bytes], tuple[tuple[int, ...], int | None]]):
-    """By dtype and shape as they are written: the sizes, and the bytes; shapes occur often."""
+    """A cache by dtype and shape as written: the sizes, and the bytes."""
 
     def __missing__(self, key: tuple[bytes, bytes]) -> tuple[tuple[int, ...], int | None]:
         if len(self) >= _MAX_SHAPES:
@@ -49,10 +49,10 @@ class _Shapes(dict[tuple[bytes, bytes], tuple[tuple[int, ...], int | None]]):
 
 
 def usual(json_bytes: bytes, limits: HeaderLimits, where: str) -> Found | None:
-    """The tensors and the metadata of a header that is written as usual; else None.
+    """The tensors and the metadata of a header in the usual form; else None.
 
-    A header is cut between two entries, and an entry is a JSON member by itself; so if all that is
-    between them are commas, the whole is a JSON object of exactly these members.
+    The header is cut between entries, each of which is a JSON member; if there are only commas
+    between them, the header is a JSON object of exactly these members.
     """
     first, end = json_bytes.find(b'{"'), json_bytes.rfind(b"}")
     if first < 0 or (json_bytes[:first] + json_bytes[end + 1 :]).strip(_SPACE):
@@ -84,12 +84,12 @@ def usual(json_bytes: bytes, limits: HeaderLimits, where: str) -> Found | None:
 
 
 def _columns_of(parts: list[bytes]) -> list[list[bytes]]:
-    """What `split` found: what lies between the entries, and their five fields."""
+    """The result of `split`: the text between the entries, and their five fields."""
     return [parts[i::6] for i in range(6)]
 
 
 def _object(data: bytes, where: str) -> dict[str, object] | None:
-    """One object with the metadata alone; None where it is something else, or not valid."""
+    """A JSON object of the metadata alone; None if it is invalid or something else."""
     try:
         content = strict_json(data, where)
     except CheckpointError:
@@ -98,7 +98,7 @@ def _object(data: bytes, where: str) -> dict[str, object] | None:
 
 
 def _add(columns: Columns, shapes: _Shapes, fields: list[list[bytes]]) -> bool:
-    """Add entries to the columns; False where one is not valid."""
+    """Add entries to the columns; False if one is invalid."""
     names, dtypes, sizes, begins, ends = fields
     if not names:
         return False
@@ -123,7 +123,7 @@ _DTYPES = {dtype.encode(): dtype for dtype in DTYPE_BITS}
 
 
 def strict(json_bytes: bytes, where: str) -> Found:
-    """The same of any header; raises CheckpointError, which names the tensor."""
+    """The tensors and the metadata of any header; raises CheckpointError, naming the tensor."""
     content = strict_json(json_bytes, f"{where}: header")
     if not isinstance(content, dict):
         raise CheckpointError(f"{where}: header is not a JSON object")

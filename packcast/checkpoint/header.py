@@ -1,7 +1,6 @@
-"""The header of a safetensors file: read, bounded, parsed, and every rule of the format.
+"""Reads and checks the header of a safetensors file by every rule of the format.
 
-Works on bytes that may be hostile (a receiver parses what it was sent); knows nothing of
-directories, indexes or other files.
+The bytes may be hostile: receivers parse headers too. Knows no directories, indexes or other files.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ _AGAIN = "copy or download it again"
 class Header:
     """A valid header: its tensors cover the data part without holes or overlap.
 
-    `tensors` are in the file's order (begin, end, name), so an empty tensor comes before the one
-    that begins at the same byte. `json_bytes` are as in the file, without the 8 length bytes.
+    `tensors` are ordered by begin, end, name, so an empty tensor comes before the one that begins
+    at the same byte. `json_bytes` are as in the file, without the 8 length bytes.
     """
 
     tensors: Tensors
@@ -43,7 +42,7 @@ class Header:
 
 
 def read_header(path: Path, where: str | None = None) -> Header:
-    """Reads and checks the header of the file at `path`; `where` names it in messages.
+    """The header of the file at `path`; `where` names it in messages.
 
     Raises CheckpointError, also where the file cannot be read or is no regular file.
     """
@@ -53,7 +52,7 @@ def read_header(path: Path, where: str | None = None) -> Header:
 
 
 def header_of(fd: int, file_nbytes: int, where: str, limits: HeaderLimits) -> Header:
-    """The same of an open file."""
+    """The header of an open file."""
     head = read_exactly(fd, min(file_nbytes, 64), 0, where)
     nbytes = _header_nbytes(head, file_nbytes, where)
     limits.check_bytes(nbytes, where)
@@ -92,11 +91,10 @@ def _check_room(header_nbytes: int, file_nbytes: int, where: str) -> None:
 def parse_header(
     json_bytes: bytes, file_nbytes: int, where: str, limits: HeaderLimits | None = None
 ) -> Header:
-    """Checks a header (without its 8 length bytes) of a file of `file_nbytes` bytes.
+    """Parse a header (without its 8 length bytes) of a file of `file_nbytes` bytes.
 
     `limits` are shared by all shards of a checkpoint. Raises CheckpointError, and nothing else,
-    naming `where` and the tensor. Where it differs from safetensors 0.8 is written down in
-    `tests/checkpoint/fuzz.py`.
+    naming `where` and the tensor. `tests/checkpoint/fuzz.py` lists differences to safetensors 0.8.
     """
     limits = limits or HeaderLimits()
     _check_room(len(json_bytes), file_nbytes, where)

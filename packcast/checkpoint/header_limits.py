@@ -1,8 +1,7 @@
-"""How much the headers of a checkpoint may hold, all together: bounds, and what is left of them.
+"""Limits for the headers of a checkpoint together, since a header may be hostile.
 
-A header costs its reader time and memory before there is any reason to trust it. At these bounds
-it is 2 s and 200 MB, on either end of a transfer, whatever is in it. The largest checkpoints known
-have 91,000 tensors (12 MB of headers), and 207,000 where each weight is packed with two others.
+At these limits parsing takes 2 s and 200 MB, on either end of a transfer. The largest checkpoints
+known have 91,000 tensors (12 MB of headers), and 207,000 where each weight has two others beside.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from packcast.errors import CheckpointError
 MAX_HEADERS_NBYTES = 48 << 20
 MAX_TENSORS = 400_000
 MAX_SIZES = 5 * MAX_TENSORS  # in all shapes
-# Of headers that are not written as usual, see `entries`: the JSON in UTF-8, and the commas, colons
-# and opening brackets in it, of which every value but the first needs one.
+# For headers in unusual JSON, see `entries`: bytes, and commas, colons and opening brackets, of
+# which every value but the first needs one.
 MAX_STRICT_NBYTES = 16 << 20
 MAX_STRICT_MARKS = 1_200_000
 
@@ -25,7 +24,7 @@ _IN_PARTS = "send it in parts: --exclude-files leaves shards out"
 
 @dataclass(slots=True)
 class HeaderLimits:
-    """What the shards of one checkpoint that are still to be parsed may have."""
+    """What remains for the shards of one checkpoint that are still to be parsed."""
 
     nbytes: int = MAX_HEADERS_NBYTES
     num_tensors: int = MAX_TENSORS
@@ -34,12 +33,12 @@ class HeaderLimits:
     strict_marks: int = MAX_STRICT_MARKS
 
     def check_bytes(self, nbytes: int, where: str) -> None:
-        """Before a header is read: raises CheckpointError where it is too long."""
+        """Before a header is read. This and the others raise CheckpointError."""
         if nbytes > self.nbytes:
             raise _too_much(where, f"{MAX_HEADERS_NBYTES:,} bytes of headers")
 
     def check_tensors(self, num_tensors: int, where: str) -> None:
-        """Before they are parsed, as far as they can be counted."""
+        """Before they are parsed, with a lower bound of their number."""
         if num_tensors > self.num_tensors:
             raise _too_much(where, f"{MAX_TENSORS:,} tensors")
 
@@ -49,7 +48,7 @@ class HeaderLimits:
             raise _too_much(where, f"{MAX_SIZES:,} dimensions")
 
     def take_strict(self, data: bytes, where: str) -> None:
-        """Before bytes are parsed as any JSON."""
+        """Before `data` is parsed as any JSON."""
         num_marks = sum(map(data.count, (b",", b":", b"[", b"{")))
         if len(data) > self.strict_nbytes or num_marks > self.strict_marks:
             raise CheckpointError(
@@ -60,7 +59,7 @@ class HeaderLimits:
         self.strict_marks -= num_marks
 
     def take(self, nbytes: int, columns: Columns, where: str) -> None:
-        """A header of that length turned out to hold this."""
+        """After a header of `nbytes` has been parsed."""
         self.check_tensors(len(columns.names), where)
         self.check_sizes(len(columns.sizes), where)
         self.nbytes -= nbytes

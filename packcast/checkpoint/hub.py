@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from packcast.checkpoint.roles import some
+from packcast.checkpoint.reading import some
 from packcast.checkpoint.suggestions import hint_for_path, near_paths
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
@@ -22,26 +22,26 @@ _MAX_REF_NBYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """A model on the hub; without a revision it is `main`."""
+    """A model on the hub; the revision's default is `main`."""
 
     name: str
     revision: str | None
 
     @property
     def command(self) -> str:
-        """What brings it into the cache."""
+        """The command that downloads it."""
         more = f" --revision {self.revision}" if self.revision else ""
         return f"hf download {self.name}{more}"
 
 
 def model_of(text: str) -> HubModel | None:
-    """The model that the text names, if it could be one; whether there is such a path or not."""
+    """The model that the text could name, even if such a path exists."""
     found = _NAME.fullmatch(_PREFIX.sub("", text, count=1))
     return HubModel(found[1], found[2]) if found else None
 
 
 def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps what it downloads, by its own variables."""
+    """The cache of huggingface_hub, by its environment variables."""
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         if environ.get(name):
             return Path(environ[name]).expanduser()
@@ -53,7 +53,7 @@ def cache_folder(environ: Mapping[str, str]) -> Path:
 
 
 def snapshot_of(model: HubModel, environ: Mapping[str, str]) -> Path | None:
-    """Its folder in the cache, if the revision is there."""
+    """The model's folder in the cache, if it has the revision."""
     folder = _folder(model, environ)
     revision = model.revision or "main"
     try:
@@ -68,7 +68,7 @@ def snapshot_of(model: HubModel, environ: Mapping[str, str]) -> Path | None:
 
 
 def resolved(path: Path, environ: Mapping[str, str]) -> Path:
-    """The snapshot of the model that is named so; else the path as it is."""
+    """The cached snapshot of a model of that name; else the path itself."""
     if os.path.lexists(path):
         return path
     model = model_of(str(path))
@@ -76,7 +76,7 @@ def resolved(path: Path, environ: Mapping[str, str]) -> Path:
 
 
 def hint_for_missing(path: Path, environ: Mapping[str, str] = os.environ) -> str:
-    """What to do about a path that does not exist: a near name, or a model to download."""
+    """The hint for a path that does not exist: a similar name, or a model to download."""
     model = model_of(str(path))
     if model is None or near_paths(path):
         return hint_for_path(path)

@@ -29,23 +29,23 @@ _INDEX_NAME = re.compile(r".+\.safetensors\.index(\.[^./]+)?\.json")
 class Index:
     """`shard_of` maps a tensor's name to its shard's logical name; `content` is the whole JSON.
 
-    One that `is_stood_in_for` does not travel: its shards are another's.
+    An index that `is_replaced` is not sent: a file with all tensors replaces its shards.
     """
 
     name: str
     content: dict[str, object]
     shard_of: dict[str, str]
     warnings: tuple[str, ...] = ()
-    is_stood_in_for: bool = False
+    is_replaced: bool = False
 
 
 def is_index(name: str) -> bool:
-    """Whether a file of this logical name rules which shards of its folder belong."""
+    """Whether a file of this logical name is an index."""
     return _INDEX_NAME.fullmatch(posixpath.basename(name)) is not None
 
 
 def whole_file_of(name: str) -> str:
-    """The name that the file of all tensors has which lies beside this index, if one does."""
+    """The name of the file with all tensors that may be beside this index."""
     folder, base = posixpath.split(name)
     stem, _, variant = base.removesuffix(".json").rpartition(f"{SHARD_SUFFIX}.index")
     return posixpath.join(folder, stem + variant + SHARD_SUFFIX)
@@ -91,7 +91,7 @@ def _distinct(weight_map: dict[str, object], where: str) -> set[str]:
 
 
 def _shard_name(shard: str, folder: str, where: str) -> str:
-    """Where the shard lies: `./model.safetensors` is the file that everybody finds there."""
+    """The logical name of a shard, normalised: `./model.safetensors` is a valid entry."""
     written, shard = shard, posixpath.normpath(shard) if shard else shard
     fault = name_fault(shard)
     if fault:
@@ -102,7 +102,7 @@ def _shard_name(shard: str, folder: str, where: str) -> str:
 
 
 def rewritten(index: Index, kept: set[str], *, nbytes: int, num_elements: int) -> bytes:
-    """The index's JSON with only the `kept` tensors and the totals that go with them."""
+    """The index's JSON with the `kept` tensors only and their totals."""
     weight_map = index.content["weight_map"]
     metadata = index.content.get("metadata")
     assert isinstance(weight_map, dict)

@@ -1,12 +1,10 @@
-"""What lies beside a checkpoint's files and is not sent, each with the reason.
-
-For people who look before they send; a transfer does not ask.
-"""
+"""The files of a checkpoint directory that are not sent, each with the reason. For display only."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,10 +23,9 @@ class LeftOut:
 
 
 def left_out(
-    root: Path, sent: Collection[str], *, sidecars: bool = True, exclude_files: Sequence[str] = ()
+    root: Path, sent: AbstractSet[str], *, sidecars: bool = True, exclude_files: Sequence[str] = ()
 ) -> list[LeftOut]:
-    """Of a directory, what `sent` does not name; at most MAX_LISTED, and nothing of a file."""
-    names = set(sent)
+    """The files of a directory that `sent` does not name; at most MAX_LISTED."""
     found: list[LeftOut] = []
     for folder, folders, files in os.walk(root):
         prefix = "" if folder == str(root) else os.path.relpath(folder, root) + "/"
@@ -40,7 +37,7 @@ def left_out(
         found += [
             LeftOut(name, _of_file(name, sidecars=sidecars, exclude_files=exclude_files))
             for name in (prefix + file for file in sorted(files))
-            if name not in names
+            if name not in sent
         ]
         if len(found) >= MAX_LISTED:
             break

@@ -1,12 +1,8 @@
-"""Which logical names may travel: relative, printable, the same on every file system.
+"""The names that files may have on the wire: relative, printable, the same on every file system.
 
-A receiver may write to NTFS, exFAT or a network share, where some names that Linux takes are
-another file (`a:b` a hidden stream of `a`, `x.` the file `x`), a device (`CON`), or none at all. So
-they are refused everywhere, as the sender finds them and as a worker is told them. (`dev/null` is a
-file like any other, since a name is relative.)
-
-Pure functions over strings, used by the sender on what it found and by a receiver on what it was
-told; knows no files.
+On NTFS, exFAT or a network share some names that Linux allows are another file (`a:b` a hidden
+stream of `a`, `x.` the file `x`), a device (`CON`), or invalid. Sender and receivers refuse them
+everywhere. (`dev/null` is an ordinary file, since names are relative.) Pure functions over strings.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ _DEVICES = frozenset(
 
 
 def name_fault(name: str) -> str | None:
-    """Why a logical name is not allowed on the wire, as the end of a sentence; None if it is."""
+    """Why a logical name is not allowed, as the end of a sentence; None if it is."""
     if not name:
         return "is empty"
     try:
@@ -37,7 +33,7 @@ def name_fault(name: str) -> str | None:
         return "is not relative"
     if len(components) > MAX_DEPTH:
         return f"is more than {MAX_DEPTH} levels deep"
-    return next((fault for fault in map(_component_fault, components) if fault), None)
+    return next(filter(None, map(_component_fault, components)), None)
 
 
 def _component_fault(component: str) -> str | None:
@@ -66,15 +62,15 @@ def _component_fault(component: str) -> str | None:
 
 
 def clash_of(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two names that cannot both exist on every file system, in the order met; or None."""
+    """The first two names that cannot both exist on every file system, or None."""
     return next(clashes_of(names), None)
 
 
 def clashes_of(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Each name that cannot be where an earlier one is, as (earlier, name), in the order met.
+    """Each name that cannot exist beside an earlier one, as (earlier, name), in their order.
 
-    Two names clash when they are equal but for case, or when one would have to be a directory of
-    the other. With a name that clashes itself no later one does.
+    Two names clash when they differ in case only, or when one would be a directory of the other.
+    Later names are not compared with a name that clashes.
     """
     files: dict[str, str] = {}
     folders: dict[str, str] = {}  # each with the first name in it

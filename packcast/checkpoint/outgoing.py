@@ -1,6 +1,6 @@
-"""What will be sent: each file as a list of segments, verbatim or with a choice of tensors.
+"""The files to send: each as a list of segments, verbatim or with selected tensors.
 
-Pure but for reading an index that has to be rewritten; knows nothing of chunks, ranks or targets.
+Reads an index that has to be rewritten, no other file. Knows no chunks, ranks or targets.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from packcast.checkpoint.suggestions import hint_for_tensors
 from packcast.checkpoint.tensor_table import Tensor
 from packcast.errors import CheckpointError, UsageError
 
-# What an offer may hold: the outline of its files, as JSON, and the headers. A checkpoint of 163
-# shards has an outline of 30 KB, and every tensor's position twice would be 5 MB.
+# Limits of an offer: the outline of its files, as JSON, and the headers. The outline of 163 shards
+# has 30 KB; with every tensor's position twice it would have 5 MB.
 MAX_FILES = 10_000
 MAX_OUTLINE_NBYTES = 8 << 20
 MAX_OFFERED_NBYTES = MAX_OUTLINE_NBYTES + MAX_HEADERS_NBYTES
@@ -34,11 +34,11 @@ _IN_PARTS = "send it in parts: --exclude-files chooses"
 
 @dataclass(frozen=True, slots=True)
 class FileSpec:
-    """What an outgoing file will be: all that a receiver knows of it before its bytes come.
+    """The description of an outgoing file that receivers get before its bytes.
 
-    `mode` and `folder_mode` are permission bits, of the file and of all folders that it is in.
-    `elsewhere` and `unlisted` are positions in `header.tensors`: of tensors that the index assigns
-    to another shard, which are never received as tensors, and of those that it does not name.
+    `mode` and `folder_mode` are permission bits of the file and of its folders. `elsewhere` and
+    `unlisted` are positions in `header.tensors`: of tensors that the index assigns to another
+    shard, which are never received as tensors, and of those that it does not name.
     """
 
     name: str
@@ -52,14 +52,14 @@ class FileSpec:
 
     @property
     def tensors(self) -> tuple[tuple[int, Tensor], ...]:
-        """The tensors that a receiver of tensors may take, each with its position."""
+        """The tensors for receivers of tensors, each with its position."""
         tensors = self.header.tensors if self.header else ()
         return tuple((i, t) for i, t in enumerate(tensors) if i not in self.elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Bytes that are in no source file."""
+    """Bytes that are not in a source file."""
 
     data: bytes
 
@@ -82,7 +82,7 @@ Segment = Literal | SourceRun
 
 @dataclass(frozen=True, slots=True)
 class OutgoingFile:
-    """`segments` one after the other are the file; an empty file has none."""
+    """A file that consists of `segments`, one after the other."""
 
     spec: FileSpec
     segments: tuple[Segment, ...]
@@ -93,10 +93,10 @@ def outgoing_files(
 ) -> tuple[OutgoingFile, ...]:
     """The files to send, by name.
 
-    `include` and `exclude` are globs over tensor names, as `fnmatch.fnmatchcase` reads them; no
-    `include` means all. A shard that loses some tensors gets a new header, one that loses all is
-    dropped, one that keeps all goes verbatim; indexes follow. Raises UsageError where no tensor
-    is left, CheckpointError where an index can no longer be read or there are too many files.
+    `include` and `exclude` are globs over tensor names, as in `fnmatch.fnmatchcase`; no `include`
+    means all. A shard without some of its tensors gets a new header, one without all is not sent;
+    indexes are rewritten. Raises UsageError where no tensor is left, CheckpointError where an index
+    cannot be read or there are too many files.
     """
     if include or exclude:
         files = _selection(checkpoint, include, exclude)
@@ -119,7 +119,7 @@ def _check_offered(files: Sequence[OutgoingFile]) -> None:
 
 
 def _outlined_nbytes(spec: FileSpec) -> int:
-    """The bytes of a file in the outline, at most."""
+    """At most as many bytes has the file in the outline."""
     positions = 7 * (len(spec.elsewhere) + len(spec.unlisted))
     return _MAX_FIELDS_NBYTES + positions + 2 * len(spec.name.encode())
 
@@ -138,14 +138,12 @@ def _selection(
         if file.header
     }
     if not any(kept.values()):
-        names = [tensor.name for file in checkpoint.shards for tensor in _tensors(file)]
+        names = [
+            name for file in checkpoint.shards if file.header for name in file.header.tensors.names
+        ]
         raise _nothing_selected(names, include, exclude)
     files = (_selected(source, file, kept) for source, file in enumerate(checkpoint.files))
-    return tuple(file for file in files if file)
-
-
-def _tensors(file: SourceFile) -> Sequence[Tensor]:
-    return file.header.tensors if file.header else ()
+    return tuple(filter(None, files))
 
 
 def _nothing_selected(
@@ -194,7 +192,7 @@ def _spec(file: SourceFile, nbytes: int, header: Header | None) -> FileSpec:
 
 
 def _header_json(header: Header, tensors: Sequence[Tensor]) -> bytes:
-    """The JSON for a file of these tensors alone, padded so that its data begins aligned."""
+    """The JSON for a file of these tensors, padded so that the data is aligned."""
     content: dict[str, object] = {"__metadata__": header.metadata} if header.metadata else {}
     begin = 0
     for tensor in tensors:
@@ -210,24 +208,20 @@ def _header_json(header: Header, tensors: Sequence[Tensor]) -> bytes:
 
 
 def _runs(source: int, tensors: Sequence[Tensor]) -> list[SourceRun]:
-    """Where the tensors' bytes are, in order; neighbours in one run."""
-    runs: list[SourceRun] = []
-    begin = end = 0
+    """The tensors' bytes, in order, with neighbours joined."""
+    bounds: list[list[int]] = []
     for tensor in tensors:
-        if tensor.begin != end:
-            if end > begin:
-                runs.append(SourceRun(source, begin, end - begin))
-            begin = tensor.begin
-        end = tensor.end
-    if end > begin:
-        runs.append(SourceRun(source, begin, end - begin))
-    return runs
+        if bounds and bounds[-1][1] == tensor.begin:
+            bounds[-1][1] = tensor.end
+        else:
+            bounds.append([tensor.begin, tensor.end])
+    return [SourceRun(source, begin, end - begin) for begin, end in bounds if end > begin]
 
 
 def _index(
     source: int, file: SourceFile, kept: dict[str, tuple[Tensor, ...]]
 ) -> OutgoingFile | None:
-    """The index of what is kept: verbatim where that is all of it, dropped where it is nothing."""
+    """The index of the kept tensors: verbatim if these are all, None if there are none."""
     index = read_index(file.path, file.name)
     names = {shard: {tensor.name for tensor in tensors} for shard, tensors in kept.items()}
     left = {tensor for tensor, shard in index.shard_of.items() if tensor in names.get(shard, ())}

@@ -1,4 +1,4 @@
-"""Regular files opened safely, JSON read strictly, and what a file is when it is not one of ours.
+"""Opens regular files safely, reads JSON strictly, and recognises files of other formats.
 
 Every failure is a CheckpointError that begins with `where`. Knows nothing of tensors.
 """
@@ -10,22 +10,24 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from packcast.errors import CheckpointError
 
+SHOWN_NAMES = 3
+
 _SHOWN_CHARACTERS = 120
 
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What a file was when it was looked at; another state means that its bytes may be others.
+    """The state of a file at one moment; with another state its bytes may have changed.
 
-    Size and modification time can be set back after a write, and copiers do so. The inode's change
-    time cannot; but it also moves where only mode, owner or links change.
+    Copiers set size and modification time back after a write. The inode's change time cannot be
+    set; but it also changes with mode, owner or links.
     """
 
     nbytes: int
@@ -38,7 +40,7 @@ class FileState:
         return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
 
     def difference(self, found: os.stat_result) -> str | None:
-        """What is no longer as it was, as the end of a sentence; None if all is."""
+        """What has changed, as the end of a sentence; None if nothing has."""
         now = FileState.of(found)
         if now.inode != self.inode:
             return "another file is in its place"
@@ -52,7 +54,7 @@ class FileState:
 
 
 def shown(value: object) -> str:
-    """A value out of a file as it may appear in a message: escaped, and never long."""
+    """A value from a file for a message: escaped and shortened."""
     if isinstance(value, list):  # one level only: a hostile list may nest too deeply for repr
         inner = ("..." if isinstance(item, list | dict) else shown(item) for item in value[:9])
         text = f"[{', '.join(inner)}{', ...' if len(value) > 9 else ''}]"
@@ -64,20 +66,34 @@ def shown(value: object) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A file's name as it may appear in a message: as it is where that is harmless."""
+    """A file's name for a message: escaped if it is not printable."""
     return name if name.isprintable() else shown(name)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    every = list(names)
+    more = f" and {len(every) - SHOWN_NAMES} more" if len(every) > SHOWN_NAMES else ""
+    return ", ".join(every[:SHOWN_NAMES]) + more
+
+
+@contextmanager
+def os_errors(where: str) -> Iterator[None]:
+    """Turns OSError into a CheckpointError that names `where`."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(where, error) from error
 
 
 @contextmanager
 def open_regular(path: Path, where: str) -> Iterator[tuple[int, int]]:
     """The descriptor and size of a regular file; anything else is refused before it is opened.
 
-    No symlink is followed, also none that took the place of a folder since the path was resolved.
+    Follows no symlink, not even one that has replaced a folder since the path was resolved.
     """
-    try:
+    with os_errors(where):
         fd = open_without_links(path)
-    except OSError as error:
-        raise unreadable(where, error) from error
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
@@ -88,10 +104,10 @@ def open_regular(path: Path, where: str) -> Iterator[tuple[int, int]]:
 
 
 def open_without_links(path: Path) -> int:
-    """A descriptor to read from, of an absolute path without a symlink; OSError where it has one.
+    """A descriptor to read an absolute path; OSError if the path has a symlink.
 
-    Each folder is opened in the one above it. What is no regular file is opened as a name only: a
-    FIFO would make us wait, and a device might do something.
+    Each folder is opened in the one above it. Only regular files are opened for reading: opening a
+    FIFO would block, and opening a device might have effects.
     """
     folder = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     regular = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -111,32 +127,28 @@ def open_without_links(path: Path) -> int:
 
 def read_exactly(fd: int, nbytes: int, offset: int, where: str) -> bytes:
     """`nbytes` bytes from `offset` on. The caller has bounded `nbytes`."""
-    pieces: list[bytes] = []
-    while nbytes:
-        try:
-            piece = os.pread(fd, nbytes, offset)
-        except OSError as error:
-            raise unreadable(where, error) from error
-        if not piece:
-            raise CheckpointError(f"{where}: became shorter while it was being read")
-        pieces.append(piece)
-        nbytes -= len(piece)
-        offset += len(piece)
-    return b"".join(pieces)
+    data = bytearray()
+    with os_errors(where):
+        while len(data) < nbytes:
+            piece = os.pread(fd, nbytes - len(data), offset + len(data))
+            if not piece:
+                raise CheckpointError(f"{where}: became shorter while it was being read")
+            data += piece
+    return bytes(data)
 
 
 def unreadable(where: str, error: OSError) -> CheckpointError:
-    """The operating system's refusal as a sentence."""
+    """An error of the operating system as a sentence."""
     hint = "check its permissions" if error.errno in (errno.EACCES, errno.EPERM) else None
     reason = (error.strerror or str(error)).lower()
     return CheckpointError(f"{where}: cannot be read: {reason}", hint=hint)
 
 
 def strict_json(data: bytes, where: str) -> object:
-    """JSON as the standard has it: UTF-8, no NaN, and (stricter) no key twice in one object.
+    """JSON by the standard: UTF-8, no NaN; and, stricter, no key twice in one object.
 
-    `-0` is a float, as other readers have it: no size or offset. The caller has bounded the size
-    of `data`.
+    `-0` is a float, as for other readers, so it is no size or offset. The caller has bounded the
+    size of `data`.
     """
 
     def to_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -151,11 +163,9 @@ def strict_json(data: bytes, where: str) -> object:
 
     try:
         text = data.decode()
-        content: object = json.loads(
-            text,
-            object_pairs_hook=to_dict,
-            parse_constant=refuse_constant,
-            parse_int=_int if "-0" in text else None,
+        parse_int = _int if "-0" in text else None
+        return json.loads(
+            text, object_pairs_hook=to_dict, parse_constant=refuse_constant, parse_int=parse_int
         )
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{where}: not valid UTF-8 at byte {error.start}") from error
@@ -165,7 +175,6 @@ def strict_json(data: bytes, where: str) -> object:
         raise CheckpointError(f"{where}: JSON nested too deeply") from error
     except ValueError as error:  # a number of thousands of digits
         raise CheckpointError(f"{where}: has a number that is too long") from error
-    return content
 
 
 def _int(text: str) -> int | float:
@@ -173,7 +182,7 @@ def _int(text: str) -> int | float:
 
 
 def what_it_is(head: bytes) -> tuple[str, str] | None:
-    """What a file that begins so really is, and what to do about it; None where we cannot tell."""
+    """The format of a file that begins like this, and the next step; None if unknown."""
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     if text.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself", "run `git lfs pull` where it was cloned"

@@ -1,23 +1,22 @@
-"""What the indexes of a directory say of its shards: which belong, and which tensors count.
+"""What the indexes of a directory say of its shards: which are sent, and which tensors are valid.
 
-Knows names and headers; opens no file itself.
+Knows names and headers; opens no file.
 """
 
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cache
 
 from packcast.checkpoint.header import Header
 from packcast.checkpoint.index import Index, whole_file_of
-from packcast.checkpoint.reading import shown
+from packcast.checkpoint.reading import shown, some
 from packcast.checkpoint.walk import Entry, leaves_out
 from packcast.errors import CheckpointError, UsageError
 
-SHOWN_NAMES = 3
 INCOMPLETE = "the download or copy is probably incomplete"
 SENT_ANYWAY = "--all-files sends what is there"
 
@@ -28,33 +27,27 @@ TensorsIn = Callable[[str], AbstractSet[str]]  # of a shard that is there, by it
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """A shard's tensors that do not count: old copies, and those that no index knows."""
+    """A shard's tensors that an index assigns to another shard, or does not name."""
 
     elsewhere: frozenset[str]
     unlisted: frozenset[str]
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few names, and how many more there are."""
-    few = list(names)
-    more = f" and {len(few) - SHOWN_NAMES} more" if len(few) > SHOWN_NAMES else ""
-    return ", ".join(few[:SHOWN_NAMES]) + more
 
 
 def fitting(
     indexes: Sequence[Index],
     there: AbstractSet[str],
     tensors_in: TensorsIn,
+    warnings: list[str],
     *,
     all_files: bool,
     exclude_files: Sequence[str],
-) -> tuple[list[Index], list[str]]:
-    """The indexes that rule the shards that are `there`, and warnings.
+) -> list[Index]:
+    """The indexes that apply to the shards that are `there`; adds to `warnings`.
 
-    One that names shards or tensors that are not there is an error; but where the whole model lies
-    in one file beside it, which is what loaders take first, that file stands in for its shards.
+    An index that names missing shards or tensors is an error. But if the whole model is in one file
+    beside it, which loaders prefer, that file replaces its shards.
     """
-    ruling, warnings = [], []
+    ruling = []
     for index in indexes:
         fault = _missing_shards(index, there) or _missing_tensors(index, tensors_in)
         whole = whole_file_of(index.name)
@@ -66,7 +59,7 @@ def fitting(
             warnings.append(f"{index.name}: {fault}: sent anyway, because of --all-files")
         elif whole in there:
             shard_of = dict.fromkeys(tensors_in(whole), whole)
-            ruling.append(replace(index, shard_of=shard_of, is_stood_in_for=True))
+            ruling.append(replace(index, shard_of=shard_of, is_replaced=True))
             lost = sorted(index.shard_of.keys() - shard_of.keys())
             lacks = f", which lacks {len(lost)} of its tensors" if lost else ""
             warnings.append(
@@ -76,7 +69,7 @@ def fitting(
         else:
             _refuse_exclusion(index, there, exclude_files)
             raise CheckpointError(f"{index.name}: {fault}", hint=f"{INCOMPLETE}; {SENT_ANYWAY}")
-    return ruling, warnings
+    return ruling
 
 
 def _refuse_exclusion(index: Index, there: AbstractSet[str], exclude_files: Sequence[str]) -> None:
@@ -109,7 +102,7 @@ def _missing_tensors(index: Index, tensors_in: TensorsIn) -> str | None:
 
 
 def _misplaced(index: Index, tensors_in: TensorsIn) -> list[str]:
-    """Loaders that read whole shards find them all the same."""
+    """A warning only: loaders that read whole shards find these tensors."""
     absent = _absent(index, tensors_in)
     if not absent:
         return []
@@ -119,12 +112,12 @@ def _misplaced(index: Index, tensors_in: TensorsIn) -> list[str]:
 
 
 def _absent(index: Index, tensors_in: TensorsIn) -> list[str]:
-    """The tensors that are not in the shard that the index names; all its shards are there."""
+    """The tensors that are not in the shard that the index names. All its shards exist."""
     return [tensor for tensor, shard in index.shard_of.items() if tensor not in tensors_in(shard)]
 
 
 def chosen_of(shards: Sequence[Entry], indexes: Sequence[Index]) -> tuple[list[Entry], list[Entry]]:
-    """The shards that belong, and those that lie beside an index that does not name them."""
+    """The shards to send, and those in the folder of an index that does not name them."""
     named = {shard for index in indexes for shard in index.shard_of.values()}
     ruled = {posixpath.dirname(index.name) for index in indexes}
     chosen: list[Entry] = []
@@ -136,10 +129,9 @@ def chosen_of(shards: Sequence[Entry], indexes: Sequence[Index]) -> tuple[list[E
 
 
 def roles_of(headers: Mapping[str, Header], indexes: Sequence[Index]) -> dict[str, Roles]:
-    """Which tensors of each shard do not count, by the shard's name.
+    """The tensors of each shard that are invalid by the indexes, by the shard's name.
 
-    The index of a folder rules the folders below it too: what they hold is of another model, or
-    of this one again.
+    An index applies to the folders below its own too: their files are another model's, or copies.
     """
     tensors_in = {name: set(header.tensors.names) for name, header in headers.items()}
     named_by = {index.name: set(index.shard_of.values()) for index in indexes}
@@ -148,13 +140,12 @@ def roles_of(headers: Mapping[str, Header], indexes: Sequence[Index]) -> dict[st
         by_folder.setdefault(posixpath.dirname(index.name), []).append(index)
     roles = {}
     for shard, tensors in tensors_in.items():
-        # The outermost folder around it that has any.
+        # The outermost folder that has an index.
         folder = next((f for f in reversed(_folders_around(shard)) if f in by_folder), None)
         ruling = [] if folder is None else by_folder[folder]
-        # Of two variants in one folder each rules its own shards.
+        # With two variants in one folder, each index applies to its own shards.
         ruling = [index for index in ruling if shard in named_by[index.name]] or ruling
         if ruling:
-            # Of all tensors of the checkpoint, those of this shard alone are looked at.
             others = {t for t in tensors if all(index.shard_of.get(t) != shard for index in ruling)}
             listed = {t for t in others if any(t in index.shard_of for index in ruling)}
             elsewhere = {
@@ -167,7 +158,7 @@ def roles_of(headers: Mapping[str, Header], indexes: Sequence[Index]) -> dict[st
 
 
 def _folders_around(name: str) -> list[str]:
-    """The folders that a file is in, from its own to the checkpoint's, which is the empty one."""
+    """The folders of a file, from its own to the checkpoint's, which is ''."""
     folders = []
     while name:
         name = posixpath.dirname(name)
@@ -178,7 +169,7 @@ def _folders_around(name: str) -> list[str]:
 def role_warnings(
     headers: Mapping[str, Header], indexes: Sequence[Index], roles: Mapping[str, Roles]
 ) -> list[str]:
-    """What is to be said of tensors that do not count."""
+    """The warnings about tensors that are not valid, and about copies in folders."""
     warnings = []
     named = {shard for index in indexes for shard in index.shard_of.values()}
     for shard in sorted(named & roles.keys()):
@@ -198,8 +189,8 @@ def role_warnings(
 
 
 def _repeated_folders(headers: Mapping[str, Header]) -> list[str]:
-    """Folders that seem to hold the weights of a folder around them again, as other tools name or
-    split them: by their names, or by their size."""
+    """Warnings about folders that seem to repeat the weights of a folder above: with the same
+    tensor names, or of similar size."""
     in_folder: dict[str, list[Header]] = {}
     for name, header in headers.items():
         in_folder.setdefault(posixpath.dirname(name), []).append(header)

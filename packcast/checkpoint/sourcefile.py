@@ -1,6 +1,6 @@
-"""One file of a checkpoint: what is known of it once it was opened, and whether it is still so.
+"""One file of a checkpoint: its state and header when it was opened, and whether it has changed.
 
-Reads a shard's header, never a tensor's bytes; knows nothing of the files beside it.
+Reads a shard's header, never a tensor's bytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ class SourceFile:
     """One file to read. `name` is logical (posix, relative), `path` has no symlink left in it.
 
     `state` is as when the checkpoint was opened; `mode` are the file's permission bits, and
-    `folder_mode` those that all folders have that it is in. `header` is None for a sidecar or an
-    index. Of a shard's tensors the index assigns those in `elsewhere` to another shard, and does
-    not name those in `unlisted`.
+    `folder_mode` those that all its folders have. `header` is None for a sidecar or an index. Of a
+    shard's tensors, the index assigns `elsewhere` to another shard and does not name `unlisted`.
     """
 
     name: str
@@ -43,13 +42,13 @@ class SourceFile:
 
     @property
     def mtime_ns(self) -> int:
-        """The modification time as it travels: the nearest that 64 bits of nanoseconds hold."""
+        """The modification time to send: the nearest that 64 bits of nanoseconds can hold."""
         return max(-MAX_MTIME_NS, min(self.state.mtime_ns, MAX_MTIME_NS))
 
     def check_unchanged(self, found: os.stat_result, doing: str, hint: str) -> None:
-        """Raise CheckpointError unless `found` is the file that was opened, as it was then.
+        """Raise CheckpointError unless `found` is the file that was opened, unchanged.
 
-        To be asked of a descriptor before it is read, and again when all has been read.
+        Call it with a descriptor's state before reading, and again after it.
         """
         difference = self.state.difference(found)
         if difference:
@@ -57,29 +56,18 @@ class SourceFile:
             raise CheckpointError(what, hint=hint)
 
 
-def open_shard(name: str, path: Path, folder_mode: int, limits: HeaderLimits) -> SourceFile:
-    """A safetensors file, with its header."""
+def open_source(
+    name: str, path: Path, folder_mode: int, limits: HeaderLimits | None = None
+) -> SourceFile:
+    """Open a file and check that it can be read: a shard, with `limits` for its header, or another.
+
+    Raises CheckpointError.
+    """
     with open_regular(path, name) as (fd, nbytes):
         before = os.fstat(fd)
-        return _source(name, path, folder_mode, fd, before, header_of(fd, nbytes, name, limits))
-
-
-def open_plain(name: str, path: Path, folder_mode: int) -> SourceFile:
-    """Any other file, which can be read: better said now than in mid stream."""
-    with open_regular(path, name) as (fd, _):
-        return _source(name, path, folder_mode, fd, os.fstat(fd), None)
-
-
-def _source(
-    name: str,
-    path: Path,
-    folder_mode: int,
-    fd: int,
-    before: os.stat_result,
-    header: Header | None,
-) -> SourceFile:
-    mode = before.st_mode & ALL_MAY
-    file = SourceFile(name, path, FileState.of(before), mode, folder_mode, header)
-    # Again, after its header was read: a rewrite in between would be sent under the old header.
-    file.check_unchanged(os.fstat(fd), "opened", "run it again when no process writes to it")
-    return file
+        header = header_of(fd, nbytes, name, limits) if limits else None
+        mode = before.st_mode & ALL_MAY
+        file = SourceFile(name, path, FileState.of(before), mode, folder_mode, header)
+        # After the header was read: a new file would be sent under the old header.
+        file.check_unchanged(os.fstat(fd), "opened", "run it again when no process writes to it")
+        return file

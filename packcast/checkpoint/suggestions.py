@@ -1,4 +1,4 @@
-"""Names like one that was mistyped, for a hint: of paths and of tensors. Opens no file."""
+"""Hints for mistyped names of paths and tensors. Opens no file."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from packcast.checkpoint.roles import SHOWN_NAMES, some
+from packcast.checkpoint.reading import SHOWN_NAMES, some
 
 _MAX_LOOKED_AT = 10_000
 _PARTS = re.compile(r"[^.*?\[\]/]+")
 
 
 def hint_for_path(path: Path) -> str:
-    """What to say of a path that does not exist."""
-    near = near_paths(path)
-    if near:
+    """The hint for a path that does not exist."""
+    if near := near_paths(path):
         return f"did you mean {' or '.join(near)}?"
     above, name = _first_missing(path)
     return f"the directory {above.absolute()} has no entry {name}"
 
 
 def near_paths(path: Path) -> list[str]:
-    """What exists beside a path that does not, with nearly its name."""
+    """Existing paths with a name similar to that of a path that does not exist."""
     above, name = _first_missing(path)
     try:
         names = [entry.name for entry in islice(os.scandir(above), _MAX_LOOKED_AT)]
@@ -35,16 +34,15 @@ def near_paths(path: Path) -> list[str]:
 
 
 def _first_missing(path: Path) -> tuple[Path, str]:
-    """The folder that exists, and the first part of the path that does not exist in it."""
+    """The deepest folder that exists, and the part of the path that it lacks."""
     while not path.parent.is_dir() and path.parent != path.parent.parent:
         path = path.parent
     return path.parent, path.name
 
 
 def hint_for_tensors(globs: Iterable[str], names: Iterable[str]) -> str:
-    """The tensors whose names share most with globs that match none; of each kind, such as one
-    weight in every layer, only the first.
-    """
+    """The hint for globs that match no tensor: the tensors whose names have most parts in common
+    with them, once for all layers."""
     kinds: dict[str, str] = {}
     for name in names:
         kinds.setdefault(re.sub(r"\d+", "#", name), name)

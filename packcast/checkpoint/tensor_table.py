@@ -1,6 +1,6 @@
 """The tensors of one file, in columns: a checkpoint may have hundreds of thousands of them.
 
-As objects they would take a kilobyte each; here each is made when somebody asks for it.
+As objects they would take a kilobyte each; here an object is made on access.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Tensor:
 
 
 def nbytes_of(dtype: str, shape: Sequence[int]) -> int | None:
-    """What a tensor takes; None where that is no whole number of bytes or more than 64 bits."""
+    """A tensor's size; None if it is no whole number of bytes or needs more than 64 bits."""
     num_bits = 1
     for size in (*shape, DTYPE_BITS[dtype]):
         num_bits *= size
-        # At each step, as others compute it in 64 bits: a zero that comes later saves nothing.
+        # At each step, as in 64-bit arithmetic: a later zero does not help.
         if num_bits >= U64_END:
             return None
     return None if num_bits % 8 else num_bits // 8
@@ -60,7 +60,7 @@ def _u64s() -> array[int]:
 class Columns:
     """Tensors as a header lists them; begins and ends are offsets in the data part.
 
-    `sizes` are the shapes one after the other, of which each has `ranks`.
+    `sizes` are all shapes one after the other, `ranks` their lengths.
     """
 
     names: list[str] = field(default_factory=list)

@@ -1,6 +1,6 @@
-"""What lies in a checkpoint directory: every file that is not hidden, and what its name says it is.
+"""Lists a checkpoint directory: every file that is not hidden, and its kind by its name.
 
-Looks at names, links and inodes only; opens no file and judges nothing but the walk's own bounds.
+Looks at names, links and inodes only; opens no file.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from packcast.checkpoint.index import SHARD_SUFFIX, is_index
-from packcast.checkpoint.reading import shown_name, unreadable
+from packcast.checkpoint.reading import os_errors, shown_name, unreadable
 from packcast.errors import CheckpointError
 
 MAX_ENTRIES = 100_000
-ALL_MAY = 0o777  # what travels of a mode: never set-user-ID, set-group-ID or sticky
+ALL_MAY = 0o777  # the bits of a mode that are sent: not set-user-ID, set-group-ID or sticky
 
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -34,11 +34,11 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file met on the walk; `found` is None where it is a dangling symlink.
+    """A file of the directory; `found` is None for a dangling symlink.
 
-    `path` has no symlink left in it, so that it can be opened without following one. `folder_mode`
-    is what all folders on the way allow, from the checkpoint's own down to the file. A file that
-    `is_outside` was reached by a symlink to outside of the checkpoint: it is not to be opened.
+    `path` has no symlink in it. `folder_mode` are the permission bits that all folders have, from
+    the checkpoint's down to the file's. A file that `is_outside` was reached by a symlink that
+    leaves the checkpoint: it must not be opened.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Entry:
 
 
 def kind_of(name: str) -> Kind:
-    """What the file of this logical name is, by its name alone."""
+    """The kind of a file by its logical name."""
     if name.endswith(SHARD_SUFFIX):
         return Kind.SHARD
     if is_index(name):
@@ -59,7 +59,7 @@ def kind_of(name: str) -> Kind:
 
 
 def leaves_out(glob: str, name: str) -> bool:
-    """Whether the glob matches a file's logical name, or that of a folder it is in."""
+    """Whether the glob matches a file's logical name or one of its folders."""
     glob = glob.removeprefix("./").rstrip("/")
     while name:
         if fnmatchcase(name, glob):
@@ -69,8 +69,8 @@ def leaves_out(glob: str, name: str) -> bool:
 
 
 def _homes_of(root: Path) -> tuple[Path, ...]:
-    """The folders in which a link may end: the checkpoint, and the blobs of a Hugging Face cache
-    if it is a snapshot there. No symlink is left in any of them."""
+    """The folders that links may lead to: the checkpoint, and the blobs of the Hugging Face cache
+    if it is a snapshot there."""
     snapshots = next((folder for folder in root.parents if folder.name == "snapshots"), None)
     return (root,) if snapshots is None else (root, snapshots.parent / "blobs")
 
@@ -78,13 +78,13 @@ def _homes_of(root: Path) -> tuple[Path, ...]:
 def walk(
     root: Path, exclude_files: Sequence[str] = (), *, follow_links: bool = False
 ) -> tuple[list[Entry], list[str]]:
-    """All files under `root` by logical name, nested folders too, and warnings.
+    """All files under `root` and its folders, by logical name, and warnings.
 
-    What a glob of `exclude_files` matches is as if it were not there. Symlinks are followed within
-    the checkpoint and to the blobs of a Hugging Face cache, and elsewhere with `follow_links`; else
-    a folder outside is left with a warning, and a file marked. A directory that is met again below
-    itself is left with a warning; what then remains is bounded by MAX_ENTRIES, so that no knot of
-    links keeps us for ever. Raises CheckpointError there, and where a directory cannot be read.
+    Files that a glob of `exclude_files` matches are ignored. Symlinks are followed within the
+    checkpoint and to the blobs of a Hugging Face cache, and elsewhere only with `follow_links`;
+    otherwise a folder outside is left out with a warning, and a file is marked. So is a directory
+    that leads back to one above it. Raises CheckpointError for more than MAX_ENTRIES files (links
+    can multiply directories), and where a directory cannot be read.
     """
     real = root.resolve()
     homes = _homes_of(real)
@@ -96,14 +96,17 @@ def walk(
     todo = [("", real, ALL_MAY, above)]
     while todo:
         prefix, directory, mode_above, above = todo.pop()
-        status = _status(directory, prefix)
+        with os_errors(shown_name(prefix or str(directory))):
+            status, names = os.stat(directory), os.listdir(directory)
         identity, folder_mode = (status.st_dev, status.st_ino), status.st_mode & mode_above
         if identity in above:
             warnings.append(
                 f"{shown_name(prefix[:-1])}: leads back to a directory above it: left out"
             )
             continue
-        for file_name in _listing(directory, prefix):
+        for file_name in names:
+            if file_name.startswith(".") or file_name == "__pycache__":
+                continue
             num_met += 1
             if num_met > MAX_ENTRIES:
                 raise CheckpointError(
@@ -133,24 +136,9 @@ def walk(
 
 
 def outside(name: str, outcome: str) -> str:
-    """What is to be said of a link that is not followed."""
+    """The warning for a link that is not followed."""
     what = f"{shown_name(name)}: a symlink to outside of the checkpoint: {outcome}"
     return f"{what} (--follow-links follows it)"
-
-
-def _status(directory: Path, prefix: str) -> os.stat_result:
-    try:
-        return os.stat(directory)
-    except OSError as error:
-        raise unreadable(shown_name(prefix or str(directory)), error) from error
-
-
-def _listing(directory: Path, prefix: str) -> list[str]:
-    try:
-        names = os.listdir(directory)
-    except OSError as error:
-        raise unreadable(shown_name(prefix or str(directory)), error) from error
-    return [name for name in names if not name.startswith(".") and name != "__pycache__"]
 
 
 def _stat(path: Path, name: str) -> os.stat_result | None:

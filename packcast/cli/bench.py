@@ -1,6 +1,6 @@
-"""`packcast bench`: options in, ranks at work, a table out; then the verdict.
+"""`packcast bench`: options to settings, the ranks, the table, and the exit code.
 
-Nothing here imports torch but what starts the ranks, or is one.
+Imports torch only in a process that is a rank, or that counts the GPUs.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
-from packcast.bench.export_files import ExportFile, export_files
+from packcast import bench as ranks
+from packcast.bench.export import Exports, check_exports
 from packcast.bench.model import OURS, BenchSettings, Results, Row
-from packcast.bench.stats import best_rows, grouped, rate_of, shown, wrong_of
+from packcast.bench.stats import best_rows, grouped, shown
 from packcast.cli import benchoptions as bo
 from packcast.cli import benchsettings as read
 from packcast.cli import options as opt
-from packcast.cli import parsing as given
+from packcast.cli import parsing
 from packcast.cli.helps import HEARTBEAT_TIMEOUT, JOIN_TIMEOUT, STAGING, STALL_TIMEOUT
 from packcast.cli.outcome import Outcome, command_failure
 from packcast.cli.start import be_a_rank, begin, start_ranks
@@ -32,10 +32,8 @@ from packcast.errors import (
 )
 from packcast.launch.validation import check_port
 from packcast.packed.plan import check_staging
+from packcast.settings import Settings
 from packcast.units import format_rate, parse_rate
-
-if TYPE_CHECKING:
-    from packcast.cli.benchview import BenchDisplay
 
 
 def bench(
@@ -78,58 +76,62 @@ def bench(
     outcome = begin(context, "bench", json=None, verbose=verbose)
     least = None
     if min_bandwidth is not None:
-        least = given.parsed("--min-bandwidth", min_bandwidth, parse_rate)
+        least = parsing.parsed("--min-bandwidth", min_bandwidth, parse_rate)
     alone = outcome.launch.kind == "none"
     nbytes = read.size_of_weights(size, backend, device)
     sources = read.choices("--source", source, read.SOURCES)
     sinks = read.choices("--sink", sink, read.SINKS) if sink else read.default_sinks(sources)
-    check_port(port, outcome.launch, given.option)
+    check_port(port, outcome.launch, parsing.option)
 
     def num_ranks() -> int:
+        """Asks torch for the number of GPUs, which takes seconds."""
         if not alone:
             return outcome.launch.local_world_size
         return nproc or read.default_nproc(backend, device)
 
     if directory:
-        where = read.directory("--dir", directory)
-    else:  # counting ranks may mean counting GPUs, which takes torch seconds
-        where = read.default_directory(
+        folder = read.directory("--dir", directory)
+    else:
+        folder = read.default_directory(
             nbytes, write_too="write" in sinks, num_ranks=num_ranks(), cold=cold
         )
     settings = BenchSettings(
-        checkpoint=Path(checkpoint) if checkpoint is not None else None,
+        transfer=Settings(
+            command="send",
+            checkpoint=Path(checkpoint) if checkpoint is not None else None,
+            staging=parsing.size("--staging", staging),
+            backend=backend,
+            device=parsing.device(device),
+            port=port,
+            port_range=parsing.port_range(port_range),
+            token=parsing.token(token_file, os.environ),
+            **parsing.limits(join_timeout, heartbeat_timeout, stall_timeout),
+        ),
         shapes=() if checkpoint else read.choices("--shape", shape or "dense", read.SHAPES),
         size=nbytes,
         sources=sources,
         sinks=sinks,
-        readers=read.readers("--readers", readers),
+        readers=read.readers(readers),
         buffer_sizes=read.buffer_sizes("--buffer-size", buffer_size),
         num_buffers=read.buffer_counts("--num-buffers", num_buffers),
         runs=runs,
         warmup=warmup,
-        directory=where,
+        directory=folder,
         write_directory=read.directory("--write-dir", write_directory)
         if write_directory
-        else where,
+        else folder,
         cold=cold,
         baselines=not no_baselines,
         limits=not no_limits,
         check=not no_check,
-        staging=given.size("--staging", staging),
-        backend=backend,
-        device=given.device(device),
-        port=port,
-        port_range=given.port_range(port_range),
-        token=given.token(token_file, os.environ),
-        **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
     )
     read.check_what(settings, shape=shape, size=size)
     for one in settings.buffer_sizes:
-        check_staging(one, settings.staging)
-    exports: tuple[ExportFile, ...] = ()
+        check_staging(one, settings.transfer.staging)
+    exports: Exports = {}
     draw = None
     if outcome.launch.rank == 0:  # other hosts need not have the directories
-        exports = export_files(
+        exports = check_exports(
             {
                 "--export-json": export_json,
                 "--export-csv": export_csv,
@@ -149,56 +151,47 @@ def bench(
     from packcast.cli.benchview import make_bench_display  # rich, which --help does without
 
     display = make_bench_display(progress, _command_line(outcome), exports, draw, quiet=quiet)
-    return _measure(outcome, settings, display, least)
-
-
-def _measure(
-    outcome: Outcome, settings: BenchSettings, display: BenchDisplay, least: float | None
-) -> int:
-    """Be one of the ranks; the sender's display is told everything, the others' nothing."""
-    outcome.before_error = display.end  # the rows so far, also where a signal ends it
+    outcome.before_error = display.end  # the rows so far, also after a signal
     exit_handler = be_a_rank(outcome)
     try:
-        from packcast import bench as ranks
-
         code = ranks.run(settings, display, exit_handler)
     except (Exception, KeyboardInterrupt) as error:
         exit_handler.leave(command_failure(error))
-    results = display.results
-    if results.environment is None:  # another rank than the sender
+    if display.results.environment is None:  # not the sender
         return code
-    missed = verdict(results.rows, least)
-    if code and not missed:
-        missed = error_from_code(code, "a baseline failed its check; see the warnings")
-    display.end(missed)
-    if missed:
-        raise missed
+    failure = verdict(display.results.rows, least)
+    if code and not failure:
+        failure = error_from_code(code, "a baseline failed its check; see the warnings")
+    display.end(failure)
+    if failure:
+        raise failure
     return 0
 
 
 def verdict(rows: Sequence[Row], least: float | None) -> PackcastError | None:
-    """What makes a bench that ran to its end a failure: wrong bytes, no row, a slow best row.
+    """The failure of a bench that has run to its end: wrong bytes, no row, or a slow best row.
 
-    `least` is --min-bandwidth in bytes per second: each table's best row must reach it.
+    `least` is --min-bandwidth in bytes per second, for the best row of each table.
     """
     ours = [row for row in shown(rows) if row.case.method in OURS]
-    wrong = [row for row in ours if wrong_of(row)]
+    wrong = [row for row in ours if row.wrong]
     if wrong:
         more = f" and {len(wrong) - 1} more rows" if len(wrong) > 1 else ""
         return VerificationError(
-            f"wrong bytes arrived: {wrong_of(wrong[0])} blocks or tensors in {wrong[0].case}{more}",
+            f"wrong bytes arrived: {wrong[0].wrong} blocks or tensors in {wrong[0].case}{more}",
             hint="--export-json has the numbers of every run and rank",
         )
-    for combination, group in grouped(ours).items():
-        name = "{}, {} to {}".format(*combination)
+    for (shape, source, sink), group in grouped(ours).items():
         best = best_rows(group)
         if not best:
-            return TransferError(f"nothing could be measured of {name}: {group[0].failure}")
-        rate = rate_of(best[0]) or 0.0
+            return TransferError(
+                f"nothing could be measured of {shape}, {source} to {sink}: {group[0].failure}"
+            )
+        rate = best[0].rate or 0.0
         if least is not None and rate < least:
             return TransferError(
-                f"{name} reached {format_rate(rate)}, less than --min-bandwidth "
-                f"{format_rate(least)}"
+                f"{shape}, {source} to {sink} reached {format_rate(rate)}, less than"
+                f" --min-bandwidth {format_rate(least)}"
             )
     return None
 
@@ -211,7 +204,7 @@ def _plotter(text: str) -> Callable[[Results], None]:
 
 
 def _command_line(outcome: Outcome) -> str:
-    """What was typed, as far as the ranks can know."""
+    """The command line as typed, as far as a rank knows it."""
     words = ["packcast", *outcome.argv]
     if outcome.launch.kind == "nproc":
         words += ["--nproc", str(outcome.launch.world_size)]

@@ -1,4 +1,4 @@
-"""The options that only `packcast bench` has, or reads as lists; the others are in options.py."""
+"""The options of `packcast bench` that other commands lack, or that are lists here."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Sink = Annotated[
         "--sink",
         metavar="LIST",
         panel=WEIGHTS,
-        help="Where they go: discard, land (in tensors on the device), write, verify. "
+        help="Where the bytes go: discard, land (in tensors on the device), write, verify. "
         "\\[default: discard,write; of resident weights discard,land]",
     ),
 ]
@@ -71,7 +71,7 @@ Directory = Annotated[
         "--dir",
         metavar="DIR",
         panel=WEIGHTS,
-        help="Where generated checkpoints lie meanwhile. \\[default: /dev/shm if it has room, else "
+        help="Directory for generated checkpoints. \\[default: /dev/shm if it has room, else "
         "the directory for temporary files]",
     ),
 ]
@@ -81,7 +81,7 @@ WriteDirectory = Annotated[
         "--write-dir",
         metavar="DIR",
         panel=WEIGHTS,
-        help="Where the sink `write` writes. \\[default: --dir]",
+        help="Directory for the sink `write`. \\[default: --dir]",
     ),
 ]
 
@@ -103,26 +103,29 @@ Readers = Annotated[
         "--readers",
         metavar="LIST",
         panel=SWEEP,
-        help="How many ranks read and share the sending; `all` for every one.",
+        help="How many ranks read and send; `all` for every rank.",
     ),
 ]
 Runs = Annotated[
     int,
     option(
-        "--runs", metavar="N", min=1, max=10_000, panel=SWEEP, help="Runs that count, of each case."
+        "--runs", metavar="N", min=1, max=10_000, panel=SWEEP, help="Measured runs of each case."
     ),
 ]
 Warmup = Annotated[
     int,
     option(
-        "--warmup", metavar="N", min=0, max=1000, panel=SWEEP, help="Runs before them that do not."
+        "--warmup",
+        metavar="N",
+        min=0,
+        max=1000,
+        panel=SWEEP,
+        help="Runs of each case before those, to warm up.",
     ),
 ]
-NoBaselines = Annotated[
-    bool, option("--no-baselines", panel=SWEEP, help="Only packcast: nothing to compare with.")
-]
+NoBaselines = Annotated[bool, option("--no-baselines", panel=SWEEP, help="Measure packcast only.")]
 NoLimits = Annotated[
-    bool, option("--no-limits", panel=SWEEP, help="Do not measure what the hardware can do.")
+    bool, option("--no-limits", panel=SWEEP, help="Do not measure the hardware's limits.")
 ]
 NoCheck = Annotated[
     bool, option("--no-check", panel=SWEEP, help="Do not compare what arrived with what was sent.")
@@ -144,7 +147,7 @@ ExportJson = Annotated[
         "--export-json",
         metavar="FILE|-",
         panel=OUTPUT,
-        help="Write everything as JSON, every run of every rank too; again after each row.",
+        help="Write all results as JSON, with every run of every rank; again after each row.",
     ),
 ]
 ExportCsv = Annotated[
@@ -153,7 +156,7 @@ ExportCsv = Annotated[
 ExportMarkdown = Annotated[
     str | None,
     option(
-        "--export-markdown", metavar="FILE|-", panel=OUTPUT, help="Write the table for a web page."
+        "--export-markdown", metavar="FILE|-", panel=OUTPUT, help="Write the table as markdown."
     ),
 ]
 Plot = Annotated[
@@ -171,7 +174,7 @@ MinBandwidth = Annotated[
         "--min-bandwidth",
         metavar="RATE",
         panel=OUTPUT,
-        help="Exit 5 unless the best row of each table reaches it, as in 10GB/s.",
+        help="Exit 5 unless the best row of each table reaches it, for example 10GB/s.",
     ),
 ]
 Quiet = Annotated[

@@ -1,7 +1,4 @@
-"""What was typed after `packcast bench`, read and checked: the only way into BenchSettings.
-
-And the defaults that depend on the machine: how many ranks, how many bytes, in which directory.
-"""
+"""Parses the options of `packcast bench` that are lists, and its defaults for this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
-from packcast.cli import parsing as given
+from packcast.cli import parsing
 from packcast.errors import UsageError
 from packcast.io.memory import available_nbytes
 from packcast.launch.devices import has_gpu_driver
@@ -24,19 +21,18 @@ from packcast.units import GIB, MIB, format_exact_size, parse_size
 T = TypeVar("T")
 
 SIZE_ON_CPUS, SIZE_ON_GPUS = 256 * MIB, 8 * GIB
-MAX_SIZE = 4096 * GIB  # whoever has so much memory or disk learns nothing more
-MAX_POINTS = 256  # in one list; who wants more has mistyped a step
+MAX_SIZE = 4096 * GIB
+MAX_POINTS = 256  # in one list; more is probably a mistyped step
 SHAPES: tuple[ShapeKind, ...] = get_args(ShapeKind)
 SOURCES: tuple[SourceKind, ...] = get_args(SourceKind)
 SINKS: tuple[BenchSink, ...] = get_args(BenchSink)
-# What is done with weights that never were a file.
 _RESIDENT_SINKS: tuple[BenchSink, ...] = ("discard", "land")
 _MEMORY = Path("/dev/shm")
 _RANGE = re.compile(r"(.+?)\.\.([^:]+):(?:x([0-9]{1,6})|\+(.+))")
 
 
 def choices(option: str, text: str, allowed: Sequence[T]) -> tuple[T, ...]:
-    """Some of a few words, as in `file,resident`. Raises UsageError."""
+    """A list of known words, as `file,resident`. Raises UsageError."""
     known = {str(word): word for word in allowed}
     for part in _parts(option, text):
         if part not in known:
@@ -57,9 +53,9 @@ def buffer_counts(option: str, text: str) -> tuple[int, ...]:
     return _points(option, text, _count, lambda count: check_buffers(BLOCK, count))
 
 
-def readers(option: str, text: str) -> tuple[int | None, ...]:
+def readers(text: str) -> tuple[int | None, ...]:
     """`1,2,all`; `all` is None. Raises UsageError."""
-    return _distinct(given.readers(part) for part in _parts(option, text))
+    return _distinct(parsing.readers(part) for part in _parts("--readers", text))
 
 
 def _count(text: str) -> int:
@@ -69,7 +65,7 @@ def _count(text: str) -> int:
 
 
 def _points(
-    option: str, text: str, read: Callable[[str], int], check: Callable[[int], object]
+    option: str, text: str, parse: Callable[[str], int], check: Callable[[int], object]
 ) -> tuple[int, ...]:
     def checked(value: int) -> int:
         try:
@@ -79,7 +75,7 @@ def _points(
         return value
 
     def number(word: str) -> int:
-        return given.parsed(option, word.strip(), read)
+        return parsing.parsed(option, word.strip(), parse)
 
     points: list[int] = []
     for part in _parts(option, text):
@@ -118,21 +114,20 @@ def _distinct(values: Iterable[T]) -> tuple[T, ...]:
 
 
 def default_sinks(sources: Sequence[SourceKind]) -> tuple[BenchSink, ...]:
-    """Where bytes go if nothing is said."""
+    """The sinks without `--sink`."""
     if "file" not in sources:
         return _RESIDENT_SINKS
     return ("discard", "write", "land") if "resident" in sources else ("discard", "write")
 
 
 def check_what(settings: BenchSettings, *, shape: str | None, size: str | None) -> None:
-    """Raise UsageError where what is measured does not go together."""
-    if settings.checkpoint is not None:
-        for option, value in (("--shape", shape), ("--size", size)):
-            if value is not None:
-                raise UsageError(
-                    f"{option} is for generated weights, but a CKPT is given",
-                    hint="leave out one of the two",
-                )
+    """Raise UsageError for options that exclude each other."""
+    for option, value in (("--shape", shape), ("--size", size)):
+        if settings.checkpoint is not None and value is not None:
+            raise UsageError(
+                f"{option} is for generated weights, but a CKPT is given",
+                hint="leave out one of the two",
+            )
     if "file" not in settings.sources and not set(settings.sinks) & set(_RESIDENT_SINKS):
         raise UsageError(
             f"--sink {','.join(settings.sinks)} does not go with --source resident",
@@ -141,9 +136,9 @@ def check_what(settings: BenchSettings, *, shape: str | None, size: str | None) 
 
 
 def size_of_weights(text: str | None, backend: Backend, device: str) -> int:
-    """Bytes of generated weights: as typed, else small where there is no GPU."""
+    """Bytes of generated weights; without `--size` fewer where there is no GPU."""
     if text is not None:
-        nbytes = given.size("--size", text)
+        nbytes = parsing.size("--size", text)
         if nbytes > MAX_SIZE:
             raise UsageError(f"--size: {text} is more than {format_exact_size(MAX_SIZE)}")
         return nbytes
@@ -152,7 +147,7 @@ def size_of_weights(text: str | None, backend: Backend, device: str) -> int:
 
 
 def directory(option: str, text: str) -> Path:
-    """One that may be written."""
+    """A directory that is writable."""
     path = Path(os.path.abspath(os.path.expanduser(text)))
     if not path.is_dir():
         raise UsageError(f"{option}: {text} is not a directory")
@@ -162,9 +157,9 @@ def directory(option: str, text: str) -> Path:
 
 
 def default_directory(nbytes: int, *, write_too: bool, num_ranks: int, cold: bool) -> Path:
-    """Memory, where it has room for the weights and a copy per worker; else the disk.
+    """/dev/shm if it has room for the weights and a copy for each worker; else the disk.
 
-    tmpfs has no page cache beneath it that could be cold.
+    Files on tmpfs cannot be cold.
     """
     needed = nbytes * (max(num_ranks, 2) if write_too else 1)
     if not cold and _free_memory_for_files() > 1.25 * needed and os.access(_MEMORY, os.W_OK):
@@ -173,24 +168,23 @@ def default_directory(nbytes: int, *, write_too: bool, num_ranks: int, cold: boo
 
 
 def _free_memory_for_files() -> int:
-    """Of /dev/shm: what it may still hold, and half of what the machine could give it."""
+    """What /dev/shm has free, but at most half of the machine's available memory."""
     try:
         state = os.statvfs(_MEMORY)
-        available = available_nbytes() or 0
     except OSError:
         return 0
-    return min(state.f_bavail * state.f_frsize, available // 2)
+    return min(state.f_bavail * state.f_frsize, (available_nbytes() or 0) // 2)
 
 
 def pin_defaults(settings: BenchSettings, environ: MutableMapping[str, str]) -> None:
-    """For ranks that this process starts: what one of them would decide, another must not."""
+    """Give the ranks that this process starts the defaults that they might choose differently."""
     environ["PACKCAST_DIR"] = str(settings.directory)
     if settings.checkpoint is None:
         environ["PACKCAST_SIZE"] = format_exact_size(settings.size)
 
 
 def default_nproc(backend: Backend, device: str) -> int:
-    """A rank for each GPU of this machine, two where there are not two GPUs to use."""
+    """One rank for each GPU of this machine, at least two."""
     if backend == "gloo" or device == "cpu":
         return 2
     from packcast.launch.devices import visible_gpus

@@ -1,6 +1,6 @@
-"""How a bench is watched and how it is told in the end: lines, or a table that grows.
+"""The display of a bench: progress on standard error, the tables on standard output.
 
-Progress goes to standard error, the final table to standard output, exports to their files.
+Writes the exports and the plot too.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from typing import Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -17,219 +19,178 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from packcast.bench.export_files import ExportFile, write_exports
+from packcast.bench import table
+from packcast.bench.export import Exports, write_exports
 from packcast.bench.model import BenchView, Results, Row
-from packcast.bench.stats import limit_of, rate_of, waiting_on, wrong_of
-from packcast.bench.table import (
-    LIMIT_TITLES,
-    ROW_TITLES,
-    closing_lines,
-    environment_lines,
-    limit_cells,
-    row_cells,
-    without_empty,
-)
+from packcast.bench.stats import limit_of, waiting_on
 from packcast.cli.options import ProgressMode
 from packcast.cli.terminal import can_draw, printable, say
 from packcast.errors import DestinationError, PackcastError
 from packcast.units import format_duration, format_rate
 
+Mode = Literal["quiet", "none", "plain", "rich"]
+
 _REFRESH_PER_SECOND = 4
-_LEAST_SHARE = 0.05  # of the sweep, before anybody guesses how long the rest takes
+_LEAST_SHARE = 0.05  # of the sweep, before the remaining time is estimated
 _WIDTH_OF_FILES = 240  # where the table goes to no terminal: nothing is cut off or wrapped
 
 
 class BenchDisplay(BenchView):
-    """Collects what comes and tells the end; in between it is silent (`--quiet`).
+    """Shows the results as they come, as `mode` says, and all of them at the end.
 
-    `plot` draws what was found, at the end. Safe to end from another thread than the bench's.
+    "quiet" shows nothing but the table at the end; "none" warnings too; "plain" a line for each
+    row; "rich" the growing table. May be ended by another thread than the bench's.
     """
 
     def __init__(
         self,
+        mode: Mode,
         command_line: str,
-        targets: Sequence[ExportFile] = (),
+        exports: Exports,
         plot: Callable[[Results], None] | None = None,
-        *,
-        quiet: bool = False,
     ) -> None:
         self.results = Results(command_line=command_line)
-        self._targets = targets
+        self._mode = mode
+        self._exports = exports
         self._plot = plot
-        self._quiet = quiet
         self._lock = threading.RLock()
         self._is_over = False
-        self._said_unwritable = False
-        self._num_told = 0  # warnings
+        self._has_warned_of_exports = False
+        self._num_warnings = 0
+        self._live: Live | None = None
+        self._began = time.monotonic()
+        self._doing, self._share = "measuring the limits", 0.0
+
+    def doing(self, text: str, share_done: float) -> None:
+        self._doing, self._share = text, share_done
 
     def found(self, results: Results, news: Row | None = None) -> None:
         with self._lock:
             if self._is_over:
                 return
-            first = self.results.environment is None and results.environment is not None
+            is_first = self.results.environment is None and results.environment is not None
             self.results = replace(results, command_line=self.results.command_line)
-            if first:
+            if is_first:
                 self._begin()
-            for text in results.warnings[self._num_told :]:
-                self._say(f"packcast: warning: {text}")
-            self._num_told = len(results.warnings)
-            if news is not None:
-                self._tell_news(news)
-                self._export()
+            for text in results.warnings[self._num_warnings :]:
+                self._warn(text)
+            self._num_warnings = len(results.warnings)
+            if news is None:
+                return
+            if self._mode == "plain":
+                done = sum(row.is_complete for row in results.rows)
+                say(f"[{done}/{results.num_cases}] {news.case}: {_in_short(news)}")
+            try:
+                write_exports(self._exports, self.results)
+            except DestinationError as error:  # its directory is gone: `end` fails too
+                if not self._has_warned_of_exports:
+                    self._warn(error.message)
+                self._has_warned_of_exports = True
 
     def end(self, error: PackcastError | None) -> None:
-        """Tell everything that was found, once: exports, the table, the plot.
+        """Show all results, once: the table, the exports, the plot.
 
-        Nothing on a rank that is not the sender. Raises DestinationError where an export fails.
+        Does nothing on a rank that is not the sender. Raises DestinationError where an export
+        fails.
         """
         with self._lock:
             if self._is_over:
                 return
             self._is_over = True
-        self._close()
+        if self._live:
+            self._live.stop()
         if self.results.environment is None:
             return
         code, message = (error.exit_code, error.message) if error else (0, None)
         self.results = replace(self.results, exit_code=code, error=message)
-        self._tell_all()
-        write_exports(self._targets, self.results)
+        with suppress(OSError):  # `packcast bench | head`: the exports are written all the same
+            self._print_results()
+        write_exports(self._exports, self.results)
         if self._plot and self.results.rows:
             self._plot(self.results)
 
     def _begin(self) -> None:
         """The environment is known."""
+        if self._mode == "plain":
+            assert self.results.environment is not None
+            for what, text in table.environment_lines(self.results.environment):
+                say(f"{what}: {text}")
+            say(f"{self.results.num_cases} cases to measure")
+        elif self._mode == "rich":
+            self._began = time.monotonic()
+            self._live = Live(
+                console=_console(stderr=True),
+                get_renderable=self.frame,
+                refresh_per_second=_REFRESH_PER_SECOND,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                transient=True,
+            )
+            self._live.start()
 
-    def _tell_news(self, news: Row) -> None:
-        """A row is known."""
-
-    def _close(self) -> None:
-        """Nothing more will come; restore the terminal."""
-
-    def _say(self, text: str) -> None:
-        if not self._quiet:
+    def _warn(self, text: str) -> None:
+        text = f"packcast: warning: {text}"
+        if self._live:
+            self._live.console.print(Text(printable(text)))
+        elif self._mode != "quiet":
             say(text)
 
-    def _export(self) -> None:
-        try:
-            write_exports(self._targets, self.results)
-        except DestinationError as error:  # the directory has gone: the end will say so again
-            if not self._said_unwritable:
-                self._say(f"packcast: warning: {error.message}")
-            self._said_unwritable = True
+    def frame(self) -> RenderableType:
+        """The table so far and the status line.
 
-    def _tell_all(self) -> None:
-        """The table; on standard error where an export takes standard output."""
-        to_stdout = all(target.path is not None for target in self._targets)
-        if not to_stdout and self._quiet:
-            return
-        try:
-            console = _console(stderr=not to_stdout)
-            for part in all_parts(self.results):
-                console.print(part)
-        except OSError:
-            pass  # `packcast bench | head`: the exports still want to be written
-
-
-class PlainBenchDisplay(BenchDisplay):
-    """A line for each thing that becomes known, for a log file."""
-
-    def _begin(self) -> None:
-        assert self.results.environment is not None, "it is known"
-        for what, words in environment_lines(self.results.environment):
-            self._say(f"{what}: {words}")
-        self._say(f"{self.results.num_cases} cases to measure")
-
-    def _tell_news(self, news: Row) -> None:
-        done = sum(row.is_complete for row in self.results.rows)
-        self._say(f"[{done}/{self.results.num_cases}] {news.case}: {_in_short(news)}")
-
-
-class RichBenchDisplay(BenchDisplay):
-    """The table as it grows, and what runs now; gone when the final one is printed."""
-
-    _live: Live | None = None
-    _now, _share = "measuring the limits", 0.0
-
-    def _begin(self) -> None:
-        self._began = time.monotonic()
-        self._live = Live(
-            console=_console(stderr=True),
-            get_renderable=self._frame,
-            refresh_per_second=_REFRESH_PER_SECOND,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            transient=True,
-        )
-        self._live.start()
-
-    def doing(self, text: str, share_done: float) -> None:
-        self._now, self._share = text, share_done
-
-    def _close(self) -> None:
-        live, self._live = self._live, None
-        if live:
-            live.stop()
-
-    def _frame(self) -> RenderableType:
-        # Without our lock: rich holds its own here, and takes it when we print under ours.
+        Does not take our lock: rich holds its own here, and takes it when we print under ours.
+        """
         spent = time.monotonic() - self._began
-        status = f"{printable(self._now)} ({self._share:.0%} of the runs, {format_duration(spent)}"
+        status = f"{printable(self._doing)} ({self._share:.0%} of the runs, "
+        status += format_duration(spent)
         if self._share > _LEAST_SHARE:
             left = spent / self._share * (1 - self._share)
             status += f", about {format_duration(left)} left"
-        table = _table(ROW_TITLES, row_cells(self.results.rows))
         line = Text(status + ")", no_wrap=True)
-        return Group(table, Text(), line) if table else line
+        rows = [one for one in table.tables(self.results) if "method" in one[0]]
+        return Group(*(_table(one) for one in rows), Text(), line) if rows else line
 
-    def _say(self, text: str) -> None:
-        if self._live:
-            self._live.console.print(Text(printable(text)))
-        else:
-            super()._say(text)
-
-
-def all_parts(results: Results) -> list[RenderableType]:
-    """Everything, from the command line to the warnings."""
-    parts: list[RenderableType] = [Text(printable(results.command_line), style="bold")]
-    if results.environment:
-        lines = environment_lines(results.environment)
-        parts += [Text(f"{what:<9} {printable(words)}", style="dim") for what, words in lines]
-    for titles, cells in (
-        (LIMIT_TITLES, limit_cells(results)),
-        (ROW_TITLES, row_cells(results.rows)),
-    ):
-        if table := _table(titles, cells):
-            parts += ["", table]
-    return [*parts, "", *(Text(printable(line)) for line in closing_lines(results))]
+    def _print_results(self) -> None:
+        """On standard error where an export takes standard output."""
+        to_stderr = None in self._exports.values()
+        if to_stderr and self._mode == "quiet":
+            return
+        console = _console(stderr=to_stderr)
+        console.print(Text(printable(self.results.command_line), style="bold"))
+        if self.results.environment:
+            for what, text in table.environment_lines(self.results.environment):
+                console.print(Text(f"{what:<9} {printable(text)}", style="dim"))
+        for one in table.tables(self.results):
+            console.print()
+            console.print(_table(one))
+        console.print()
+        for line in table.closing_lines(self.results):
+            console.print(Text(printable(line)))
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table | None:
-    """A title that begins with `>` aligns to the right; the marked rows are bold."""
-    if not rows:
-        return None
-    kept, cells = without_empty(titles, rows)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for title in kept:
-        right = title.startswith(">")
+def _table(content: table.Table) -> Table:
+    """The marked rows are bold."""
+    titles, rows = content
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in titles:
         text = title.removeprefix(">")
-        table.add_column(text, justify="right" if right else "left", no_wrap=text != "how")
-    for row in cells:
+        drawn.add_column(text, justify="left" if text == title else "right", no_wrap=text != "how")
+    for row in rows:
         style = "bold" if row[0] in ("*", "~") else ""
-        table.add_row(*(Text(printable(cell)) for cell in row), style=style)
-    return table
+        drawn.add_row(*(Text(printable(cell)) for cell in row), style=style)
+    return drawn
 
 
 def _in_short(row: Row) -> str:
-    rate = rate_of(row)
     if limit := limit_of(row):
         return f"{format_rate(limit.bytes_per_second)} at best"
-    if rate is None:
+    if row.rate is None:
         return f"left out: {row.failure}"
-    words = [format_rate(rate)]
+    words = [format_rate(row.rate)]
     if waiting := waiting_on(row):
-        words.append(f"waiting on {waiting}")
-    if wrong := wrong_of(row):
-        words.append(f"{wrong} WRONG")
+        words.append(f"waiting on {waiting[0]}")
+    if row.wrong:
+        words.append(f"{row.wrong} WRONG")
     return ", ".join(words)
 
 
@@ -240,16 +201,17 @@ def _console(*, stderr: bool) -> Console:
 
 
 def make_bench_display(
-    mode: ProgressMode,
+    progress: ProgressMode,
     command_line: str,
-    targets: Sequence[ExportFile],
+    exports: Exports,
     plot: Callable[[Results], None] | None,
     *,
     quiet: bool,
 ) -> BenchDisplay:
-    """The display that `--progress` asks for, on this terminal or file."""
-    if quiet or mode == "none":
-        return BenchDisplay(command_line, targets, plot, quiet=quiet)
-    if mode != "plain" and can_draw():
-        return RichBenchDisplay(command_line, targets, plot)
-    return PlainBenchDisplay(command_line, targets, plot)
+    """The display that `--progress` and `--quiet` ask for, on this terminal or file."""
+    mode: Mode = "rich" if can_draw() else "plain"
+    if quiet:
+        mode = "quiet"
+    elif progress == "none" or progress == "plain":
+        mode = progress
+    return BenchDisplay(mode, command_line, exports, plot)

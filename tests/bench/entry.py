@@ -22,6 +22,7 @@ from packcast.bench.export import to_json
 from packcast.bench.model import BenchSettings, BenchView, Results, Row
 from packcast.errors import PackcastError
 from packcast.launch.exit import ProcessExit, watch_signals
+from packcast.settings import Settings
 from packcast.units import KIB
 
 Change = Callable[[Any, int], None]  # a broadcast's memory, its root
@@ -50,7 +51,10 @@ def main(argv: list[str]) -> int:
     for name in ("checkpoint", "directory", "write_directory"):
         given[name] = Path(given[name]) if given.get(name) else None
     lists = ("shapes", "sources", "sinks", "readers", "buffer_sizes", "num_buffers")
-    settings = BenchSettings(**given | {name: tuple(given[name]) for name in lists})
+    given |= {name: tuple(given[name]) for name in lists}
+    names = ("checkpoint", "backend", "join_timeout_s", "stall_timeout_s")
+    transfer = {name: given.pop(name) for name in names if name in given}
+    settings = BenchSettings(transfer=Settings(command="send", **transfer), **given)
 
     def say(error: PackcastError) -> None:
         print(f"packcast: error: {error.message}", file=sys.stderr)

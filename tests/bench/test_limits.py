@@ -19,7 +19,7 @@ import torch
 from packcast.bench import limits
 from packcast.bench.dataset import Dataset
 from packcast.bench.limits import LimitMethod
-from packcast.bench.methods import Job, RunFailed
+from packcast.bench.methods import RunFailed
 from packcast.bench.model import BenchSink
 from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
@@ -123,17 +123,23 @@ def measure(
 
     def body(rank: int, broadcast: Broadcast) -> Any:
         ranks: Any = FakeRanks(rank, broadcast, on_gpu)
-        data = Dataset("x", checkpoint=found, files=files, offer=offer, able=(0, 1, 2))
-        one = case(sink=sink, readers=readers, limit="together", buffer_size=2 * MIB, num_buffers=2)
-        job = Job(
-            case=one, ranks=ranks, data=data, run_id="run", turn=1, nbytes=offer.nbytes, cold=False
+        method = LimitMethod(
+            case=case(
+                sink=sink, readers=readers, limit="together", buffer_size=2 * MIB, num_buffers=2
+            ),
+            ranks=ranks,
+            data=Dataset("x", checkpoint=found, files=files, offer=offer, able=(0, 1, 2)),
+            run_id="run",
+            turn=1,
+            nbytes=offer.nbytes,
+            cold=False,
+            write_folder=folder / f"rank-{rank}",
         )
-        method = LimitMethod(job, folder / f"rank-{rank}")
         try:
             method.prepare()
             method.poison()
             method.run()
-            pools = [pool.totals().nbytes for pool, _ in method._prepared().pools]
+            pools = [pool.totals().nbytes for pool, _ in method._pools]
             return ranks.num_broadcast, pools
         except RunFailed as error:
             return error.message

@@ -10,10 +10,11 @@ import pytest
 
 from packcast.bench.model import BenchSettings, Case
 from packcast.bench.sweep import plan_cases, reads_everywhere
+from packcast.settings import Settings
 from packcast.units import GIB, MIB
 
 SETTINGS = BenchSettings(
-    checkpoint=None,
+    transfer=Settings(command="send"),
     shapes=("dense",),
     size=GIB,
     sources=("file",),

@@ -79,7 +79,7 @@ def test_every_host_makes_the_same_files(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_refused_with_their_copies(tmp_path: Path) -> None:
     half = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize * 2 // 3
     weights = [Weight("large", (half // 2,))]
-    check_space(weights, tmp_path, tmp_path, is_written=True, copies=0)
-    check_space(weights, tmp_path, tmp_path, is_written=False, copies=1)
+    check_space(weights, [(tmp_path, 1), (tmp_path, 0)])
+    check_space(weights, [(tmp_path, 0), (tmp_path, 1)])
     with pytest.raises(DestinationError, match=r"needed, .* free"):
-        check_space(weights, tmp_path, tmp_path, is_written=True, copies=1)
+        check_space(weights, [(tmp_path, 1), (tmp_path, 1)])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy
+import pytest
 from safetensors.numpy import save_file
+
+from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.errors import CheckpointError, PackcastError, UsageError
 
 
 def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, object]:
@@ -67,3 +71,16 @@ def sharded(folder: Path) -> Path:
     write(folder / "config.json", "{}")
     write(folder / "tokenizer" / "vocab.txt", "a\nb\n")
     return folder
+
+
+def names(checkpoint: Checkpoint) -> list[str]:
+    return [file.name for file in checkpoint.files]
+
+
+def refused(
+    path: Path, *, all_files: bool = False, exclude_files: Sequence[str] = ()
+) -> PackcastError:
+    """The error with which the checkpoint is refused."""
+    with pytest.raises((CheckpointError, UsageError)) as caught:
+        open_checkpoint(path, all_files=all_files, exclude_files=exclude_files)
+    return caught.value

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
-import time
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -16,27 +14,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from packcast.checkpoint import header as header_module
-from packcast.checkpoint.header import MAX_HEADER_NBYTES, parse_header, read_header
+from packcast.checkpoint.header import parse_header, read_header
 from packcast.checkpoint.header_limits import HeaderLimits
 from packcast.checkpoint.tensor_table import DTYPE_BITS
 from packcast.errors import CheckpointError
 from tests.checkpoint.handmade import entry, file_bytes, write
 
-NUMPY_DTYPES = {
-    "BOOL": "?",
-    "U8": "u1",
-    "I8": "i1",
-    "U16": "u2",
-    "I16": "i2",
-    "F16": "f2",
-    "U32": "u4",
-    "I32": "i4",
-    "F32": "f4",
-    "U64": "u8",
-    "I64": "i8",
-    "F64": "f8",
-    "C64": "c8",
-}
+NUMPY_DTYPES = {"BOOL": "?", "C64": "c8", "F16": "f2", "F32": "f4", "F64": "f8"}
+NUMPY_DTYPES |= {f"{kind}{8 * n}": f"{kind.lower()}{n}" for kind in "UI" for n in (1, 2, 4, 8)}
 
 
 def parse(header: object, data: bytes = b"") -> header_module.Header:
@@ -88,17 +73,6 @@ def test_every_dtype_has_the_size_that_safetensors_gives_it(dtype: str) -> None:
 T = entry("U8", [1], 0, 1)
 
 
-def test_a_name_that_occurs_twice_is_refused_even_where_the_offsets_agree() -> None:
-    one = json.dumps(T)
-    assert "names 'twin' twice" in refused(f'{{"twin":{one},"twin":{one}}}', b"x")
-    # Written differently, but the same name.
-    assert "names 'twin' twice" in refused(f'{{"twin":{one},"\\u0074win":{one}}}', b"x")
-    empty = json.dumps(entry("U8", [0], 0, 0))
-    assert "names 'e' twice" in refused(f'{{"e":{empty},"e":{empty}}}')
-    refused('{"t":{"dtype":"U8","dtype":"I8","shape":[1],"data_offsets":[0,1]}}', b"x")
-    refused('{"__metadata__":{},"__metadata__":{}}')
-
-
 def test_messages_name_the_tensor() -> None:
     assert "tensor 'layers.7.w': unknown dtype 'Q8'" in refused(
         {"layers.7.w": entry("Q8", [1], 0, 1)}
@@ -115,15 +89,8 @@ def test_a_message_never_carries_control_characters_or_a_long_name() -> None:
     refused({"t": T | {"shape": [{"deep": []}] * 1000}}, b"x")
 
 
-def test_too_many_dimensions_are_refused() -> None:
-    assert parse({"t": entry("U8", [1] * 64, 0, 1)}, b"x")
-    assert "dimensions" in refused({"t": entry("U8", [1] * 65, 0, 1)}, b"x")
-
-
 def test_nesting_too_deep_for_a_parser_is_refused() -> None:
-    refused(b'{"t":' + b"[" * 200_000)
-    refused(b'{"t":' + b'{"a":' * 200_000)
-    for depth in (900, 950, 980, 990):  # deep, yet perhaps just parsed
+    for depth in (900, 950, 980, 990):  # near the parser's limit; the corpus has deeper ones
         refused(b'{"t":{"dtype":' + b"[" * depth + b"]" * depth + b"}}")
 
 
@@ -163,14 +130,6 @@ def test_tensors_are_counted_however_they_are_spelt() -> None:
         parse_header(text.encode(), 8 + len(text), "x", limits)
 
 
-def test_many_tensors_are_parsed_in_good_time() -> None:
-    content = {f"layers.{n}.weight": entry("U8", [1], n, n + 1) for n in range(50_000)}
-    begun = time.perf_counter()
-    header = parse(content, bytes(50_000))
-    assert time.perf_counter() - begun < 10
-    assert header.tensor_at(header.data_begin + 31_415) == header.tensors[31_415]
-
-
 def test_tensor_at_finds_the_tensor_of_each_byte() -> None:
     header = parse(
         {
@@ -188,31 +147,6 @@ def test_tensor_at_finds_the_tensor_of_each_byte() -> None:
     assert header.tensor_at(-1) is None
 
 
-NOT_SAFETENSORS = {
-    "a git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12\n",
-    "a web page": b"\n <!DOCTYPE html><html><body>404</body></html>",
-    "pickle": b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00",
-    "(pickle) checkpoint": b"\x80\x02}q\x00(X\x06\x00\x00\x00",
-    "GGUF": b"GGUF\x03\x00\x00\x00\x01\x00\x00\x00",
-    "JSON": b'{"error": "not found"}',
-    "empty": b"",
-    "only 3 bytes": b"abc",
-    "no header length": b"\xff" * 100,
-    "begins with zeros": bytes(100),
-}
-
-
-@pytest.mark.parametrize(("what", "data"), NOT_SAFETENSORS.items(), ids=NOT_SAFETENSORS)
-def test_a_file_that_is_something_else_is_called_by_its_name(
-    what: str, data: bytes, tmp_path: Path
-) -> None:
-    path = write(tmp_path / "model.safetensors", data)
-    with pytest.raises(CheckpointError, match="safetensors: not a safetensors file") as caught:
-        read_header(path)
-    assert what in caught.value.message
-    assert caught.value.hint
-
-
 def test_a_truncated_file_is_named_with_both_sizes(tmp_path: Path) -> None:
     whole = file_bytes({"t": entry("F32", [25], 0, 100)}, bytes(100))
     for nbytes in range(9, len(whole)):
@@ -223,15 +157,6 @@ def test_a_truncated_file_is_named_with_both_sizes(tmp_path: Path) -> None:
             assert f"expected {len(whole)}" in caught.value.message
     write(path, whole + b"!")
     with pytest.raises(CheckpointError, match=f"{len(whole) + 1} bytes, expected {len(whole)}"):
-        read_header(path)
-
-
-def test_a_header_length_beyond_the_bound_is_refused_without_reading_it(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", MAX_HEADER_NBYTES + 1) + b"{")
-        file.truncate(3 * MAX_HEADER_NBYTES)  # sparse
-    with pytest.raises(CheckpointError):
         read_header(path)
     with pytest.raises(CheckpointError, match="truncated"):
         parse_header(b"{}", 9, "x.safetensors")

@@ -10,45 +10,22 @@ from packcast.checkpoint.names import MAX_DEPTH, clash_of, clashes_of, name_faul
 @pytest.mark.parametrize(
     "name",
     [
-        "model.safetensors",
-        "text_encoder/model-00001-of-00002.safetensors",
-        "a b/ü 漢字 (1).json",
-        "x" * 255,
-        "/".join("x" * MAX_DEPTH),
-        "a..b",
-        "a-",
+        *("model.safetensors", "text_encoder/model-00001-of-00002.safetensors", "a..b", "a-"),
+        *("a b/ü 漢字 (1).json", "x" * 255, "/".join("x" * MAX_DEPTH)),
+        *("dev/null", "proc/self/environ", "console", "COM", "COM10", "CONF.json", "a.b.c"),
+        *("nul_", "a b"),
     ],
 )
-def test_ordinary_names_are_allowed(name: str) -> None:
+def test_ordinary_names_are_allowed_even_if_they_look_special(name: str) -> None:
     assert name_fault(name) is None
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        "",
-        "/etc/passwd",
-        "../up",
-        "a/../b",
-        "a/./b",
-        "./a",
-        "a//b",
-        "a/",
-        ".hidden",
-        "a/.hidden/b",
-        "-rf",
-        "a/-b",
-        "a\\b",
-        "a\nb",
-        "a\x1b[2J",
-        "a\x7f",
-        "a\0b",
-        "a\u202eb",
-        "u\u0308",
-        "\udcff",
-        "x" * 256,
-        "ü" * 128,
-        "/".join("x" * (MAX_DEPTH + 1)),
+        *("", "/etc/passwd", "../up", "a/../b", "a/./b", "./a", "a//b", "a/", ".hidden"),
+        *("a/.hidden/b", "-rf", "a/-b", "a\\b", "a\nb", "a\x1b[2J", "a\x7f", "a\0b", "a\u202eb"),
+        *("u\u0308", "\udcff", "x" * 256, "ü" * 128, "/".join("x" * (MAX_DEPTH + 1))),
     ],
 )
 def test_hostile_names_are_refused_with_a_reason(name: str) -> None:
@@ -105,21 +82,3 @@ def test_a_name_that_some_file_systems_do_not_take_is_refused(name: str) -> None
     fault = name_fault(name)
     assert fault
     assert "some" in fault
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "dev/null",
-        "proc/self/environ",
-        "console",
-        "COM",
-        "COM10",
-        "CONF.json",
-        "a.b.c",
-        "nul_",
-        "a b",
-    ],
-)
-def test_a_name_that_only_looks_special_may_travel(name: str) -> None:
-    assert name_fault(name) is None

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.index import whole_file_of
-from packcast.errors import CheckpointError, PackcastError, UsageError
-from tests.checkpoint.handmade import index, shard, sharded, write
+from packcast.errors import UsageError
+from tests.checkpoint.handmade import index, names, refused, shard, sharded, write
 
 INDEX = "model.safetensors.index.json"
-
-
-def names(checkpoint: Checkpoint) -> list[str]:
-    return [file.name for file in checkpoint.files]
-
-
-def refused(path: Path, exclude_files: Sequence[str] = ()) -> PackcastError:
-    with pytest.raises((CheckpointError, UsageError)) as caught:
-        open_checkpoint(path, exclude_files=exclude_files)
-    return caught.value
 
 
 def roles(checkpoint: Checkpoint) -> dict[str, tuple[set[str], set[str]]]:
@@ -265,13 +254,15 @@ def test_a_glob_that_matches_no_file_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_leaving_out_all_or_what_the_index_names_is_refused(tmp_path: Path) -> None:
-    error = refused(sharded(tmp_path), ["*-00002-*"])
+    error = refused(sharded(tmp_path), exclude_files=["*-00002-*"])
     assert isinstance(error, UsageError)
     assert "leaves out model-00002-of-00002.safetensors, which" in error.message
     kept = open_checkpoint(tmp_path, exclude_files=("*-00002-*", "*.index.json"))
     assert [file.name for file in kept.shards] == ["model-00001-of-00002.safetensors"]
-    assert isinstance(refused(tmp_path, ["*"]), UsageError)
-    assert isinstance(refused(tmp_path / "model-00001-of-00002.safetensors", ["*"]), UsageError)
+    assert isinstance(refused(tmp_path, exclude_files=["*"]), UsageError)
+    assert isinstance(
+        refused(tmp_path / "model-00001-of-00002.safetensors", exclude_files=["*"]), UsageError
+    )
 
 
 @pytest.mark.parametrize("how", ["the size", "the names"])

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import packcast.bench
-from packcast.bench.export_files import export_files
+from packcast.bench.export import check_exports
 from packcast.bench.model import BenchSettings, BenchView, Results
 from packcast.cli import benchsettings, start
 from packcast.cli.app import run
 from packcast.cli.bench import verdict
-from packcast.cli.benchview import PlainBenchDisplay, RichBenchDisplay
+from packcast.cli.benchview import BenchDisplay
 from packcast.errors import TransferError, UsageError
+from packcast.settings import Settings
 from packcast.units import GIB, MIB, format_exact_size
 from tests.bench.samples import a_bench, case, row
 from tests.helpers.handovers import hand_over
@@ -81,7 +82,15 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
     assert run(argv) == 0
     assert ranks.settings == [
         BenchSettings(
-            checkpoint=None,
+            transfer=Settings(
+                command="send",
+                staging=64 * MIB,
+                backend="gloo",
+                device="cpu",
+                join_timeout_s=60.0,
+                heartbeat_timeout_s=5.0,
+                stall_timeout_s=7.0,
+            ),
             shapes=("dense", "tiny"),
             size=GIB,
             sources=("file", "resident"),
@@ -97,12 +106,6 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
             check=False,
             baselines=False,
             limits=False,
-            staging=64 * MIB,
-            backend="gloo",
-            device="cpu",
-            join_timeout_s=60.0,
-            heartbeat_timeout_s=5.0,
-            stall_timeout_s=7.0,
         )
     ]
 
@@ -167,6 +170,7 @@ def test_a_checkpoint_takes_the_place_of_shapes(ranks: FakeBench) -> None:
         ("--export-json /nowhere/r.json", "--export-json: the directory /nowhere does not exist"),
         ("--export-json - --export-csv -", "--export-json and --export-csv would both write"),
         ("--export-csv /tmp", "--export-csv: /tmp is a directory"),
+        ("--export-markdown=", "--export-markdown: the path is empty"),
         ("--plot p.jpg", "--plot: p.jpg must end in .png or .svg"),
     ],
 )
@@ -213,12 +217,12 @@ def test_the_table_is_standard_output_and_what_happens_meanwhile_is_not(
 
 
 def test_a_terminal_is_told_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    display = RichBenchDisplay("packcast bench")
-    monkeypatch.setattr(display, "_began", time.monotonic() - 30, raising=False)
+    display = BenchDisplay("rich", "packcast bench", {})
+    monkeypatch.setattr(display, "_began", time.monotonic() - 30)
     display.results = GOOD
     display.doing("a case", 0.5)
     console = Console(file=io.StringIO(), width=200)
-    console.print(display._frame())
+    console.print(display.frame())
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "a case (50% of the runs, 30.0 s, about 30.0 s left)" in text
     assert "43.6" in text
@@ -306,7 +310,7 @@ def test_wrong_bytes_are_exit_6(ranks: FakeBench, capsys: Capture) -> None:
     assert run(["bench", "-q"]) == 6
     captured = capsys.readouterr()
     assert "3 blocks or tensors in packcast dense file->write 64MiB x 4" in captured.err
-    assert "3 blocks or tensors are not the sender's" in captured.out
+    assert "3 blocks or tensors differ from the sender's" in captured.out
 
 
 def test_a_fault_that_only_the_ranks_know_of_is_not_silent(
@@ -399,7 +403,10 @@ def test_an_export_that_fails_on_the_way_stops_no_run_but_is_the_end(
         return 0
 
     ranks.does = remove
-    assert run(["bench", "--export-json", str(folder / "r.json")]) == 7
+    other = tmp_path / "r.md"
+    exports = ("--export-json", str(folder / "r.json"), "--export-markdown", str(other))
+    assert run(["bench", *exports]) == 7
+    assert other.exists()
     captured = capsys.readouterr()
     assert captured.err.count("packcast: warning: --export-json") == 1
     assert "*   packcast" in captured.out
@@ -428,7 +435,7 @@ def test_a_failed_export_does_not_hide_why_the_bench_ended(
 
 def test_a_late_row_changes_nothing_once_the_end_was_told(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "r.json"
-    display = PlainBenchDisplay("packcast bench", export_files({"--export-json": str(path)}))
+    display = BenchDisplay("plain", "packcast bench", check_exports({"--export-json": str(path)}))
     show(display, replace(GOOD, rows=GOOD.rows[:1]))
     display.end(TransferError("lost rank 3"))
     capsys.readouterr()
@@ -459,6 +466,7 @@ def test_sizes_are_lists_ranges_and_mixes_without_doubles(
     text: str, sizes: tuple[int, ...]
 ) -> None:
     assert benchsettings.buffer_sizes("--buffer-size", text) == sizes
+    assert benchsettings.buffer_counts("--num-buffers", "4,2..8:x2") == (4, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -501,10 +509,12 @@ def test_a_range_begins_with_its_first_value_and_never_passes_its_last(
     assert found[-1] <= last * MIB < found[-1] * factor
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 16384), min_size=1, max_size=20))
-def test_what_is_written_is_read_back(sizes: list[int]) -> None:
+def test_a_list_of_sizes_is_parsed_as_it_is_formatted(sizes: list[int]) -> None:
     text = ",".join(format_exact_size(size * MIB) for size in sizes)
     assert benchsettings.buffer_sizes("--buffer-size", text) == mib(*dict.fromkeys(sizes))
+
+
+def test_ranges_go_by_factors_or_steps() -> None:
     assert benchsettings.buffer_counts("--num-buffers", "4,2..8:x2") == (4, 2, 8)
     assert benchsettings.buffer_counts("--num-buffers", "2..8:+2") == (2, 4, 6, 8)

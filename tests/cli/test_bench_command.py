@@ -65,16 +65,6 @@ def test_ctrl_c_leaves_the_rows_so_far_and_no_files(commands: Commands, tmp_path
     assert list(work.iterdir()) == []
 
 
-def test_weights_that_have_no_room_are_one_sentence_and_exit_7(
-    commands: Commands, tmp_path: Path
-) -> None:
-    words = ("--device", "cpu", "--size", "4096GiB", "--dir", tmp_path, "--nproc", "3")
-    ended = commands.packcast("bench", *words).wait()
-    assert ended.returncode == 7
-    assert ended.sentence.startswith(f"{tmp_path}: ")
-    assert "needed" in ended.sentence
-
-
 def measured_by_three(found_path: Path, work: Path) -> None:
     found = json.loads(found_path.read_text())
     assert (found["ok"], found["environment"]["world_size"]) == (True, 3)
