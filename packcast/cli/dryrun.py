@@ -172,10 +172,7 @@ def _text(found: DryRun) -> str:
         ("goes to", _goes_to(settings)),
         ("modes", _modes(found.files)),
         ("chunks", f"{len(found.chunks):,} of at most {format_exact_size(sizes.buffer_size)}"),
-        (
-            where,
-            f"{format_size(memory.ring)} on each rank, sender and workers alike: {sizes.ring}",
-        ),
+        (where, f"{format_size(memory.ring)} on each rank, sender and workers alike: {sizes.ring}"),
     ]
     if memory.pinned:
         facts.append(("", f"about {format_size(CUDA_AND_NCCL_NBYTES)} more for CUDA and NCCL"))

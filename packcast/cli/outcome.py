@@ -47,10 +47,7 @@ def command_failure(error: BaseException) -> PackcastError:
         return Interrupted("interrupted", signal_number=signal.SIGINT)
     if known := out_of_descriptors(error):
         return known
-    wrapped = PackcastError(
-        f"this is a bug: {type(error).__name__}: {error}",
-        hint=_TRY_VERBOSE,
-    )
+    wrapped = PackcastError(f"this is a bug: {type(error).__name__}: {error}", hint=_TRY_VERBOSE)
     wrapped.__cause__ = error
     return wrapped
 
