@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from packcast.cli.bottleneck import MAX_ROWS, Bottleneck, joining_line, slowest_of
+from packcast.cli.options import ProgressMode
 from packcast.cli.rate import Meter, done_of, percent, start_lines, time_left
 from packcast.cli.terminal import TerminalLock, can_draw, say
 from packcast.launch.launchers import Launch
@@ -153,6 +154,19 @@ class PlainView(Display):
 
     def _finish(self) -> None:
         self._stop.set()
+
+
+def make_view(
+    mode: ProgressMode, settings: Settings, launch: Launch, *, quiet: bool = False
+) -> Display:
+    """The display that `--progress` asks for, on this terminal or file."""
+    if quiet or mode == "none":
+        return SilentView(settings, launch, quiet=quiet)
+    if mode != "plain" and can_draw():  # bars need a terminal, whatever was asked for
+        from packcast.cli.richview import RichView  # 60 ms that a log file does not need
+
+        return RichView(settings, launch)
+    return PlainView(settings, launch)
 
 
 class JoiningLines:
