@@ -35,6 +35,7 @@ from packcast.cli.helps import (
 )
 from packcast.cli.jsonlog import JsonLog, Views
 from packcast.cli.outcome import Outcome, command_failure
+from packcast.cli.progress import make_view
 from packcast.cli.standard_streams import flush_streams
 from packcast.cli.start import (
     be_a_rank,
@@ -47,7 +48,6 @@ from packcast.cli.start import (
     warner,
 )
 from packcast.cli.terminal import say
-from packcast.cli.views import make_view
 from packcast.errors import PackcastError, UsageError
 from packcast.launch.exit import record_failure
 from packcast.launch.secret import secret_folders, user_token

@@ -178,5 +178,5 @@ MinBandwidth = Annotated[
     ),
 ]
 Quiet = Annotated[
-    bool, option("--quiet", "-q", panel=OUTPUT, help="Only errors, and the table at the end.")
+    bool, option("--quiet", short="-q", panel=OUTPUT, help="Only errors, and the table at the end.")
 ]

@@ -1,7 +1,4 @@
-"""What a transfer waits on: workers that have not joined, then the rank and stage that hold it up.
-
-Pure functions over what the view was told, and one tracker that is told the time.
-"""
+"""The bottleneck of a transfer: workers that have not joined, then the slowest rank and stage."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from packcast.view import Joining, Snapshot, WorkerState
 
 MAX_ROWS = 8
 MAX_NAMED = 4
-SHOW_AFTER_S = 2.0  # what holds it up for less changes with every look
+SHOW_AFTER_S = 2.0  # shorter bottlenecks change too often to show
 _WINDOW_S = 3.0
 
 RECEIVING = "receiving"
-# What a worker's loop waits for, as what the worker does.
+# The stage that a worker's loop waits for, and the state shown for it.
 _STATES = {
     "connect": "connecting",
     "broadcast": RECEIVING,
@@ -31,10 +28,10 @@ _STATES = {
     "sync": "syncing",
 }
 
-HERE = -1  # in the place of a rank: the one that looks
-Culprit = tuple[int | None, str]  # rank and stage; without a rank one of these:
+HERE = -1  # instead of a rank: this process
+Culprit = tuple[int | None, str]  # rank and stage; the rank is None for these stages:
 _LIMITS = {"limit": "--max-rate", "network": "the network"}
-_ON_OTHERS = {  # what a worker knows of them
+_ON_OTHERS = {  # on a worker
     "bytes": "waiting for bytes from the other ranks",
     "others": "complete here, waiting for the other workers",
 }
@@ -57,13 +54,12 @@ def joining_line(joining: Joining, now: float) -> str:
 
 
 def is_done(worker: WorkerState, total: int) -> bool:
-    """Whether the worker has every byte, and has made them durable."""
+    """Whether the worker has received every byte and made it durable."""
     return worker.nbytes >= total and worker.stage != "sync"
 
 
 def chosen_workers(workers: Mapping[int, WorkerState]) -> list[tuple[str, int]]:
-    """The workers that get a row, each with what to say of it: all, or where they are many the
-    slowest, the median and the fastest."""
+    """(label, rank) of the workers that get a row: all, or slowest, median and fastest."""
     if len(workers) <= MAX_ROWS:
         return [("", rank) for rank in sorted(workers)]
     by_speed = sorted(workers, key=lambda rank: (workers[rank].nbytes, rank))
@@ -80,11 +76,10 @@ def slowest_of(workers: Mapping[int, WorkerState]) -> int | None:
 
 
 def culprit_of(snapshot: Snapshot) -> Culprit | None:
-    """Who holds the transfer up at this moment; None where nobody does, or nobody knows.
+    """The bottleneck in one snapshot; None if there is none or it is unknown.
 
-    The rate that was asked for; else a worker that waits for its own disk or device, the slowest
-    of them; else whoever looks; else, on the sender, the network; and on a worker that has all
-    bytes, the others.
+    In this order: --max-rate; the slowest worker that waits for its own disk or device; this
+    process; on the sender the network; on a complete worker the other workers.
     """
     total = snapshot.nbytes_total
     if snapshot.stage == "limit":
@@ -105,41 +100,41 @@ def culprit_of(snapshot: Snapshot) -> Culprit | None:
 
 
 class Bottleneck:
-    """Who holds a transfer up, and since when: what most looks of the last seconds found, since a
-    loop that is looked at between two pieces seems to wait for others."""
+    """The bottleneck and since when it lasts: the most frequent one of the last seconds, because
+    a single snapshot between two pieces can be wrong."""
 
     def __init__(self) -> None:
-        self._looks: deque[tuple[float, Culprit | None, Snapshot]] = deque()
+        self._samples: deque[tuple[float, Culprit | None, Snapshot]] = deque()
         self._culprit: Culprit | None = None
         self._since = 0.0
 
     def add(self, snapshot: Snapshot, now: float) -> None:
-        """Take one look."""
+        """Add one snapshot."""
         culprit = culprit_of(snapshot)
-        if culprit is None and snapshot.stages and not snapshot.workers and self._looks:
-            has_moved = snapshot.stages != self._looks[-1][2].stages
+        if culprit is None and snapshot.stages and not snapshot.workers and self._samples:
+            has_moved = snapshot.stages != self._samples[-1][2].stages
             culprit = None if has_moved else (None, "bytes")
-        self._looks.append((now, culprit, snapshot))
-        while self._looks[0][0] < now - _WINDOW_S:
-            self._looks.popleft()
-        most = Counter(found for _, found, _ in self._looks).most_common(1)[0][0]
+        self._samples.append((now, culprit, snapshot))
+        while self._samples[0][0] < now - _WINDOW_S:
+            self._samples.popleft()
+        most = Counter(found for _, found, _ in self._samples).most_common(1)[0][0]
         rank = None if most is None else most[0]
         if rank in snapshot.workers and is_done(snapshot.workers[rank], snapshot.nbytes_total):
             most = None
         if most != self._culprit:
             self._culprit = most
-            self._since = next((when for when, found, _ in self._looks if found == most), now)
+            self._since = next((when for when, found, _ in self._samples if found == most), now)
 
     def state(self, rank: int) -> str:
-        """What a worker does, in one word: what it did most of the last seconds."""
-        newest = self._looks[-1][2]
+        """The worker's most frequent state of the last seconds, in one word."""
+        newest = self._samples[-1][2]
         if is_done(newest.workers[rank], newest.nbytes_total):
             return "done"
-        stages = (look.workers[rank].stage for _, _, look in self._looks if rank in look.workers)
+        stages = (look.workers[rank].stage for _, _, look in self._samples if rank in look.workers)
         return _STATES.get(Counter(stages).most_common(1)[0][0], "")
 
     def line(self, hosts: Mapping[int, str], now: float) -> str | None:
-        """`waiting on rank 1 (hostb): write, 12 s`; None while it is too early to say."""
+        """`waiting on rank 1 (hostb): write, 12 s`; None if it has not lasted long enough."""
         if self._culprit is None or now - self._since < SHOW_AFTER_S:
             return None
         rank, stage = self._culprit

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from packcast.checkpoint.suggestions import hint_for_path
-from packcast.cli.result import count
+from packcast.cli.result import count, ending
 from packcast.cli.tables import Listing, table
 from packcast.errors import DestinationError, UsageError
 from packcast.io.sinks.partial import Partial, partials_in, partials_of, remove_if_unused
@@ -38,19 +38,14 @@ def clean(folder: Path, *, yes: bool) -> tuple[Listing, DestinationError | None]
     unused = [partial for partial in partials if partial.state == "unused"]
     gone = {partial.path for partial in unused if remove_if_unused(partial)} if yes else set()
     stuck = [partial.path for partial in unused if yes and partial.path not in gone]
-    document: dict[str, object] = {
-        "command": "clean",
-        "ok": not stuck,
-        "exit_code": DestinationError.exit_code if stuck else 0,
-        "error": None,
-        "partials": [asdict(partial) | {"removed": partial.path in gone} for partial in partials],
-    }
     failure = None
     if stuck:
         failure = DestinationError(
             f"could not be removed: {', '.join(stuck)}", hint="check the permissions"
         )
-        document["error"] = failure.message
+    document = ending("clean", failure) | {
+        "partials": [asdict(partial) | {"removed": partial.path in gone} for partial in partials]
+    }
     text = _text(folder, partials, unused, gone, yes=yes)
     return Listing(text, document, ()), failure
 

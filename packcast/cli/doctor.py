@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import packcast
-from packcast.cli.result import count
+from packcast.cli.result import count, ending
 from packcast.cli.selftest import self_test
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import printable
@@ -96,11 +96,7 @@ def doctor(
     if problems and failure is None:
         failure = RendezvousError(f"{problems[0].topic}: {problems[0].text}", hint=problems[0].fix)
     document: dict[str, object] = {
-        "command": "doctor",
-        "ok": failure is None,
-        "exit_code": failure.exit_code if failure else 0,
-        "error": failure.message if failure else None,
-        "hint": None,
+        **ending("doctor", failure),
         "findings": [asdict(found) for found in findings],
     }
     notes = sum(found.state == "note" for found in findings)

@@ -15,7 +15,7 @@ from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.leftout import LeftOut, left_out
 from packcast.checkpoint.outgoing import FileSpec, outgoing_files
 from packcast.cli.contents import Contents, kind_of_file, left_out_lines
-from packcast.cli.result import count
+from packcast.cli.result import count, ending
 from packcast.cli.tables import Listing, table
 from packcast.cli.terminal import printable
 from packcast.control.rank_info import RankInfo
@@ -172,10 +172,7 @@ def _text(found: DryRun) -> str:
         ("goes to", _goes_to(settings)),
         ("modes", _modes(found.files)),
         ("chunks", f"{len(found.chunks):,} of at most {format_exact_size(sizes.buffer_size)}"),
-        (
-            where,
-            f"{format_size(memory.ring)} on each rank, sender and workers alike: {sizes.ring}",
-        ),
+        (where, f"{format_size(memory.ring)} on each rank, sender and workers alike: {sizes.ring}"),
     ]
     if memory.pinned:
         facts.append(("", f"about {format_size(CUDA_AND_NCCL_NBYTES)} more for CUDA and NCCL"))
@@ -224,11 +221,8 @@ def _modes(files: Sequence[FileSpec]) -> str:
 def _document(found: DryRun) -> dict[str, object]:
     contents = found.contents
     return {
-        "command": "send",
+        **ending("send", None),
         "dry_run": True,
-        "ok": True,
-        "exit_code": 0,
-        "error": None,
         "checkpoint": {"path": str(found.checkpoint.path), **contents.document()},
         "files": [
             {

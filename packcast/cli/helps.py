@@ -1,4 +1,4 @@
-"""Longer words of --help, and defaults as they are typed. Text only."""
+"""Long help texts, and defaults as the user would type them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from packcast.settings import (
 )
 from packcast.units import format_exact_size
 
-# As they are typed, so that --help shows them so.
 BUFFER_SIZE = (
     f"{format_exact_size(MIN_FITTING_SIZE)} to {format_exact_size(MAX_FITTING_SIZE)},"
     " by the checkpoint's size"
@@ -23,12 +22,12 @@ HEARTBEAT_TIMEOUT = f"{DEFAULT_HEARTBEAT_TIMEOUT_S:g}s"
 STALL_TIMEOUT = f"{DEFAULT_STALL_TIMEOUT_S / 60:g}min"
 
 EVERY_OPTION = "Every option also reads PACKCAST_<NAME>, as in PACKCAST_BUFFER_SIZE=64MiB."
-# One line per paragraph: the help is wrapped to the terminal, but keeps the lines that it is given.
+# One line per paragraph: typer wraps to the terminal, but keeps line breaks.
 SEND_HELP = """Send a checkpoint to every worker.
 
 In a single launch (torchrun, Slurm, mpirun, --nproc) every rank runs this command: \
 the lowest rank sends; the others write to --out, compare with --verify, \
-or, with neither, check what comes and drop it."""
+or, with neither, verify the bytes and drop them."""
 RECV_HELP = """Receive a checkpoint: write it, compare it with a local one, or drop it.
 
 Without a launcher, HOST:PORT is where `packcast send --workers N` listens. \

@@ -8,6 +8,7 @@ from pathlib import Path
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.leftout import LeftOut, left_out
 from packcast.cli.contents import Contents, kind_of_file, left_out_lines
+from packcast.cli.result import ending
 from packcast.cli.tables import Listing, exact, table
 from packcast.cli.terminal import printable
 
@@ -54,10 +55,7 @@ def _document(
     checkpoint: Checkpoint, contents: Contents, beside: Sequence[LeftOut], *, tensors: bool
 ) -> dict[str, object]:
     document: dict[str, object] = {
-        "command": "inspect",
-        "ok": True,
-        "exit_code": 0,
-        "error": None,
+        **ending("inspect", None),
         "checkpoint": {"path": str(checkpoint.path), **contents.document()},
         "files": [
             {

@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
@@ -105,9 +106,9 @@ class JsonLog(View):
         self._write(
             "end",
             ok=error is None,
-            exit_code=0 if error is None else error.exit_code,
-            error=None if error is None else error.message,
-            hint=None if error is None else error.hint,
+            exit_code=error.exit_code if error else 0,
+            error=error.message if error else None,
+            hint=error.hint if error else None,
         )
         with self._lock:
             self._drop()
@@ -176,36 +177,11 @@ class Views(View):
     """Passes every call on to several views."""
 
     def __init__(self, *views: View) -> None:
-        self._views = views
+        for name in vars(View):
+            if not name.startswith("_"):
+                setattr(self, name, partial(self._call_all, views, name))
 
-    def listening(self, recv_line: str) -> None:
-        for view in self._views:
-            view.listening(recv_line)
-
-    def joining(self, joining: Joining) -> None:
-        for view in self._views:
-            view.joining(joining)
-
-    def warn(self, text: str) -> None:
-        for view in self._views:
-            view.warn(text)
-
-    def note(self, text: str) -> None:
-        for view in self._views:
-            view.note(text)
-
-    def placed(self, rank: int, *, is_sender: bool) -> None:
-        for view in self._views:
-            view.placed(rank, is_sender=is_sender)
-
-    def phase(self, phase: Phase) -> None:
-        for view in self._views:
-            view.phase(phase)
-
-    def started(self, start: Start, progress: Callable[[], Snapshot]) -> None:
-        for view in self._views:
-            view.started(start, progress)
-
-    def close(self) -> None:
-        for view in self._views:
-            view.close()
+    @staticmethod
+    def _call_all(views: Sequence[View], name: str, *args: object, **kwargs: object) -> None:
+        for view in views:
+            getattr(view, name)(*args, **kwargs)

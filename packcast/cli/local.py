@@ -9,7 +9,6 @@ from pathlib import Path
 
 import typer
 
-from packcast.cli import localoptions as local
 from packcast.cli import options as opt
 from packcast.cli import parsing as given
 from packcast.cli.download import checkpoint_path
@@ -23,11 +22,11 @@ from packcast.errors import PackcastError
 def inspect(
     context: typer.Context,
     checkpoint: opt.Checkpoint,
-    tensors: local.Tensors = False,
+    tensors: opt.Tensors = False,
     all_files: opt.AllFiles = False,
     follow_links: opt.FollowLinks = False,
     exclude_files: opt.ExcludeFiles = None,
-    json: local.InspectJson = None,
+    json: opt.InspectJson = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
@@ -47,9 +46,9 @@ def inspect(
 
 def clean(
     context: typer.Context,
-    folder: local.Folder,
-    yes: local.Yes = False,
-    json: local.InspectJson = None,
+    folder: opt.Folder,
+    yes: opt.Yes = False,
+    json: opt.InspectJson = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
@@ -63,14 +62,14 @@ def clean(
 
 def verify(
     context: typer.Context,
-    directories: local.Directories,
-    against: local.Against = None,
+    directories: opt.Directories,
+    against: opt.Against = None,
     manifest: opt.Manifest = None,
     digest: opt.DigestChoice = "xxh128",
     report: opt.FileReport = None,
     all_files: opt.AllFiles = False,
     exclude_files: opt.ExcludeFiles = None,
-    json: local.InspectJson = None,
+    json: opt.InspectJson = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:
@@ -93,10 +92,10 @@ def verify(
 
 def doctor(
     context: typer.Context,
-    folders: local.Folders = None,
-    reach: local.Reach = None,
-    no_test: local.NoTest = False,
-    json: local.InspectJson = None,
+    folders: opt.Folders = None,
+    reach: opt.Reach = None,
+    no_test: opt.NoTest = False,
+    json: opt.InspectJson = None,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> int:

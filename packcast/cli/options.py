@@ -29,17 +29,19 @@ def variable_of(name: str) -> str:
 
 
 def option(
-    *names: str,
+    name: str,
     panel: str,
-    help: str,
     metavar: str | None = None,
+    help: str = "",
+    *,
+    short: str | None = None,
     min: int | None = None,
     max: int | None = None,
 ) -> Any:
-    """An option with its variable, which the epilog explains once for all of them."""
+    """An option with its environment variable, which --help explains once for all options."""
     return typer.Option(
-        *names,
-        envvar=variable_of(names[0]),
+        *filter(None, (name, short)),
+        envvar=variable_of(name),
         show_envvar=False,
         rich_help_panel=panel,
         help=help,
@@ -49,370 +51,265 @@ def option(
     )
 
 
-def flag(*names: str, panel: str, help: str) -> Any:
-    """An option without a value, which the help is not to ask for."""
-    return option(*names, panel=panel, help=help, metavar="")
+def argument(metavar: str, help: str) -> Any:
+    """A positional argument, whose default the help does not show."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+def flag(name: str, panel: str, help: str, *, short: str | None = None) -> Any:
+    """An option without a value; the empty metavar keeps `<bool>` out of the help."""
+    return option(name, panel, "", help, short=short)
 
 
 Checkpoint = Annotated[
     str,
-    typer.Argument(
-        metavar="CKPT",
-        help="A .safetensors file, or a directory of shards, index and sidecars; or a model in the "
+    argument(
+        "CKPT",
+        "A .safetensors file, or a directory of shards, index and sidecars; or a model in the "
         "Hugging Face cache, as org/name or org/name@revision.",
-        show_default=False,
     ),
 ]
 Out = Annotated[
     str | None,
     option(
         "--out",
-        metavar="DIR",
-        panel=DESTINATION,
-        help="Write the copy to DIR. {rank}, {local_rank} and {host} are filled in.",
+        DESTINATION,
+        "DIR",
+        "Write the copy to DIR. {rank}, {local_rank} and {host} are filled in.",
     ),
 ]
 Verify = Annotated[
     str | None,
-    option(
-        "--verify",
-        metavar="CKPT",
-        panel=DESTINATION,
-        help="Compare with the local checkpoint CKPT; write nothing.",
-    ),
+    option("--verify", DESTINATION, "CKPT", "Compare with the local CKPT; write nothing."),
 ]
 Discard = Annotated[
-    bool,
-    flag(
-        "--discard",
-        panel=DESTINATION,
-        help="Verify the received bytes and drop them.",
-    ),
+    bool, flag("--discard", DESTINATION, "Verify the received bytes and drop them.")
 ]
 Force = Annotated[
     bool,
     flag(
         "--force",
-        panel=DESTINATION,
-        help="Replace an earlier copy in DIR, or files of the same names as those that are sent. "
-        "A directory that holds anything else is left alone.",
+        DESTINATION,
+        "Replace an earlier copy in DIR, or files with the names of those sent. A DIR with any "
+        "other content is an error.",
     ),
 ]
-
 InPlace = Annotated[
     bool,
     flag(
         "--in-place",
-        panel=DESTINATION,
-        help="Fill DIR itself, as where a container has it mounted: file by file, the index last, "
-        "not in one step.",
+        DESTINATION,
+        "Write into DIR itself, for example a mounted volume: file by file, index last, not "
+        "atomic.",
     ),
 ]
 Manifest = Annotated[
     str | None,
     option(
         "--manifest",
-        metavar="FILE",
-        panel=OUTPUT,
-        help="Write the hashes of the copy's files, for `xxhsum -c` or `sha256sum -c`. It is read "
-        "again for that. {rank}, {local_rank} and {host} are filled in.",
+        OUTPUT,
+        "FILE",
+        "Read the copy again and write its hashes, for `xxhsum -c` or `sha256sum -c`. {rank}, "
+        "{local_rank} and {host} are filled in.",
     ),
 ]
 DigestChoice = Annotated[
     Literal["xxh128", "sha256"],
     option(
-        "--digest",
-        panel=OUTPUT,
-        help="Of --manifest: XXH3 with 128 bits, or SHA-256, which takes longer.",
+        "--digest", OUTPUT, None, "The hash of --manifest: XXH3 with 128 bits, or SHA-256 (slower)."
     ),
 ]
 FileReport = Annotated[
     str | None,
     option(
         "--report",
-        metavar="FILE",
-        panel=OUTPUT,
-        help="Write a line for each file and tensor: = same, * differs, - missing, + new, ! error.",
+        OUTPUT,
+        "FILE",
+        "Write a line for each file and tensor: = same, * differs, - missing, + new, ! error.",
     ),
 ]
 NoSidecars = Annotated[
-    bool,
-    flag(
-        "--no-sidecars",
-        panel=SELECTION,
-        help="Only shards and their index: no config, no tokenizer.",
-    ),
+    bool, flag("--no-sidecars", SELECTION, "Send only shards and index: no config, no tokenizer.")
 ]
 AllFiles = Annotated[
-    bool,
-    flag(
-        "--all-files",
-        panel=SELECTION,
-        help="Every .safetensors file, whatever the index says.",
-    ),
+    bool, flag("--all-files", SELECTION, "Send every .safetensors file, whatever the index says.")
 ]
 FollowLinks = Annotated[
     bool,
-    flag(
-        "--follow-links",
-        panel=SELECTION,
-        help="Symlinks that lead out of the checkpoint, too.",
-    ),
+    flag("--follow-links", SELECTION, "Also follow symlinks that point outside the checkpoint."),
 ]
 ExcludeFiles = Annotated[
     list[str] | None,
     option(
         "--exclude-files",
-        metavar="GLOB",
-        panel=SELECTION,
-        help="Not the files or folders whose names match, as in 'original/*'. May be repeated.",
+        SELECTION,
+        "GLOB",
+        "Leave out matching files and folders, as 'original/*'. May be repeated.",
     ),
 ]
 Include = Annotated[
     list[str] | None,
-    option(
-        "--include",
-        metavar="GLOB",
-        panel=SELECTION,
-        help="Only tensors whose names match. May be repeated.",
-    ),
+    option("--include", SELECTION, "GLOB", "Send only matching tensors. May be repeated."),
 ]
 Exclude = Annotated[
     list[str] | None,
-    option(
-        "--exclude",
-        metavar="GLOB",
-        panel=SELECTION,
-        help="Not the tensors whose names match. May be repeated.",
-    ),
+    option("--exclude", SELECTION, "GLOB", "Leave out matching tensors. May be repeated."),
 ]
 Download = Annotated[
     bool,
-    flag(
-        "--download",
-        panel=SELECTION,
-        help="A model that is not in the Hugging Face cache is downloaded into it first.",
-    ),
+    flag("--download", SELECTION, "First download a model that is not in the Hugging Face cache."),
 ]
 DryRun = Annotated[
-    bool,
-    flag(
-        "--dry-run",
-        panel=SELECTION,
-        help="Show what would be sent and the memory it needs, then stop.",
-    ),
+    bool, flag("--dry-run", SELECTION, "Show what would be sent and its memory, then stop.")
 ]
-
 Nproc = Annotated[
     int | None,
-    option(
-        "--nproc",
-        metavar="N",
-        min=2,
-        panel=LAUNCH,
-        help="Start N ranks on this machine: the sender and N-1 workers.",
-    ),
+    option("--nproc", LAUNCH, "N", "Start N ranks here: the sender and N-1 workers.", min=2),
 ]
 Workers = Annotated[
-    int | None,
-    option(
-        "--workers",
-        metavar="N",
-        min=1,
-        panel=LAUNCH,
-        help="No launcher: wait for N `packcast recv`.",
-    ),
+    int | None, option("--workers", LAUNCH, "N", "No launcher: wait for N `packcast recv`.", min=1)
 ]
 Listen = Annotated[
     str | None,
     option(
-        "--listen",
-        metavar="HOST:PORT",
-        panel=LAUNCH,
-        help="No launcher: where the workers find the sender. Port 0: any free one.",
+        "--listen", LAUNCH, "HOST:PORT", "No launcher: address of the sender. Port 0: any free one."
     ),
 ]
 Port = Annotated[
     int | None,
     option(
         "--port",
-        metavar="PORT",
+        LAUNCH,
+        "PORT",
+        "Slurm, mpirun: rank 0's port, instead of one derived from the job.",
         min=1,
         max=65535,
-        panel=LAUNCH,
-        help="Slurm, mpirun: the port where rank 0 is met, instead of one derived from the job.",
     ),
 ]
 PortRange = Annotated[
     str | None,
     option(
         "--port-range",
-        metavar="A-B",
-        panel=LAUNCH,
-        help="Listen only on ports from A to B, where --listen and --port choose none. Two are "
-        "needed at a time. gloo and NCCL take others: see the README.",
+        LAUNCH,
+        "A-B",
+        "Listen only on ports A to B (two are needed) where --listen and --port choose none. gloo "
+        "and NCCL use others: see the README.",
     ),
 ]
-Address = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="[HOST:PORT]",
-        help="No launcher: where the sender listens.",
-        show_default=False,
-    ),
-]
+Address = Annotated[str | None, argument("[HOST:PORT]", "No launcher: where the sender listens.")]
 Rank = Annotated[
     int | None,
     option(
         "--rank",
-        metavar="N",
+        LAUNCH,
+        "N",
+        "No launcher: be this rank. Otherwise ranks go by host name, then arrival.",
         min=1,
-        panel=LAUNCH,
-        help="No launcher: be this rank. Otherwise ranks go by host name, then arrival.",
     ),
 ]
 TokenFile = Annotated[
     str | None,
-    option(
-        "--token-file",
-        metavar="FILE",
-        panel=LAUNCH,
-        help="The secret that sender and workers share. Or set PACKCAST_TOKEN.",
-    ),
+    option("--token-file", LAUNCH, "FILE", "File with the shared secret. Or set PACKCAST_TOKEN."),
 ]
 Readers = Annotated[
-    str,
-    option(
-        "--readers",
-        metavar="N|all",
-        panel=LAUNCH,
-        help="How many `send` ranks read the checkpoint and share the sending.",
-    ),
+    str, option("--readers", LAUNCH, "N|all", "How many `send` ranks read and send the checkpoint.")
 ]
 MaxRate = Annotated[
     str | None,
-    option(
-        "--max-rate",
-        metavar="RATE",
-        panel=TUNING,
-        help="Send no faster than this, as in 2GB/s or 500MB/s.",
-    ),
+    option("--max-rate", TUNING, "RATE", "Send no faster than this, as in 2GB/s or 500MB/s."),
 ]
-
 BufferSize = Annotated[
     str | None,
     option(
         "--buffer-size",
-        metavar="SIZE",
-        panel=TUNING,
-        help=f"Most bytes in one broadcast; a multiple of 1MiB. \\[default: {BUFFER_SIZE}]",
+        TUNING,
+        "SIZE",
+        f"Most bytes in one broadcast; a multiple of 1MiB. \\[default: {BUFFER_SIZE}]",
     ),
 ]
-NumBuffers = Annotated[
-    int,
-    option(
-        "--num-buffers",
-        metavar="N",
-        panel=TUNING,
-        help="Buffers on each device.",
-    ),
-]
+NumBuffers = Annotated[int, option("--num-buffers", TUNING, "N", "Buffers on each device.")]
 Staging = Annotated[
     str,
-    option(
-        "--staging",
-        metavar="SIZE",
-        panel=TUNING,
-        help="Most pinned host memory between files and buffers.",
-    ),
+    option("--staging", TUNING, "SIZE", "Limit on pinned host memory between files and buffers."),
 ]
 BackendChoice = Annotated[
     Literal["auto", "nccl", "gloo"],
-    option(
-        "--backend",
-        panel=TUNING,
-        help="auto: NCCL where every rank has a GPU of its own, else gloo.",
-    ),
+    option("--backend", TUNING, None, "auto: NCCL if each rank has its own GPU, else gloo."),
 ]
 Device = Annotated[
-    str,
-    option(
-        "--device",
-        metavar="auto|cpu|cuda|cuda:N",
-        panel=TUNING,
-        help="Where this rank keeps its buffers.",
-    ),
+    str, option("--device", TUNING, "auto|cpu|cuda|cuda:N", "Device of this rank's buffers.")
 ]
-
 JoinTimeout = Annotated[
-    str,
-    option(
-        "--join-timeout",
-        metavar="TIME",
-        panel=LIMITS,
-        help="Time for all ranks to join.",
-    ),
+    str, option("--join-timeout", LIMITS, "TIME", "Time for all ranks to join.")
 ]
 HeartbeatTimeout = Annotated[
     str,
-    option(
-        "--heartbeat-timeout",
-        metavar="TIME",
-        panel=LIMITS,
-        help="Longest time without a heartbeat from a rank.",
-    ),
+    option("--heartbeat-timeout", LIMITS, "TIME", "Longest time without a heartbeat from a rank."),
 ]
 StallTimeout = Annotated[
-    str,
-    option(
-        "--stall-timeout",
-        metavar="TIME",
-        panel=LIMITS,
-        help="Longest time without progress while all ranks are alive.",
-    ),
+    str, option("--stall-timeout", LIMITS, "TIME", "Longest time without progress.")
 ]
-
 Json = Annotated[
     str | None,
     option(
-        "--json",
-        metavar="FILE|-",
-        panel=OUTPUT,
-        help="Write the result as JSON. With {rank} in FILE every rank writes its own.",
+        "--json", OUTPUT, "FILE|-", "Write the result as JSON; with {rank} in FILE, on every rank."
     ),
 ]
 LogJson = Annotated[
     str | None,
     option(
         "--log-json",
-        metavar="FILE",
-        panel=OUTPUT,
-        help="Write what happens, a JSON object on each line. With {rank} in FILE every rank's.",
+        OUTPUT,
+        "FILE",
+        "Write events as JSON lines; with {rank} in FILE, on every rank.",
     ),
 ]
 Progress = Annotated[
     ProgressMode,
     option(
         "--progress",
-        panel=OUTPUT,
-        help="auto: rich on a terminal, else plain lines. none: warnings, errors and the summary.",
+        OUTPUT,
+        None,
+        "auto: rich on a terminal, else plain lines. none: warnings, errors and the summary.",
     ),
 ]
 Quiet = Annotated[
     bool,
-    flag(
-        "--quiet",
-        "-q",
-        panel=OUTPUT,
-        help="Only errors, and what cannot be done without.",
+    flag("--quiet", OUTPUT, "Print only errors, and what the workers need to join.", short="-q"),
+]
+Verbose = Annotated[bool, flag("--verbose", OUTPUT, "Show the traceback of an error.", short="-v")]
+
+# Of the commands for this machine alone.
+Directories = Annotated[list[str], argument("DIR", "Copies. Several are compared with the first.")]
+Against = Annotated[
+    str | None,
+    option(
+        "--against",
+        SELECTION,
+        "FILE",
+        "A manifest to compare with. \\[default: DIR.xxh128 or DIR.sha256, for one DIR]",
     ),
 ]
-Verbose = Annotated[
-    bool,
-    flag(
-        "--verbose",
-        "-v",
-        panel=OUTPUT,
-        help="Show the traceback of an error.",
+Folder = Annotated[
+    str, argument("DIR", "A directory that copies were written into, or its parent.")
+]
+Folders = Annotated[
+    list[str] | None,
+    argument("[DIR]", "Where copies are to be written. [default: the current directory]"),
+]
+Reach = Annotated[
+    str | None,
+    option(
+        "--reach",
+        LAUNCH,
+        "HOST:PORT",
+        "Check that this host can resolve and reach the sender's address.",
     ),
 ]
+NoTest = Annotated[bool, flag("--no-test", OUTPUT, "Skip the self-test.")]
+Yes = Annotated[bool, flag("--yes", DESTINATION, "Remove the unused ones.")]
+InspectJson = Annotated[
+    str | None,
+    option("--json", OUTPUT, "FILE|-", "Write the listing as JSON, instead of the table."),
+]
+Tensors = Annotated[bool, flag("--tensors", OUTPUT, "List every tensor.")]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from packcast.cli.jsonlog import JsonLog
 from packcast.cli.progress import Display
-from packcast.cli.result import report_document, to_json
+from packcast.cli.result import ending, report_document, to_json
 from packcast.cli.summary import end_lines
 from packcast.cli.terminal import say, say_once
 from packcast.errors import (
@@ -47,10 +47,7 @@ def command_failure(error: BaseException) -> PackcastError:
         return Interrupted("interrupted", signal_number=signal.SIGINT)
     if known := out_of_descriptors(error):
         return known
-    wrapped = PackcastError(
-        f"this is a bug: {type(error).__name__}: {error}",
-        hint=_TRY_VERBOSE,
-    )
+    wrapped = PackcastError(f"this is a bug: {type(error).__name__}: {error}", hint=_TRY_VERBOSE)
     wrapped.__cause__ = error
     return wrapped
 
@@ -158,13 +155,7 @@ class Outcome:
         if self.settings:
             self._write_report(failure_report(self.settings, self.launch, self.display, error))
         elif self.launch.rank == 0 or (self.json and "{rank}" in self.json):
-            failure: dict[str, object] = {
-                "command": self.command,
-                "ok": False,
-                "exit_code": error.exit_code,
-            }
-            failure |= {"error": error.message, "hint": error.hint}
-            self.write_document(failure, self.launch.rank)
+            self.write_document(ending(self.command, error), self.launch.rank)
 
 
 def failure_report(

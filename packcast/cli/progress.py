@@ -1,7 +1,4 @@
-"""What a person sees of a transfer: lines; cli/richview.py has bars. One renderer per terminal.
-
-Reads snapshots only; knows nothing of torch or of how bytes move.
-"""
+"""Progress of a transfer as lines; `cli/richview.py` draws bars. Reads snapshots; no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from packcast.cli.bottleneck import MAX_ROWS, Bottleneck, joining_line, slowest_of
+from packcast.cli.options import ProgressMode
 from packcast.cli.rate import Meter, done_of, percent, start_lines, time_left
 from packcast.cli.terminal import TerminalLock, can_draw, say
 from packcast.launch.launchers import Launch
@@ -25,31 +23,29 @@ OFTEN_FOR_S = 300.0
 
 
 class Display(View):
-    """Who may speak here, and the lines that are no progress. By itself it is `--progress none`:
-    warnings, the line to run on the workers, and the summary.
-
-    Errors are not its business: they are printed by whoever ends the run, after `close`.
+    """Decides whether this process prints, and prints warnings, the workers' command line and the
+    summary. `cli/outcome.py` prints errors, after `close`.
     """
 
-    _is_told = True  # what goes on
+    _shows_notes = True  # also the start lines
 
     def __init__(self, settings: Settings, launch: Launch, *, quiet: bool = False) -> None:
         self.start: Start | None = None
         self.verbose = False
         self._spoke = False
-        # A guess until the transfer says so: where a lower rank ran `recv`, another rank sends.
+        # Until `placed` or `started` corrects it: a lower rank may have run `recv`.
         self.is_sender = settings.command == "send" and launch.rank == 0
         self._quiet = quiet
         self._on_terminal = can_draw()
-        # Into a file, the ranks of one launch write the same lines: one of them on each host.
+        # In a log file only one rank per host writes, as all would write the same lines.
         on_first_host = settings.command == "send" and launch.rank == launch.local_rank
         self._alone = launch.kind == "none" or (launch.local_rank == 0 and not on_first_host)
         self._lock = TerminalLock()
         if self.is_sender:
-            self.speaks()  # before any worker may ask for the terminal
+            self.speaks()  # takes the terminal before any worker can
 
     def speaks(self) -> bool:
-        """Whether this process is the one that shows the transfer here."""
+        """Whether this process shows the transfer on this terminal or in this log."""
         if self._quiet:
             return False
         if self._on_terminal:
@@ -58,12 +54,12 @@ class Display(View):
 
     def listening(self, recv_line: str) -> None:
         self.is_sender = True
-        # Also with --quiet: nobody can join who has not seen it.
+        # Also with --quiet: workers cannot join without it.
         self._print("run this on each worker:")
         self._print(f"\n    {recv_line}\n")
 
     def note(self, text: str) -> None:
-        if self._is_told and self.speaks():
+        if self._shows_notes and self.speaks():
             self._print(text)
 
     def placed(self, rank: int, *, is_sender: bool) -> None:
@@ -83,14 +79,14 @@ class Display(View):
             return
         if start.loud:
             self.warn(f"no GPU is used: {start.reason}")
-        if self._is_told:
+        if self._shows_notes:
             for line in start_lines(start, verbose=self.verbose):
                 self._print(line)
         self._begin(start, progress)
 
     def ended(self, line: str) -> None:
-        """The last line of a run that went well; after `close`."""
-        # Not `speaks`: a silent rank must not find its voice because the renderer has just gone.
+        """Print the summary of a successful run; call it after `close`."""
+        # Not `speaks()`: the sender may have released the terminal, but this rank stays silent.
         if self._spoke:
             self._print(line)
         self._lock.release()
@@ -99,10 +95,10 @@ class Display(View):
         self._finish()
 
     def _begin(self, start: Start, progress: Callable[[], Snapshot]) -> None:
-        """Show progress from now on."""
+        """Start to show progress."""
 
     def _finish(self) -> None:
-        """Show no more."""
+        """Stop showing progress."""
 
     def _print(self, text: str) -> None:
         say(text)
@@ -111,11 +107,11 @@ class Display(View):
 class SilentView(Display):
     """`--progress none`."""
 
-    _is_told = False
+    _shows_notes = False
 
 
 class PlainView(Display):
-    """Lines for a log file, each with the time of day."""
+    """Progress lines for a log file, each with the time of day."""
 
     def __init__(self, settings: Settings, launch: Launch, *, quiet: bool = False) -> None:
         super().__init__(settings, launch, quiet=quiet)
@@ -155,8 +151,21 @@ class PlainView(Display):
         self._stop.set()
 
 
+def make_view(
+    mode: ProgressMode, settings: Settings, launch: Launch, *, quiet: bool = False
+) -> Display:
+    """The display that `--progress` asks for, on this terminal or file."""
+    if quiet or mode == "none":
+        return SilentView(settings, launch, quiet=quiet)
+    if mode != "plain" and can_draw():  # bars need a terminal, whatever was asked for
+        from packcast.cli.richview import RichView  # 60 ms that a log file does not need
+
+        return RichView(settings, launch)
+    return PlainView(settings, launch)
+
+
 class JoiningLines:
-    """Who is waited for, in a log: few workers by name as they come, many every ten seconds."""
+    """Log lines while workers join: each of a few by name, of many a count every ten seconds."""
 
     def __init__(self, joining: Joining, now: float) -> None:
         self._joining = joining
@@ -164,31 +173,31 @@ class JoiningLines:
 
     @property
     def is_over(self) -> bool:
-        """Whether all are here."""
+        """Whether all workers have joined."""
         return self._joining.joined >= self._joining.wanted
 
     def update(self, joining: Joining) -> list[str]:
-        """What to say at once."""
+        """Lines to print immediately."""
         self._joining = joining
         if joining.newest is None or joining.wanted > MAX_ROWS:
             return []
         return [f"{joining.newest} joined, {joining.joined} of {joining.wanted}"]
 
     def next_line(self, now: float) -> str | None:
-        """A line, or None while it is too early for one."""
+        """The next line, or None if it is not due yet."""
         if self.is_over or not self._pace.is_due(now):
             return None
         return joining_line(self._joining, now)
 
 
 class Pace:
-    """When time alone is reason enough for a line: every 10 s, and after minutes every minute."""
+    """The interval between lines: 10 s, and one minute after the first five minutes."""
 
     def __init__(self, now: float) -> None:
         self._began = self.said_at = now
 
     def is_due(self, now: float, *, earlier: bool = False) -> bool:
-        """Whether to say something now, which is then taken to be said."""
+        """Whether a line is due; if so the interval starts again."""
         often = LINE_EVERY_S if now - self._began < OFTEN_FOR_S else LINE_EVERY_LATER_S
         due = now - self.said_at >= (LEAST_PAUSE_S if earlier else often)
         if due:
@@ -197,7 +206,7 @@ class Pace:
 
 
 class PlainLines:
-    """When the next line is due, and what it says; told the time, it has no clock."""
+    """When the next progress line is due, and its text; the caller passes the time."""
 
     def __init__(self, now: float, hosts: Mapping[int, str] | None = None) -> None:
         self._meter = Meter(now)
@@ -207,7 +216,7 @@ class PlainLines:
         self._said_percent = 0
 
     def next_line(self, snapshot: Snapshot, now: float) -> str | None:
-        """A line, or None while it is too early for one."""
+        """The next line, or None if it is not due yet."""
         rates = self._meter.rates(snapshot, now)
         self._hold_up.add(snapshot, now)
         done = percent(snapshot)

@@ -1,4 +1,4 @@
-"""How fast it goes right now, and lines about it. Pure arithmetic over snapshots; no terminal."""
+"""Current rates, time left and the start lines. Pure functions of snapshots."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from packcast.units import format_countdown, format_exact_size, format_rate, for
 from packcast.view import Snapshot, Start
 
 WINDOW_S = 5.0
-LONG_WINDOW_S = 30.0  # for the time left, which is not to jump with every pause
+LONG_WINDOW_S = 30.0  # for the time left, so that a short pause hardly changes it
 
 
 class RateWindow:
-    """Bytes per second over the last few seconds: it falls to zero when nothing moves, where an
-    average over the whole would hide a stall. It begins with the first byte."""
+    """Bytes per second over a moving window, which shows a stall. Starts with the first byte."""
 
     def __init__(self, now: float, window_s: float = WINDOW_S) -> None:
         self._samples: deque[tuple[float, int]] = deque([(now, 0)])
         self._window_s = window_s
 
     def add(self, now: float, nbytes: int) -> float:
-        """Take a sample; the rate over the window that ends with it."""
+        """Add a sample; returns the rate over the window that ends with it."""
         samples = self._samples
-        if nbytes == 0:  # connecting, or start-up, is no slow transfer
+        if nbytes == 0:  # do not count connecting and start-up
             samples.clear()
         samples.append((now, nbytes))
-        # The sample at the window's far end stays, or a slow poll would leave a window of one.
+        # Keep the sample at the window's start, or a slow poll would leave only one.
         while len(samples) > 2 and samples[1][0] <= now - self._window_s:
             samples.popleft()
         then, nbytes_then = samples[0]
@@ -46,7 +45,7 @@ class Rates:
 
 
 class Meter:
-    """Windows for the whole, and for each stage and worker that shows up."""
+    """Rate windows for the total, and for each stage and worker."""
 
     def __init__(self, now: float) -> None:
         self._began = now
@@ -54,7 +53,7 @@ class Meter:
         self._windows: dict[str | int, RateWindow] = {}
 
     def rates(self, snapshot: Snapshot, now: float) -> Rates:
-        """Take one sample of everything."""
+        """Add one sample to all windows."""
 
         def rate(name: str | int, nbytes: int) -> float:
             return self._windows.setdefault(name, RateWindow(self._began)).add(now, nbytes)
@@ -91,7 +90,7 @@ def start_lines(start: Start, *, verbose: bool = False) -> list[str]:
 
 
 def done_of(snapshot: Snapshot) -> str:
-    """`3.2 of 8.0 GiB`, without a unit that is said twice."""
+    """`3.2 of 8.0 GiB`, with the unit once if both have it."""
     done, total = format_size(snapshot.nbytes_done), format_size(snapshot.nbytes_total)
     number, _, unit = done.rpartition(" ")
     return f"{number if unit == total.rpartition(' ')[2] else done} of {total}"
@@ -103,7 +102,7 @@ def percent(snapshot: Snapshot) -> int:
 
 
 def time_left(snapshot: Snapshot, rates: Rates) -> str:
-    """At the rate of the last half minute; nothing while nothing moves."""
+    """At the rate of the last half minute; empty during a stall."""
     left = snapshot.nbytes_total - snapshot.nbytes_done
     if left <= 0 or not rates.whole or not rates.lasting:
         return ""
@@ -111,7 +110,7 @@ def time_left(snapshot: Snapshot, rates: Rates) -> str:
 
 
 def stages_line(rates: dict[str, float]) -> str:
-    """`read 12.3, broadcast 12.1, write 9.80 GB/s`; in MB/s where that says more of all."""
+    """`read 12.3, broadcast 12.1, write 9.80 GB/s`; in MB/s if all are slow."""
     if max(rates.values(), default=0.0) < 0.1e9:
         numbers = {stage: f"{rate / 1e6:.1f}" for stage, rate in rates.items()}
         unit = "MB/s"

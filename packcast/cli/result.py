@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import packcast
 from packcast.comparison import Comparison
-from packcast.report import RankReport, Report, StageReport
+from packcast.errors import PackcastError
+from packcast.report import Report
 
 SCHEMA = 1
 
@@ -15,6 +17,17 @@ def to_json(document: dict[str, object]) -> str:
     """One JSON document with a final line feed. File names that are not valid text are escaped."""
     head = {"schema": SCHEMA, "version": packcast.__version__}
     return json.dumps({**head, **document}, indent=2, allow_nan=False) + "\n"
+
+
+def ending(command: str, error: PackcastError | None) -> dict[str, object]:
+    """The fields that every result has: how the command ended."""
+    return {
+        "command": command,
+        "ok": error is None,
+        "exit_code": error.exit_code if error else 0,
+        "error": error.message if error else None,
+        "hint": error.hint if error else None,
+    }
 
 
 def report_document(report: Report) -> dict[str, object]:
@@ -37,7 +50,7 @@ def report_document(report: Report) -> dict[str, object]:
             "backend": report.backend,
             "reason": report.reason,
             "world_size": report.world_size,
-            "ranks": [_rank(rank) for rank in report.ranks],
+            "ranks": [asdict(rank) for rank in report.ranks],
         },
         "buffers": {
             "size": report.buffer_size,
@@ -49,33 +62,16 @@ def report_document(report: Report) -> dict[str, object]:
         "seconds": report.seconds,
         "total_seconds": report.total_seconds,
         "bytes_per_second": report.bytes_per_second,
-        "stages": {name: _stage(stage) for name, stage in report.stages.items()},
+        "stages": {
+            name: asdict(stage) | {"bytes_per_second": stage.bytes_per_second}
+            for name, stage in report.stages.items()
+        },
         "peak_device_bytes": report.peak_device_nbytes,
         "peak_pinned_bytes": report.peak_pinned_nbytes,
         "digests": dict(report.digests),
         "comparison": report.comparison and comparison_document(report.comparison),
         "workers": {str(rank): dict(facts) for rank, facts in report.workers.items()},
         "warnings": list(report.warnings),
-    }
-
-
-def _rank(rank: RankReport) -> dict[str, object]:
-    return {
-        "rank": rank.rank,
-        "role": rank.role,
-        "host": rank.host,
-        "device": rank.device,
-        "ok": rank.ok,
-        "error": rank.error,
-    }
-
-
-def _stage(stage: StageReport) -> dict[str, object]:
-    return {
-        "nbytes": stage.nbytes,
-        "seconds": stage.seconds,
-        "bytes_per_second": stage.bytes_per_second,
-        "waiting_seconds": stage.waiting_seconds,
     }
 
 

@@ -1,7 +1,4 @@
-"""Bars on a terminal: the whole, the workers, the stages, and what the transfer waits on.
-
-Reads snapshots four times a second; knows nothing of torch or of how bytes move.
-"""
+"""Progress bars on a terminal: total, workers, stages and bottleneck. Reads snapshots; no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from packcast.units import format_size, format_speed
 from packcast.view import Joining, Phase, Snapshot, Start
 
 REFRESH_PER_SECOND = 4
-WIDE, MEDIUM = 76, 52  # columns from which states, and sizes, have room beside a bar
+WIDE, MEDIUM = 76, 52  # minimum columns to show states, and sizes
 _STATE_WIDTH = 12
 _BESIDE_LABEL = 4 + 8 + 9 + _STATE_WIDTH + 5 + 10  # the other columns, spaces, a short bar
 _LEAST_HOST = 8
@@ -39,7 +36,7 @@ _VERBS: dict[Phase, str] = {
 
 
 class RichView(Display):
-    """A live display on standard error; standard output is left alone."""
+    """A live display on standard error; it never writes to standard output."""
 
     def __init__(self, settings: Settings, launch: Launch) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False, emoji=False)
@@ -74,9 +71,9 @@ class RichView(Display):
         self._show(draw)
 
     def _show(self, draw: Callable[[], RenderableType]) -> None:
-        """Draw this from now on, in the place of what was drawn before."""
+        """Replace the live display."""
         self._finish()
-        # Transient: what stays on the screen is the end line, or the error.
+        # Transient: only the summary or the error stays on the screen.
         self._live = Live(
             console=self._console,
             get_renderable=draw,
@@ -106,7 +103,7 @@ def frame(
     *,
     hosts: Mapping[int, str],
 ) -> RenderableType:
-    """Everything that is on the screen at one moment."""
+    """The whole display as one renderable."""
     total = snapshot.nbytes_total
     rows = chosen_workers(snapshot.workers)
     bars = Table.grid(expand=True, padding=(0, 1, 0, 0))
@@ -117,7 +114,7 @@ def frame(
 
     def add(label: str, nbytes: int, rate: float | None, state: str, of_total: str = "") -> None:
         share = f"{100 * nbytes // total if total else 100}%"
-        # Of fixed widths, so that the bar does not change its length with every second.
+        # Fixed widths keep the bar's length constant.
         cells = [share.rjust(4), "" if rate is None else format_speed(rate).rjust(9)]
         if width >= MEDIUM:
             cells.insert(1, format_size(nbytes).rjust(8) + of_total)
@@ -154,9 +151,9 @@ def frame(
 
 
 def _short(host: str, room: int) -> str:
-    """A host's name behind a label: its first part, of which the end tells most hosts apart."""
+    """The host name after a label: without its domain, and cut at the front if it is too long."""
     name = printable(host)
-    if not name[:1].isdigit():  # which may be an address
+    if not name[:1].isdigit():  # may be an IP address
         name = name.partition(".")[0]
     if len(name) < room:
         return f" {name}" if name else ""

@@ -27,14 +27,7 @@ def self_test(backend: str) -> tuple[str, PackcastError | None]:
         _make(checkpoint)
         result = Path(folder, "result.json")
         argv = [sys.executable, "-m", "packcast", "send", str(checkpoint), "--nproc", "2"]
-        argv += [
-            "--out",
-            str(copy),
-            "--backend",
-            backend,
-            "--json",
-            str(result),
-        ]
+        argv += ["--out", str(copy), "--backend", backend, "--json", str(result)]
         kept = {
             name: value
             for name, value in os.environ.items()

@@ -1,7 +1,4 @@
-"""What a person reads when a transfer went well, to keep or to paste: what, how fast, where.
-
-Pure functions over a Report.
-"""
+"""The summary of a successful transfer: what was sent, how fast and where. Pure functions."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ _SHOWN_DIGITS = 16
 
 
 def end_lines(report: Report) -> list[str]:
-    """What was done, how fast, by whom and where it went."""
+    """The lines of the summary."""
     what = f"{count(report.num_files, 'file')}, {format_size(report.nbytes)}"
     if report.is_sender and report.world_size:
         done = f"sent {what} to {count(report.world_size - 1, 'worker')}"
@@ -40,7 +37,7 @@ def end_lines(report: Report) -> list[str]:
 
 
 def _stage_rates(report: Report) -> dict[str, float]:
-    """Of each stage here; of those that only workers have, that of the slowest one."""
+    """Rates of this rank's stages; for stages that only workers have, the slowest worker's."""
     rates = {name: stage.bytes_per_second for name, stage in report.stages.items() if stage.nbytes}
     theirs: dict[str, float] = {}
     for facts in report.workers.values():
@@ -54,7 +51,7 @@ def _stage_rates(report: Report) -> dict[str, float]:
 
 
 def _outcomes(report: Report) -> list[str]:
-    """What each worker did with the bytes; those that did the same in one line."""
+    """What each worker did with the bytes, one line for equal outcomes."""
     by_outcome: dict[str, list[int]] = {}
     for rank, facts in sorted(report.workers.items()):
         by_outcome.setdefault(outcome_of(facts), []).append(rank)
@@ -73,7 +70,7 @@ def _outcomes(report: Report) -> list[str]:
 
 
 def outcome_of(facts: Mapping[str, object]) -> str:
-    """What became of the bytes on one worker, by what its sink says."""
+    """What one worker did with the bytes, from its result."""
     target, sink = facts.get("target"), facts.get("sink")
     if sink == "write":
         if facts.get("wrote") is False and int(str(facts.get("sharing", 1))) > 1:
@@ -91,7 +88,7 @@ def outcome_of(facts: Mapping[str, object]) -> str:
 
 
 def _slowest(report: Report) -> str:
-    """Of several workers the one that took longest, and what it waited for most."""
+    """The slowest of several workers, and the stage that it waited for most."""
     seconds = {
         rank: float(took)
         for rank, facts in report.workers.items()

@@ -1,4 +1,4 @@
-"""The terminal that several ranks may share: safe text, and the right to draw on it."""
+"""A terminal shared by several ranks: safe text, and a lock for drawing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line for people, on standard error."""
+    """Print a line on standard error."""
     # One write: lines of several ranks on one terminal must not mix. A closed stderr is no error.
     try:
         sys.stderr.write(printable(text) + "\n")
@@ -32,8 +32,8 @@ def say(text: str) -> None:
 
 
 def say_once(text: str, said: Path) -> None:
-    """As `say`, but of several processes with one file `said` and one standard error only the first
-    says the same; also where one names the rank that another is itself."""
+    """As `say`, but processes that share the file `said` and standard error print equal lines only
+    once. A leading `rank N:` does not make lines differ."""
     line = _stream_id() + _RANK.sub(r"\1", printable(text).replace("\n", "\\n"), count=1) + "\n"
     try:
         with said.open("a+", encoding="utf-8") as file:
@@ -44,14 +44,14 @@ def say_once(text: str, said: Path) -> None:
             # Print before noting it: a process that is killed in between has not printed it.
             say(text)
             file.write(line)
-    except OSError:  # the launcher has gone, and has taken the file along
+    except OSError:  # the launcher has ended and removed the file
         say(text)
 
 
 def _stream_id() -> str:
     """Identifies standard error: under --redirects or --tee each rank has its own, a file.
 
-    Pipes lead to the launcher, which shows together what comes out of them: they count as one.
+    All pipes count as one: the launcher reads and prints them together.
     """
     try:
         found = os.fstat(sys.stderr.fileno())
@@ -63,18 +63,18 @@ def _stream_id() -> str:
 
 
 def can_draw() -> bool:
-    """Standard error is a terminal that can move its cursor."""
+    """Whether standard error is a terminal that can move its cursor."""
     return sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 class TerminalLock:
-    """The right to draw on this process's terminal; the kernel gives it back if we die."""
+    """Exclusive right to draw on this terminal; the kernel releases it if the process dies."""
 
     def __init__(self) -> None:
         self._fd: int | None = None
 
     def acquire(self) -> bool:
-        """True if no other process draws on this terminal, or if standard error is no terminal."""
+        """True if no other process holds it, or if standard error is no terminal."""
         if self._fd is not None:
             return True
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packcast.cli.progress import PlainLines
-from packcast.cli.result import comparison_document, count
+from packcast.cli.result import comparison_document, count, ending
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import printable, say
 from packcast.comparison import ComparedFile, Comparison
@@ -168,11 +168,7 @@ def _document(
     seconds: float,
 ) -> dict[str, object]:
     return {
-        "command": "verify",
-        "ok": failure is None,
-        "exit_code": failure.exit_code if failure else 0,
-        "error": failure.message if failure else None,
-        "hint": None,
+        **ending("verify", failure),
         "copies": [comparison_document(comparison) for comparison in comparisons],
         "manifest": None if options.manifest is None else str(options.manifest),
         "bytes": nbytes,

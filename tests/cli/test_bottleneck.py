@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from packcast.cli.bottleneck import HERE, Bottleneck, culprit_of, state_of
-from packcast.view import Snapshot, WorkerState
+from packcast.cli.bottleneck import HERE, Bottleneck, culprit_of
+from packcast.view import Snapshot
 
 from .conftest import snapshot_of
 
@@ -14,7 +14,9 @@ def test_a_worker_that_waits_for_its_disk_holds_up_those_that_wait_for_bytes() -
 
 def test_a_worker_that_does_not_get_connected_is_named() -> None:
     assert culprit_of(snapshot_of(0, workers={1: 0}, rank_1="connect")) == (1, "connect")
-    assert state_of(WorkerState(0, "connect"), 100) == "connecting"
+    hold_up = Bottleneck()
+    hold_up.add(snapshot_of(0, workers={1: 0}, rank_1="connect"), 0.0)
+    assert hold_up.state(1) == "connecting"
 
 
 def test_of_several_that_write_the_slowest_is_named() -> None:

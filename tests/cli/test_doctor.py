@@ -12,7 +12,7 @@ import pytest
 
 from packcast.cli import doctor, selftest
 from packcast.cli.app import run
-from packcast.cli.doctor import Diagnosis, line_of, version_line
+from packcast.cli.doctor import Diagnosis, line_of
 from packcast.errors import TransferError
 from packcast.io import native
 
@@ -129,8 +129,3 @@ def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_to_do_has_a_line_of_its_own_and_no_control_characters() -> None:
     text = line_of(Diagnosis("topic", "note", "odd\x1b[2J", "do it"))
     assert text == f"note  topic       odd\\x1b[2J\n{' ' * 18}-> do it"
-
-
-def test_the_version_names_torch_and_the_io_threads() -> None:
-    assert version_line().startswith("packcast ")
-    assert "I/O threads, torch " in version_line()

@@ -54,22 +54,6 @@ def test_files_left_out_by_glob_are_in_neither_listing(checkpoint: Path, capsys:
         assert [file["kind"] for file in json.loads(capsys.readouterr().out)["files"]] == ["shard"]
 
 
-def test_a_file_for_the_json_leaves_the_table(
-    checkpoint: Path, capsys: Capture, tmp_path: Path
-) -> None:
-    file = tmp_path / "r.json"
-    assert run(["inspect", str(checkpoint), "--json", str(file)]) == 0
-    assert "2 tensors" in capsys.readouterr().out
-    assert json.loads(file.read_text())["checkpoint"]["tensors"] == 2
-
-
-def test_no_checkpoint_is_exit_3_also_in_the_json(tmp_path: Path, capsys: Capture) -> None:
-    file = tmp_path / "r.json"
-    assert run(["inspect", str(tmp_path / "none"), "--json", str(file)]) == 3
-    assert capsys.readouterr().err.startswith("packcast: error: ")
-    assert json.loads(file.read_text())["exit_code"] == 3
-
-
 def test_inspect_sums_up_dtypes_and_names_the_largest_tensor(
     checkpoint: Path, capsys: Capture
 ) -> None:
@@ -215,13 +199,6 @@ def test_a_dry_run_of_a_selection_counts_what_would_go(checkpoint: Path, capsys:
     assert found["checkpoint"]["bytes"] == sum(file["bytes"] for file in found["files"])
     assert found["chunks"] == 1
     assert found["buffers"] == {"size": 16 << 20, "count": 4, "staging": 192 << 20}
-
-
-def test_a_dry_run_of_nothing_is_the_error_that_send_would_give(
-    checkpoint: Path, capsys: Capture
-) -> None:
-    assert run(["send", str(checkpoint), "--dry-run", "--include", "zzz"]) == 2
-    assert capsys.readouterr().out == ""
 
 
 def test_cells_stay_on_their_line_and_in_their_column() -> None:

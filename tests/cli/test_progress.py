@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from packcast.cli import progress, views
+from packcast.cli import progress
 from packcast.cli.bottleneck import Bottleneck, joining_line
 from packcast.cli.progress import (
     Display,
@@ -21,11 +21,11 @@ from packcast.cli.progress import (
     PlainLines,
     PlainView,
     SilentView,
+    make_view,
 )
 from packcast.cli.rate import Meter, Rates, RateWindow, start_lines, time_left
 from packcast.cli.richview import RichView, frame
 from packcast.cli.terminal import TerminalLock, printable
-from packcast.cli.views import make_view
 from packcast.launch.launchers import Launch
 from packcast.settings import Settings
 from packcast.view import Joining, Snapshot, WorkerState
@@ -263,7 +263,7 @@ def test_progress_none_says_how_it_ended(
 def test_bars_need_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(make_view("rich", SEND, ALONE), PlainView)
     assert type(make_view("none", SEND, ALONE)) is SilentView
-    monkeypatch.setattr(views, "can_draw", lambda: True)
+    monkeypatch.setattr(progress, "can_draw", lambda: True)
     assert isinstance(make_view("auto", SEND, ALONE), RichView)
     assert isinstance(make_view("plain", SEND, ALONE), PlainView)
 

@@ -18,48 +18,6 @@ from .conftest import FakeTransfer
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (
-            ["send", "x", "--backend", "mpi"],
-            "--backend: 'mpi' is not one of 'auto', 'nccl',",
-        ),
-        (["send", "x", "--nproc", "abc"], "--nproc: must be a whole number"),
-        (["send", "x", "--nproc", "1"], "--nproc: must be at least 2"),
-        (["send", "x", "--port", "99999"], "--port: must be at most 65535"),
-        (["send", "x", "--num-buffers", "1.5"], "--num-buffers: must be a whole number"),
-        (["send"], "CKPT is missing"),
-        (
-            ["recv", "h:1", "--discard", "--progress", "loud"],
-            "--progress: 'loud' is not one of 'auto'",
-        ),
-        (["recv", "h:1", "--discard", "--force"], "--force needs --out"),
-        (["recv", "h:1", "--out", "d", "--digest", "sha256"], "--digest needs --manifest"),
-        (["verify"], "DIR is missing"),
-    ],
-    ids=str,
-)
-def test_a_mistake_is_said_in_plain_words(argv: list[str], said: str, capsys: Capture) -> None:
-    assert run(argv) == 2
-    assert capsys.readouterr().err.splitlines()[0].startswith(f"packcast: error: {said}")
-
-
-@pytest.mark.parametrize(
-    "option",
-    [["--out", "d"], ["--verify", "d"], ["--out", "d", "--force"], ["--out", "d", "--in-place"]],
-    ids=str,
-)
-def test_a_sender_that_waits_for_others_refuses_what_is_theirs(
-    option: list[str], checkpoint: Path, capsys: Capture
-) -> None:
-    argv = ["send", str(checkpoint), "--workers", "1", "--listen", "h:1", *option]
-    assert run(argv) == 2
-    error = capsys.readouterr().err
-    assert f"{option[0]} has no effect here" in error
-    assert f"packcast recv HOST:PORT {option[0]}" in error
-
-
 def test_a_path_that_no_shell_has_expanded_is_expanded(
     checkpoint: Path, transfer: FakeTransfer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
