@@ -1,6 +1,6 @@
-"""A replay's tensors bound to its plan: where each chunk's bytes are, worked out once.
+"""A replay's tensors bound to its plan: the address of each chunk's bytes, found once.
 
-Then a chunk costs one call, whatever it holds, or none where it is broadcast as it lies.
+A chunk then costs one call for all its copies, or none if it is broadcast in place.
 """
 
 from __future__ import annotations
@@ -26,43 +26,24 @@ from packcast.packed.tensor_map import Rows
 Tensors = Mapping[str, torch.Tensor]
 
 _DTYPE = operator.attrgetter("dtype")
-_WORD = (
-    16  # what copies and broadcasts move at once; a tensor elsewhere than at its multiples is slow
-)
+_WORD = 16  # copies and broadcasts of a tensor at another address than its multiples are slow
 
 
-@dataclass(frozen=True, slots=True)
-class BoundChunk:
+@dataclass(frozen=True, slots=True, eq=False)
+class BoundChunk(ReplayChunk):
     """A chunk of the plan with the memory that its bytes come from, or go to.
 
-    That is `own`, which needs no copy; else the `table` for the kernel; else `parts`.
+    That is `own`, which needs no copy; else the `table` for the kernel; else `memory` by part.
     """
 
-    plan: ReplayChunk
     own: torch.Tensor | None = None
     table: torch.Tensor | None = None
-    parts: Sequence[torch.Tensor] = ()
+    memory: Sequence[torch.Tensor] = ()
     is_last: bool = False  # no broadcast runs beside its copies out of the slot
 
-    @property
-    def index(self) -> int:
-        return self.plan.index
 
-    @property
-    def root(self) -> int:
-        return self.plan.root
-
-    @property
-    def nbytes(self) -> int:
-        return self.plan.nbytes
-
-    @property
-    def wire_nbytes(self) -> int:
-        return self.plan.nbytes
-
-
-class _Looked(NamedTuple):
-    """Some of the plan's tensors, by their indices, and where each lay when it was bound."""
+class _Subset(NamedTuple):
+    """Some of the plan's tensors, by their indices, with their addresses when they were bound."""
 
     indices: Sequence[int]
     tensors: Sequence[torch.Tensor]
@@ -72,9 +53,9 @@ class _Looked(NamedTuple):
 class Bound:
     """The plan's tensors as bytes on the ring's device, cut into each chunk's parts.
 
-    A tensor that is not contiguous, or elsewhere, has a stand-in there that is copied before a
-    send and after a receive; so has one that a slot is too small for and that lies askew. With the
-    plan's `rows`, chunks have tables for the kernel. Holds on to the tensors' memory.
+    A tensor that is not contiguous, not on the device, or unaligned and too large for a slot has a
+    stand-in there that is copied before a send and after a receive. With the plan's `rows`, chunks
+    have tables for the kernel. Keeps the tensors' memory.
     """
 
     def __init__(
@@ -87,7 +68,7 @@ class Bound:
     ) -> None:
         self._specs = specs
         self._names = [spec.name for spec in specs]
-        # Not the caller's own objects: those may be given other memory.
+        # Aliases, since the caller's own objects may get other memory.
         self._tensors = [alias_of(self._checked(spec, tensors)) for spec in specs]
         self._dtypes = [spec.dtype for spec in specs]
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
@@ -99,36 +80,34 @@ class Bound:
         self.chunks = self._bound(chunks, rows, device)
         position = {spec.name: i for i, spec in enumerate(specs)}
         self._ties = [(i, position[spec.same_as]) for i, spec in enumerate(specs) if spec.same_as]
-        self._by_chunk = [self._look(part.tensor for part in chunk.parts) for chunk in chunks]
+        self._by_chunk = [self._subset(part.tensor for part in chunk.parts) for chunk in chunks]
         self._device = device
-        self._newest = record_caller_stream(
-            device
-        )  # of its copies on callers' streams: tables, stand-ins
+        # After the newest copies (of tables and stand-ins) on a caller's stream.
+        self._newest = record_caller_stream(device)
 
     def named(self, tensors: Tensors) -> dict[str, torch.Tensor]:
-        """Those of the plan, in its order."""
+        """The plan's tensors, in its order."""
         return dict(zip(self._names, map(tensors.__getitem__, self._names), strict=True))
 
     def is_of(self, tensors: Tensors) -> bool:
-        """Whether these are the memory that this was made for, of the same shape and strides.
+        """Whether these have the bound memory, shapes and strides.
 
-        Asked before every send, of every tensor: so without a line of Python for each. The
-        objects may be others: a model's `state_dict()` makes new ones each time. Addresses too: a
-        storage that was freed and filled again (offloaded weights, FSDP's) is the same storage
-        elsewhere, where the tables do not lead.
+        Called before every send for all tensors, so without a Python loop. Objects may differ: a
+        model's `state_dict()` makes new ones each time. Addresses are compared too: a storage that
+        was freed and filled again (offloaded weights, FSDP's) is the same storage elsewhere.
         """
         try:
-            given = list(map(tensors.__getitem__, self._names))
+            planned = list(map(tensors.__getitem__, self._names))
             return (
-                list(map(_DTYPE, given)) == self._dtypes
-                and list(map(torch.Tensor.data_ptr, given)) == self._addresses
-                and all(map(torch.Tensor.is_set_to, given, self._tensors))
+                list(map(_DTYPE, planned)) == self._dtypes
+                and list(map(torch.Tensor.data_ptr, planned)) == self._addresses
+                and all(map(torch.Tensor.is_set_to, planned, self._tensors))
             )
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # no plain bytes
             return False
 
     def check_ties(self) -> None:
-        """Before a send: raise UsageError where ties have come apart, or one would be lost."""
+        """Before a send: raise UsageError if tied tensors no longer share their memory."""
         for i, original in self._ties:
             if not self._tensors[i].is_set_to(self._tensors[original]):
                 spec = self._specs[i]
@@ -139,40 +118,40 @@ class Bound:
                 )
 
     def check_apart(self) -> None:
-        """Before a receive: raise UsageError where two elements would land at one place."""
+        """Before a receive: raise UsageError if two elements share memory."""
         check_apart(dict(zip(self._names, self._tensors, strict=True)))
 
     def check_is_there(self) -> None:
-        """Before another run: raise UsageError where memory went that a stand-in or tie needs."""
-        self._check(self._look([*self._stand_ins, *(i for i, _ in self._ties)]))
+        """Before another run: raise UsageError if memory of stand-ins' or tied tensors moved."""
+        self._check(self._subset([*self._stand_ins, *(i for i, _ in self._ties)]))
 
     def chunks_again(self, *, write: bool) -> Iterator[BoundChunk]:
-        """The chunks for another run, each as the loop comes to it.
+        """The chunks for another run.
 
-        On a CPU this raises UsageError for a tensor whose memory is no longer where it was bound,
-        and with `write` the tensors count as changed, which autograd looks at. On a GPU that would
-        take longer than the run: who binds tensors there answers for both.
+        On a CPU this raises UsageError for a tensor whose memory has moved since it was bound, and
+        with `write` the tensors count as changed for autograd. On a GPU both would take longer than
+        the run and are the caller's responsibility.
         """
         if self._device.type == "cuda":
             yield from self.chunks
             return
-        for chunk, looked in zip(self.chunks, self._by_chunk, strict=True):
-            self._check(looked)
+        for chunk, subset in zip(self.chunks, self._by_chunk, strict=True):
+            self._check(subset)
             if write:
-                increment_version(looked.tensors)
+                increment_version(subset.tensors)
             yield chunk
 
     def follow(self) -> None:
-        """Before a run: what was copied on another stream, as when it was bound, comes first."""
+        """Before a run: make the caller's stream wait for copies made on another stream."""
         make_caller_wait(self._device, self._newest)
 
     def refresh(self) -> None:
-        """Before a send: the stand-ins take the tensors' values of now."""
+        """Before a send: copy the tensors' current values to the stand-ins."""
         for i, stand_in in self._stand_ins.items():
             stand_in.copy_(self._tensors[i])
 
     def deliver(self) -> None:
-        """After a receive: stand-ins and ties hand their values on."""
+        """After a receive: copy from stand-ins, and to tied tensors with memory of their own."""
         for i, stand_in in self._stand_ins.items():
             self._tensors[i].copy_(stand_in)
         for i, original in self._ties:
@@ -184,25 +163,27 @@ class Bound:
     def _bound(
         self, chunks: Sequence[ReplayChunk], rows: Rows | None, device: torch.device
     ) -> list[BoundChunk]:
-        bound = [BoundChunk(chunk, own=self._own(chunk)) for chunk in chunks]
-        copied = [chunk for chunk in bound if chunk.own is None]
+        owns = [self._own(chunk) for chunk in chunks]
+        tables: Sequence[torch.Tensor] | None = None
         if rows is not None:
             starts = torch.tensor([data.data_ptr() for data in self._whole], dtype=torch.int64)
-            tables = tables_of(rows, starts, device, [chunk.own is None for chunk in bound])
-            for chunk in copied:
-                index = chunk.index
-                is_last = index == len(bound) - 1
-                bound[index] = BoundChunk(chunk.plan, table=tables[index], is_last=is_last)
-        else:
-            for chunk in copied:
-                parts = [self._run(part) for part in chunk.plan.parts]
-                bound[chunk.index] = BoundChunk(chunk.plan, parts=parts)
+            tables = tables_of(rows, starts, device, [own is None for own in owns])
+        bound = []
+        for chunk, own in zip(chunks, owns, strict=True):
+            table, memory = None, []
+            if own is None and tables is not None:
+                table = tables[chunk.index]
+            elif own is None:
+                memory = [self._run(part) for part in chunk.parts]
+            plan = (chunk.index, chunk.root, chunk.nbytes, chunk.parts, chunk.needs_slot)
+            is_last = chunk.index == len(chunks) - 1
+            bound.append(BoundChunk(*plan, own, table, memory, is_last))
         return bound
 
     def _own(self, chunk: ReplayChunk) -> torch.Tensor | None:
-        """The chunk's bytes where they lie in one piece, and well: that needs no copy.
+        """The chunk's bytes if they are one aligned run, which needs no copy.
 
-        The other ends need not do the same, since a chunk's bytes are the same in a slot.
+        The other ranks may use a slot, since the chunk's bytes are the same.
         """
         if len(chunk.parts) > 1:
             return None
@@ -215,7 +196,7 @@ class Bound:
     def _bytes_of(
         self, index: int, spec: TensorSpec, device: torch.device, *, alone: bool
     ) -> torch.Tensor:
-        """The tensor's bytes, its own or a stand-in's; a tied one's are never asked for."""
+        """The tensor's bytes or its stand-in's; a tied tensor's are not used."""
         if not spec.nbytes:
             return torch.empty(0, dtype=torch.uint8)
         tensor = self._tensors[index]
@@ -226,19 +207,19 @@ class Bound:
             self._stand_ins[index] = data.view(tensor.dtype).view(tensor.shape)
         return data
 
-    def _look(self, indices: Iterable[int]) -> _Looked:
+    def _subset(self, indices: Iterable[int]) -> _Subset:
         chosen = list(indices)
         tensors = [self._tensors[i] for i in chosen]
-        return _Looked(chosen, tensors, [self._addresses[i] for i in chosen])
+        return _Subset(chosen, tensors, [self._addresses[i] for i in chosen])
 
-    def _check(self, looked: _Looked) -> None:
-        now = list(map(torch.Tensor.data_ptr, looked.tensors))
-        if now != looked.addresses:
-            pairs = zip(looked.indices, now, looked.addresses, strict=True)
+    def _check(self, subset: _Subset) -> None:
+        now = list(map(torch.Tensor.data_ptr, subset.tensors))
+        if now != subset.addresses:
+            pairs = zip(subset.indices, now, subset.addresses, strict=True)
             moved = next(self._names[i] for i, address, bound in pairs if address != bound)
             raise UsageError(
-                f"the memory of tensor {moved} was freed, or is elsewhere, since it was bound",
-                hint="bind the tensors again when they have their memory back",
+                f"the memory of tensor {moved} was freed or moved since it was bound",
+                hint="bind the tensors again once they have their memory back",
             )
 
     @staticmethod
@@ -256,26 +237,27 @@ class Bound:
 
 
 class Copier:
-    """Copies a chunk's parts into its slot, or out of it: one call for all of them.
-
-    `views` keeps the places in the slots from one run to the next; it is the ring's own.
-    """
+    """Copies a chunk's parts into its slot, or out of it, with one call for all of them."""
 
     stage: Stage = "unpack"
 
-    def __init__(self, ring: Ring, move: Move | None, views: dict[int, list[torch.Tensor]]) -> None:
+    def __init__(self, ring: Ring, move: Move | None) -> None:
         self._ring = ring
         self._move = move
-        self._views = views
-        # The tensors are the caller's: what it has given its stream comes first. Once is enough,
-        # since nothing of the caller's runs between here and the end. The communication stream, for
-        # the chunks that are broadcast as they lie.
-        given = record_caller_stream(ring.device)
-        for stream in (ring.fill, ring.comm, ring.drain):
+        self._views: dict[int, list[torch.Tensor]] = {}  # of the slots, by chunk
+
+    def wait_for_caller(self) -> None:
+        """Before a run: make the streams wait for the caller's, which may still use the tensors.
+
+        Once per run is enough, since no code of the caller runs in between. The communication
+        stream waits too, for chunks that are broadcast in place.
+        """
+        given = record_caller_stream(self._ring.device)
+        for stream in (self._ring.fill, self._ring.comm, self._ring.drain):
             stream.wait(given)
 
     def fill(self, chunk: BoundChunk, slot: Slot) -> None:
-        """Give the copies into the slot to the fill stream."""
+        """Enqueue the copies into the slot on the fill stream."""
         ring = self._ring
         if chunk.own is not None:
             return
@@ -284,12 +266,12 @@ class Copier:
             if chunk.table is not None and self._move is not None:
                 self._move(chunk.table, slot.memory, into_slot=True, alone=chunk.index == 0)
             else:
-                torch._foreach_copy_(self._places(chunk, slot), list(chunk.parts))
+                torch._foreach_copy_(self._views_of(chunk, slot), list(chunk.memory))
             slot.filled = ring.fill.record()
         ring.clock.span("pack", chunk.index, chunk.nbytes, begin, slot.filled)
 
     def drain(self, chunk: BoundChunk, slot: Slot) -> None:
-        """Give the copies out of the slot to the drain stream."""
+        """Enqueue the copies out of the slot on the drain stream."""
         ring = self._ring
         if chunk.own is not None:
             return
@@ -299,22 +281,22 @@ class Copier:
             if chunk.table is not None and self._move is not None:
                 self._move(chunk.table, slot.memory, into_slot=False, alone=chunk.is_last)
             else:
-                torch._foreach_copy_(list(chunk.parts), self._places(chunk, slot))
+                torch._foreach_copy_(list(chunk.memory), self._views_of(chunk, slot))
             slot.drained = ring.drain.record()
         ring.clock.span("unpack", chunk.index, chunk.nbytes, begin, slot.drained)
 
     def finish(self) -> None:
-        """The caller's stream goes on after the last copy, and the last broadcast."""
+        """Make the caller's stream wait for the last broadcast and the last copy."""
         for stream in (self._ring.comm, self._ring.drain):
             make_caller_wait(self._ring.device, stream.record())
 
     def close(self) -> None:
         """It has no threads."""
 
-    def _places(self, chunk: BoundChunk, slot: Slot) -> list[torch.Tensor]:
+    def _views_of(self, chunk: BoundChunk, slot: Slot) -> list[torch.Tensor]:
         if chunk.index not in self._views:
             self._views[chunk.index] = [
                 slot.memory[part.slot_offset : part.slot_offset + part.nbytes]
-                for part in chunk.plan.parts
+                for part in chunk.parts
             ]
         return self._views[chunk.index]

@@ -1,4 +1,4 @@
-"""The order of a chain of ranks, and how long one takes: pure functions over ranks and sizes."""
+"""The order of a chain of ranks and its hops: pure functions over ranks."""
 
 from __future__ import annotations
 
@@ -14,31 +14,23 @@ def chain_order(hosts_by_rank: Sequence[str]) -> list[int]:
 
 
 def neighbours(order: Sequence[int], root: int, rank: int) -> tuple[int | None, int | None]:
-    """Whom `rank` receives from and whom it passes on to, in the rotation that begins at `root`."""
-    place = order.index(rank)
-    before, after = order[place - 1], order[(place + 1) % len(order)]
+    """The ranks before and after `rank` in the chain that begins at `root`; None at its ends."""
+    at = order.index(rank)
+    before, after = order[at - 1], order[(at + 1) % len(order)]
     return (None if rank == root else before), (None if after == root else after)
 
 
 def hops_of(order: Sequence[int], roots: Iterable[int]) -> list[tuple[int, int]]:
-    """The pairs (upstream, downstream) that some chunk passes, in the order to connect them in.
+    """The pairs (upstream, downstream) that chunks of these roots pass, in connecting order.
 
-    That order does not make all ranks wait in a circle, nor one after the other.
+    Every other hop comes first, so that ranks connect side by side and never wait in a circle.
     """
     num_ranks = len(order)
     if num_ranks == 1:
         return []
     only = set(roots)
-    hops = [(rank, order[(place + 1) % num_ranks]) for place, rank in enumerate(order)]
-    last = [hops.pop()] if num_ranks % 2 else []  # it meets the first one, which is even too
+    hops = [(rank, order[(at + 1) % num_ranks]) for at, rank in enumerate(order)]
+    last = (
+        [hops.pop()] if num_ranks % 2 else []
+    )  # it shares a rank with the first, also an even one
     return [hop for hop in (*hops[::2], *hops[1::2], *last) if only != {hop[1]}]
-
-
-def chain_seconds(nbytes: int, piece_nbytes: int, hosts: int, hop_bytes_per_second: float) -> float:
-    """How long a chain of `hosts` takes, its root included, where the hops bind."""
-    return (nbytes + (hosts - 2) * min(piece_nbytes, nbytes)) / hop_bytes_per_second
-
-
-def tree_seconds(nbytes: int, hosts: int, hop_bytes_per_second: float) -> float:
-    """How long gloo's broadcast takes at least: its root sends everything log2(hosts) times."""
-    return nbytes * (hosts - 1).bit_length() / hop_bytes_per_second

@@ -1,42 +1,32 @@
-"""A sum over a slot's payload that proves it where its bytes stay on the GPU.
+"""A sum over a slot's payload that verifies it where its bytes stay on the GPU.
 
-32-bit words times 64-bit multipliers, one for each place, drawn from the transfer's tag: a sum of
-plain words would miss what moved, an exclusive or what moved twice. It finds accidents, and is no
-signature. One kernel where that can be had, else plain torch operations, which give the same.
+32-bit words times 64-bit multipliers by place, derived from the transfer's tag: a plain sum would
+miss words that moved, an exclusive or those that moved twice. It finds accidents and is no
+signature. One kernel where possible, else plain torch operations with the same result.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 
 from packcast.packed.selftested import self_tested
 from packcast.units import MIB
 
-_GROUP_NBYTES = 4 * MIB  # bounds the temporaries: twice as much, once; and the multipliers again
+_GROUP_NBYTES = 4 * MIB  # bounds the products and the multipliers: twice as much each
 _WORD_NBYTES = 4
 _MAX_SPANS_EACH = 64  # of a group, for the kernel
 
-
-class AddUp(Protocol):
-    """The kernel's way: see `kernels.add_up`."""
-
-    def __call__(
-        self,
-        words: torch.Tensor,
-        of_words: torch.Tensor,
-        of_groups: torch.Tensor,
-        totals: torch.Tensor,
-    ) -> int: ...
+# kernels.add_up(words, of_words, of_groups, totals)
+AddUp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], int]
 
 
 class SlotChecksums:
-    """Sums of one rank's slots, all on one stream, since they share their temporaries.
+    """Sums of one rank's slots, all on one stream, since they share temporary memory.
 
-    Device memory, for as long as it lives: 8 to 10 MiB with the kernel, 16 MiB without, less for
-    buffers below 4 MiB.
+    Device memory: 8 to 10 MiB with the kernel, 16 MiB without, less for buffers below 4 MiB.
     """
 
     def __init__(self, device: torch.device, tag: bytes, buffer_size: int) -> None:
@@ -46,25 +36,16 @@ class SlotChecksums:
         multipliers = _multipliers(tag, self._words_each + num_groups, device)
         self._of_words = multipliers[: self._words_each]
         self._of_groups = multipliers[self._words_each :]
-        if self._add_up is None:
-            self._products = torch.empty(self._words_each, dtype=torch.int64, device=device)
-            self._sums = torch.empty(num_groups, dtype=torch.int64, device=device)
-        else:
-            count = num_groups * _MAX_SPANS_EACH
-            self._sums = torch.empty(count, dtype=torch.int64, device=device)
-
-    @property
-    def nbytes(self) -> int:
-        """The memory that it holds."""
-        held = [self._of_words, self._of_groups, self._sums]
-        if self._add_up is None:
-            held.append(self._products)
-        return sum(tensor.nbytes for tensor in held)
+        num_products = self._words_each if self._add_up is None else 0
+        num_sums = num_groups * (1 if self._add_up is None else _MAX_SPANS_EACH)
+        self._products = torch.empty(num_products, dtype=torch.int64, device=device)
+        self._sums = torch.empty(num_sums, dtype=torch.int64, device=device)
+        self.nbytes = multipliers.nbytes + self._products.nbytes + self._sums.nbytes
 
     def of(self, memory: torch.Tensor, nbytes: int) -> torch.Tensor:
-        """The sum of the first `nbytes` of a slot: an int64 of no dimension, on the current stream.
+        """The sum of the first `nbytes` of a slot, a 0-dim int64, on the current stream.
 
-        A last word that is not whole takes in what lies behind it, which travels too.
+        If the last word is not whole, it includes the bytes behind it, which travel too.
         """
         num_words = -(-nbytes // _WORD_NBYTES)
         words = memory[: num_words * _WORD_NBYTES].view(torch.int32)
@@ -82,7 +63,7 @@ class SlotChecksums:
 
 @functools.cache
 def kernel_on(device: torch.device) -> AddUp | None:
-    """The kernel, if it may be used there; the first call waits for the device."""
+    """The kernel, if it works there; the first call waits for the device."""
 
     def load() -> AddUp:
         from packcast.packed import kernels
@@ -94,25 +75,25 @@ def kernel_on(device: torch.device) -> AddUp | None:
 
 
 def is_right(add_up: AddUp, device: torch.device) -> bool:
-    """Whether it does as plain operations do: three groups, the last one short and odd."""
+    """Whether it agrees with plain operations: three groups, the last one short and odd."""
     words_each, num_words = 1 << 18, (5 << 17) + 12_345
-    # Not random: that would move on the generator that the caller has seeded.
+    # Not random: that would advance the generator that the caller has seeded.
     words = (torch.arange(num_words, device=device) * 0x9E3779B1).to(torch.int32)
     multipliers = _multipliers(bytes(range(16)), words_each + 3, device)
     of_words, of_groups = multipliers[:words_each], multipliers[words_each:]
     totals = torch.zeros(_MAX_SPANS_EACH, dtype=torch.int64, device=device)
-    found = totals[: add_up(words, of_words, of_groups, totals)].sum()
+    total = totals[: add_up(words, of_words, of_groups, totals)].sum()
     groups = words.split(words_each)
     expected = sum(
         (group * of_words[: len(group)]).sum() * factor
         for group, factor in zip(groups, of_groups, strict=True)
     )
-    return bool(found == expected)
+    return bool(total == expected)
 
 
 def _multipliers(tag: bytes, count: int, device: torch.device) -> torch.Tensor:
-    """Odd 64-bit numbers that depend on the tag and their place: splitmix64's, in plain integers,
-    since generators may differ between versions of torch. int64 stands for uint64 and wraps."""
+    """Odd 64-bit numbers by tag and place: splitmix64 in int64, which wraps like uint64. torch's
+    own generators may differ between versions."""
     seed = int.from_bytes(tag[:8], "little", signed=True)
     z = torch.arange(1, count + 1, dtype=torch.int64, device=device)
     z = z * _signed(0x9E3779B97F4A7C15) + seed
@@ -126,5 +107,5 @@ def _signed(value: int) -> int:
 
 
 def _shifted(value: torch.Tensor, count: int) -> torch.Tensor:
-    """To the right as an unsigned number; torch shifts the sign in."""
+    """Shifted right as an unsigned number; torch would shift the sign in."""
     return (value >> count) & ((1 << (64 - count)) - 1)

@@ -1,4 +1,4 @@
-"""What can broadcast: a torch process group, or any object with `broadcast(tensor, src=...)`."""
+"""What can broadcast: a torch process group or an object with `broadcast(tensor, src=...)`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from packcast.packed.ring import Broadcast
 
 @dataclass(frozen=True, slots=True)
 class Communicator:
-    """A group seen from the ring: where its tensors have to be, and its one collective.
+    """A group for the ring: the device of its tensors and its one collective.
 
-    `rank` and `world_size` are None where a bare communicator does not tell them. `broadcast`
-    takes the root's rank within the group.
+    `rank` and `world_size` are None if a bare communicator has none. `broadcast` takes the root's
+    rank within the group.
     """
 
     device: torch.device
@@ -29,9 +29,9 @@ class Communicator:
     world_size: int | None
 
     def check_src(self, src: int, *, sends: bool) -> None:
-        """Raise UsageError unless `src` is a rank of the group: this one's where it sends."""
+        """Raise UsageError unless `src` is a rank of the group; this rank iff it sends."""
         if not isinstance(src, int) or src < 0:
-            raise UsageError(f"src is {src!r}, which is no rank")
+            raise UsageError(f"src is {src!r}, which is no rank", hint=_SRC_HINT)
         if self.world_size is not None and src >= self.world_size:
             what = f"the group has the ranks 0 to {self.world_size - 1}"
         elif self.rank is None or (src == self.rank) == sends:
@@ -50,22 +50,23 @@ _SRC_HINT = (
 
 
 def communicator_of(group: object, device: torch.device | str | int | None = None) -> Communicator:
-    """Ask first whether it is torch's: that has a `broadcast` with other arguments.
+    """The communicator of a torch group, a torch backend or a bare object.
 
-    Its tensors belong on the GPU where torch's group has NCCL; a bare communicator's on its
-    `device`, else on the one given, else on the current GPU if there is one. Raises UsageError for
-    what cannot broadcast, or not on the `device` that is given.
+    Tensors belong on the GPU if torch's group has NCCL; for a bare object on its `device`, else on
+    the `device` given here, else on the current GPU if there is one. Raises UsageError for what
+    cannot broadcast, or not on the `device` that is given.
     """
+    # torch's first: they have a `broadcast` with other arguments.
     if isinstance(group, dist.ProcessGroup | Backend):
-        made = _of_process_group(group)
+        communicator = _of_process_group(group)
     else:
-        made = _of_bare(group, device)
-    if device is not None and (wanted := _with_index(torch.device(device))) != made.device:
+        communicator = _of_bare(group, device)
+    if device is not None and (wanted := _with_index(torch.device(device))) != communicator.device:
         raise UsageError(
-            f"device is {wanted}, but the group's tensors belong on {made.device}",
+            f"device is {wanted}, but the group's tensors belong on {communicator.device}",
             hint="leave device out, or give a group of that device",
         )
-    return made
+    return communicator
 
 
 def _of_bare(group: object, device: torch.device | str | int | None) -> Communicator:
@@ -81,7 +82,7 @@ def _of_bare(group: object, device: torch.device | str | int | None) -> Communic
         _refuse_disabled(bare)  # some are enabled for a while only
         result = bare.broadcast(tensor, src=root)
         if isinstance(result, torch.Tensor) and result.data_ptr() != tensor.data_ptr():
-            _take(result, tensor)  # an engine's stateless group returns what it has received
+            _copy_result(result, tensor)  # an engine's stateless group returns what it received
         elif isinstance(result, Work):
             result.wait()
 
@@ -90,16 +91,12 @@ def _of_bare(group: object, device: torch.device | str | int | None) -> Communic
         own = device
     if own is None:
         own = "cuda" if torch.cuda.is_available() else "cpu"
-    return Communicator(
-        _with_index(torch.device(own)),
-        broadcast,
-        _told(bare, "rank"),
-        _told(bare, "world_size"),
-    )
+    rank, world_size = _integer_of(bare, "rank"), _integer_of(bare, "world_size")
+    return Communicator(_with_index(torch.device(own)), broadcast, rank, world_size)
 
 
 def _refuse_disabled(bare: Any) -> None:
-    # Compared with the very values: a stand-in may answer to any name.
+    # `is`: a proxy object may return something for every name.
     if getattr(bare, "disabled", False) is True or getattr(bare, "available", True) is False:
         raise UsageError(
             f"this {type(bare).__name__} is disabled: its broadcast does nothing",
@@ -107,7 +104,7 @@ def _refuse_disabled(bare: Any) -> None:
         )
 
 
-def _take(result: torch.Tensor, tensor: torch.Tensor) -> None:
+def _copy_result(result: torch.Tensor, tensor: torch.Tensor) -> None:
     if result.nbytes != tensor.nbytes:
         raise TransferError(
             f"the group's broadcast returned {result.nbytes} bytes where {tensor.nbytes} were"
@@ -116,7 +113,7 @@ def _take(result: torch.Tensor, tensor: torch.Tensor) -> None:
     tensor.copy_(result.view(tensor.dtype).view(tensor.shape))
 
 
-def _told(bare: Any, name: str) -> int | None:
+def _integer_of(bare: Any, name: str) -> int | None:
     value = getattr(bare, name, None)
     if callable(value):
         value = value()
@@ -124,20 +121,20 @@ def _told(bare: Any, name: str) -> int | None:
 
 
 def _of_process_group(group: Any) -> Communicator:
-    """A group or a backend of torch's, by what it says itself: torch's tables know only what was
-    made with them, and count from the default group, which there need not be.
+    """Of a torch group or backend, by its own methods: torch's tables do not list every group, and
+    use the ranks of a default group, which may not exist.
     """
-    known = _reference_to(group)
+    reference = _reference_to(group)
 
     def broadcast(tensor: torch.Tensor, root: int) -> None:
-        alive = known()
+        alive = reference()
         if alive is None:
-            raise UsageError("the process group has been destroyed")
+            raise UsageError("the process group has been destroyed", hint="make a new one first")
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
         options.asyncOp = False
         work = alive.broadcast([tensor], options)
-        if work is not None:  # NCCL's may be: then it went onto the current stream itself
+        if work is not None:  # NCCL's may be None: it has been enqueued on the current stream
             work.wait()
 
     device = torch.device("cuda" if _has_nccl(group) else "cpu")
@@ -149,17 +146,17 @@ def _has_nccl(group: Any) -> bool:
         return bool(group.name() == "nccl")
     try:
         return bool(group._get_backend(torch.device("cuda")).name() == "nccl")
-    except RuntimeError:  # it has none for GPUs
+    except RuntimeError:  # no backend for GPUs
         return False
 
 
 def _reference_to(group: Any) -> Callable[[], Any]:
-    """Weak where torch holds the group until it is destroyed: then it has to go, since gloo's
-    threads, which end with it, abort the process where they outlive the interpreter.
+    """Weak if torch holds the group until it is destroyed: gloo's threads end with the group, and
+    abort the process if they outlive the interpreter.
     """
     try:
         dist.get_process_group_ranks(group)
-    except KeyError:  # nobody but us may be holding it
+    except KeyError:  # this may be the only reference
         return lambda: group
     return weakref.ref(group)
 

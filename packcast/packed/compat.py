@@ -1,8 +1,8 @@
-"""The two library functions, on the wire of the packed broadcasts that engines already speak.
+"""The two library functions, on the wire of the packed broadcasts that engines already use.
 
-That wire: tensors in iteration order, each as its bytes; a buffer is closed after the tensor that
+The wire: tensors in iteration order, each as its bytes; a buffer is closed after the tensor that
 takes it over `buffer_size_bytes` (equal does not close it); one broadcast of uint8 per buffer; no
-header, no padding, nothing for an empty iterator. Either end may be another implementation of it.
+header, no padding, nothing for an empty iterator. Either end may be another implementation.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from packcast.packed.tensor_bytes import as_bytes, from_bytes, is_simple, nbytes
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
 
-# Tables are made anew for each buffer, and while one is made nothing is sent: they are kept short,
-# with enough pieces for all programs of the kernel to end together.
+# Nothing is sent while a buffer's table is made, so tables are short, with just enough pieces for
+# all programs of the kernel to end together.
 _ENOUGH_PIECES = 4096
-# Parts that are larger on average are joined at once, without a table, where nothing is under way.
-_LARGE = 1 << 20
+_LARGE = 1 << 20  # the average size of parts from which the first buffer is packed without a table
 _LARGEST = 1 << 62  # more than any buffer
 
 _COPIED_AS_BYTES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8)  # by a GPU's cat
@@ -57,28 +56,26 @@ def packed_broadcast_producer(
 ) -> None:
     """Broadcast tensors from rank `src` of `group`; only that rank calls this, the others consume.
 
-    `iterator` yields (name, tensor) of any shape, stride and plain dtype, on any device;
+    `iterator` yields (name, tensor) of any shape, strides and plain dtype, on any device;
     `post_iter_func` is called once with each pair, on the caller's stream, and returns the tensor
-    to send: it may cast, gather or reshape. The consumer has to be told the shapes and dtypes that
-    it returns, not the iterator's; with `strict` those must be the same. `group` is a process group
-    or backend of `torch.distributed`, whether or not torch's tables know it, or any object with
-    `broadcast(tensor, src=...)` that works on the current stream. `src` is this rank, counted
-    within the group.
+    to send: it may cast, gather or reshape. The consumer needs the shapes and dtypes that it
+    returns, not the iterator's; with `strict` they must be the same. `group` is any process group
+    or backend of `torch.distributed`, or an object with `broadcast(tensor, src=...)` that works on
+    the current stream. `src` is this rank within the group.
 
-    Work is ordered after the caller's current stream, and over when this returns; also when it
-    raises, provided the other ranks took part in what was begun. Errors of the iterator,
-    `post_iter_func` and `group` are raised as they are. Raises UsageError naming the tensor that
-    cannot travel (no buffer that it would be in is sent), for a `src` that is not this rank, and
-    for a group that is disabled.
+    Ordered after the caller's current stream, complete on return; also on an error, provided the
+    other ranks take part in the broadcasts begun. Errors of the iterator, `post_iter_func` and
+    `group` are raised unchanged. Raises UsageError for a tensor that cannot be sent, by name
+    (before its buffer is sent), for a `src` that is not this rank, and for a disabled group.
 
-    Memory: `num_buffers` buffers, each as large as the largest that it has to carry and at most an
-    eighth of that more, or of `buffer_size_bytes` if that is less; on a GPU also 24 bytes for every
-    tensor of a buffer, or every 64 KiB of one. Tensors that `post_iter_func` or the iterator make
-    on the way live until they are packed: those of two buffers at most.
+    Memory: `num_buffers` buffers, each as large as the largest that it carries plus at most an
+    eighth of it, or of `buffer_size_bytes` if that is less; on a GPU also 24 bytes for every tensor
+    of a buffer, or every 64 KiB of one. Tensors made by `post_iter_func` or the iterator live until
+    they are packed: those of at most two buffers.
 
-    Three things are the wire's own, and no implementation can mend them: a buffer exceeds
-    `buffer_size_bytes` by up to one tensor; ends that disagree on order, shapes or sizes are not
-    noticed, and may hang or take wrong bytes; and over a bare communicator there is no time-out.
+    Limits of the wire itself: a buffer exceeds `buffer_size_bytes` by up to one tensor; ends that
+    disagree on order, shapes or sizes are not detected and may hang or receive wrong bytes; a bare
+    communicator has no timeout.
     """
     communicator = communicator_of(group)
     communicator.check_src(src, sends=True)
@@ -86,7 +83,15 @@ def packed_broadcast_producer(
         iter(iterator), post_iter_func, buffer_size_bytes, src, communicator.device, strict=strict
     )
     ring = _growing_ring(communicator, num_buffers, buffer_size_bytes)
-    _run(packs, communicator, ring, rank=src, source=_Packer(ring), drain=None)
+    run_pipeline(
+        packs,
+        rank=src,
+        ring=ring,
+        broadcast=communicator.broadcast,
+        source=_Packer(ring),
+        drain=None,
+        on_failure=lambda _error: ring.synchronize(),  # before the slots are freed
+    )
 
 
 def packed_broadcast_consumer(
@@ -102,49 +107,54 @@ def packed_broadcast_consumer(
 ) -> None:
     """Receive what the producer on rank `src` of `group` broadcasts; every other rank calls this.
 
-    `iterator` yields (name, (shape, dtype)) in the producer's order, of the tensors that its
-    `post_iter_func` returns, and `buffer_size_bytes` must be the producer's. `device` is where the
-    group's tensors belong; only for a communicator that has no `device` of its own it decides.
-    `post_unpack_func` gets a list of (name, tensor) for each buffer, in the caller's thread, with
-    the tensors ready on its current stream.
+    `iterator` yields (name, (shape, dtype)) of the tensors that the producer's `post_iter_func`
+    returns, in its order; `buffer_size_bytes` must be the producer's. `device` is the device of the
+    group's tensors, needed only for a communicator without `device`. `post_unpack_func` receives a
+    list of (name, tensor) for each buffer, in the caller's thread, ready on its current stream.
 
-    The tensors are the callback's own and stay right when they are kept. With `borrow` they are
-    views of the buffer instead (but for a few that are not aligned), which costs no copy: they
-    must not be used after the callback has returned, nor on other streams than the current one.
+    The tensors belong to the callback, which may keep them. With `borrow` they are views of the
+    buffer (except for a few unaligned ones), which saves the copy: they must not be used after the
+    callback has returned, nor on other streams than the current one.
 
-    Work, errors, memory and the wire's own limits are as for the producer.
+    Order, errors, memory and limits are as for the producer.
     """
     communicator = communicator_of(group, device)
     communicator.check_src(src, sends=False)
     packs = _packs_to_receive(iter(iterator), buffer_size_bytes, src)
     ring = _growing_ring(communicator, num_buffers, buffer_size_bytes)
-    unpacker = _Unpacker(ring, post_unpack_func, borrow=borrow)
-    _run(packs, communicator, ring, rank=NOBODY, source=None, drain=unpacker)
+    run_pipeline(
+        packs,
+        rank=NOBODY,
+        ring=ring,
+        broadcast=communicator.broadcast,
+        source=None,
+        drain=_Unpacker(ring, post_unpack_func, borrow=borrow),
+        on_failure=lambda _error: ring.synchronize(),  # before the slots are freed
+    )
 
 
-# As vLLM calls the two since 0.22.
+# vLLM's names since 0.22.
 packed_nccl_broadcast_producer = packed_broadcast_producer
 packed_nccl_broadcast_consumer = packed_broadcast_consumer
 
 
 class _Entry(NamedTuple):
-    """A tensor's place in the order: all that a receiver knows of it. Made once per tensor."""
+    """What a receiver knows of a tensor."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Pack:
-    """A buffer of the wire: a chunk whose size is known once the iterator has been pulled."""
+    """A buffer of the wire, made while the iterator is read."""
 
     index: int
     root: int
     nbytes: int
-    entries: tuple[_Entry, ...]  # on the consumer only
-    parts: tuple[torch.Tensor, ...]  # contiguous on the device, on the producer only
+    entries: tuple[_Entry, ...] = ()  # on the consumer
+    parts: tuple[torch.Tensor, ...] = ()  # on the producer, contiguous on the device
     own: None = None
 
     @property
@@ -153,12 +163,12 @@ class _Pack:
 
 
 def _growing_ring(communicator: Communicator, num_buffers: int, limit: int) -> Ring:
-    """Slots without memory yet; each grows to the largest buffer that it has to carry."""
+    """Slots without memory; each grows to the largest buffer that it carries."""
     if num_buffers < 1:
         raise UsageError(f"num_buffers is {num_buffers}", hint="give at least 1")
-    # A slot is idle while it grows, and buffers exceed the limit by a little more or less each
-    # time: in steps of a sixteenth to an eighth of it most slots grow once. A limit may be any
-    # number, as "all in one buffer".
+    # A slot is idle while it grows, and each buffer exceeds the limit by a different amount: in
+    # steps of a sixteenth to an eighth of the limit most slots grow once. The limit may be any
+    # number, to mean "all in one buffer".
     step_nbytes = 1 << max(0, (int(min(limit, _LARGEST)) // 8).bit_length() - 1)
     return Ring(communicator.device, 0, num_buffers, wanted_counters(), step_nbytes=step_nbytes)
 
@@ -175,18 +185,18 @@ def _packs_to_send(
     def parts() -> Iterator[tuple[int, torch.Tensor]]:
         for name, given in pairs:
             tensor = post_iter_func((name, given))
-            # Detached, so as to have its memory also when the caller's object is given other.
+            # Detached: it keeps this memory even if the caller's object gets other memory.
             part = tensor.detach() if is_simple(tensor, device) else as_bytes(name, tensor, device)
             if strict and (tensor.shape, tensor.dtype) != (given.shape, given.dtype):
                 raise UsageError(
                     f"post_iter_func made {name}, {given.dtype} {tuple(given.shape)}, into"
                     f" {tensor.dtype} {tuple(tensor.shape)}",
-                    hint="with strict, receivers count on what the iterator names",
+                    hint="with strict, receivers expect what the iterator yields",
                 )
             yield part.nbytes, part
 
     for index, (nbytes, items) in enumerate(_closed_after_exceeding(parts(), limit)):
-        yield _Pack(index, root, nbytes, (), tuple(items))
+        yield _Pack(index, root, nbytes, parts=tuple(items))
 
 
 def _packs_to_receive(
@@ -194,19 +204,18 @@ def _packs_to_receive(
 ) -> Iterator[_Pack]:
     def entries() -> Iterator[tuple[int, _Entry]]:
         for name, (shape, dtype) in pairs:
-            nbytes = nbytes_of(shape, dtype)
-            yield nbytes, _Entry(name, tuple(shape), dtype, nbytes)
+            yield nbytes_of(shape, dtype), _Entry(name, tuple(shape), dtype)
 
     for index, (nbytes, items) in enumerate(_closed_after_exceeding(entries(), limit)):
-        yield _Pack(index, root, nbytes, tuple(items), ())
+        yield _Pack(index, root, nbytes, entries=tuple(items))
 
 
 def _closed_after_exceeding(
     items: Iterator[tuple[int, T]], limit: int
 ) -> Iterator[tuple[int, list[T]]]:
-    """The wire's one rule: a buffer ends with the tensor that takes it over the limit.
+    """The wire's rule: a buffer ends with the item that takes it over the limit.
 
-    Items come with their sizes in bytes, and go as buffers with theirs.
+    Takes and yields pairs with the size in bytes.
     """
     pack: list[T] = []
     used = 0
@@ -220,52 +229,28 @@ def _closed_after_exceeding(
         yield used, pack
 
 
-def _run(
-    packs: Iterator[_Pack],
-    communicator: Communicator,
-    ring: Ring,
-    *,
-    rank: int,
-    source: _Packer | None,
-    drain: _Unpacker | None,
-) -> None:
-    try:
-        run_pipeline(
-            packs,
-            rank=rank,
-            ring=ring,
-            broadcast=communicator.broadcast,
-            source=source,
-            drain=drain,
-        )
-    except BaseException:
-        ring.synchronize()  # nothing stays in flight when the slots are freed
-        raise
-
-
 class _Packer:
     """Packs a buffer's tensors into its slot."""
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
         self._move = move_on(ring.device)
-        self._packed: StreamEvent | None = None  # of the buffer before
-        self._in_use: Sequence[torch.Tensor | None] = ()  # what is kept alive until then
+        self._packed: StreamEvent | None = None  # of the previous buffer
+        self._in_use: Sequence[torch.Tensor | None] = ()  # kept alive until then
 
     def fill(self, pack: _Pack, slot: Slot) -> None:
-        """Give the copies to the fill stream, behind what the caller's stream has made of them."""
+        """Enqueue the copies on the fill stream, after the caller's stream."""
         ring = self._ring
         if self._packed is not None:
-            # Tensors made on the way live until they are packed: far ahead of a slow group the
-            # iterator would fill the memory with them. And until then nobody may free them,
-            # whichever stream they were made on.
+            # Tensors of earlier buffers live until they are packed, whatever stream they were made
+            # on. Without this wait, an iterator ahead of a slow group would fill the memory.
             self._packed.synchronize()
-        # All wait for the first one, so it takes the shortest way; copies of this kind fill the
-        # GPU, though, which would hold up a broadcast beside them.
+        # All ranks wait for the first buffer, so it is packed without making a table. Such copies
+        # fill the GPU and would delay a broadcast, but none is running yet.
         joins = pack.index == 0 and pack.nbytes >= _LARGE * len(pack.parts)
-        # On the caller's stream: what is allocated on a stream is lost to other calls' streams.
+        # Allocated on the caller's stream, since the allocator does not share between streams.
         table = _table_of(pack.parts, ring.device) if self._move and not joins else None
-        # Those before are let go when this returns: that takes time, for which nobody should wait.
+        # The previous ones are freed on return, after the copies below are enqueued.
         _before, self._in_use = self._in_use, (*pack.parts, table)
         ring.fill.wait_for_caller(ring.device)
         with ring.fill:
@@ -282,8 +267,8 @@ class _Packer:
 
 
 def _join(parts: tuple[torch.Tensor, ...], memory: torch.Tensor) -> None:
-    """Contiguous parts, one after the other, as bytes; without a view of each where they are alike,
-    since views take longer than the rest of it."""
+    """Copy contiguous parts, one after the other, as bytes. Parts of one dtype and shape need no
+    views, which would take longer than everything else."""
     looks = {(part.dtype, part.shape[1:]) for part in parts} if memory.is_cuda else set()
     if len(looks) == 1 and (look := looks.pop())[0] in _COPIED_AS_BYTES:
         dtype, shape = look
@@ -293,7 +278,7 @@ def _join(parts: tuple[torch.Tensor, ...], memory: torch.Tensor) -> None:
 
 
 def _table_of(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor | None:
-    """For the kernel: contiguous parts, one after the other; None if they have no bytes."""
+    """The kernel's table of contiguous parts, one after the other; None if they have no bytes."""
     nbytes = torch.tensor(list(map(_NBYTES, parts)), dtype=torch.int64)
     addresses = torch.tensor(list(map(torch.Tensor.data_ptr, parts)), dtype=torch.int64)
     ends = nbytes.cumsum(0)
@@ -304,7 +289,7 @@ def _table_of(parts: Sequence[torch.Tensor], device: torch.device) -> torch.Tens
 
 
 class _Unpacker:
-    """Hands a buffer's tensors to the callback, as copies or on loan."""
+    """Calls back with a buffer's tensors, as copies or as views."""
 
     def __init__(self, ring: Ring, post_unpack_func: PostUnpack, *, borrow: bool) -> None:
         self._ring = ring
@@ -314,7 +299,7 @@ class _Unpacker:
         self.stage: Stage = "unpack"
 
     def drain(self, pack: _Pack, slot: Slot) -> None:
-        """Call back with the tensors, in order after their arrival on the caller's stream."""
+        """Call back with the tensors, ready on the caller's stream."""
         device = self._ring.device
         if self._borrow:
             make_caller_wait(device, slot.arrived)
@@ -326,19 +311,19 @@ class _Unpacker:
             slot.drained = record_caller_stream(device)
 
     def finish(self) -> None:
-        """Everything was called back already."""
+        """Every callback has returned."""
 
     def close(self) -> None:
         """It has no threads."""
 
     def _copies(self, pack: _Pack, slot: Slot) -> list[torch.Tensor]:
         ring = self._ring
-        # Each has memory of its own: views of one copy would keep all of it alive.
+        # Each has its own memory: views of one copy would keep all of it alive.
         tensors = [
             torch.empty(entry.shape, dtype=entry.dtype, device=ring.device)
             for entry in pack.entries
         ]
-        # On the caller's stream, and back to it when this returns: it then waits for the copies.
+        # Allocated and freed on the caller's stream, which waits for the copies below.
         table = _table_of(tensors, ring.device) if self._move is not None else None
         ring.drain.wait_for_caller(ring.device)
         ring.drain.wait(slot.arrived)
@@ -355,7 +340,7 @@ class _Unpacker:
 
 
 def _copy_out(tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> None:
-    """Without the kernel. As bytes: copies of floats between GPU tensors may quiet a NaN."""
+    """Copy without the kernel, as bytes: copies of floats on a GPU may change a NaN."""
     data = [tensor.view(-1).view(torch.uint8) for tensor in tensors if tensor.nbytes]
     sizes = [len(part) for part in data]
     if data:
@@ -363,10 +348,10 @@ def _copy_out(tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> None:
 
 
 def _views(entries: Sequence[_Entry], memory: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that lie one after the other in the memory, from its beginning: views of it, but
-    for those that are not aligned.
+    """The tensors one after the other in the memory: views of it, copies of unaligned ones.
 
-    Neighbours of one shape and dtype, of which models have many, are made all at once.
+    Views of consecutive tensors of one shape and dtype, which models have many of, are made at
+    once.
     """
     views: list[torch.Tensor] = []
     at = 0
@@ -379,9 +364,6 @@ def _views(entries: Sequence[_Entry], memory: torch.Tensor) -> list[torch.Tensor
         elif nbytes and run.storage_offset() % dtype.itemsize == 0:
             views.extend(run.view(dtype).view(count, *shape).unbind())
         else:
-            views.extend(from_bytes(part, shape, dtype) for part in _cut(run, count))
+            parts = run.view(count, -1).unbind() if nbytes else [run] * count
+            views.extend(from_bytes(part, shape, dtype) for part in parts)
     return views
-
-
-def _cut(run: torch.Tensor, count: int) -> Sequence[torch.Tensor]:
-    return run.view(count, -1).unbind() if len(run) else [run] * count

@@ -1,7 +1,4 @@
-"""Bytes, seconds and waiting of every stage of a transfer; and on demand a trace of events.
-
-Displays and reports read it, tests read the trace; it knows neither.
-"""
+"""Bytes, busy time and waiting time of every stage of a transfer; on demand a trace of events."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 from packcast.packed.plan import Extent
@@ -32,21 +29,21 @@ class StageEvent:
 
 @dataclass(slots=True)
 class StageTotal:
-    """What a stage did so far.
+    """What a stage has done so far.
 
-    `busy_s` adds up over threads, so it may exceed the time from `first_begin` to `last_end`;
-    `waiting_s` is how long the loop over the chunks stood still for this stage.
+    `busy_s` is summed over threads, so it may exceed the time from `first_begin` to `last_end`;
+    `waiting_s` is how long the loop over the chunks waited for this stage.
     """
 
     nbytes: int = 0
     busy_s: float = 0.0
     waiting_s: float = 0.0
-    first_begin: float = field(default=float("inf"))
+    first_begin: float = float("inf")
     last_end: float = 0.0
 
 
 class StageWork(Protocol):
-    """What somebody who counts by himself has done of a stage."""
+    """What an I/O pool, which counts by itself, has done of a stage."""
 
     @property
     def nbytes(self) -> int: ...
@@ -66,10 +63,10 @@ class Counters:
         self._totals: dict[Stage, StageTotal] = {}
         self._followed: dict[Stage, Callable[[], StageWork]] = {}
         self._trace: list[StageEvent] | None = [] if trace else None
-        self.newest: Extent | None = None  # the newest bytes that the loop has seen
-        self.standing: str | None = None  # the stage that the loop stands still for just now
-        self.num_pauses = 0  # that the loop made on purpose, to keep to a rate
-        self.loop_seconds = 0.0  # of CPU time that the loop's thread took, once it is over
+        self.newest: Extent | None = None  # that the loop has seen
+        self.standing: str | None = None  # the stage that the loop waits for now
+        self.num_pauses = 0  # of the rate limit
+        self.loop_seconds = 0.0  # CPU time of the loop's thread, once it is over
 
     def add(self, stage: Stage, chunk: int, nbytes: int, begin: float, end: float) -> None:
         """Count one finished piece of work."""
@@ -83,23 +80,23 @@ class Counters:
                 self._trace.append(StageEvent(stage, chunk, nbytes, begin, end))
 
     def follow(self, stage: Stage, work: Callable[[], StageWork]) -> None:
-        """Count what `work` says of the stage, now and later, until `unfollow`."""
+        """Count what `work()` returns for the stage, now and later, until `unfollow`."""
         with self._lock:
             self._followed[stage] = work
 
     def unfollow(self, stage: Stage) -> None:
-        """Keep what the stage's work is by now."""
+        """Count the stage's work up to now, and no more."""
         with self._lock:
             work = self._followed.pop(stage, None)
             if work is not None:
                 self._totals[stage] = self._with_work(stage, work())
 
     def waiting_on(self, stage: Stage) -> WaitTimer:
-        """Count the time inside the `with` as time that the loop stood still for `stage`."""
+        """Count the time inside the `with` as time that the loop waited for `stage`."""
         return WaitTimer(self, stage)
 
     def waited(self, stage: Stage, seconds: float) -> None:
-        """The same, where the stage is known only once the wait is over."""
+        """Count a wait that is over."""
         with self._lock:
             self._totals.setdefault(stage, StageTotal()).waiting_s += seconds
 
@@ -113,10 +110,10 @@ class Counters:
     def totals(self) -> dict[Stage, StageTotal]:
         """A copy of all totals at this moment, in the order of the stages."""
         with self._lock:
-            found = {stage: replace(total) for stage, total in self._totals.items()}
+            totals = {stage: replace(total) for stage, total in self._totals.items()}
             for stage, work in self._followed.items():
-                found[stage] = self._with_work(stage, work())
-            return {stage: found[stage] for stage in STAGES if stage in found}
+                totals[stage] = self._with_work(stage, work())
+            return {stage: totals[stage] for stage in STAGES if stage in totals}
 
     def _with_work(self, stage: Stage, work: StageWork) -> StageTotal:
         total = self._totals.get(stage, StageTotal())
@@ -139,10 +136,7 @@ _wanted: ContextVar[Counters | None] = ContextVar("packcast-counters", default=N
 
 @contextmanager
 def counting(counters: Counters) -> Iterator[None]:
-    """The library's calls that this thread makes meanwhile count and time what they do there.
-
-    Else they do not, since that costs them a little; their arguments are their users'.
-    """
+    """Count and time the library calls of this thread; without it they skip that small cost."""
     before = _wanted.set(counters)
     try:
         yield
@@ -151,12 +145,12 @@ def counting(counters: Counters) -> Iterator[None]:
 
 
 def wanted_counters() -> Counters | None:
-    """Those of the innermost `counting`, if any."""
+    """The counters of the innermost `counting`, if any."""
     return _wanted.get()
 
 
 class WaitTimer:
-    """The `with` of `Counters.waiting_on`: a class, since a generator costs the loop too much."""
+    """The `with` of `Counters.waiting_on`: a class, since a generator would slow the loop."""
 
     __slots__ = ("_before", "_begin", "_counters", "_stage")
 

@@ -1,6 +1,6 @@
-"""Many copies between a slot and the places of its parts, as one kernel where that can be had.
+"""Many copies between a slot and the addresses of its parts, as one kernel where possible.
 
-It knows tables of addresses, and how rows become tables; nothing of names, streams or the wire.
+It makes tables of addresses from rows; it knows no names, streams or wire.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from packcast.packed.selftested import self_tested
 from packcast.packed.tensor_map import Rows, ends_of, enumerated
 
-# Each program of the kernel takes one piece at a time: so small that they all end together.
+# A program of the kernel copies one piece at a time; small ones let all programs end together.
 PIECE_NBYTES = 64 << 10
-_MAX_PROVEN_NBYTES = 300
+_MAX_TESTED_NBYTES = 300
 
 
 class Move(Protocol):
     """Copies a table's pieces into a slot, or out of it, on the current stream of its device.
 
-    `alone`: no broadcast runs beside it that would want its share of the GPU.
+    `alone`: no broadcast runs beside it, so it may fill the GPU.
     """
 
     def __call__(
@@ -41,7 +41,7 @@ def pieces_of(
     A row is (address, offset in the slot, bytes) of a piece of at most `piece_nbytes`.
     """
     counts = (nbytes + piece_nbytes - 1) // piece_nbytes
-    if bool((counts == 1).all()):  # many small ones, which are made often
+    if bool((counts == 1).all()):  # fast path: many small parts
         return _beside(addresses, slot_offsets, nbytes), counts
     part, ordinal = enumerated(counts)
     addresses, slot_offsets, nbytes = (
@@ -58,9 +58,9 @@ def tables_of(
     device: torch.device,
     is_wanted: Sequence[bool] | None = None,
 ) -> Sequence[torch.Tensor]:
-    """Each chunk's table, all of them copied to the device at once; empty where none is wanted.
+    """Each chunk's table, all copied to the device at once; empty for chunks not wanted.
 
-    `addresses` are the tensors', one for each, on the host.
+    `addresses` has one address per tensor, on the host.
     """
     nbytes = rows.nbytes
     if is_wanted is not None:
@@ -88,7 +88,6 @@ def _places_of(rows: Rows, addresses: torch.Tensor) -> torch.Tensor:
 
 
 def _beside(*columns: torch.Tensor) -> torch.Tensor:
-    """The columns as a table."""
     table = torch.empty((len(columns[0]), len(columns)), dtype=torch.int64)
     for i, column in enumerate(columns):
         table[:, i] = column
@@ -96,7 +95,7 @@ def _beside(*columns: torch.Tensor) -> torch.Tensor:
 
 
 def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The table where the kernel reads it, from the current stream on; the host does not wait."""
+    """The table on the device, copied on the current stream; the host does not wait."""
     if device.type != "cuda" or not len(table):
         return table.to(device)
     return table.pin_memory().to(device, non_blocking=True)
@@ -104,7 +103,7 @@ def on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def move_on(device: torch.device) -> Move | None:
-    """The kernel, if it may be used there; the first call waits for the device."""
+    """The kernel, if it works there; the first call waits for the device."""
 
     def load() -> Move:
         from packcast.packed import kernels
@@ -123,14 +122,14 @@ def move_on(device: torch.device) -> Move | None:
 
 
 def is_right(move: Move, device: torch.device) -> bool:
-    """Every size up to a few words, at aligned places and others, into a slot and out again."""
-    sizes = [*range(1, _MAX_PROVEN_NBYTES), PIECE_NBYTES + 9]
+    """Self-test: every size up to a few words, aligned or not, into a slot and out again."""
+    sizes = [*range(1, _MAX_TESTED_NBYTES), PIECE_NBYTES + 9]
     starts = [0]
     for nbytes in sizes[:-1]:
-        # Every other one is aligned.
+        # Every second one is aligned.
         starts.append(starts[-1] + nbytes if nbytes % 2 else -(-(starts[-1] + nbytes) // 16) * 16)
     total = starts[-1] + sizes[-1]
-    # Not random: that would move on the generator that the caller has seeded.
+    # Not random: that would advance the generator that the caller has seeded.
     sent = (torch.arange(total, device=device) * 37 % 251).to(torch.uint8)
     slot, landed = torch.zeros_like(sent), torch.zeros_like(sent)
     places, lengths = torch.tensor(starts), torch.tensor(sizes)

@@ -1,7 +1,4 @@
-"""The GPU kernels: one copies a table of pieces into a slot or out of it, one adds its words up.
-
-Imports Triton. They know addresses and sizes, any of them; nothing of tensors, names or streams.
-"""
+"""The GPU kernels, in Triton: copies of a table of pieces into or out of a slot, and sums."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ import triton.language as tl
 _BLOCK = 2048  # words of 8 bytes: with 8 warps each thread has 4 copies of 16 bytes in flight
 _NUM_WARPS = 8
 SPAN = 16384  # words of 4 bytes that one program adds up; groups have a multiple of it
-# A broadcast's blocks need almost a whole multiprocessor each, and every copy begins just when a
-# broadcast does: one that filled the GPU would hold it up.
+# A broadcast's blocks need almost a whole multiprocessor each and start together with a copy: a
+# copy that fills the GPU would delay the broadcast.
 _SHARE_OF_GPU = 2 / 3
 
 
@@ -39,14 +36,14 @@ def _copy_pieces(
         source, target = inside, address
         if into_slot:
             source, target = address, inside
-        # Words only where both ends are aligned to 16 bytes, and rounded down so that the promise
-        # to the compiler, which then copies 16 bytes at once, holds whatever is in the table.
+        # Words only if both addresses are multiples of 16. Rounding them down keeps the promise to
+        # the compiler, which then copies 16 bytes at once, true for every table.
         words = tl.where((source | target) % 16 == 0, nbytes // 16 * 2, 0)
         source_words = (source // 16 * 16).to(tl.pointer_type(tl.int64))
         source_words = tl.multiple_of(source_words, 16)
         target_words = (target // 16 * 16).to(tl.pointer_type(tl.int64))
         target_words = tl.multiple_of(target_words, 16)
-        # The next row is asked for before this piece is copied: it is there when this one is done.
+        # Prefetch the next row while this piece is copied.
         row = table + (piece + step) * 3
         is_there = piece + step < count
         address = tl.load(row, mask=is_there, other=0)
@@ -58,7 +55,7 @@ def _copy_pieces(
             tl.store(target_words + at, tl.load(source_words + at, mask=is_in), mask=is_in)
         source_bytes = source.to(tl.pointer_type(tl.uint8))
         target_bytes = target.to(tl.pointer_type(tl.uint8))
-        # On the compatible wire whole buffers may lie askew, after one odd size.
+        # On the compatible wire, one odd size makes the rest of a buffer unaligned.
         for begin in range(words * 8, rest, 4 * BLOCK):
             at_byte = begin + tl.arange(0, 4 * BLOCK)
             is_byte = at_byte < rest
@@ -79,7 +76,7 @@ def _add_up(
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Each program adds up SPAN words of one group, times their multipliers, into its total."""
+    """Each program sums SPAN words of one group, times their multipliers, into its total."""
     begin = tl.program_id(0).to(tl.int64) * SPAN
     group = begin // words_each
     in_group = begin - group * words_each
@@ -91,7 +88,7 @@ def _add_up(
     tl.store(totals + tl.program_id(0), tl.sum(sums, axis=0) * tl.load(of_groups + group))
 
 
-# Not by the sizes and alignments that the first call has: each kind would be compiled again.
+# Not specialized: each combination of sizes and alignments would be compiled again.
 _compiled: Any = triton.jit(do_not_specialize=["table", "count", "slot"])(_copy_pieces)
 _compiled_sum: Any = triton.jit(do_not_specialize=["num_words", "words_each"])(_add_up)
 
@@ -113,10 +110,10 @@ def add_up(
     of_groups: torch.Tensor,
     totals: torch.Tensor,
 ) -> int:
-    """On the current stream: parts of the sum of int32 `words`, in groups of as many as `of_words`
-    has; returns how many of `totals` they are. All others are int64.
+    """Partial sums of int32 `words`, on the current stream; returns how many of `totals` they are.
 
-    A group is a multiple of SPAN words, and `totals` has one for each SPAN of `words`.
+    A group has `len(of_words)` words, a multiple of SPAN; `totals` has one entry per SPAN words.
+    `of_words`, `of_groups` and `totals` are int64.
     """
     count = triton.cdiv(words.numel(), SPAN)
     _compiled_sum[(count,)](

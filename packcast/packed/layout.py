@@ -1,31 +1,30 @@
-"""The native layout for tensors: where each lies in the stream of chunks that replays carry.
+"""The native layout of tensors in the chunks that replays carry, and the plan that both ends share.
 
-Pure functions over names, shapes and dtypes; what both ends must hold alike has a digest here.
+Pure functions over names, shapes and dtypes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Annotated
 
 import torch
-import xxhash
+from pydantic import BaseModel, Field, ValidationError
 
 from packcast.errors import TransferError
 from packcast.packed.plan import align_up
 from packcast.packed.tensor_bytes import nbytes_of
 from packcast.packed.tensor_map import Rows, ends_of
 
-ALIGNMENT = 256  # what GPUs copy best, and enough for a view of any dtype
-# A tensor of a buffer's size or more rides by itself, in runs as large as a collective gains from:
-# both ends can broadcast it where it lies, or a stand-in, so no slot has to be as large.
+ALIGNMENT = 256  # fast copies on GPUs, and views of any dtype
+# A tensor of a buffer's size or more rides alone and is broadcast in place (or from a stand-in), so
+# that slots can be smaller. Collectives gain nothing from larger runs than this.
 MAX_ALONE_NBYTES = 1 << 30
-# Before the first broadcast a buffer is packed, and after the last one a buffer is unpacked, with
-# nothing beside it. Where buffers are large, smaller chunks go first and last. On NVLink so much is
-# under way for 0.1 ms, about what launching the next chunk takes; packing is so much faster than
-# sending that the next chunk may be as many times larger.
+# Nothing overlaps with packing the first chunk and unpacking the last one, so both are cut to
+# pieces that grow from this size and shrink to it. NVLink takes 0.1 ms for it, about as long as
+# launching the next chunk; packing is so much faster than sending that pieces may grow by this.
 END_NBYTES = 32 << 20
 END_GROWTH = 3
 MAX_TENSORS = 10_000_000
@@ -36,7 +35,7 @@ MAX_NBYTES = 1 << 48
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a receiver knows of a tensor. `same_as` names the one that it shares its memory with."""
+    """What a receiver knows of a tensor; `same_as` names the one that it shares its memory with."""
 
     name: str
     shape: tuple[int, ...]
@@ -45,13 +44,13 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes on the wire; a tied tensor has none of its own."""
+        """Its bytes on the wire; 0 for a tied tensor."""
         return 0 if self.same_as else nbytes_of(self.shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of one tensor's bytes and where it lies in its chunk."""
+    """A run of one tensor's bytes and its offset in the chunk."""
 
     tensor: int
     offset: int
@@ -61,7 +60,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class ReplayChunk:
-    """What one collective carries: parts at aligned places, with gaps of at most ALIGNMENT.
+    """What one collective carries: parts at multiples of ALIGNMENT, one after the other.
 
     Without a slot it is one part of any size, from a multiple of ALIGNMENT of its tensor on.
     """
@@ -72,14 +71,18 @@ class ReplayChunk:
     parts: tuple[Part, ...]
     needs_slot: bool = True
 
+    @property
+    def wire_nbytes(self) -> int:
+        return self.nbytes
+
 
 def lay_out(specs: Sequence[TensorSpec], buffer_size: int, root: int) -> tuple[ReplayChunk, ...]:
     """Cut the tensors, in order, into chunks; those that need a slot have at most `buffer_size`.
 
-    A tensor of at least `buffer_size` has chunks of its own, of up to MAX_ALONE_NBYTES or
-    `buffer_size` if that is more. What is smaller, or left of one, shares chunks: each begins at a
-    multiple of ALIGNMENT, and what does not fit goes on at the beginning of the next. Large chunks
-    at either end are cut into smaller ones. `buffer_size` is a multiple of ALIGNMENT.
+    A tensor of `buffer_size` or more has chunks of its own, of up to MAX_ALONE_NBYTES or
+    `buffer_size` if that is more. Smaller ones, and the rest of large ones, share chunks: each
+    begins at a multiple of ALIGNMENT, and what does not fit continues in the next chunk. A large
+    first or last chunk is cut into smaller ones. `buffer_size` is a multiple of ALIGNMENT.
     """
     chunks = _with_small_ends(_full_chunks(specs, buffer_size, root))
     return tuple(replace(chunk, index=index) for index, chunk in enumerate(chunks))
@@ -113,7 +116,7 @@ def _full_chunks(specs: Sequence[TensorSpec], buffer_size: int, root: int) -> Se
 
 
 def _with_small_ends(chunks: Sequence[ReplayChunk]) -> Sequence[ReplayChunk]:
-    """The first and the last chunk in pieces that grow, and shrink, where they need a slot."""
+    """Cut the first chunk into pieces that grow, and the last one into pieces that shrink."""
     if not chunks:
         return chunks
     first, last = chunks[0], chunks[-1]
@@ -129,7 +132,7 @@ def _with_small_ends(chunks: Sequence[ReplayChunk]) -> Sequence[ReplayChunk]:
 
 
 def _growing(nbytes: int) -> list[int]:
-    """Where to cut so many bytes into pieces that grow, as far as large ones are left."""
+    """Where to cut `nbytes` into pieces that grow, while the rest is large."""
     cuts, at, size = [], 0, END_NBYTES
     while nbytes - at > 2 * size:
         at += size
@@ -139,7 +142,7 @@ def _growing(nbytes: int) -> list[int]:
 
 
 def _cut(chunk: ReplayChunk, cuts: Sequence[int]) -> list[ReplayChunk]:
-    """The chunk cut at these bytes of it, or a little before, each piece from its slot's start."""
+    """The chunk cut at the aligned bytes at or before `cuts`; each piece begins its own slot."""
     if not chunk.needs_slot:
         return [chunk]
     inner = sorted({at // ALIGNMENT * ALIGNMENT for at in cuts})
@@ -157,12 +160,12 @@ def _cut(chunk: ReplayChunk, cuts: Sequence[int]) -> list[ReplayChunk]:
 
 
 def slot_nbytes_of(chunks: Sequence[ReplayChunk]) -> int:
-    """How large a slot has to be: a multiple of ALIGNMENT, so that all of them begin at one."""
+    """The size of a slot, a multiple of ALIGNMENT, so that all slots begin at one."""
     return align_up(max((c.nbytes for c in chunks if c.needs_slot), default=0), ALIGNMENT)
 
 
 def rows_of(chunks: Sequence[ReplayChunk]) -> Rows:
-    """The parts of all chunks as flat numbers, for tables of addresses."""
+    """The parts of all chunks as rows, for tables of addresses."""
     numbers = [
         (part.tensor, part.offset, part.slot_offset, part.nbytes)
         for chunk in chunks
@@ -174,45 +177,47 @@ def rows_of(chunks: Sequence[ReplayChunk]) -> Rows:
     return Rows(tensor, offset, slot_offset, nbytes, ends_of(counts))
 
 
-def describe(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) -> bytes:
-    """The plan as it travels in band: JSON, the same bytes for the same plan."""
-    tensors = [
-        [spec.name, list(spec.shape), _dtype_name(spec.dtype), spec.same_as] for spec in specs
+_Size = Annotated[int, Field(ge=0, le=MAX_NBYTES)]
+
+
+class _Plan(BaseModel, strict=True, hide_input_in_errors=True):
+    """The plan as it travels: name, shape, dtype and `same_as` of each tensor."""
+
+    buffer_size: _Size
+    num_buffers: _Size
+    tensors: Annotated[
+        list[tuple[str, tuple[_Size, ...], str, str | None]], Field(max_length=MAX_TENSORS)
     ]
-    plan = {"buffer_size": buffer_size, "num_buffers": num_buffers, "tensors": tensors}
-    return json.dumps(plan, separators=(",", ":")).encode()
+
+
+def describe(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) -> bytes:
+    """The plan as JSON; equal plans have equal bytes."""
+    tensors = [(spec.name, spec.shape, _dtype_name(spec.dtype), spec.same_as) for spec in specs]
+    plan = _Plan.model_construct(buffer_size=buffer_size, num_buffers=num_buffers, tensors=tensors)
+    return plan.model_dump_json().encode()
 
 
 def understand(description: bytes) -> tuple[tuple[TensorSpec, ...], int, int]:
-    """Specs, buffer size and count from `describe`'s bytes; TransferError if it is not such."""
+    """Specs, buffer size and count from `describe`'s bytes; TransferError if they are no plan."""
     try:
-        plan = json.loads(description)
-        if len(plan["tensors"]) > MAX_TENSORS:
-            raise ValueError("too many tensors")
+        plan = _Plan.model_validate_json(description)
         specs = tuple(
-            TensorSpec(
-                _checked(name, str),
-                tuple(_size(length) for length in shape),
-                dtype_called(_checked(dtype, str)),
-                None if same_as is None else _checked(same_as, str),
-            )
-            for name, shape, dtype, same_as in plan["tensors"]
+            TensorSpec(name, shape, dtype_called(dtype), same_as)
+            for name, shape, dtype, same_as in plan.tensors
         )
-        buffer_size, num_buffers = _size(plan["buffer_size"]), _size(plan["num_buffers"])
-        check_plan(specs, buffer_size, num_buffers)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TransferError(f"the sender's plan cannot be understood: {error}") from error
-    return specs, buffer_size, num_buffers
-
-
-def digest_of(description: bytes) -> bytes:
-    """Sixteen bytes that are equal on two ends iff their plans are."""
-    return xxhash.xxh3_128_digest(description)
+        check_plan(specs, plan.buffer_size, plan.num_buffers)
+    except ValueError as error:
+        reason = str(error)
+        if isinstance(error, ValidationError):  # whose text lists every error
+            first = error.errors(include_url=False, include_input=False)[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise TransferError(f"the sender's plan is invalid: {reason:.200}") from error
+    return specs, plan.buffer_size, plan.num_buffers
 
 
 def check_plan(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) -> None:
-    """Raise ValueError unless it can be carried out: unique names, ties that lead to an equal
-    earlier tensor, sizes that add up to something a machine may have.
+    """Raise ValueError unless the plan is possible: unique names, each tie to an equal earlier
+    tensor, sizes within the limits.
     """
     if buffer_size < ALIGNMENT or buffer_size % ALIGNMENT or buffer_size > 1 << 40:
         raise ValueError(f"a buffer of {buffer_size} bytes is not a multiple of {ALIGNMENT}")
@@ -229,7 +234,7 @@ def check_plan(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) 
                 raise ValueError(f"{spec.name!r:.80} cannot share memory with {spec.same_as!r:.80}")
         if _dtype_name(spec.dtype).startswith("q"):
             raise ValueError(f"{spec.name!r:.80} is quantized: its bytes are not its value")
-        # An empty one counts as well: torch cannot make it either if its strides overflow.
+        # Also for an empty one, which torch cannot make if its strides overflow.
         padded = nbytes_of([max(length, 1) for length in spec.shape], spec.dtype)
         if len(spec.shape) > MAX_RANK or padded > MAX_NBYTES:
             raise ValueError(f"{spec.name!r:.80} has too many dimensions, or too large ones")
@@ -240,28 +245,22 @@ def check_plan(specs: Sequence[TensorSpec], buffer_size: int, num_buffers: int) 
 
 
 def specs_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorSpec, ...]:
-    """Specs by looking at the tensors; those that are one and the same in memory are tied."""
+    """The tensors' specs; those with the same memory, shape and dtype are tied."""
     first: dict[tuple[object, ...], str] = {}
     specs = []
     for name, tensor in tensors.items():
         same_as = None
         if tensor.numel():
-            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            same_as = first.setdefault(place, name)
-        specs.append(
-            TensorSpec(
-                name,
-                tuple(tensor.shape),
-                tensor.dtype,
-                same_as if same_as != name else None,
-            )
-        )
+            key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            same_as = first.setdefault(key, name)
+        tied = None if same_as == name else same_as
+        specs.append(TensorSpec(name, tuple(tensor.shape), tensor.dtype, tied))
     return tuple(specs)
 
 
 def dtype_called(name: str) -> torch.dtype:
-    """The torch dtype of that name, as `bfloat16`; ValueError if there is none here."""
-    dtype = vars(torch).get(name)  # getattr would import modules that are called so
+    """The torch dtype of that name, as `bfloat16`; ValueError if this torch has none."""
+    dtype = vars(torch).get(name)  # getattr would import a module of that name
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"this torch has no dtype {name!r:.40}")
     return dtype
@@ -269,15 +268,3 @@ def dtype_called(name: str) -> torch.dtype:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _checked(value: object, kind: type[str]) -> str:
-    if not isinstance(value, kind):
-        raise ValueError(f"{value!r:.40} is not a text")
-    return value
-
-
-def _size(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1 << 48:
-        raise ValueError(f"{value!r:.40} is not a size")
-    return value

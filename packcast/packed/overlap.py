@@ -1,7 +1,4 @@
-"""Targets whose elements share memory: they could not hold what they receive.
-
-It knows tensors and addresses, and names only to name them in errors.
-"""
+"""Finds tensors whose elements share memory, which cannot be received into."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from packcast.packed.tensor_bytes import span_of
 
 
 class _Target(NamedTuple):
-    """Sorts by where it begins."""
+    """A tensor to receive into; the first three fields are its memory."""
 
     device: int
     begin: int
@@ -26,8 +23,8 @@ class _Target(NamedTuple):
 
 
 def check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise UsageError naming a tensor whose elements share memory with each other, or with those
-    of another one. Tied tensors, of which all memory is the same, are one.
+    """Raise UsageError naming a tensor whose elements share memory with each other or with another
+    tensor's. Tied tensors, which share all of it, count as one.
     """
     targets: dict[object, _Target] = {}
     for name, tensor in tensors.items():
@@ -58,7 +55,7 @@ def check_apart(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def _near_each_other(targets: Sequence[_Target]) -> Iterator[list[_Target]]:
-    """Those that begin before another one ends, if any, in groups."""
+    """Groups of two or more whose memory ranges overlap."""
     near: list[_Target] = []
     end = (-1, 0)
     for target in targets:
@@ -73,7 +70,7 @@ def _near_each_other(targets: Sequence[_Target]) -> Iterator[list[_Target]]:
 
 
 def _folds(tensor: torch.Tensor) -> bool:
-    """Whether two of its elements lie at one place."""
+    """Whether two of its elements have the same address."""
     reach = 0
     for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if length > 1 and stride <= reach:
@@ -81,14 +78,14 @@ def _folds(tensor: torch.Tensor) -> bool:
         reach += stride * (length - 1)
     else:
         return False
-    # Dimensions lie between one another, which need not be wrong: so the places are counted.
+    # Interleaved dimensions may be fine: count the distinct addresses.
     taken = torch.zeros(span_of(tensor), dtype=torch.bool)
     taken.as_strided(tensor.shape, tensor.stride()).fill_(True)
     return int(taken.count_nonzero()) < tensor.numel()
 
 
 def _first_that_shares(targets: Sequence[_Target]) -> _Target | None:
-    """The first with a byte of one before it, if any: columns of one matrix have none."""
+    """The first that has a byte of an earlier one, if any: columns of one matrix have none."""
     low = min(target.begin for target in targets)
     high = max(target.end for target in targets)
     sizes = [(target.begin - low, target.tensor.itemsize) for target in targets]

@@ -1,11 +1,11 @@
-"""The one loop: every rank runs it over the same chunks, and each chunk names who sends it."""
+"""The one loop: every rank runs it over the same chunks, and each chunk names its root."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Protocol, TypeVar
 
 from packcast.packed.counters import Stage
@@ -19,7 +19,7 @@ class Source(Protocol[C_in]):
     """Where the producer's bytes come from."""
 
     def fill(self, chunk: C_in, slot: Slot) -> None:
-        """Give the chunk and its trailer to the fill stream; leaves `slot.filled`."""
+        """Enqueue the copy of the chunk and its trailer on the fill stream; sets `slot.filled`."""
 
     def close(self) -> None:
         """End its threads; idempotent, also after a failure."""
@@ -30,13 +30,13 @@ class Drain(Protocol[C_in]):
 
     @property
     def stage(self) -> Stage:
-        """What the loop waits for when it waits here."""
+        """The stage that the loop waits for when it waits for the drain."""
 
     def drain(self, chunk: C_in, slot: Slot) -> None:
-        """Give the chunk to the drain stream and to whoever uses it then; leaves `slot.drained`."""
+        """Enqueue the copy of the chunk on the drain stream; sets `slot.drained`."""
 
     def finish(self) -> None:
-        """Block until every byte is where it belongs; raises what went wrong on the way."""
+        """Block until every byte is at its destination; raises what failed."""
 
     def close(self) -> None:
         """End its threads; idempotent, also after a failure."""
@@ -55,34 +55,48 @@ def run_pipeline(
 ) -> float:
     """Move `chunks` through the ring; all ranks call this with the same chunks.
 
-    A rank that is nobody's root needs no source; one without a drain drops what it receives.
-    Read, copy, broadcast and write overlap, as far as there are slots and staging. On a CPU
-    `begin` is called, in order, for each chunk that has its slot, up to a ring ahead of the
-    broadcasts. Returns when the last byte is through on this rank: the moment, by
-    `time.perf_counter()`, before the ends were closed. Errors of source and drain are raised as
-    they are; the other ranks are then left waiting, so the caller has to tell them, or to mend it:
-    `on_failure` is called first of all.
+    A rank that is no root needs no source; one without a drain drops what it receives. Read, copy,
+    broadcast and write overlap as far as slots and staging allow. On a CPU, `begin` is called in
+    order for each chunk that has its slot, up to a ring ahead of the broadcasts. Returns the time
+    (`time.perf_counter()`) when the last byte was through on this rank, before source and drain
+    were closed. Errors of source and drain are raised unchanged, and the other ranks are then left
+    waiting: `on_failure` is called first, before anything is closed, to notify them.
     """
-    with ExitStack() as ending:
+    with ExitStack() as closing:
         for end in (source, drain):
             if end is not None:
-                ending.callback(end.close)
-        if on_failure is not None:
-            ending.enter_context(_told(on_failure))
-        cpu_begin = time.thread_time()
-        for chunk, slot in _with_slots(chunks, ring, drain.stage if drain else "broadcast", begin):
-            if chunk.root == rank and source is not None:
-                source.fill(chunk, slot)
-            ring.broadcast(chunk, slot, broadcast)
-            if drain is not None:
-                drain.drain(chunk, slot)
-        # Where the host runs ahead of the streams, what is still on them is waited for here.
-        with ring.counters.waiting_on("broadcast"):
-            ring.synchronize()
+                closing.callback(end.close)
+        try:
+            return _run(chunks, rank, ring, broadcast, source, drain, begin)
+        except BaseException as error:
+            if on_failure is not None:
+                on_failure(error)
+            raise
+
+
+def _run(
+    chunks: Iterable[C],
+    rank: int,
+    ring: Ring,
+    broadcast: Broadcast,
+    source: Source[C] | None,
+    drain: Drain[C] | None,
+    begin: Callable[[C, Slot], object] | None,
+) -> float:
+    cpu_begin = time.thread_time()
+    for chunk, slot in _with_slots(chunks, ring, drain.stage if drain else "broadcast", begin):
+        if chunk.root == rank and source is not None:
+            source.fill(chunk, slot)
+        ring.broadcast(chunk, slot, broadcast)
         if drain is not None:
-            drain.finish()
-        ring.counters.loop_seconds = time.thread_time() - cpu_begin
-        return time.perf_counter()
+            drain.drain(chunk, slot)
+    # Where the host runs ahead of the streams, it waits here for the rest of their work.
+    with ring.counters.waiting_on("broadcast"):
+        ring.synchronize()
+    if drain is not None:
+        drain.finish()
+    ring.counters.loop_seconds = time.thread_time() - cpu_begin
+    return time.perf_counter()
 
 
 def _with_slots(
@@ -103,12 +117,3 @@ def _with_slots(
             begin(chunk, slot)
             ahead.append((chunk, slot))
     yield from ahead
-
-
-@contextmanager
-def _told(on_failure: Callable[[BaseException], object]) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        on_failure(error)
-        raise

@@ -1,6 +1,6 @@
 """Which bytes ride in which chunk: pure functions over frozen dataclasses.
 
-Made before any byte moves, from nothing but sizes: every rank makes the same from one offer.
+The plan is made from sizes alone, before any byte moves: every rank makes the same from one offer.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ BLOCK = MIB  # the unit of digests, at multiples of itself in a file
 PAGE = 4096
 DIGEST_NBYTES = 16  # xxh3_128
 TRAILER_HEAD_NBYTES = 80
-# A unit costs the interpreter nearly 0.4 ms, whatever its size, which limits a rank to 44 GB/s; but
-# larger ones need more staging, and fill the pipe later. A unit's pieces are done side by side.
+# A unit costs the interpreter nearly 0.4 ms, whatever its size, which limits a rank to 44 GB/s.
+# Larger ones need more staging and fill the pipeline later. Pieces of a unit run in parallel.
 MAX_PIECE = 4 * MIB
 MAX_UNIT = 16 * MIB
 MAX_BUFFER_SIZE = 16 << 30
 NUM_INTERLEAVED = 8  # files that take turns
 TURN = 4 * MIB
 MIN_TURNS = 4  # of a file that takes turns
-# Of how many files a chunk has a part: so many are open at once, also where few may be.
-MAX_FILES_PER_CHUNK = 32
-# Beside the whole blocks that fill a buffer a chunk may carry this many short ones (ends of files);
+MAX_FILES_PER_CHUNK = 32  # they are open at the same time
+# A chunk may carry this many short blocks (ends of files) beside the whole ones that fill a buffer;
 # 63 keep the trailer within one page for every buffer up to 188 MiB.
 _SPARE_BLOCKS = 63
 
@@ -48,7 +47,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one collective carries: extents, laid one after the other from the slot's first byte."""
+    """What one collective carries: extents, one after the other from the slot's first byte."""
 
     index: int
     root: int
@@ -68,15 +67,15 @@ class Chunk:
 
     @property
     def own(self) -> None:
-        """It always rides in a slot."""
+        """It always uses a slot (see `ring.Carried`)."""
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A part of a chunk that is staged and copied as one: whole blocks, the last with the trailer.
+    """Whole blocks of a chunk that are staged and copied as one; the last unit has the trailer.
 
-    Its extents lie one after the other from `slot_offset` on; `nbytes` is all that is copied.
+    Its extents lie one after the other from `slot_offset` on; `nbytes` counts the trailer too.
     """
 
     slot_offset: int
@@ -87,7 +86,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Whole blocks of one extent: a job of host I/O. Its first byte is the unit's byte `at`."""
+    """Whole blocks of one extent for one I/O thread. Its first byte is the unit's byte `at`."""
 
     at: int
     extent: Extent
@@ -99,7 +98,7 @@ def align_up(nbytes: int, unit: int) -> int:
 
 
 def check_buffers(buffer_size: int, num_buffers: int) -> None:
-    """Raise UsageError unless the ring could be built: sizes in bytes."""
+    """Raise UsageError unless a ring can have these buffers; sizes in bytes."""
     if buffer_size % BLOCK or not BLOCK <= buffer_size <= MAX_BUFFER_SIZE:
         raise UsageError(
             f"buffer size {format_exact_size(buffer_size)} is not a multiple of 1MiB up to 16GiB",
@@ -112,10 +111,10 @@ def check_buffers(buffer_size: int, num_buffers: int) -> None:
 
 
 def check_staging(buffer_size: int, staging_nbytes: int) -> None:
-    """Raise UsageError unless a rank that reads and writes could stage within that bound."""
+    """Raise UsageError unless a rank can read and write with this much staging."""
     least = 2 * staged_nbytes(buffer_size)
     if staging_nbytes < least:
-        enough = format_exact_size(align_up(least, MIB))  # up, or 32MiB were less than 32.0 MiB
+        enough = format_exact_size(align_up(least, MIB))  # rounded up, to differ from what it has
         raise UsageError(
             f"staging of {format_exact_size(staging_nbytes)} is less than the {enough} that"
             f" buffers of {format_exact_size(buffer_size)} need",
@@ -124,7 +123,7 @@ def check_staging(buffer_size: int, staging_nbytes: int) -> None:
 
 
 def check_ring(buffer_size: int | None, num_buffers: int, staging_nbytes: int) -> None:
-    """Raise UsageError unless ring and staging could be; None is whatever fits a checkpoint."""
+    """Raise UsageError unless ring and staging can be made; a size of None fits the checkpoint."""
     largest = MAX_FITTING_SIZE if buffer_size is None else buffer_size
     check_buffers(largest, num_buffers)
     check_staging(largest, staging_nbytes)
@@ -136,7 +135,7 @@ def max_blocks(buffer_size: int) -> int:
 
 
 def trailer_nbytes(buffer_size: int) -> int:
-    """Room for a trailer behind the payload: one page up to 188 MiB of buffer, then more pages."""
+    """Room for the trailer: one page for a buffer of up to 188 MiB, then more pages."""
     return align_up(TRAILER_HEAD_NBYTES + DIGEST_NBYTES * max_blocks(buffer_size), PAGE)
 
 
@@ -151,20 +150,20 @@ def ring_nbytes(buffer_size: int, num_buffers: int) -> int:
 
 
 def unit_nbytes(buffer_size: int) -> int:
-    """The payload of a unit: a whole buffer where that is not too large."""
+    """The payload of a unit, at most a buffer."""
     return min(buffer_size, MAX_UNIT)
 
 
 def staged_nbytes(buffer_size: int) -> int:
-    """The size of a staging buffer: a unit, and the trailer that the last one brings."""
+    """The size of a staging buffer: a unit and the trailer of the last one."""
     unit = unit_nbytes(buffer_size)
-    # A unit that is not the first may begin anywhere in a page, and the trailer begins a page.
+    # A later unit may begin anywhere in a page, and the trailer begins a page.
     padding = PAGE if buffer_size > unit else 0
     return unit + padding + trailer_nbytes(buffer_size)
 
 
 def staging_count(buffer_size: int, staging_nbytes: int) -> int:
-    """How many staging buffers `staging_nbytes` pay for."""
+    """How many staging buffers `staging_nbytes` allow."""
     return max(1, staging_nbytes // staged_nbytes(buffer_size))
 
 
@@ -174,9 +173,9 @@ def pinned_nbytes(buffer_size: int, staging_nbytes: int) -> int:
 
 
 class Chunks(Sequence[Chunk]):
-    """A plan, in columns of numbers: a chunk is made when it is asked for.
+    """A plan in columns of numbers: chunks are made on access.
 
-    A million extents as objects would take 200 MB, and the search for cyclic garbage among them as
+    A million extents as objects would take 200 MB, and collecting garbage among them would take as
     long as making them.
     """
 
@@ -185,7 +184,7 @@ class Chunks(Sequence[Chunk]):
     def __init__(
         self, numbers: array[int], bounds: array[int], roots: Sequence[int], trailer_nbytes: int
     ) -> None:
-        """Of the file, offset and size of each extent, and where in them each chunk's begin."""
+        """`numbers`: file, offset and size of each extent; `bounds`: where each chunk begins."""
         self.numbers = numbers
         self.bounds = bounds
         self.roots = tuple(roots)
@@ -210,31 +209,23 @@ class Chunks(Sequence[Chunk]):
         extents = tuple(map(Extent, files, offsets, sizes))
         return Chunk(index, root, extents, sum(sizes), self._trailer_nbytes)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Chunks):
-            return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in self.__slots__)
-
-    __hash__ = None  # type: ignore[assignment]
-
 
 def plan_chunks(file_nbytes: Sequence[int], buffer_size: int, roots: Sequence[int]) -> Chunks:
     """Cut files, given by their sizes, into chunks of at most `buffer_size` bytes.
 
-    Small files come first, one after the other. Up to NUM_INTERLEAVED of the larger ones take turns
-    of TURN bytes, within a chunk too: a file takes only so many bytes per second, however many
-    threads write to it. Chunks are cut between blocks. Chunk i has root `roots[i % len(roots)]`.
-    A chunk has parts of at most MAX_FILES_PER_CHUNK. Empty files have no extent: they are made from
-    the offer alone.
+    Small files come first, one after the other. Up to NUM_INTERLEAVED larger ones take turns of
+    TURN bytes, within a chunk too, since the writes to one file serialise. Chunks are cut between
+    blocks and have parts of at most MAX_FILES_PER_CHUNK files. Chunk i has the root
+    `roots[i % len(roots)]`. Empty files have no extent: the offer names them.
     """
     numbers, bounds = _packed(_in_turns(file_nbytes), buffer_size)
     return Chunks(numbers, bounds, roots, trailer_nbytes(buffer_size))
 
 
 def _in_turns(file_nbytes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Every byte of every file, as (file, offset, end), in the order in which they travel; a file
-    that is through makes room for the next. There may be a million turns, so no Extents yet."""
-    waiting: deque[tuple[int, int, int]] = deque()  # each with what is left of it
+    """All bytes of all files in sending order, as (file, offset, end); a finished file makes room
+    for the next. No Extents, since there may be a million turns."""
+    waiting: deque[tuple[int, int, int]] = deque()  # the rest of each file
     for file, size in enumerate(file_nbytes):
         if size < MIN_TURNS * TURN:
             yield file, 0, size
@@ -254,8 +245,7 @@ def _in_turns(file_nbytes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 def _packed(
     runs: Iterable[tuple[int, int, int]], buffer_size: int
 ) -> tuple[array[int], array[int]]:
-    """The runs, one after the other, in as few chunks as whole blocks allow: the numbers of their
-    extents, and where in them each chunk's begin and the last one's end."""
+    """The runs in as few chunks as whole blocks allow; see `Chunks` for the two columns."""
     numbers, bounds = array("Q"), array("Q", [0])
     in_chunk: set[int] = set()
     most_blocks = max_blocks(buffer_size)
@@ -278,7 +268,7 @@ def _packed(
                     take -= take % BLOCK
             if take > 0:
                 if file in in_chunk and numbers[-3] == file and sum(numbers[-2:]) == offset:
-                    numbers[-1] += take  # it goes on where the last extent ends
+                    numbers[-1] += take  # it continues the last extent
                 else:
                     numbers.extend((file, offset, take))
                 in_chunk.add(file)
@@ -291,7 +281,7 @@ def _packed(
 
 
 def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Chunks) -> str:
-    """A digest over every number in the plan; equal on two ranks iff their plans are the same."""
+    """A digest over every number in the plan; equal on two ranks iff their plans are equal."""
     digest = xxhash.xxh3_128()
     sizes = (buffer_size, len(chunks), len(chunks.roots), len(file_nbytes), *file_nbytes)
     for numbers in (sizes, chunks.roots, chunks.bounds, chunks.numbers):
@@ -303,7 +293,7 @@ def plan_digest(file_nbytes: Sequence[int], buffer_size: int, chunks: Chunks) ->
 
 
 def num_blocks(nbytes: int) -> int:
-    """How many blocks an extent of so many bytes has, a short last one included."""
+    """How many blocks an extent of `nbytes` has, a short last one included."""
     return -(-nbytes // BLOCK)
 
 

@@ -1,8 +1,7 @@
-"""The slots: device buffers made once, taken strictly in chunk order on every rank.
+"""The ring of slots: device buffers made once, used in chunk order on every rank.
 
-Chunk i uses slot i mod `num_buffers`. On CUDA a slot's reuse is ordered by events between three
-streams (fill, communication, drain) and the host never waits; on a CPU the host waits for the
-events of those who used it last.
+Chunk i uses slot i mod `num_buffers`. On CUDA, events between three streams (fill, communication,
+drain) order the reuse of a slot and the host never waits; on a CPU the host waits for the events.
 """
 
 from __future__ import annotations
@@ -18,51 +17,43 @@ from packcast.packed.counters import Counters
 from packcast.packed.plan import align_up
 from packcast.packed.streams import Completion, Stream, StreamEvent, StreamTimer
 
-# broadcast(tensor, root): in place, on the current stream, blocking on a CPU; `root` is a rank. It
-# may return an event: the tensor may be read before that has been passed, but written only after.
+# broadcast(tensor, root rank): in place, on the current stream, blocking on a CPU. If it returns an
+# event, the tensor may be read at once, but written only after the event.
 Broadcast = Callable[[torch.Tensor, int], Completion | None]
 
 _MAX_DRY = 16  # broadcasts under way
 
-NOBODY = -1  # the rank of one that is no chunk's root
+NOBODY = -1  # the rank of a process that is no chunk's root
 
 
 def host_view(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied, without NumPy; keep the tensor alive."""
+    """A view of a contiguous CPU tensor's bytes, without NumPy; the caller keeps the tensor."""
     array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
 
 
 class Carried(Protocol):
-    """What the ring knows of a chunk, whichever wire it is made for."""
+    """What the ring knows of a chunk, on every wire.
+
+    The collective carries `wire_nbytes` from the slot's first byte, `nbytes` of them payload. If
+    `own` is a tensor of as many bytes, it is broadcast in place instead and the slot stays unused.
+    The caller must already have made the communication stream wait for its earlier users.
+    """
 
     @property
-    def index(self) -> int:
-        """Its place in the order, from 0."""
-
+    def index(self) -> int: ...
     @property
-    def root(self) -> int:
-        """The rank it comes from."""
-
+    def root(self) -> int: ...
     @property
-    def nbytes(self) -> int:
-        """Payload."""
-
+    def nbytes(self) -> int: ...
     @property
-    def wire_nbytes(self) -> int:
-        """What the collective carries, from the slot's first byte."""
-
+    def wire_nbytes(self) -> int: ...
     @property
-    def own(self) -> torch.Tensor | None:
-        """As many bytes that are broadcast from and into where they lie, instead of the slot's.
-
-        The slot's turn passes all the same, its memory unused. Who gives it has made the
-        communication stream wait for whoever used it before.
-        """
+    def own(self) -> torch.Tensor | None: ...
 
 
 class Slot:
-    """One buffer with the events of those who used it last."""
+    """One buffer with the events of its last uses."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
@@ -72,30 +63,29 @@ class Slot:
         self.sent: Completion | None = None  # to the next rank, where a broadcast is a chain
 
     def is_free(self) -> bool:
-        """Has everyone done with the slot? Never blocks."""
-        return all(event is None or event.passed() for event in self._events())
+        """Whether its last uses are over. Never blocks."""
+        return all(event.passed() for event in self._events())
 
     def is_sent(self) -> bool:
         """Is its last broadcast over? Never blocks."""
         return all(event is None or event.passed() for event in (self.arrived, self.sent))
 
     def synchronize(self) -> None:
-        """Block this host thread until everyone has done with the slot."""
+        """Block this host thread until the last uses are over."""
         for event in self._events():
-            if event is not None:
-                event.synchronize()
+            event.synchronize()
 
-    def _events(self) -> tuple[Completion | None, ...]:
-        return self.filled, self.arrived, self.drained, self.sent
+    def _events(self) -> list[Completion]:
+        events = (self.filled, self.arrived, self.drained, self.sent)
+        return [event for event in events if event is not None]
 
 
 class Ring:
-    """`num_buffers` slots of `slot_nbytes`, their streams, and who may use them when.
+    """`num_buffers` slots of `slot_nbytes` in one allocation, and the streams that use them.
 
-    The slots are one allocation, made here unless `memory` is given for them. Where a chunk turns
-    out larger (on a wire that learns sizes late), its slot grows to it, rounded up to a multiple of
-    `step_nbytes`, or of an eighth of it if that is less. Without `counters` nothing is timed.
-    Built and used by one thread.
+    If a chunk is larger (on a wire that learns sizes late), its slot grows to it, rounded up to a
+    multiple of `step_nbytes` or of an eighth of the chunk if that is less. Without `counters`
+    nothing is timed. Built and used by one thread.
     """
 
     def __init__(
@@ -104,22 +94,19 @@ class Ring:
         slot_nbytes: int,
         num_buffers: int,
         counters: Counters | None = None,
-        memory: torch.Tensor | None = None,
         *,
         step_nbytes: int = 1,
     ) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
-        # Copies would hold up the broadcasts that begin beside them, which are what takes long.
+        # Broadcasts take longest, so copies must not hold them up.
         self.fill, self.drain = Stream(device), Stream(device)
         self.comm = Stream(device, urgent=True)
         self._count(counters)
-        if memory is None:
-            memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
+        self.memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
         self._after_caller()
-        self.memory = memory
         self._slots = [
-            Slot(memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
+            Slot(self.memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
         ]
         self._step_nbytes = step_nbytes
         self.num_broadcast = 0
@@ -130,22 +117,22 @@ class Ring:
         return len(self._slots)
 
     def is_free(self, chunk: Carried) -> bool:
-        """Whether `take` would not block; on a CPU."""
+        """Whether `take` would return at once; on a CPU."""
         return self._slot_of(chunk).is_free()
 
     def await_sent(self, chunk: Carried) -> None:
-        """Before `take`: block until the next rank has what was in the chunk's slot before."""
+        """Before `take`: block until the next rank has received the slot's last chunk."""
         sent = self._slot_of(chunk).sent
         if sent is not None:
             sent.synchronize()
 
     def take(self, chunk: Carried) -> Slot:
-        """The chunk's slot, once its former use is over: for the streams, on a CPU for the host."""
+        """The chunk's slot: streams wait for its last uses, on a CPU the host does."""
         slot = self._slot_of(chunk)
         if self.is_host:
             slot.synchronize()
         if chunk.own is None and slot.memory.numel() < chunk.wire_nbytes:
-            slot.synchronize()  # or the memory could be given to others while it is in use
+            slot.synchronize()  # before the allocator may reuse the memory
             slot.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
             eighth = 1 << max(0, (chunk.wire_nbytes // 8).bit_length() - 1)
             nbytes = align_up(chunk.wire_nbytes, min(self._step_nbytes, eighth))
@@ -157,7 +144,7 @@ class Ring:
         return slot
 
     def broadcast(self, chunk: Carried, slot: Slot, broadcast: Broadcast) -> None:
-        """Payload and trailer from the chunk's root to every rank, on the communication stream."""
+        """Broadcast payload and trailer from the chunk's root, on the communication stream."""
         self.comm.wait(slot.filled)
         with self.comm, self.counters.waiting_on("broadcast"):
             begin = self.comm.begin()
@@ -171,11 +158,11 @@ class Ring:
     def run_dry(
         self, chunks: Sequence[Carried], tokens: int, broadcast: Broadcast, patience_s: float
     ) -> bool:
-        """After a failure: take part in the broadcasts that are left, whatever they carry.
+        """After a failure: take part in the remaining broadcasts, whatever they carry.
 
-        A peer's memory must not go while a broadcast may still be reading it, so where all ranks
-        live they end what they began, at the speed of the broadcasts alone; then each of `tokens`
-        ranks is heard once more. False where no broadcast has ended for `patience_s`.
+        No rank may free memory that a peer's broadcast still reads, so ranks that are alive finish
+        all of them; then each of `tokens` ranks broadcasts one byte. Returns False if no broadcast
+        ends within `patience_s`.
         """
         events: deque[StreamEvent] = deque()
         token = torch.zeros(1, dtype=torch.uint8, device=self.device)
@@ -192,7 +179,7 @@ class Ring:
             with self.comm:
                 broadcast(memory, root)
                 events.append(self.comm.record())
-            # Not far ahead: a launch blocks for good where too many are waiting on a dead peer.
+            # Not far ahead: with too many waiting for a dead peer, a launch blocks forever.
             if len(events) > _MAX_DRY:
                 if not events.popleft().passes_within(patience_s):
                     return False
@@ -200,23 +187,20 @@ class Ring:
         return all(event.passes_within(patience_s) for event in events)
 
     def overwrite(self, byte: int) -> None:
-        """Leave nothing of an earlier use in the slots; before the first chunk."""
+        """Fill the slots, so that nothing of an earlier use is left; before the first chunk."""
         for slot in self._slots:
             slot.memory.fill_(byte)
         self._after_caller()
 
     def rewind(self, counters: Counters | None = None) -> None:
-        """Begin again at chunk 0 with slot 0: for another run over chunks, once one is over.
-
-        That one is counted and timed in `counters`, or not.
-        """
+        """Start another run at chunk 0, counted and timed in `counters` if given."""
         self.synchronize()
         if counters is not self._given:
             self._count(counters)
         self.num_broadcast = 0
 
     def synchronize(self) -> None:
-        """Block until all streams are empty and every stage on them is counted."""
+        """Block until all streams are empty and every stage is counted."""
         for stream in (self.fill, self.comm, self.drain):
             stream.synchronize()
         for slot in self._slots:
@@ -225,7 +209,7 @@ class Ring:
         self.clock.collect(wait=True)
 
     def is_idle(self) -> bool:
-        """Are all streams empty? Never blocks."""
+        """Whether all streams are empty. Never blocks."""
         return all(stream.is_idle() for stream in (self.fill, self.comm, self.drain))
 
     def is_sending(self) -> bool:
@@ -236,7 +220,7 @@ class Ring:
         )
 
     def _count(self, counters: Counters | None) -> None:
-        """From now on, while the streams are empty."""
+        """Count in these from now on; only while the streams are empty."""
         self._given = counters
         self.counters = counters or Counters()
         for stream in (self.fill, self.comm, self.drain):
@@ -244,7 +228,7 @@ class Ring:
         self.clock = StreamTimer(self.device, counters)
 
     def _after_caller(self) -> None:
-        """Memory just allocated on the caller's stream may still be in use there until then."""
+        """Make the streams wait for the caller's, where just allocated memory may be in use."""
         for stream in (self.fill, self.comm, self.drain):
             stream.wait_for_caller(self.device)
 

@@ -1,4 +1,4 @@
-"""A kernel is used where it has been tried out; what it is for is its user's business."""
+"""Kernels are used only after a self-test on the device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ K = TypeVar("K")
 def self_tested(
     device: torch.device, load: Callable[[], K], is_right: Callable[[K, torch.device], bool]
 ) -> K | None:
-    """The kernel, compiled and tried out; None where there is no GPU, no Triton, or it fails.
+    """The compiled kernel; None without a GPU or Triton, or if it fails its self-test.
 
     The first call on a device takes a second or two and waits for the device.
     """
@@ -24,6 +24,6 @@ def self_tested(
             kernel = load()
             return kernel if is_right(kernel, device) else None
     except Exception:
-        # Triton fails in ways of its own: no C compiler, no folder for its cache, a GPU that it
-        # does not know. Plain torch operations are there for all of them.
+        # Triton may find no C compiler, no cache directory or an unknown GPU, each with an error
+        # of its own. Plain torch operations work in all these cases.
         return None

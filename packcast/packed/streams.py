@@ -1,7 +1,4 @@
-"""Streams and events, also for the CPU, where the caller's own thread is the stream.
-
-A stream works in order; an event is a point in it that another stream or the host waits for.
-"""
+"""Streams and events of a device; on a CPU, the caller's thread is the stream."""
 
 from __future__ import annotations
 
@@ -18,25 +15,25 @@ _POLL_S = 0.001
 
 
 class Completion(Protocol):
-    """A point that is passed sooner or later: in a stream, or by host threads."""
+    """A point that a stream or host threads will pass."""
 
     @property
     def cuda_event(self) -> torch.cuda.Event | None:
-        """For a stream to wait for; None where it is the host's business."""
+        """What a stream waits for; None if only the host can wait."""
 
     @property
     def passed_at(self) -> float:
-        """When it was passed, by `time.perf_counter()`; where there is no event."""
+        """When it was passed, by `time.perf_counter()`; only without `cuda_event`."""
 
     def passed(self) -> bool:
-        """Has it been? Never blocks."""
+        """Whether it has been passed. Never blocks."""
 
     def synchronize(self) -> None:
-        """Block this host thread until it has been."""
+        """Block this host thread until it has been passed."""
 
 
 class StreamEvent:
-    """A point in a stream. On a CPU it has been passed when it exists."""
+    """A point in a stream. On a CPU it has been passed when it is made."""
 
     __slots__ = ("_event", "_passed_at", "_spare")
 
@@ -49,17 +46,21 @@ class StreamEvent:
     ) -> None:
         self._event: torch.cuda.Event | None = None
         self._passed_at = 0.0
-        self._spare = spare
+        self._spare = [] if spare is None else spare
         if stream is None:
             self._passed_at = time.perf_counter()
             return
-        self._event = _taken_from(spare) or _new_event(timed=timed)
+        try:
+            self._event = self._spare.pop()
+        except IndexError:  # no spare one
+            # blocking: a host thread that waits sleeps; spinning would take cores from the readers.
+            self._event = torch.cuda.Event(enable_timing=timed, blocking=True)
         self._event.record(stream)
 
     def __del__(self) -> None:
-        # Nobody holds it, so nobody can begin to wait for it any more. Streams that wait already
-        # wait for the point that it was, whatever is recorded next.
-        if self._spare is not None and self._event is not None:
+        # Without a reference nothing new can wait for it, and streams that already wait keep
+        # waiting for the point recorded before, even if the event is recorded again.
+        if self._event is not None:
             self._spare.append(self._event)
 
     @property
@@ -68,15 +69,13 @@ class StreamEvent:
 
     @property
     def passed_at(self) -> float:
-        """When it was passed, by `time.perf_counter()`; for a CPU's event only."""
         return self._passed_at
 
     def passed(self) -> bool:
-        """Has the stream got here? Never blocks."""
         return self._event is None or bool(self._event.query())
 
     def passes_within(self, limit_s: float) -> bool:
-        """Wait for the stream to get here, but no longer; has it?"""
+        """Wait at most `limit_s` for it; whether it has been passed."""
         deadline = time.monotonic() + limit_s
         while not self.passed():
             if time.monotonic() > deadline:
@@ -85,28 +84,15 @@ class StreamEvent:
         return True
 
     def synchronize(self) -> None:
-        """Block this host thread until the stream has got here."""
         if self._event is not None:
             self._event.synchronize()
 
 
-def _taken_from(spare: list[torch.cuda.Event] | None) -> torch.cuda.Event | None:
-    try:
-        return spare.pop() if spare else None
-    except IndexError:  # another thread was faster
-        return None
-
-
-def _new_event(*, timed: bool) -> torch.cuda.Event:
-    # blocking: a host thread that waits sleeps; spinning would take cores from the readers.
-    return torch.cuda.Event(enable_timing=timed, blocking=True)
-
-
 class Stream:
-    """A CUDA stream; used as a context manager it is the current stream of the calling thread.
+    """A CUDA stream; as a context manager it is the current stream of the calling thread.
 
-    What is given to an `urgent` one begins before what others are given, where both could. The
-    events of one that is not `timed` tell that they are passed, but not when.
+    Work on an `urgent` stream starts before work on others. If `timed` is False, its events carry
+    no time.
     """
 
     def __init__(self, device: torch.device, *, urgent: bool = False) -> None:
@@ -114,7 +100,7 @@ class Stream:
         self.timed = True
         self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
         self._entered: list[torch.cuda.StreamContext] = []
-        # CUDA events of events that are gone, to be used again: those that tell times, and others.
+        # CUDA events to use again, with and without times.
         self._spare: dict[bool, list[torch.cuda.Event]] = {True: [], False: []}
 
     def __enter__(self) -> Stream:
@@ -134,25 +120,25 @@ class Stream:
             self._entered.pop().__exit__(kind, error, traceback)
 
     def record(self) -> StreamEvent:
-        """Record an event at the end of what has been given to the stream so far."""
+        """Record an event after the work enqueued so far."""
         return StreamEvent(self._stream, timed=self.timed, spare=self._spare[self.timed])
 
     def begin(self) -> StreamEvent | None:
-        """Record an event where a span begins that is to be timed; None where nothing is."""
+        """Record the begin of a span if the stream is timed."""
         return self.record() if self.timed else None
 
     def wait(self, event: Completion | None) -> None:
-        """What is given to this stream from now on begins after `event`; the host does not wait."""
+        """Work enqueued from now on starts after `event`; the host does not wait."""
         if self._stream is not None and event is not None and event.cuda_event is not None:
             self._stream.wait_event(event.cuda_event)
 
     def wait_for_caller(self, device: torch.device) -> None:
-        """Begin after everything already on the caller's current stream."""
+        """Work enqueued from now on starts after everything on the caller's current stream."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def is_idle(self) -> bool:
-        """Is everything done that the stream was given? Never blocks."""
+        """Whether all enqueued work is done. Never blocks."""
         return self._stream is None or bool(self._stream.query())
 
     def synchronize(self) -> None:
@@ -162,21 +148,18 @@ class Stream:
 
 
 def record_caller_stream(device: torch.device) -> StreamEvent:
-    """Record an event at the end of what the caller's current stream has been given so far."""
+    """Record an event after the work enqueued so far on the caller's current stream."""
     return StreamEvent(torch.cuda.current_stream(device) if device.type == "cuda" else None)
 
 
 def make_caller_wait(device: torch.device, event: Completion | None) -> None:
-    """What the caller's current stream is given from now on begins after `event`."""
+    """Work enqueued from now on on the caller's current stream starts after `event`."""
     if event is not None and event.cuda_event is not None:
         torch.cuda.current_stream(device).wait_event(event.cuda_event)
 
 
 class StreamTimer:
-    """Turns pairs of events into counted stages, without ever making the host wait in the loop.
-
-    Without counters it does nothing.
-    """
+    """Counts stages by pairs of events; the host never waits in the loop. Needs counters."""
 
     def __init__(self, device: torch.device, counters: Counters | None) -> None:
         self._counters = counters

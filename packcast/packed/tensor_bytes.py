@@ -1,7 +1,4 @@
-"""Tensors as bytes and back, whatever their shape, stride, alignment or device.
-
-Knows names only to name them in errors.
-"""
+"""Tensors as bytes and back, whatever their shape, strides, alignment or device."""
 
 from __future__ import annotations
 
@@ -20,15 +17,15 @@ _SIMPLE_TYPES = (torch.Tensor, torch.nn.Parameter)
 def as_bytes(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor's elements in row-major order, as a one-dimensional uint8 tensor on `device`.
 
-    A view where the tensor is contiguous and there already, else a copy made on the caller's
-    current stream. Raises UsageError naming the tensor where it has no plain bytes of its own.
+    A view if the tensor is contiguous and there already, else a copy made on the caller's current
+    stream. Raises UsageError naming a tensor that has no plain bytes of its own.
     """
     if is_simple(tensor, device):
         return tensor.detach().view(-1).view(torch.uint8)
     check_plain(name, tensor)
     tensor = tensor.detach()
     if tensor.is_cuda and not (tensor.device == device and tensor.is_contiguous()):
-        # The copy below is in flight when the tensor, made on another stream, may be dropped.
+        # It may be from another stream and be dropped while the copy below still reads it.
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
     if tensor.device != device:
         tensor = tensor.to(device)
@@ -40,9 +37,9 @@ def as_bytes(name: str, tensor: torch.Tensor, device: torch.device) -> torch.Ten
 
 
 def is_simple(tensor: torch.Tensor, device: torch.device) -> bool:
-    """Whether its bytes are those from `data_ptr` on: true of most tensors, and quickly told.
+    """Fast test, true of most tensors: whether its bytes are those from `data_ptr` on.
 
-    One element is not simple: its strides may be anything.
+    False for one element, which may have any strides.
     """
     try:
         return (
@@ -53,11 +50,11 @@ def is_simple(tensor: torch.Tensor, device: torch.device) -> bool:
             and tensor.is_contiguous()
             and tensor.numel() > 1
             and not (tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor())
-            # A storage may be freed, or cut short, under a tensor that keeps its shape.
+            # A storage may be freed or shortened under a tensor that keeps its shape.
             and tensor.untyped_storage().nbytes()
             >= tensor.nbytes + tensor.storage_offset() * tensor.itemsize
         )
-    except NotImplementedError:  # inside vmap and its like a tensor has no storage
+    except NotImplementedError:  # no storage, as inside vmap
         return False
 
 
@@ -99,7 +96,7 @@ def check_plain(name: str, tensor: torch.Tensor) -> None:
 
 
 def _what_is_missing(tensor: torch.Tensor) -> tuple[str, str] | None:
-    """What is wrong with the tensor's memory, and what helps; None if all of it is there."""
+    """What of the tensor's memory is missing, and a hint; None if it is complete."""
     try:
         storage = tensor.untyped_storage()
         has_nbytes = storage.nbytes() if storage.data_ptr() or not storage.nbytes() else None
@@ -117,7 +114,7 @@ def _what_is_missing(tensor: torch.Tensor) -> tuple[str, str] | None:
 
 
 def span_of(tensor: torch.Tensor) -> int:
-    """How many elements' room lies from its first element in memory to its last, both counted."""
+    """The distance in memory from its first element to its last, plus 1, in elements."""
     if not tensor.numel():
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -125,12 +122,12 @@ def span_of(tensor: torch.Tensor) -> int:
 
 
 def mark_changed(tensors: Iterable[torch.Tensor]) -> None:
-    """The tensors are about to be written: whatever autograd has saved of them is stale."""
+    """For autograd, count the tensors as changed in place: what it has saved of them is stale."""
     increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def alias_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's memory as a tensor that may be written in any mode, outside inference mode too.
+    """A tensor of the same memory that may be written in and outside inference mode.
 
     Made outside inference mode it shares the tensor's version counter, if that has one.
     """
@@ -142,12 +139,12 @@ def alias_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def nbytes_of(shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes of a dense tensor of this shape and dtype; 0-dim is one element."""
+    """Bytes of a dense tensor of this shape and dtype."""
     return math.prod(shape) * dtype.itemsize
 
 
 def from_bytes(data: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """The tensor that has these bytes: a view where they are aligned, else a copy of them."""
+    """The tensor that has these bytes: a view if they are aligned, else a copy."""
     if not data.numel():
         return torch.empty(tuple(shape), dtype=dtype, device=data.device)
     if data.storage_offset() % dtype.itemsize:  # allocations themselves are aligned for all

@@ -1,7 +1,4 @@
-"""Which bytes of which chunk belong to which tensor: flat numbers, made once before any byte moves.
-
-Pure, on the host: from sizes and offsets alone. Knows no names, no memory and no device.
-"""
+"""Which bytes of which chunk belong to which tensor: flat numbers on the host, from sizes alone."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from packcast.packed.plan import Extent
 
 
 class Carrier(Protocol):
-    """What holds extents one after the other, from its first byte on: a chunk, or a unit of one."""
+    """A chunk or a unit: extents one after the other from its first byte on."""
 
     @property
     def extents(self) -> tuple[Extent, ...]:
@@ -24,10 +21,10 @@ class Carrier(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Runs of tensors' bytes and where they lie, chunk by chunk; int64, on the host.
+    """Runs of tensors' bytes by chunk; int64 columns on the host.
 
-    Row r is the `nbytes[r]` bytes of tensor `tensor[r]` from `offset[r]` on, which lie in their
-    chunk from `slot_offset[r]` on. Chunk i has the rows from `ends[i]` up to `ends[i + 1]`.
+    Row r is the `nbytes[r]` bytes of tensor `tensor[r]` from `offset[r]` on; they are in their
+    chunk from `slot_offset[r]` on. Chunk i has the rows `ends[i]` up to `ends[i + 1]`.
     """
 
     tensor: torch.Tensor
@@ -45,7 +42,7 @@ class Rows:
         return repeated(self.ends.diff())
 
     def of(self, chunk: int) -> Rows:
-        """Those of one chunk, which are views."""
+        """The rows of one chunk, as views."""
         begin, end = self.ends[chunk : chunk + 2].tolist()
         columns = (self.tensor, self.offset, self.slot_offset, self.nbytes)
         tensor, offset, slot_offset, nbytes = (column[begin:end] for column in columns)
@@ -54,10 +51,10 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorMap:
-    """The rows of tensors that ride in chunks, and in which of them each tensor begins and ends.
+    """The rows of all tensors, and the chunks that have the first and the last byte of each.
 
-    Every tensor has a row, an empty one of 0 bytes. Tensor t has its first byte in chunk
-    `first[t]`, and is complete once the chunks up to `last[t]` have landed.
+    Every tensor has a row, an empty tensor one of 0 bytes. Tensor t is complete once the chunks up
+    to `last[t]` have landed.
     """
 
     rows: Rows
@@ -65,7 +62,7 @@ class TensorMap:
     last: torch.Tensor
 
     def num_complete(self) -> torch.Tensor:
-        """How many tensors are complete after each chunk, where chunks land in order."""
+        """How many tensors are complete after each chunk, if chunks land in order."""
         return Groups.by(self.last, self.rows.num_chunks).ends[1:]
 
 
@@ -80,7 +77,7 @@ class Groups:
     def by(
         chunk_of: torch.Tensor, num_chunks: int, is_wanted: torch.Tensor | None = None
     ) -> Groups:
-        """The wanted tensors (all of them without a mask), in order within each chunk."""
+        """The tensors of the mask, or all, in order within each chunk."""
         order = chunk_of.argsort(stable=True)
         if is_wanted is not None:
             order = order[is_wanted[order]]
@@ -88,7 +85,6 @@ class Groups:
         return Groups(order, ends_of(counts))
 
     def of(self, chunk: int) -> torch.Tensor:
-        """Those of one chunk."""
         begin, end = self.ends[chunk : chunk + 2].tolist()
         return self.order[begin:end]
 
@@ -96,15 +92,15 @@ class Groups:
 def map_tensors(
     runs: Sequence[tuple[int, int, int]], file_nbytes: Sequence[int], chunks: Sequence[Carrier]
 ) -> TensorMap:
-    """The map of tensors that are runs of files: (file, begin, end), begin and end in the file.
+    """The map of tensors that are `runs` (file, begin, end) of bytes of files.
 
-    They come in the order of files, within a file in that of begin and end, and do not overlap;
-    none begins with its file, as no tensor of a safetensors file does. The chunks carry every byte
-    of them once, each file's in order. An empty tensor rides with the byte before it.
+    Runs are sorted, do not overlap and do not begin at byte 0 of a file (there is the header of a
+    safetensors file). The chunks carry every byte of them once, each file's in order. An empty
+    tensor rides with the byte before it.
     """
     base = ends_of(torch.tensor(file_nbytes, dtype=torch.int64))
     file, begin, end = torch.tensor(runs, dtype=torch.int64).view(-1, 3).unbind(1)
-    begin, end = base[file] + begin, base[file] + end  # now as if all files were one
+    begin, end = base[file] + begin, base[file] + end  # in the concatenation of all files
     extents = torch.tensor(
         [(each.file, each.offset, each.nbytes) for chunk in chunks for each in chunk.extents],
         dtype=torch.int64,
@@ -113,8 +109,8 @@ def map_tensors(
     high = low + extents[:, 2]
     at, of_chunk = _places(extents[:, 2], chunks)
 
-    # Those that an extent has a part of are neighbours: from the first one that ends behind its
-    # first byte, up to the first one that begins behind its last.
+    # An extent has parts of consecutive tensors: from the first one that ends behind the extent's
+    # first byte up to the first one that begins behind its last byte.
     begins_at = torch.minimum(begin, end - 1)
     first = torch.searchsorted(end, low, right=True)
     counts = torch.searchsorted(begins_at, high) - first
@@ -136,15 +132,15 @@ def map_tensors(
 
 
 def ends_of(counts: torch.Tensor) -> torch.Tensor:
-    """0, and then the sum of the counts so far."""
+    """0 and the running sum of the counts."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def repeated(counts: torch.Tensor) -> torch.Tensor:
-    """Each index as often as its count says: 0, 0, 2 for the counts 2, 0, 1.
+    """Each index as often as its count: 0, 0, 2 for the counts 2, 0, 1.
 
-    By these operations, since others (repeat_interleave, indexing, stack) wake all threads of the
-    CPU, which takes many times longer than the work itself.
+    By operations that stay in this thread: repeat_interleave, indexing and stack wake all threads
+    of the CPU, which takes many times longer than the work itself.
     """
     ends = counts.cumsum(0)
     total = int(ends[-1]) if len(ends) else 0
@@ -154,14 +150,14 @@ def repeated(counts: torch.Tensor) -> torch.Tensor:
 
 
 def enumerated(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `repeated`, and beside each index which of its repetitions it is, from 0."""
+    """As `repeated`, and the number of each repetition, from 0."""
     index = repeated(counts)
     begins = counts.cumsum(0) - counts
     return index, torch.arange(len(index)) - begins.index_select(0, index)
 
 
 def _places(nbytes: torch.Tensor, chunks: Sequence[Carrier]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each extent begins in its chunk, and which chunk that is."""
+    """Where each extent begins in its chunk, and the index of that chunk."""
     of_chunk = repeated(torch.tensor([len(chunk.extents) for chunk in chunks], dtype=torch.int64))
     begins = nbytes.cumsum(0) - nbytes
     chunk_nbytes = torch.zeros(len(chunks), dtype=torch.int64).index_add_(0, of_chunk, nbytes)

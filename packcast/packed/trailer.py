@@ -1,6 +1,6 @@
-"""The page behind each chunk that proves it: transfer, sequence, size, block digests, device sum.
+"""The page behind each chunk that verifies it: transfer, index, size, block digests, device sum.
 
-A stale slot, a reordered or damaged chunk, or one of another transfer does not pass `read_trailer`.
+`read_trailer` refuses a stale slot, a reordered or damaged chunk, and one of another transfer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from packcast.errors import TransferError
 from packcast.packed.plan import DIGEST_NBYTES, TRAILER_HEAD_NBYTES, Chunk
 
 _MAGIC = b"packcast"
-_HEAD = struct.Struct(
-    "<8s16sQQI4x16s"
-)  # magic, transfer, index, nbytes, blocks, digest of the rest
-# Behind the head, where a GPU writes it over what came from the host (packed/checksum.py): so not
-# under the seal, and there only if some worker asked for it.
+# Magic, transfer, index, nbytes, blocks, digest of the rest.
+_HEAD = struct.Struct("<8s16sQQI4x16s")
+# The device sum (checksum.py) is outside the digest: a GPU writes it later, if a worker needs it.
 SUM_OFFSET = _HEAD.size
 SUM_NBYTES = 8
 
@@ -26,12 +24,12 @@ assert SUM_OFFSET % SUM_NBYTES == 0
 
 
 def transfer_tag(transfer_id: str) -> bytes:
-    """Sixteen bytes that tell this transfer's chunks from any other's."""
+    """Sixteen bytes that distinguish this transfer's chunks from any other's."""
     return xxhash.xxh3_128_digest(transfer_id.encode())
 
 
 def write_trailer(into: memoryview, tag: bytes, chunk: Chunk, digests: bytes) -> None:
-    """Write the trailer of `chunk`, whose block digests are `digests`, to the start of `into`."""
+    """Write the trailer of `chunk`, with its block digests, to the start of `into`."""
     num_blocks = len(digests) // DIGEST_NBYTES
     head = (_MAGIC, tag, chunk.index, chunk.nbytes, num_blocks)
     seal = xxhash.xxh3_128_digest(_HEAD.pack(*head, b"") + digests)
@@ -41,7 +39,7 @@ def write_trailer(into: memoryview, tag: bytes, chunk: Chunk, digests: bytes) ->
 
 
 def read_trailer(page: memoryview, tag: bytes, chunk: Chunk, num_blocks: int) -> bytes:
-    """The digests of the chunk's `num_blocks` blocks; TransferError if this is not its trailer."""
+    """The chunk's `num_blocks` block digests; TransferError unless this is its trailer."""
     magic, its_tag, index, nbytes, its_blocks, seal = _HEAD.unpack_from(page)
     where = f"chunk {chunk.index}"
     if magic != _MAGIC or its_tag != tag:
@@ -61,5 +59,5 @@ def read_trailer(page: memoryview, tag: bytes, chunk: Chunk, num_blocks: int) ->
 
 
 def sum_in(page: memoryview) -> bytes:
-    """The device sum that the root wrote; what is there instead where nobody asked for one."""
+    """The device sum that the root wrote; arbitrary bytes if no worker asked for one."""
     return bytes(page[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES])

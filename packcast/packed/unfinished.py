@@ -1,6 +1,6 @@
-"""Collectives that were given up before their end, kept with all that they use until they end.
+"""Abandoned collectives, kept alive with their tensors and groups until they complete.
 
-Until then gloo's threads read and write their tensors, and a group's destructor waits for them.
+gloo's threads use the tensors until then, and a group's destructor waits for its collectives.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ _kept: list[tuple[Work, tuple[object, ...]]] = []
 
 
 def keep(work: Work, *used: object) -> None:
-    """Keep the work, its tensor and its group, until it ends by itself, its timeout or a peer."""
+    """Keep the work and what it uses until it completes, times out or its peer goes."""
     _kept.append((work, used))
 
 
 def release_ended() -> None:
-    """Let go of what was kept and has ended."""
+    """Release what has completed."""
     _kept[:] = [entry for entry in _kept if not entry[0].is_completed()]
 
 
 @atexit.register
-def _leave_for_good() -> None:
-    """The interpreter must not destroy, and so wait for, what is still kept at its end.
-
-    The tensor neither: gloo's thread would meet the ended interpreter, and abort the process.
-    """
+def _leak_the_rest() -> None:
+    """At exit, leak what is left: a destructor would wait for it, and gloo's thread would abort
+    the process when it frees a tensor after the interpreter has ended."""
     for entry in _kept:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(entry))

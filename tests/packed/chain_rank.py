@@ -19,7 +19,10 @@ import torch.distributed as dist
 
 from packcast.errors import TransferError
 from packcast.launch.hops import open_hops
-from packcast.packed.chain import Chain, ChunkSent
+from packcast.packed.chain import Chain
+from packcast.packed.counters import Stage
+from packcast.packed.pipeline import run_pipeline
+from packcast.packed.ring import Ring, Slot
 
 POISON = 0xEE
 
@@ -34,88 +37,88 @@ class Case:
     piece_nbytes: int
     connections: int = 1
     slow_rank: int | None = None  # sleeps now and then
-    lost_rank: int | None = None  # has an end in the middle, by the signal, or else by an error
+    lost_rank: int | None = None  # ends in the middle, by the signal or else by an error
     by_signal: int | None = None
-
-    @property
-    def slot_nbytes(self) -> int:
-        return max(nbytes for _, nbytes in self.chunks)
 
 
 @dataclass
 class Outcome:
-    """What one of them has to say."""
+    """The result of one rank."""
 
-    wrong: list[int] = field(default_factory=list)  # chunks that came otherwise than they left
+    wrong: list[int] = field(default_factory=list)  # chunks that arrived damaged
     sent_nbytes: int = 0
     error: str = ""
     threads_left: int = 0
 
 
-class Ring:
-    """The slots, poisoned before each use, and how far they are begun."""
+@dataclass(frozen=True)
+class Block:
+    """A chunk of the ring that is nothing but bytes."""
 
-    def __init__(self, case: Case, rank: int, chain: Chain) -> None:
-        self._case, self._rank, self._chain = case, rank, chain
-        self._slots = torch.full((case.num_buffers, case.slot_nbytes), POISON, dtype=torch.uint8)
-        self._events: list[ChunkSent | None] = [None] * case.num_buffers
-        self._begun = 0
+    index: int
+    root: int
+    nbytes: int
+    own: None = None
 
-    def begin_until(self, index: int) -> None:
-        """Begin this chunk, waiting for its slot, and those after it whose slots are free now."""
+    @property
+    def wire_nbytes(self) -> int:
+        return self.nbytes
+
+
+class Content:
+    """Source and drain of one rank: fills what it sends and compares what it has."""
+
+    stage: Stage = "verify"
+
+    def __init__(self, case: Case, rank: int, outcome: Outcome) -> None:
+        self._case, self._rank, self._outcome = case, rank, outcome
+        self._dice = random.Random(rank)
+
+    def fill(self, chunk: Block, slot: Slot) -> None:
+        slot.memory[: chunk.nbytes] = content(chunk)
+
+    def drain(self, chunk: Block, slot: Slot) -> None:
         case = self._case
-        ahead = max(1, case.num_buffers - 1)
-        while self._begun < min(index + ahead, len(case.chunks)):
-            event = self._events[self._begun % case.num_buffers]
-            if event is not None:
-                if self._begun > index and not event.passed():
-                    return
-                event.synchronize()
-            memory = self.memory(self._begun)
-            root = case.chunks[self._begun][0]
-            memory.fill_(POISON)
-            if root == self._rank:
-                memory.copy_(content(self._begun, memory.numel()))
-            self._chain.begin(memory, root)
-            self._begun += 1
-
-    def carry(self, index: int) -> torch.Tensor:
-        memory = self.memory(index)
-        event = self._chain.carry(memory, self._case.chunks[index][0])
-        self._events[index % self._case.num_buffers] = event
-        return memory
-
-    def finish(self) -> None:
-        for event in self._events:
-            if event is not None:
-                event.synchronize()
-
-    def memory(self, index: int) -> torch.Tensor:
-        return self._slots[index % self._case.num_buffers, : self._case.chunks[index][1]]
-
-
-def content(index: int, nbytes: int) -> torch.Tensor:
-    """The bytes of a chunk: random, the same everywhere, with a period that no piece has."""
-    generator = torch.Generator().manual_seed(index)
-    period = torch.randint(0, 256, (65521,), dtype=torch.uint8, generator=generator)
-    return period.repeat(nbytes // len(period) + 1)[:nbytes]
-
-
-def carry_all(case: Case, rank: int, chain: Chain, outcome: Outcome) -> None:
-    ring = Ring(case, rank, chain)
-    dice = random.Random(rank)
-    for index in range(len(case.chunks)):
-        ring.begin_until(index)
-        if rank == case.slow_rank:
-            time.sleep(dice.choice([0.0, 0.0, 0.02]))
-        if rank == case.lost_rank and index == len(case.chunks) // 2:
+        if self._rank == case.slow_rank:
+            time.sleep(self._dice.choice([0.0, 0.0, 0.02]))
+        if self._rank == case.lost_rank and chunk.index == len(case.chunks) // 2:
             print("lost", file=sys.stderr, flush=True)
             if case.by_signal is not None:
                 os.kill(os.getpid(), case.by_signal)
             raise TransferError("its own error")
-        if not torch.equal(ring.carry(index), content(index, case.chunks[index][1])):
-            outcome.wrong.append(index)
-    ring.finish()
+        if not torch.equal(slot.memory[: chunk.nbytes], content(chunk)):
+            self._outcome.wrong.append(chunk.index)
+
+    def finish(self) -> None:
+        """It compares at once."""
+
+    def close(self) -> None:
+        """It has no threads."""
+
+
+def content(chunk: Block) -> torch.Tensor:
+    """The bytes of a chunk: random, the same everywhere, with a period that no piece has."""
+    generator = torch.Generator().manual_seed(chunk.index)
+    period = torch.randint(0, 256, (65521,), dtype=torch.uint8, generator=generator)
+    return period.repeat(chunk.nbytes // len(period) + 1)[: chunk.nbytes]
+
+
+def carry_all(case: Case, rank: int, chain: Chain, outcome: Outcome) -> None:
+    def begin(chunk: Block, slot: Slot) -> None:
+        slot.memory.fill_(POISON)
+        chain.begin(slot.memory[: chunk.nbytes], chunk.root)
+
+    slot_nbytes = max(nbytes for _, nbytes in case.chunks)
+    ends = Content(case, rank, outcome)
+    run_pipeline(
+        [Block(index, *chunk) for index, chunk in enumerate(case.chunks)],
+        rank=rank,
+        ring=Ring(torch.device("cpu"), slot_nbytes, case.num_buffers),
+        broadcast=chain.carry,
+        source=ends,
+        drain=ends,
+        begin=begin,
+    )
     outcome.sent_nbytes = chain.sent_nbytes
 
 
@@ -148,14 +151,13 @@ def run(path: Path, rank: int) -> Outcome:
     del hops
     try:
         carry_all(case, rank, chain, outcome)
-        store.add("done", 1)  # nobody goes before all have everything
+        store.add("done", 1)  # stay until all ranks have everything
         while store.add("done", 0) < len(case.order):
             time.sleep(0.01)
     except (TransferError, RuntimeError) as error:
         outcome.error = f"{type(error).__name__}: {error}"
     chain.close()
-    # The groups end with the chain, whose slots are freed here too: with nothing under way there.
-    del chain
+    del chain  # and with it the groups
     outcome.threads_left = num_threads() - before
     return outcome
 

@@ -1,4 +1,4 @@
-"""What decides how a pair of replays copies, for the tests of all of them."""
+"""Fixtures of this room: how replays copy, and a GPU without first-time delays."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.packed.replays import copying
+from tests.packed.streams import warm_up
 
 
 @pytest.fixture(params=["plain", "table"])
@@ -14,3 +15,9 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
     """Each way of copying."""
     with copying(request.param):
         yield
+
+
+@pytest.fixture
+def warm() -> None:
+    """Kernels are loaded and streams have memory."""
+    warm_up()

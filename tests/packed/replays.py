@@ -53,6 +53,19 @@ class Knowing(Bare):
         self.rank, self.world_size = rank, world_size
 
 
+class Failing:
+    """Raises `error` at the third call."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.calls = 0
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            raise self.error
+
+
 def bytes_of(tensor: torch.Tensor) -> bytes:
     """The elements in row-major order, however they lie."""
     dense = tensor.clone(memory_format=torch.contiguous_format)

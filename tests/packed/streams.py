@@ -6,8 +6,9 @@ A wrapper around torch.distributed would hide what these show: it orders streams
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Any
 
+import pytest
 import torch
 
 from packcast.bench.baselines import original_consumer, original_producer
@@ -20,6 +21,19 @@ Pair = tuple[str, torch.Tensor]
 Post = Callable[[Pair], torch.Tensor]
 Described = tuple[str, tuple[Sequence[int], torch.dtype]]
 Unpack = Callable[[list[Pair]], object]
+
+
+NBYTES = 4096
+OWN_BUFFER = NBYTES - 1  # a limit that gives each tensor of NBYTES a buffer of its own
+
+needs_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+
+
+def given(pair: Pair) -> torch.Tensor:
+    return pair[1]
 
 
 def gpu() -> torch.device:
@@ -60,7 +74,7 @@ class SlowGroup:
 
 
 class Sending(SlowGroup):
-    """Copies what is broadcast to memory of its own, made beforehand on no stream."""
+    """Copies what is broadcast to memory of its own."""
 
     def __init__(
         self, cycles: int = PAUSE, device: torch.device | None = None, nbytes: int = MIB
@@ -104,76 +118,39 @@ class Receiving(SlowGroup):
         self._turn += 1
 
 
-class Producer(Protocol):
-    def __call__(
-        self,
-        pairs: Iterable[Pair],
-        group: SlowGroup,
-        limit: int,
-        num_buffers: int = 2,
-        post: Post = ...,
-    ) -> None: ...
-
-
-class Consumer(Protocol):
-    def __call__(
-        self,
-        described: Iterable[Described],
-        group: SlowGroup,
-        unpack: Unpack,
-        limit: int,
-        num_buffers: int = 2,
-    ) -> None: ...
+# Both ends of both implementations, called alike: with pairs or descriptions, group and limit.
+Producer = Callable[..., None]
+Consumer = Callable[..., None]
 
 
 def theirs_sends(
-    pairs: Iterable[Pair],
-    group: SlowGroup,
-    limit: int,
-    num_buffers: int = 2,
-    post: Post = lambda pair: pair[1],
+    pairs: Iterable[Pair], group: Any, limit: int, num_buffers: int = 2, post: Post = given
 ) -> None:
     original_producer(iter(pairs), group, 0, post, limit, num_buffers, group.device)
 
 
 def ours_sends(
-    pairs: Iterable[Pair],
-    group: SlowGroup,
-    limit: int,
-    num_buffers: int = 2,
-    post: Post = lambda pair: pair[1],
+    pairs: Iterable[Pair], group: Any, limit: int, num_buffers: int = 2, post: Post = given
 ) -> None:
     packed_broadcast_producer(pairs, group, 0, post, limit, num_buffers)
 
 
-def theirs_receives(
-    described: Iterable[Described],
-    group: SlowGroup,
-    unpack: Unpack,
-    limit: int,
-    num_buffers: int = 2,
-) -> None:
-    original_consumer(iter(described), group, 0, unpack, limit, num_buffers, group.device)
+def _receiving_by(call: Callable[..., object], **options: bool) -> Consumer:
+    def receive(
+        described: Iterable[Described],
+        group: SlowGroup,
+        unpack: Unpack,
+        limit: int,
+        num_buffers: int = 2,
+    ) -> None:
+        call(iter(described), group, 0, unpack, limit, num_buffers, group.device, **options)
+
+    return receive
 
 
-def ours_receives(
-    described: Iterable[Described],
-    group: SlowGroup,
-    unpack: Unpack,
-    limit: int,
-    num_buffers: int = 2,
-) -> None:
-    packed_broadcast_consumer(described, group, 0, unpack, limit, num_buffers)
-
-
-def ours_borrows(
-    described: Iterable[Described],
-    group: SlowGroup,
-    unpack: Unpack,
-    limit: int,
-    num_buffers: int = 2,
-) -> None:
-    packed_broadcast_consumer(described, group, 0, unpack, limit, num_buffers, borrow=True)
+theirs_receives = _receiving_by(original_consumer)
+ours_receives = _receiving_by(packed_broadcast_consumer)
+ours_borrows = _receiving_by(packed_broadcast_consumer, borrow=True)
 
 
 def flat(value: int, nbytes: int) -> torch.Tensor:
@@ -181,7 +158,7 @@ def flat(value: int, nbytes: int) -> torch.Tensor:
 
 
 def flats(count: int, nbytes: int) -> tuple[list[Pair], list[Described]]:
-    """Tensors of 1s, of 2s and so on, and their descriptions; there when this returns."""
+    """Tensors of 1s, of 2s and so on, and their descriptions; ready on return."""
     pairs = [(f"t{i}", flat(i, nbytes)) for i in range(1, count + 1)]
     torch.cuda.synchronize()
     return pairs, [(name, (tensor.shape, tensor.dtype)) for name, tensor in pairs]

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.packed.replays import Failing
 from tests.packed.streams import (
+    NBYTES,
+    OWN_BUFFER,
     Consumer,
     Described,
     Pair,
@@ -17,46 +20,23 @@ from tests.packed.streams import (
     Sending,
     flats,
     gpu,
+    needs_gpu,
     ours_borrows,
     ours_receives,
     ours_sends,
     pause,
     theirs_receives,
     theirs_sends,
-    warm_up,
     wire_of,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
-
-NBYTES = 4096
-OWN_BUFFER = NBYTES - 1  # a limit that gives each tensor of NBYTES a buffer of its own
+pytestmark = [*needs_gpu, pytest.mark.usefixtures("warm")]
 
 
-@pytest.fixture(autouse=True)
-def warm() -> None:
-    warm_up()
-
-
-class Failing:
-    """Raises `error` at the third call."""
-
-    def __init__(self) -> None:
-        self.error = ValueError("mine")
-        self.calls = 0
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.calls == 3:
-            raise self.error
-
-
-def sends_and_fails(send: Producer, place: str, fail: Failing) -> bool:
-    """True if something was in flight when the error came out, which is raised by `fail`."""
+def sends_and_fails(send: Producer, place: str) -> bool:
+    """True if something was in flight when the error was raised."""
     made, _ = flats(5, NBYTES)
+    fail = Failing(ValueError("mine"))
 
     def pairs() -> Iterator[Pair]:
         for pair in made:
@@ -80,9 +60,10 @@ def sends_and_fails(send: Producer, place: str, fail: Failing) -> bool:
     return is_busy
 
 
-def receives_and_fails(receive: Consumer, place: str, fail: Failing) -> bool:
+def receives_and_fails(receive: Consumer, place: str) -> bool:
     """The same for the other end."""
     made, all_described = flats(5, NBYTES)
+    fail = Failing(ValueError("mine"))
 
     def described() -> Iterator[Described]:
         for entry in all_described:
@@ -107,8 +88,8 @@ def receives_and_fails(receive: Consumer, place: str, fail: Failing) -> bool:
 
 @pytest.mark.parametrize("place", ["iterator", "post_iter_func", "group"])
 def test_an_exception_in_the_producer_leaves_nothing_in_flight(place: str) -> None:
-    assert sends_and_fails(theirs_sends, place, Failing())
-    assert not sends_and_fails(ours_sends, place, Failing())
+    assert sends_and_fails(theirs_sends, place)
+    assert not sends_and_fails(ours_sends, place)
     pairs, _ = flats(5, NBYTES)
     again = Sending(0)
     ours_sends(pairs, again, OWN_BUFFER)
@@ -120,8 +101,8 @@ def test_an_exception_in_the_producer_leaves_nothing_in_flight(place: str) -> No
 def test_an_exception_in_the_consumer_leaves_nothing_in_flight(
     place: str, receive: Consumer
 ) -> None:
-    assert receives_and_fails(theirs_receives, place, Failing())
-    assert not receives_and_fails(receive, place, Failing())
+    assert receives_and_fails(theirs_receives, place)
+    assert not receives_and_fails(receive, place)
     pairs, described = flats(5, NBYTES)
     copies: list[torch.Tensor] = []
     again = Receiving([tensor for _, tensor in pairs], 0)

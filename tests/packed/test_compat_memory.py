@@ -20,6 +20,7 @@ from tests.packed.streams import (
     flat,
     flats,
     gpu,
+    needs_gpu,
     ours_borrows,
     ours_receives,
     ours_sends,
@@ -27,10 +28,7 @@ from tests.packed.streams import (
     theirs_sends,
 )
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
+pytestmark = needs_gpu
 
 NBYTES = 8 * MIB
 OWN_BUFFER = NBYTES - 1  # a limit that gives each tensor of NBYTES a buffer of its own

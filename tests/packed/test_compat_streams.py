@@ -14,6 +14,8 @@ import torch
 
 from tests.packed.streams import (
     MIB,
+    NBYTES,
+    OWN_BUFFER,
     Consumer,
     Pair,
     Producer,
@@ -21,28 +23,18 @@ from tests.packed.streams import (
     Sending,
     flats,
     gpu,
+    needs_gpu,
     ours_borrows,
     ours_receives,
     ours_sends,
     pause,
     theirs_receives,
     theirs_sends,
-    warm_up,
     wire_of,
 )
+from tests.packed.wire_model import Recorder
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
-
-NBYTES = 4096
-OWN_BUFFER = NBYTES - 1  # a limit that gives each tensor of NBYTES a buffer of its own
-
-
-@pytest.fixture(autouse=True)
-def warm() -> None:
-    warm_up()
+pytestmark = [*needs_gpu, pytest.mark.usefixtures("warm")]
 
 
 @pytest.fixture(params=["default stream", "another stream"])
@@ -244,28 +236,20 @@ def test_large_tensors_are_packed_whole_in_the_first_buffer_and_in_later_ones(
 
 
 def test_gpu_tensors_are_staged_for_a_group_on_the_cpu() -> None:
-    class OnHost:
-        device = torch.device("cpu")
-
-        def __init__(self) -> None:
-            self.wire: list[bytes] = []
-
+    class OnHost(Recorder):
         def broadcast(self, tensor: torch.Tensor, src: int) -> None:
             if tensor.device != self.device:
                 raise RuntimeError("not on this device")
-            self.wire.append(bytes(tensor.tolist()))
-
-    from packcast.bench.baselines import original_producer
-    from packcast.packed.compat import packed_broadcast_producer
+            super().broadcast(tensor, src)
 
     pairs, _ = flats(5, NBYTES)
     group = OnHost()
     with pytest.raises(RuntimeError, match="not on this device"):
-        original_producer(iter(pairs), group, 0, lambda p: p[1], OWN_BUFFER, 2, group.device)
+        theirs_sends(pairs, group, OWN_BUFFER)
     pause()
     for _, tensor in pairs:
         tensor.add_(10)
-    packed_broadcast_producer(iter(pairs), group, 0, lambda pair: pair[1], OWN_BUFFER, 2)
+    ours_sends(pairs, group, OWN_BUFFER)
     assert group.wire == [bytes([i + 10]) * NBYTES for i in range(1, 6)]
 
 

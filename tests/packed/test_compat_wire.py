@@ -21,6 +21,7 @@ from packcast.packed.compat import (
 )
 from packcast.packed.ring import Broadcast
 from tests.helpers.ranks import run_ranks
+from tests.packed.replays import Bare
 from tests.packed.tables import move_by_rows
 from tests.packed.wire_model import (
     DTYPES,
@@ -71,33 +72,20 @@ def item(name: str, nbytes: int) -> Item:
 
 
 @settings(max_examples=100, deadline=None)
-@given(items_and_limits(), st.integers(1, 4))
-@example(([], 10), 2)
-@example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1)
+@given(items_and_limits(), st.integers(1, 4), st.booleans())
+@example(([], 10), 2, False)
+@example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1, True)
+@example(([item("large", 200_000), item("odd", 3), item("even", 70_000)], 250_000), 1, True)
 def test_the_producer_puts_the_models_bytes_on_the_wire(
-    mix: tuple[list[Item], int], num_buffers: int
-) -> None:
-    items, limit = mix
-    recorder = Recorder()
-    produce(items, recorder, limit, num_buffers)
-    assert recorder.wire == wire_of(items, limit)
-    assert set(recorder.roots) <= {0}
-
-
-@settings(max_examples=75, deadline=None)
-@given(items_and_limits(), st.integers(1, 4))
-@example(([], 10), 2)
-@example(([Item("e", torch.float64, (0, 3), b"")] * 3, 10), 1)
-@example(([item("large", 200_000), item("odd", 3), item("even", 70_000)], 250_000), 1)
-def test_packing_by_table_puts_the_same_bytes_on_the_wire(
-    mix: tuple[list[Item], int], num_buffers: int
+    mix: tuple[list[Item], int], num_buffers: int, by_table: bool
 ) -> None:
     items, limit = mix
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compat, "move_on", lambda device: move_by_rows)
+        patch.setattr(compat, "move_on", lambda device: move_by_rows if by_table else None)
         produce(items, recorder, limit, num_buffers)
     assert recorder.wire == wire_of(items, limit)
+    assert set(recorder.roots) <= {0}
 
 
 @pytest.mark.parametrize("by_table", [False, True])
@@ -220,23 +208,11 @@ def test_post_iter_func_gets_each_pair_once_in_order_and_what_it_returns_is_sent
     assert recorder.roots == [3, 3, 3]
 
 
-class Gloo:
-    """A bare communicator whose broadcast is real."""
-
-    device = CPU
-
-    def __init__(self, broadcast: Broadcast) -> None:
-        self._broadcast = broadcast
-
-    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
-        self._broadcast(tensor, src)
-
-
-def over_gloo(producer: Callable[[Gloo], object], consumer: Callable[[Gloo], Received]) -> Received:
+def over_gloo(producer: Callable[[Bare], object], consumer: Callable[[Bare], Received]) -> Received:
     """What a consumer on rank 1 gets from a producer on rank 0."""
 
     def body(rank: int, broadcast: Broadcast) -> Received:
-        group = Gloo(broadcast)
+        group = Bare(broadcast)
         if rank == 1:
             return consumer(group)
         producer(group)
@@ -260,46 +236,41 @@ def test_over_gloo_every_mix_arrives_also_with_other_numbers_of_buffers(
     assert_received(items, limit, received)
 
 
-def digestible(sizes: Sequence[int]) -> list[Item]:
+def flat_items(sizes: Sequence[int]) -> list[Item]:
     """Tensors that the original can send too: flat, of bytes."""
     return [item(f"t{i}", size) for i, size in enumerate(sizes)]
 
 
-SIZES = st.lists(st.integers(0, 120), max_size=20).map(digestible)
-
-
-@settings(max_examples=10, deadline=None)
-@given(SIZES, st.integers(0, 250), st.integers(1, 3))
-def test_the_original_receives_what_ours_sends(
-    items: list[Item], limit: int, num_buffers: int
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.integers(0, 120), max_size=20).map(flat_items),
+    st.integers(0, 250),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_either_end_may_be_the_originals(
+    items: list[Item], limit: int, num_buffers: int, it_sends: bool
 ) -> None:
-    received: Received = []
-
-    def originals(group: Gloo) -> Received:
+    def original_receives(group: Bare) -> Received:
+        received: Received = []
         described = (item.described for item in items)
         original_consumer(described, group, 0, received.append, limit, num_buffers, CPU)
         return received
 
-    over_gloo(lambda group: produce(items, group, limit), originals)
-    assert_received(items, limit, received)
-
-
-@settings(max_examples=10, deadline=None)
-@given(SIZES, st.integers(0, 250), st.integers(1, 3))
-def test_ours_receives_what_the_original_sends(
-    items: list[Item], limit: int, num_buffers: int
-) -> None:
-    def originals(group: Gloo) -> None:
+    def original_sends(group: Bare) -> None:
         pairs = ((item.name, item.tensor()) for item in items)
         original_producer(pairs, group, 0, lambda pair: pair[1], limit, num_buffers, CPU)
 
-    received = over_gloo(originals, lambda group: consume(items, group, limit))
+    if it_sends:
+        received = over_gloo(original_sends, lambda group: consume(items, group, limit))
+    else:
+        received = over_gloo(lambda group: produce(items, group, limit), original_receives)
     assert_received(items, limit, received)
 
 
 def test_pairs_over_gloo_do_not_disturb_one_another() -> None:
     """Two transfers at once in one process, on groups of their own."""
-    mixes = {seed: digestible([seed * 7 + i for i in range(30)]) for seed in (1, 2)}
+    mixes = {seed: flat_items([seed * 7 + i for i in range(30)]) for seed in (1, 2)}
     received: dict[int, Received] = {}
 
     def transfer(seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The library's calls count and time what they do only for who asks for it."""
+"""The library's calls count and time what they do only inside `counting`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,10 @@ from packcast.packed.counters import Counters, counting, wanted_counters
 from packcast.packed.replay import ReplayReceiver, ReplaySender
 from packcast.packed.ring import Broadcast
 from tests.helpers.ranks import run_ranks
+from tests.packed.replays import Bare
 
 TENSORS = {f"w{i}": torch.randint(0, 256, (100 + i,), dtype=torch.uint8) for i in range(20)}
 NBYTES = sum(tensor.numel() for tensor in TENSORS.values())
-
-
-class Bare:
-    """A communicator as engines have it, over gloo."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, broadcast: Broadcast) -> None:
-        self._broadcast = broadcast
-
-    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
-        self._broadcast(tensor, src)
 
 
 def moved(counters: Counters) -> dict[str, int]:
@@ -86,7 +75,7 @@ def test_the_two_functions_are_counted_where_they_are_asked_to_be() -> None:
     assert receiver == {"broadcast": NBYTES, "unpack": NBYTES}
 
 
-def test_lanes_are_timed_only_while_they_are_counted() -> None:
+def test_streams_are_timed_only_while_they_are_counted() -> None:
     ring = ring_module.Ring(torch.device("cpu"), 512, 2)
     streams = (ring.fill, ring.comm, ring.drain)
     assert not any(stream.timed for stream in streams)
@@ -96,7 +85,7 @@ def test_lanes_are_timed_only_while_they_are_counted() -> None:
     assert not any(stream.timed for stream in streams)
 
 
-def test_counting_is_one_threads_matter_and_ends_also_by_an_error() -> None:
+def test_counting_is_for_one_thread_and_ends_also_by_an_error() -> None:
     seen: list[Counters | None] = []
     counters = Counters()
     with counting(counters):

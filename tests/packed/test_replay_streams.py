@@ -8,14 +8,10 @@ import torch
 from packcast.packed import replay
 from packcast.packed.gather import move_on
 from packcast.packed.replay import ReplayReceiver, ReplaySender
-from tests.packed.streams import Receiving, Sending, gpu, pause
+from tests.packed.replays import AGREEMENT
+from tests.packed.streams import Receiving, Sending, gpu, needs_gpu, pause
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
-
-AGREEMENT = 3  # broadcasts before the first chunk
+pytestmark = needs_gpu
 
 
 @pytest.fixture(params=["table", "plain"], autouse=True)

@@ -13,8 +13,8 @@ from packcast.packed.streams import Stream, StreamEvent, StreamTimer
 CPU = torch.device("cpu")
 
 
-class LateMark(StreamEvent):
-    """As a GPU's: not passed before the stream gets there."""
+class LateEvent(StreamEvent):
+    """Like a GPU's: passed when the test says so."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -28,44 +28,19 @@ class LateMark(StreamEvent):
         self.waited_for += 1
 
 
-def test_a_mark_on_a_cpu_has_been_passed_when_it_is_made() -> None:
+def test_an_event_on_a_cpu_has_been_passed_when_it_is_made() -> None:
     before = time.perf_counter()
-    event = Stream(CPU).record()
+    with Stream(CPU) as stream:
+        event = stream.record()
     assert event.passed()
     assert event.cuda_event is None
     assert before <= event.passed_at <= time.perf_counter()
     event.synchronize()
 
 
-def test_a_lane_on_a_cpu_is_the_callers_own_thread() -> None:
-    stream, other = Stream(CPU), Stream(CPU)
-    with stream as entered, stream, other:
-        assert entered is stream
-        stream.wait(other.record())
-        stream.wait(None)
-        stream.wait_for_caller(CPU)
-        stream.synchronize()
-
-
-def test_a_lane_lets_errors_pass() -> None:
-    with pytest.raises(ZeroDivisionError), Stream(CPU):
-        raise ZeroDivisionError
-
-
-def test_a_span_that_is_over_is_counted_at_once_with_its_marks_times() -> None:
-    counters = Counters(trace=True)
-    clock, stream = StreamTimer(CPU, counters), Stream(CPU)
-    begin = stream.record()
-    end = stream.record()
-    clock.span("h2d", 3, 100, begin, end)
-    (event,) = counters.trace()
-    assert (event.stage, event.chunk, event.nbytes) == ("h2d", 3, 100)
-    assert (event.begin, event.end) == (begin.passed_at, end.passed_at)
-
-
 def test_a_span_that_is_not_over_waits_without_the_host_and_keeps_the_order() -> None:
     counters = Counters(trace=True)
-    clock, begin, late = StreamTimer(CPU, counters), StreamEvent(None), LateMark()
+    clock, begin, late = StreamTimer(CPU, counters), StreamEvent(None), LateEvent()
     clock.span("h2d", 0, 1, begin, late)
     clock.span("d2h", 0, 1, begin, StreamEvent(None))
     clock.collect()
@@ -78,7 +53,7 @@ def test_a_span_that_is_not_over_waits_without_the_host_and_keeps_the_order() ->
 
 def test_at_the_end_every_span_is_waited_for_and_counted_once() -> None:
     counters = Counters(trace=True)
-    clock, late = StreamTimer(CPU, counters), [LateMark(), LateMark()]
+    clock, late = StreamTimer(CPU, counters), [LateEvent(), LateEvent()]
     for i, event in enumerate(late):
         clock.span("d2h", i, 5, StreamEvent(None), event)
     clock.collect(wait=True)
@@ -88,7 +63,7 @@ def test_at_the_end_every_span_is_waited_for_and_counted_once() -> None:
     assert counters.nbytes("d2h") == 10
 
 
-def test_a_lane_that_is_not_timed_marks_no_beginnings_and_counts_nothing() -> None:
+def test_a_stream_that_is_not_timed_records_no_begin_and_counts_nothing() -> None:
     stream, counters = Stream(CPU), Counters(trace=True)
     assert stream.begin() is not None
     stream.timed = False
@@ -111,13 +86,18 @@ class FakeEvent:
         self.recorded.append(stream)
 
 
-def test_events_are_used_again_once_nobody_holds_their_mark(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """A stream of fake events."""
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(FakeEvent, "made", 0)
     stream = Stream(CPU)
     monkeypatch.setattr(stream, "_stream", "a stream")
+    return stream
+
+
+def test_cuda_events_are_used_again_once_their_event_is_gone(fake: Stream) -> None:
+    stream = fake
     first, second = stream.record(), stream.record()
     event = first.cuda_event
     assert event is not second.cuda_event
@@ -130,14 +110,9 @@ def test_events_are_used_again_once_nobody_holds_their_mark(
     assert FakeEvent.made == 3
 
 
-def test_an_event_that_tells_no_time_is_not_used_for_one_that_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    stream = Stream(CPU)
-    monkeypatch.setattr(stream, "_stream", "a stream")
+def test_an_event_without_a_time_is_not_used_for_one_with_it(fake: Stream) -> None:
     for timed in (False, True, False, True):
-        stream.timed = timed
-        event = stream.record().cuda_event
+        fake.timed = timed
+        event = fake.record().cuda_event
         assert isinstance(event, FakeEvent)
         assert event.options["enable_timing"] is timed

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,9 +14,7 @@ from packcast.packed.tensor_map import (
     Carrier,
     Groups,
     TensorMap,
-    enumerated,
     map_tensors,
-    repeated,
 )
 
 Runs = list[tuple[int, int, int]]
@@ -165,29 +162,6 @@ def test_units_of_a_chunk_have_maps_as_chunks_have() -> None:
     units = list(units_of(chunk, 16 * BLOCK))
     found = map_tensors([(0, 8, 20 * BLOCK + 3)], sizes, units)
     assert rows_of(found) == [[(0, 0, 8, 16 * BLOCK - 8)], [(0, 16 * BLOCK - 8, 0, 4 * BLOCK + 3)]]
-
-
-def test_chunks_that_leave_a_tensor_out_are_no_plan() -> None:
-    with pytest.raises(AssertionError, match="do not carry every tensor"):
-        map_tensors([(0, 1, 5)], [5], [Carried((Extent(0, 0, 4),))])
-
-
-def test_forty_thousand_tensors_are_mapped_in_a_moment() -> None:
-    nbytes = 16 << 10
-    runs = [(0, 8 + i * nbytes, 8 + (i + 1) * nbytes) for i in range(40_000)]
-    chunks = plan_chunks([runs[-1][2]], 16 * BLOCK, (0,))
-    found = map_tensors(runs, [runs[-1][2]], chunks)
-    assert found.rows.nbytes.sum() == 40_000 * nbytes
-    assert len(found.rows.nbytes) == 40_000 + len(chunks) - 1  # each cut goes through one
-    assert found.num_complete()[-1] == 40_000
-
-
-@given(st.lists(st.integers(0, 4), max_size=10))
-def test_indexes_are_repeated_as_often_as_they_count(counts: list[int]) -> None:
-    index, ordinal = enumerated(torch.tensor(counts, dtype=torch.int64))
-    assert index.tolist() == [i for i, count in enumerate(counts) for _ in range(count)]
-    assert ordinal.tolist() == [k for count in counts for k in range(count)]
-    assert repeated(torch.tensor(counts, dtype=torch.int64)).tolist() == index.tolist()
 
 
 def test_groups_are_in_order_within_a_chunk_and_have_only_what_is_wanted() -> None:

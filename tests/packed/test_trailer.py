@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -47,13 +48,10 @@ def test_a_slot_that_was_never_written_is_refused() -> None:
         read_trailer(memoryview(bytearray(os.urandom(PAGE))), TAG, CHUNK, 3)
 
 
-@pytest.mark.parametrize("byte", range(TRAILER_HEAD_NBYTES + 48))
-def test_any_flipped_bit_is_found(byte: int) -> None:
-    page = written()
-    page[byte] ^= 0x10
-    try:
-        assert read_trailer(memoryview(page), TAG, CHUNK, 3) == DIGESTS
-        unsealed = 44 <= byte < 48 or 64 <= byte < TRAILER_HEAD_NBYTES
-        assert unsealed, "only the head's unused bytes and the device's sum may change unseen"
-    except TransferError:
-        pass
+def test_any_flipped_bit_is_found_but_in_unused_bytes_and_the_device_sum() -> None:
+    for byte in range(TRAILER_HEAD_NBYTES + 48):
+        page = written()
+        page[byte] ^= 0x10
+        is_unsealed = 44 <= byte < 48 or 64 <= byte < TRAILER_HEAD_NBYTES
+        with nullcontext() if is_unsealed else pytest.raises(TransferError):
+            assert read_trailer(memoryview(page), TAG, CHUNK, 3) == DIGESTS
