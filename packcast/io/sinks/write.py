@@ -21,7 +21,7 @@ from packcast.io.files import FileTable
 from packcast.io.schedule import Schedule, Span
 from packcast.io.sinks.attributes import take_over_attributes
 from packcast.io.sinks.offered_names import check_names, folder_modes
-from packcast.io.sinks.ownership import mark_as_own, open_folder
+from packcast.io.sinks.ownership import folder_open, mark_as_own, open_folder
 from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
 from packcast.io.sinks.record import check_in_use, claim
@@ -229,12 +229,8 @@ class WriteSink:
             if not folder:
                 continue  # the partial directory itself
             above, _, last = folder.rpartition("/")
-            with self._while_wanted():
-                above_fd = open_folder(self._partial_fd, above)
-                try:
-                    os.mkdir(last, mode, dir_fd=above_fd)
-                finally:
-                    os.close(above_fd)
+            with self._while_wanted(), folder_open(self._partial_fd, above) as above_fd:
+                os.mkdir(last, mode, dir_fd=above_fd)
 
     def _make_file(self, index: int) -> None:
         with self._while_wanted():
@@ -328,13 +324,10 @@ class WriteSink:
     def _open(self, index: int, flags: int) -> int:
         spec = self._files[index]
         folder, _, last = spec.name.rpartition("/")
-        folder_fd = open_folder(self._partial_fd, folder)
-        try:
-            # With its final mode from the start, so that no other user can open it.
-            mode = spec.mode | stat.S_IRUSR | stat.S_IWUSR
+        # With its final mode from the start, so that no other user can open it.
+        mode = spec.mode | stat.S_IRUSR | stat.S_IWUSR
+        with folder_open(self._partial_fd, folder) as folder_fd:
             return os.open(last, flags, mode, dir_fd=folder_fd)
-        finally:
-            os.close(folder_fd)
 
     def _reopen(self, index: int) -> int:
         self._raise_if_aborted()
