@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError
 from packcast.io.sinks.attributes import can_give_owner
 from packcast.io.sinks.ownership import STAGE_PREFIX, entries, path_open
 from packcast.io.sinks.partial import name_beside, partials_of, remove_if_unused
 from packcast.io.syscalls import mount_id
 
+_TRANSFER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NUM_FOREIGN_NAMED = 3
 _REASONS = {
     errno.EACCES: "permission denied",
@@ -67,6 +71,36 @@ def destination_error(error: OSError, doing: str) -> DestinationError:
     reason = _REASONS.get(error.errno or 0) or (error.strerror or str(error)).lower()
     hint = _HINTS.get(error.errno or 0)
     return DestinationError(f"cannot {doing}: {reason}", hint=hint)
+
+
+def check_names(names: Collection[str], transfer_id: str) -> None:
+    """Raise DestinationError unless these, and a name with the id, stay inside the target.
+
+    The receiver has checked them already; this is where they become paths.
+    """
+    if not _TRANSFER_ID.fullmatch(transfer_id):
+        raise DestinationError(f"{transfer_id!r} is not an id of a transfer")
+    for name in names:
+        fault = name_fault(name)
+        if fault:
+            raise DestinationError(f"the offered name {name!r} {fault}")
+    clash = clash_of(names)
+    if clash:
+        raise DestinationError(f"the offered names {clash[0]!r} and {clash[1]!r} clash")
+
+
+def folder_modes(files: Iterable[FileSpec]) -> dict[str, int]:
+    """Every folder that the files need, parents first and "" for the copy itself, with its mode.
+
+    A folder's mode is the union of its files' `folder_mode`, and no more than the source allows.
+    """
+    modes = {"": 0}
+    for spec in files:
+        folder = spec.name
+        while folder:
+            folder = folder.rpartition("/")[0]
+            modes[folder] = modes.get(folder, 0) | spec.folder_mode
+    return {folder: modes[folder] | stat.S_IRWXU for folder in sorted(modes)}
 
 
 def locate(target: Path, transfer_id: str, *, in_place: bool = False) -> Target:

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import ClassVar
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError, PackcastError, TransferError
 from packcast.io.files import FileTable
+from packcast.io.landing import Sink
 from packcast.io.schedule import Schedule, Span
 from packcast.io.sinks.attributes import take_over_attributes
-from packcast.io.sinks.offered_names import check_names, folder_modes
 from packcast.io.sinks.ownership import folder_open, mark_as_own, open_folder
 from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
@@ -28,13 +28,16 @@ from packcast.io.sinks.record import check_in_use, claim
 from packcast.io.sinks.space import free_nbytes, reserve
 from packcast.io.sinks.target import (
     Target,
+    check_names,
     check_replaceable,
     clear_leftovers,
     destination_error,
+    folder_modes,
     locate,
     make_parents,
 )
 from packcast.io.work import Failure, Task
+from packcast.packed.counters import Stage
 from packcast.packed.plan import Extent
 
 _NUM_SYNC_THREADS = 8
@@ -49,7 +52,7 @@ class _State(enum.Enum):
     COMMITTED = enum.auto()  # publish was called: abort comes too late
 
 
-class WriteSink:
+class WriteSink(Sink):
     """Writes the offered files into `target`, a directory, which appears complete or not at all.
 
     Calls, in order: prepare, spans and open_files, finish, publish, from one thread. abort from any
@@ -58,8 +61,8 @@ class WriteSink:
     DestinationError for a failed system call, and TransferError after an abort.
     """
 
-    stage: Final = "write"
-    task: Final = Task.WRITE
+    stage: ClassVar[Stage] = "write"
+    task = Task.WRITE
 
     def __init__(
         self,
@@ -70,6 +73,7 @@ class WriteSink:
         force: bool,
         in_place: bool = False,
     ) -> None:
+        super().__init__()
         self._given = target
         self._files = tuple(files)
         self._names = frozenset(spec.name for spec in self._files)
@@ -79,7 +83,6 @@ class WriteSink:
         self._in_place = in_place
         self.wrote = False
         self.published = False
-        self.notes: list[str] = []
         self._target: Target | None = None
         self._made_parents: list[str] = []
         self._holder_fd = self._partial_fd = self._claim_fd = -1
@@ -124,9 +127,6 @@ class WriteSink:
         """What kept a span from being written."""
         error = OSError(failure.errno, failure.reason)
         return destination_error(error, f"write {self._path_of(span.file)}")
-
-    def compared(self, span: Span, offset: int) -> None:
-        """Nothing is."""
 
     def finish(self) -> None:
         """After the last extent: make files and folders durable, with their times."""
