@@ -118,7 +118,7 @@ class VerifySink(Sink):
                 yield Span(extent.file, local_offset, begin - extent.offset, stop - begin)
 
     def _choose(self, index: int, spec: FileSpec, local: SourceFile) -> bool:
-        """Whether the file's size says nothing, as it is not compared as a whole."""
+        """Whether the file is compared by tensor or not at all: its size does not matter."""
         if index_left_out(self._is_selection, spec.name):
             self.notes.append(f"{spec.name}: not compared, since that of a selection is shorter")
             return True
@@ -176,16 +176,16 @@ class VerifySink(Sink):
             return None
         missing = self._missing()
         others = [self._found[index] for index in sorted(self._found) if index not in missing]
-        said = [f"{others[0].file} {others[0].reason}"] if others else []
+        parts = [f"{others[0].file} {others[0].reason}"] if others else []
         if missing:
             names = [self._files[index].name for index in missing]
-            said.insert(0, f"{_listed(names)} {'is' if len(names) == 1 else 'are'} missing here")
+            parts.insert(0, f"{_listed(names)} {'is' if len(names) == 1 else 'are'} missing here")
         num_tensors = sum(len(spec.header.tensors) for spec in self._files if spec.header)
         if self._differing_tensors:
-            said.append(_count(self.differing_tensors, num_tensors, "tensor"))
+            parts.append(_count(self.differing_tensors, num_tensors, "tensor"))
         else:
-            said.append(_count(self.differing_files, len(self._files), "file"))
-        return "; ".join(said)
+            parts.append(_count(self.differing_files, len(self._files), "file"))
+        return "; ".join(parts)
 
     def result(self) -> dict[str, object]:
         found, missing = self.difference, self._missing()
@@ -208,7 +208,7 @@ class VerifySink(Sink):
         }
 
     def comparison(self) -> Comparison:
-        """Every file and tensor with what became of it; after finish."""
+        """Every file and tensor with its mark; after finish."""
         files = [self._compared(index, spec) for index, spec in enumerate(self._files)]
         files += [ComparedFile(name, "+", reason="is extra") for name in self._extra]
         path = str(self._checkpoint.path)
