@@ -28,9 +28,9 @@ from packcast.packed.ring import Slot, host_view
 from packcast.packed.streams import StreamEvent
 from packcast.packed.trailer import read_trailer, sum_in
 
-_MAX_PAGES = 16  # chunks whose proof may be under way
+_MAX_PAGES = 16  # chunks that may wait for their verification
 _MIN_PAGES = 2
-_PAGES_NBYTES = 16 << 20  # of all pages, where so many tiny tensors make them large
+_PAGES_NBYTES = 16 << 20  # of all pages; a chunk of many tiny tensors needs a large one
 _NUMBER_NBYTES = 8
 
 
@@ -108,12 +108,12 @@ class DeviceLanding:
         self._queue: SimpleQueue[_Arrival | None] = SimpleQueue()
         self._failure: PackcastError | None = None
         self._is_finished = False
-        self._thread = threading.Thread(target=self._work, name="packcast-prove", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="packcast-verify", daemon=True)
         self._thread.start()
 
     @property
     def device_nbytes(self) -> int:
-        """Device memory that the copies and proofs need."""
+        """Device memory that the copies and sums need."""
         tables = 0 if self._scatter is None else self._scatter.device_nbytes
         return tables + self._sums.nbytes
 
@@ -128,7 +128,7 @@ class DeviceLanding:
         return 0 if self._ring.is_host else memory.nbytes
 
     def drain(self, chunk: Chunk, slot: Slot) -> None:
-        """Give the copies into the tensors to the drain stream, and their proof to the thread."""
+        """Give the copies to the drain stream, and their verification to the thread."""
         ring = self._ring
         with self._counters.waiting_on(self.stage):
             page = self._free.get()
@@ -179,7 +179,7 @@ class DeviceLanding:
             try:
                 if self._failure is None:
                     arrival.event.synchronize()
-                    self._prove(arrival)
+                    self._verify(arrival)
                     if self._scatter is not None:
                         self._scatter.landed(arrival.chunk.index)
             except Exception as error:
@@ -187,16 +187,16 @@ class DeviceLanding:
             finally:
                 self._free.put(arrival.page)
 
-    def _prove(self, arrival: _Arrival) -> None:
+    def _verify(self, arrival: _Arrival) -> None:
         try:
-            digests = self._proven_digests(arrival.chunk, arrival.page)
+            digests = self._verified_digests(arrival.chunk, arrival.page)
         except TransferError:
             if not self._tolerant:
                 raise
             return
         self._digests.record([arrival.chunk], digests)
 
-    def _proven_digests(self, chunk: Chunk, page: _Page) -> bytes:
+    def _verified_digests(self, chunk: Chunk, page: _Page) -> bytes:
         blocks = sum(num_blocks(extent.nbytes) for extent in chunk.extents)
         trailer = host_view(page.trailer)
         digests = read_trailer(trailer, self._tag, chunk, blocks)

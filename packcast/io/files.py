@@ -11,7 +11,6 @@ import threading
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
 
 from packcast.errors import TransferError
 from packcast.io.schedule import ScheduledUnit
@@ -20,16 +19,20 @@ MAX_OPEN_FILES = 1024
 _KEPT_FREE = 256  # for sockets, libraries and everything else in the process
 
 
-class Resources(Protocol):
-    """What the I/O threads need for a unit besides staging: open files, or memory of tensors."""
+class Resources:
+    """What the I/O threads need for a unit besides staging: open files, or memory of tensors.
 
-    @property
-    def descriptors(self) -> array[int]:
-        """By file, for those that are open; the same array always."""
+    This base class is for units that need neither. `descriptors` has the open files, by index, and
+    is always the same array.
+    """
+
+    def __init__(self, num_files: int = 1) -> None:
+        self.descriptors = array("i", [-1]) * max(1, num_files)
 
     def admit(self, unit: ScheduledUnit, *, is_next: bool) -> bool:
         """Acquire what the unit needs, before it is allowed. False: try again once an earlier unit
         is retired; never if it `is_next`, that is, if all earlier ones are retired."""
+        return True
 
     def retire(self, unit: ScheduledUnit) -> None:
         """The unit is done, and all before it."""
@@ -39,25 +42,6 @@ class Resources(Protocol):
 
     def let_go(self) -> None:
         """The I/O threads have ended; not called where one is stuck."""
-
-
-class NoResources:
-    """For units that go nowhere."""
-
-    def __init__(self) -> None:
-        self.descriptors = array("i", [-1])
-
-    def admit(self, unit: ScheduledUnit, *, is_next: bool) -> bool:
-        return True
-
-    def retire(self, unit: ScheduledUnit) -> None:
-        pass
-
-    def hold(self) -> None:
-        pass
-
-    def let_go(self) -> None:
-        pass
 
 
 def open_files_limit(num_files: int) -> int:
@@ -76,12 +60,11 @@ def open_files_limit(num_files: int) -> int:
     return max(1, min(wanted, soft - _KEPT_FREE if soft > 2 * _KEPT_FREE else soft // 2))
 
 
-class FileTable:
+class FileTable(Resources):
     """Files by index, at most `limit` of them open, unless one unit needs more.
 
-    A file whose last byte is through is closed by `close_file`, or where `keeps_open` only when
-    its place is needed. `close` may be called from any thread; TransferError comes to who opens
-    after it.
+    A file that no later unit needs is closed by `close_file`; with `keeps_open` only when the limit
+    is reached. `close` may be called from any thread; opening raises TransferError after it.
     """
 
     def __init__(
@@ -92,7 +75,7 @@ class FileTable:
         *,
         keeps_open: bool = False,
     ) -> None:
-        self.descriptors = array("i", [-1]) * max(1, num_files)
+        super().__init__(num_files)
         self._open_file = open_file
         self._close_file = close_file
         self._limit = open_files_limit(num_files)
@@ -200,6 +183,6 @@ class FileTable:
 
 
 def close_quietly(_file: int, fd: int) -> None:
-    """A `close_file` for files of which nothing more is to be learned."""
+    """A `close_file` for files whose errors do not matter."""
     with suppress(OSError):
         os.close(fd)

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Protocol
+from typing import ClassVar
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import PackcastError, TransferError
@@ -27,30 +27,33 @@ from packcast.packed.streams import Completion
 from packcast.packed.trailer import read_trailer
 
 
-class Sink(Protocol):
-    """Where a worker's bytes go: write, verify, discard."""
+class Sink:
+    """Where a worker's bytes go: write, verify, tensors, discard. The steps do nothing by default.
 
-    notes: list[str]  # warnings of a successful transfer
+    `stage` is the name under which its work is counted; `task` is what the I/O threads do with each
+    verified block.
+    """
 
-    @property
-    def stage(self) -> Stage:
-        """The name under which its work is counted."""
+    stage: ClassVar[Stage]
+    task: ClassVar[Task]
 
-    @property
-    def task(self) -> Task:
-        """What the I/O threads do with each verified block."""
+    def __init__(self) -> None:
+        self.notes: list[str] = []  # warnings of a successful transfer
 
     def prepare(self) -> None:
         """Before READY: check and reserve; raises DestinationError or CheckpointError."""
 
     def spans(self, extent: Extent) -> Iterable[Span]:
         """The runs of files that `task` is about; after `prepare`, before any byte comes."""
+        return ()
 
     def open_files(self, schedule: Schedule) -> Resources:
         """The resources of the spans; called after `spans`."""
+        return Resources()
 
     def error_of(self, failure: Failure, span: Span) -> PackcastError:
-        """The error for a failed system call on a span; damaged blocks are Landing's concern."""
+        """The error for a failed system call on a span; Landing reports damaged blocks."""
+        return TransferError(f"{self.stage} failed: {failure.reason}")
 
     def compared(self, span: Span, offset: int) -> None:
         """A span of a file differs, first at byte `offset` of it; before `finish`."""
@@ -66,6 +69,7 @@ class Sink(Protocol):
 
     def result(self) -> dict[str, object]:
         """The facts for the report."""
+        return {"sink": self.stage}
 
 
 class UnitEvent:

@@ -4,35 +4,35 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from typing import ClassVar
 
 from packcast.checkpoint.outgoing import FileSpec
-from packcast.errors import PackcastError, TransferError
+from packcast.io.files import Resources
+from packcast.io.landing import Sink
 from packcast.io.schedule import IN_MEMORY, Schedule, ScheduledUnit, Span
-from packcast.io.work import Failure, Task
+from packcast.io.work import Task
+from packcast.packed.counters import Stage
 from packcast.packed.plan import Extent
 
 
-class MemorySink:
+class MemorySink(Sink, Resources):
     """Keeps what it gets; `before(file, offset)`, of a unit that may come, may sleep or raise."""
 
-    stage: Final = "write"
-    task: Final = Task.WRITE
+    stage: ClassVar[Stage] = "write"
+    task = Task.WRITE
 
     def __init__(
         self, files: Sequence[FileSpec], before: Callable[[int, int], object] = lambda *_: None
     ) -> None:
+        Sink.__init__(self)
+        Resources.__init__(self)
         self._memory = [array("B", b"\xa5" * spec.nbytes) for spec in files]
         self._before = before
-        self.notes: list[str] = []
-        self.descriptors = array("i", [-1])
 
     @property
     def bytes(self) -> list[bytes]:
         """What has come, by file."""
         return [memory.tobytes() for memory in self._memory]
-
-    def prepare(self) -> None: ...
 
     def spans(self, extent: Extent) -> Iterator[Span]:
         address, _ = self._memory[extent.file].buffer_info()
@@ -45,23 +45,3 @@ class MemorySink:
         extent = unit.chunk.extents[0]
         self._before(extent.file, extent.offset)
         return True
-
-    def retire(self, unit: ScheduledUnit) -> None: ...
-
-    def hold(self) -> None: ...
-
-    def let_go(self) -> None: ...
-
-    def error_of(self, failure: Failure, span: Span) -> PackcastError:
-        return TransferError(f"copying failed: {failure.reason}")
-
-    def compared(self, span: Span, offset: int) -> None: ...
-
-    def finish(self) -> None: ...
-
-    def publish(self) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def result(self) -> dict[str, object]:
-        return {}

@@ -18,6 +18,19 @@ from packcast.packed.plan import plan_chunks, slot_nbytes
 from packcast.packed.ring import Ring
 from packcast.packed.trailer import transfer_tag
 
+
+class Kept(dict[str, torch.Tensor]):
+    """Takes every tensor, each once."""
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        assert name not in self
+        self[name] = tensor
+
+    def finish(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
 Spoil = Callable[[torch.Tensor], object]
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict, TypeVar, Unpack
 
 import torch
 import xxhash
@@ -124,6 +125,7 @@ def runs_of(content: Mapping[str, bytes], step: int) -> list[tuple[int, int, byt
 
 
 def put_all(sink: Sink, content: Mapping[str, bytes] = CONTENT, step: int = 65_536) -> None:
+    """Have the sink take all bytes."""
     Putting(sink, runs_of(content, step)).run()
 
 
@@ -133,31 +135,65 @@ def in_threads(work: Callable[[T], object], each: Sequence[T]) -> None:
         list(pool.map(work, each))
 
 
-def copy(target: Path, content: Mapping[str, bytes] = CONTENT, **options: object) -> WriteSink:
-    """The whole life of a sink."""
-    force = bool(options.get("force"))
-    sink = sink_for(target, content, transfer_id=str(options.get("transfer_id", "t1")), force=force)
+class Options(TypedDict, total=False):
+    """What `sink_for` takes besides target and content."""
+
+    transfer_id: str
+    force: bool
+    in_place: bool
+
+
+def prepared(
+    target: Path, content: Mapping[str, bytes] = CONTENT, **options: Unpack[Options]
+) -> WriteSink:
+    """A sink that has its partial directory, and no byte."""
+    sink = sink_for(target, content, **options)
     sink.prepare()
+    return sink
+
+
+def filled(
+    target: Path, content: Mapping[str, bytes] = CONTENT, **options: Unpack[Options]
+) -> WriteSink:
+    """A sink that has all bytes."""
+    sink = prepared(target, content, **options)
     put_all(sink, content)
-    sink.finish()
-    sink.publish()
     return sink
 
 
 def finished(
-    target: Path,
-    *,
-    force: bool = False,
-    in_place: bool = False,
-    content: Mapping[str, bytes] = CONTENT,
-    transfer_id: str = "t2",
+    target: Path, content: Mapping[str, bytes] = CONTENT, **options: Unpack[Options]
 ) -> WriteSink:
     """A sink that has only to publish."""
-    sink = sink_for(target, content, force=force, in_place=in_place, transfer_id=transfer_id)
-    sink.prepare()
-    put_all(sink, content)
+    sink = filled(target, content, **options)
     sink.finish()
     return sink
+
+
+def copy(
+    target: Path, content: Mapping[str, bytes] = CONTENT, **options: Unpack[Options]
+) -> WriteSink:
+    """The whole life of a sink."""
+    sink = finished(target, content, **options)
+    sink.publish()
+    return sink
+
+
+def failing(code: int) -> Callable[..., None]:
+    """A system call that fails."""
+
+    def call(*_args: object, **_options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def damage(path: Path, *offsets: int) -> None:
+    """Change these bytes of the file."""
+    data = bytearray(path.read_bytes())
+    for offset in offsets:
+        data[offset] ^= 0xFF
+    path.write_bytes(data)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -16,7 +16,18 @@ from packcast.io.sinks.write import WriteSink
 from tests.helpers.processes import num_descriptors
 from tests.helpers.waiting import Waiter
 from tests.io.pools import no_thread_left
-from tests.io.sinks import CONTENT, copy, in_threads, names_in, put_all, sink_for, tree
+from tests.io.sinks import (
+    CONTENT,
+    copy,
+    filled,
+    finished,
+    in_threads,
+    names_in,
+    prepared,
+    put_all,
+    sink_for,
+    tree,
+)
 
 # -- several sinks, one directory ----------------------------------------------------------------
 
@@ -51,9 +62,7 @@ def test_two_names_of_one_directory_are_one_directory(tmp_path: Path, monkeypatc
     (tmp_path / "link").symlink_to("real")
     monkeypatch.chdir(tmp_path)
     targets = [Path("real/out"), tmp_path / "link" / "out", Path("real/x/../out/.")]
-    sinks = [sink_for(target) for target in targets]
-    for sink in sinks:
-        sink.prepare()
+    sinks = [prepared(target) for target in targets]
     assert [sink.wrote for sink in sinks] == [True, False, False]
     sinks[1].abort()
     assert names_in(tmp_path / "real") == [".out.packcast-t1"]
@@ -62,11 +71,7 @@ def test_two_names_of_one_directory_are_one_directory(tmp_path: Path, monkeypatc
 
 
 def test_two_transfers_to_one_directory_do_not_mix(tmp_path: Path) -> None:
-    one, two = (sink_for(tmp_path / "out", transfer_id=name) for name in ("one", "two"))
-    for sink in (one, two):
-        sink.prepare()
-        put_all(sink)
-        sink.finish()
+    one, two = (finished(tmp_path / "out", transfer_id=name) for name in ("one", "two"))
     one.publish()
     with pytest.raises(DestinationError, match="exists and is not empty") as caught:
         two.publish()
@@ -80,17 +85,14 @@ def test_two_transfers_to_one_directory_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_abort_removes_the_copy_and_the_parents_it_made(tmp_path: Path) -> None:
-    sink = sink_for(tmp_path / "a" / "b" / "out")
-    sink.prepare()
-    put_all(sink)
+    sink = filled(tmp_path / "a" / "b" / "out")
     sink.abort()
     sink.abort()
     assert names_in(tmp_path) == []
 
 
 def test_abort_leaves_parents_that_others_use(tmp_path: Path) -> None:
-    sink = sink_for(tmp_path / "a" / "b" / "out")
-    sink.prepare()
+    sink = prepared(tmp_path / "a" / "b" / "out")
     (tmp_path / "a" / "mine").write_bytes(b"")
     sink.abort()
     assert names_in(tmp_path / "a") == ["mine"]
@@ -105,9 +107,7 @@ def test_abort_before_prepare_lets_nothing_be_made(tmp_path: Path) -> None:
 
 
 def test_after_abort_nothing_is_put_and_nothing_is_published(tmp_path: Path) -> None:
-    sink = sink_for(tmp_path / "out")
-    sink.prepare()
-    put_all(sink)
+    sink = filled(tmp_path / "out")
     sink.abort()
     for step in (lambda: put_all(sink), sink.finish, sink.publish):
         with pytest.raises(TransferError, match="aborted"):
@@ -128,8 +128,7 @@ def test_abort_while_four_threads_write_leaves_nothing(
 ) -> None:
     num_before = num_descriptors()
     content = {f"{name}.bin": bytes(400_000) for name in "abcd"}
-    sink = sink_for(tmp_path / "x" / "out", content)
-    sink.prepare()
+    sink = prepared(tmp_path / "x" / "out", content)
 
     def work() -> None:
         with pytest.raises(TransferError, match="aborted"):

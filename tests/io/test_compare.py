@@ -28,6 +28,7 @@ from packcast.io.manifest import (
     write_manifest,
 )
 from packcast.packed.plan import BLOCK, plan_chunks
+from tests.io.sinks import damage
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -51,13 +52,6 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def copy(source: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(source, tmp_path / "copy"))
-
-
-def damage(path: Path, *offsets: int) -> None:
-    data = bytearray(path.read_bytes())
-    for offset in offsets:
-        data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def marks(source: Path, copy: Path) -> dict[str, str]:
@@ -191,10 +185,10 @@ def test_hashes_are_of_whole_files_and_digests_as_a_transfer_has_them(tmp_path: 
 def test_a_copy_that_changed_since_it_came_gets_no_manifest(source: Path) -> None:
     _, digest = hash_file(source / "config.json", "xxh128", lambda nbytes: None, blocks=True)
     assert digest is not None
-    hash_files(source, ["config.json"], "xxh128", proven={"config.json": digest})
+    hash_files(source, ["config.json"], "xxh128", received={"config.json": digest})
     (source / "config.json").write_text("[]")
     with pytest.raises(VerificationError, match="has changed since it was received"):
-        hash_files(source, ["config.json"], "xxh128", proven={"config.json": digest})
+        hash_files(source, ["config.json"], "xxh128", received={"config.json": digest})
 
 
 @pytest.mark.parametrize("where", ["source.xxh128", "elsewhere/m.xxh128"])

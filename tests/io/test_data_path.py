@@ -133,25 +133,26 @@ def test_every_dtype_and_odd_place_arrives(tmp_path: Path, buffer_size: int) -> 
     arrives(open_checkpoint(tmp_path), Setup(buffer_size=buffer_size))
 
 
-def test_a_tensor_larger_than_the_buffer_is_split_and_whole_again(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "m.safetensors", {"large": ("U8", (5 * MIB + 11,))})
-    arrives(open_checkpoint(tmp_path), Setup(num_buffers=2))
+def empty_files(folder: Path) -> Path:
+    write_safetensors(folder / "none.safetensors", {})
+    (folder / "empty.txt").write_text("")
+    return folder
 
 
-def test_thirty_shards_share_chunks(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(sharded(tmp_path / "c", 30, 40_000))
-    arrives(checkpoint, Setup(workers=2, buffer_size=4 * MIB))
-
-
-def test_readers_without_a_chunk_of_their_own_have_nothing_to_do(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(sharded(tmp_path / "c", 2, 1000))
-    arrives(checkpoint, Setup(workers=3, readers=4, buffer_size=4 * MIB))
-
-
-def test_a_file_of_no_tensors_and_an_empty_file_arrive(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "none.safetensors", {})
-    (tmp_path / "empty.txt").write_text("")
-    arrives(open_checkpoint(tmp_path), Setup())
+@pytest.mark.parametrize(
+    ("make", "setup"),
+    [
+        (lambda folder: sharded(folder, 1, 5 * MIB + 11), Setup()),
+        (lambda folder: sharded(folder, 30, 40_000), Setup(workers=2, buffer_size=4 * MIB)),
+        (lambda folder: sharded(folder, 2, 1000), Setup(3, readers=4, buffer_size=4 * MIB)),
+        (empty_files, Setup()),
+    ],
+    ids=["split tensors", "shards share chunks", "readers without a chunk", "empty files"],
+)
+def test_checkpoints_of_odd_shapes_arrive(
+    tmp_path: Path, make: Callable[[Path], Path], setup: Setup
+) -> None:
+    arrives(open_checkpoint(make(tmp_path / "c")), setup)
 
 
 @pytest.mark.parametrize("staging_mib", [0, 5])

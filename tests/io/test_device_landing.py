@@ -27,28 +27,11 @@ from packcast.packed.trailer import transfer_tag
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.dtypes import every_torch_dtype
 from tests.helpers.ranks import run_ranks
+from tests.io.alone import Kept
 from tests.io.sinks import digests_of
 
 MIB = 1 << 20
 TAG = transfer_tag("test")
-
-Received = list[tuple[str, torch.Tensor]]
-
-
-class Kept:
-    """Takes every tensor, and remembers which came in what order."""
-
-    def __init__(self) -> None:
-        self.tensors: Received = []
-        self.is_finished = False
-
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        self.tensors.append((name, tensor))
-
-    def finish(self) -> None:
-        self.is_finished = True
-
-    def stop(self) -> None: ...
 
 
 def send(
@@ -119,7 +102,7 @@ def test_every_tensor_is_given_once_with_the_files_bytes(
     for given in all_given:
         got = [
             (name, tuple(tensor.shape), bytes(tensor.flatten().view(torch.uint8).tolist()))
-            for name, tensor in given.tensors
+            for name, tensor in given.items()
         ]
         assert sorted(got) == sorted(want)
     assert all(found.of_files() == digests[0].of_files() for found in digests)

@@ -28,7 +28,7 @@ from tests.helpers.sinks import MemorySink
 from tests.io.alone import run_alone, specs_of
 from tests.io.conftest import Cudart
 from tests.io.pools import no_thread_left
-from tests.io.sinks import digests_of, names_in, tree
+from tests.io.sinks import digests_of, failing, names_in, tree
 
 MIB = 1 << 20
 
@@ -155,11 +155,8 @@ def fails(
 def test_a_disk_that_fills_up_meanwhile_names_the_file(
     checkpoint: Checkpoint, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsupported(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
     with monkeypatch.context() as patched:
-        patched.setattr(syscalls, "fallocate", unsupported)
+        patched.setattr(syscalls, "fallocate", failing(errno.EOPNOTSUPP))
         patched.setattr("packcast.io.sinks.write.free_nbytes", lambda _: 1 << 40)
         sink = writing(checkpoint, small_disk / "out")
     says = r"cannot write .*/out/.*safetensors: no space left"
@@ -174,24 +171,21 @@ def test_a_source_that_changes_is_named_and_no_death(
     single: Checkpoint, change: str, at_chunk: int
 ) -> None:
     path = single.path / "m.safetensors"
-    seen: list[int] = []
 
     def spoil(_: torch.Tensor) -> None:
-        seen.append(len(seen))
-        if len(seen) == at_chunk + 1:
-            if change == "shrinks":
-                os.truncate(path, 2 * MIB)
-            elif change == "is touched":
-                os.utime(path, ns=(1, 1))
-            elif change == "is replaced":
-                (path.parent / "new").write_bytes(path.read_bytes())
-                (path.parent / "new").rename(path)
-            else:
-                path.unlink()
+        if change == "shrinks":
+            os.truncate(path, 2 * MIB)
+        elif change == "is touched":
+            os.utime(path, ns=(1, 1))
+        elif change == "is replaced":
+            (path.parent / "new").write_bytes(path.read_bytes())
+            (path.parent / "new").rename(path)
+        else:
+            path.unlink()
 
     sink = MemorySink(specs_of(single))
     says = r"^m\.safetensors (ended at byte \d+|changed) while it was being sent"
-    fails(single, sink, CheckpointError, says, spoil)
+    fails(single, sink, CheckpointError, says, at(at_chunk, spoil))
 
 
 def test_a_source_that_has_shrunk_before_is_named_before_any_byte_is_read(

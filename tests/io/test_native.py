@@ -27,7 +27,7 @@ from tests.helpers.forge import REPOSITORY
 from tests.helpers.native import SOURCE, built, compiler
 from tests.helpers.waiting import Waiter
 from tests.io.conftest import use_native
-from tests.io.pools import NBYTES, Bench, Opened, no_thread_left, promised, random_bytes
+from tests.io.pools import NBYTES, Bench, Opened, no_thread_left, random_bytes
 from tests.io.sinks import digests_of
 
 HERE = Path(__file__).parent
@@ -192,23 +192,6 @@ def test_signals_are_for_the_interpreters_threads(library: Path) -> None:
     assert running.close(20)
 
 
-def test_short_and_interrupted_reads_and_writes_go_on_where_they_stopped(
-    monkeypatch: pytest.MonkeyPatch, opened: Opened, tmp_path: Path
-) -> None:
-    use_native(monkeypatch, "-include", str(HERE / "short_io.h"))
-    monkeypatch.setenv("PACKCAST_POOL", "native")
-    data = random_bytes()
-    fds = [opened(tmp_path / "from", data), opened(tmp_path / "to", b"")]
-    bench = Bench(NBYTES, (Span(0, 0, 0, NBYTES),), fds)
-    assert bench.do(Task.READ) is None
-    bench = promised(Bench(NBYTES, (Span(1, 0, 0, NBYTES),), fds), bytes(bench.memory))
-    assert bench.do(Task.WRITE) is None
-    assert (tmp_path / "to").read_bytes() == data
-    bench.fds = fds[::-1]
-    assert bench.do(Task.COMPARE) is None
-    assert bench.found() == {}
-
-
 TRACED = f"""
 import sys
 from pathlib import Path
@@ -304,19 +287,3 @@ def test_pools_of_every_task_are_right_under_a_sanitizer(
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.stdout == f"{rounds} rounds were right\n", done.stderr[:3000]
     assert done.returncode == 0
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_pauses_anywhere_never_change_a_byte(
-    monkeypatch: pytest.MonkeyPatch, opened: Opened, tmp_path: Path, seed: int
-) -> None:
-    use_native(monkeypatch, "-DPACKCAST_JITTER_NS=100000")
-    monkeypatch.setenv("PACKCAST_POOL", "native")
-    data = random_bytes(seed)
-    fds = [opened(tmp_path / "from", data), opened(tmp_path / "to", b"")]
-    bench = Bench(NBYTES, [Span(0, 0, 0, NBYTES)], fds)
-    assert bench.do(Task.READ, threads=1 + seed % 5) is None
-    assert bytes(bench.digests) == digests_of(data)
-    bench = promised(Bench(NBYTES, [Span(1, 0, 0, NBYTES)], fds), bytes(bench.memory))
-    assert bench.do(Task.WRITE, threads=1 + seed % 3) is None
-    assert (tmp_path / "to").read_bytes() == data

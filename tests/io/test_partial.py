@@ -19,9 +19,10 @@ from packcast.io.sinks.ownership import RECORD
 from tests.io.sinks import (
     CONTENT,
     copy,
+    finished,
     in_threads,
     names_in,
-    put_all,
+    prepared,
     sink_for,
     tree,
     write_tree,
@@ -130,9 +131,8 @@ def test_two_copies_into_one_directory_that_stays_do_not_mix(tmp_path: Path, sta
     out.mkdir()
     worker = start(out / "deep", "t0")
     (out / ".deep.packcast-t0").rename(out / ".packcast-t0")
-    sink = sink_for(out, force=True)
     with pytest.raises(DestinationError, match=f"is in use by pid {worker.pid}"):
-        sink.prepare()
+        prepared(out, force=True)
     assert tree(out / ".packcast-t0").keys() == {*CONTENT, RECORD}
 
 
@@ -189,10 +189,7 @@ def test_a_record_that_could_not_be_locked_proves_nothing(tmp_path: Path, start:
 def test_a_complete_copy_that_was_kept_is_no_leftover(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink = sink_for(tmp_path / "out", transfer_id="t0")
-    sink.prepare()
-    put_all(sink)
-    sink.finish()
+    sink = finished(tmp_path / "out", transfer_id="t0")
     write_tree(tmp_path / "out", {"mine": b""})
     with pytest.raises(DestinationError, match="exists and is not empty"):
         sink.publish()

@@ -12,7 +12,7 @@ import pytest
 from packcast.errors import DestinationError
 from packcast.io.sinks import record
 from packcast.io.sinks.ownership import RECORD
-from tests.io.sinks import names_in, put_all, sink_for
+from tests.io.sinks import filled, names_in, prepared
 
 PARTIAL = ".out.packcast-t1"
 
@@ -38,9 +38,8 @@ def test_what_is_planted_under_a_transfers_id_is_an_error(tmp_path: Path, plante
         (path / RECORD).write_text("{}")
     if planted == "dead record":
         os.close(record.claim(os.open(path, os.O_RDONLY)))
-    sink = sink_for(tmp_path / "out")
     with pytest.raises(DestinationError, match="already exists") as caught:
-        sink.prepare()
+        prepared(tmp_path / "out")
     assert caught.value.exit_code == 7
     assert str(path) in caught.value.message
     assert names_in(tmp_path) == [PARTIAL, "elsewhere"]
@@ -60,8 +59,7 @@ def test_a_rank_that_has_made_its_directory_just_now_is_waited_for(
 
     other = threading.Thread(target=late)
     other.start()
-    sink = sink_for(tmp_path / "out")
-    sink.prepare()
+    sink = prepared(tmp_path / "out")
     other.join()
     assert not sink.wrote
 
@@ -72,7 +70,6 @@ def test_a_link_that_takes_the_holders_place_is_not_followed(
     holder, elsewhere = tmp_path / "holder", tmp_path / "elsewhere"
     holder.mkdir()
     elsewhere.mkdir()
-    sink = sink_for(holder / "out")
 
     def planted(*_: object, **__: object) -> bool:
         holder.rmdir()
@@ -81,16 +78,14 @@ def test_a_link_that_takes_the_holders_place_is_not_followed(
 
     monkeypatch.setattr("packcast.io.sinks.write.check_replaceable", planted)
     with pytest.raises(DestinationError):
-        sink.prepare()
+        prepared(holder / "out")
     assert names_in(elsewhere) == []
 
 
 def test_a_link_that_takes_a_folders_place_is_not_followed(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    sink = sink_for(tmp_path / "out")
-    sink.prepare()
-    put_all(sink)
+    sink = filled(tmp_path / "out")
     nested = tmp_path / PARTIAL / "nested"
     nested.rename(tmp_path / "moved")
     nested.symlink_to(elsewhere)

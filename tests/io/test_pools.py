@@ -28,6 +28,7 @@ from tests.helpers.forge import REPOSITORY
 from tests.helpers.native import built
 from tests.helpers.processes import num_descriptors
 from tests.helpers.waiting import Waiter
+from tests.io.conftest import use_native
 from tests.io.pools import (
     NBYTES,
     UNIT,
@@ -187,6 +188,27 @@ def test_a_write_beyond_a_limit_is_told_with_its_number(opened: Opened, tmp_path
     assert stopped is not None
     # A short write first, up to the limit.
     assert stopped.failure == Failure(FailureKind.ERRNO, errno.EFBIG, 1, 1, 3 * BLOCK + 1000)
+
+
+def test_short_and_interrupted_reads_and_writes_go_on_where_they_stopped(
+    pool: str, monkeypatch: pytest.MonkeyPatch, opened: Opened, tmp_path: Path
+) -> None:
+    if pool == "native":
+        use_native(monkeypatch, "-include", str(Path(__file__).with_name("short_io.h")))
+    else:
+        preadv, pwrite = os.preadv, os.pwrite
+        monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:70_001]], at))
+        monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:70_001], at))
+    data = random_bytes()
+    fds = [opened(tmp_path / "from", data), opened(tmp_path / "to", b"")]
+    bench = Bench(NBYTES, (Span(0, 0, 0, NBYTES),), fds)
+    assert bench.do(Task.READ) is None
+    bench = promised(Bench(NBYTES, (Span(1, 0, 0, NBYTES),), fds), bytes(bench.memory))
+    assert bench.do(Task.WRITE) is None
+    assert (tmp_path / "to").read_bytes() == data
+    bench.fds = fds[::-1]
+    assert bench.do(Task.COMPARE) is None
+    assert bench.found() == {}
 
 
 def test_a_unit_is_done_only_after_it_is_allowed_and_in_any_order_of_waiting(

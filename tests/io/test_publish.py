@@ -18,10 +18,11 @@ from packcast.io.sinks import ownership, publish
 from tests.io.sinks import (
     CONTENT,
     copy,
+    failing,
     finished,
     names_in,
+    prepared,
     put_all,
-    sink_for,
     tree,
     without,
     write_tree,
@@ -41,19 +42,11 @@ def mount_point(tmp_path: Path) -> Iterator[Path]:
 
 
 def refused(target: Path) -> str:
-    sink = sink_for(target, force=True, transfer_id="t2")
     with pytest.raises(DestinationError) as caught:
-        sink.prepare()
+        prepared(target, force=True, transfer_id="t2")
     assert caught.value.exit_code == 7
     assert not any(".packcast-t2" in name for name in names_in(target.parent))
     return caught.value.message
-
-
-def fails_with(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    def no_exchange(*_args: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(publish, "exchange", no_exchange)
 
 
 # -- without --force -----------------------------------------------------------------------------
@@ -69,24 +62,19 @@ def test_an_empty_directory_counts_as_absent_and_keeps_its_mode(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_a_directory_that_appeared_meanwhile_is_not_touched(tmp_path: Path, force: bool) -> None:
-    sink = finished(tmp_path / "out", force=force)
-    write_tree(tmp_path / "out", {"mine.txt": b"mine"})
+@pytest.mark.parametrize("name", ["out", "out/mine.txt"])
+def test_a_file_or_directory_that_appeared_meanwhile_is_not_touched(
+    tmp_path: Path, force: bool, name: str
+) -> None:
+    sink = finished(tmp_path / "out", force=force, transfer_id="t2")
+    write_tree(tmp_path, {name: b"mine"})
     with pytest.raises(DestinationError) as caught:
         sink.publish()
     assert str(tmp_path / ".out.packcast-t2") in str(caught.value.hint)
-    assert tree(tmp_path / "out") == {"mine.txt": b"mine"}
+    assert (tmp_path / name).read_bytes() == b"mine"
+    assert names_in(tmp_path) == [".out.packcast-t2", "out"]
     assert tree(tmp_path / ".out.packcast-t2") == CONTENT
     assert not sink.published
-
-
-@pytest.mark.parametrize("force", [False, True])
-def test_a_file_that_appeared_meanwhile_is_not_touched(tmp_path: Path, force: bool) -> None:
-    sink = finished(tmp_path / "out", force=force)
-    (tmp_path / "out").write_bytes(b"mine")
-    with pytest.raises(DestinationError):
-        sink.publish()
-    assert (tmp_path / "out").read_bytes() == b"mine"
 
 
 def test_the_target_may_be_written_in_many_ways(
@@ -138,19 +126,17 @@ def test_a_symlink_above_the_target_is_part_of_the_path(tmp_path: Path) -> None:
 # -- with --force --------------------------------------------------------------------------------
 
 
-def test_force_replaces_files_of_the_offer_however_they_came(tmp_path: Path) -> None:
-    write_tree(tmp_path / "out", {"config.json": b"by hand", "nested/deeper/vocab.txt": b""})
+@pytest.mark.parametrize(
+    "content", [{}, {"config.json": b"by hand", "nested/deeper/vocab.txt": b""}]
+)
+def test_force_replaces_files_of_the_offer_whoever_wrote_them(
+    tmp_path: Path, content: dict[str, bytes]
+) -> None:
+    write_tree(tmp_path / "out", content)
     sink = copy(tmp_path / "out", force=True)
     assert tree(tmp_path / "out") == CONTENT
     assert names_in(tmp_path) == ["out"]
     assert sink.notes == []
-
-
-def test_force_where_nothing_is_there_is_as_without(tmp_path: Path) -> None:
-    copy(tmp_path / "out", force=True)
-    (tmp_path / "empty").mkdir()
-    copy(tmp_path / "empty", force=True)
-    assert tree(tmp_path / "out") == tree(tmp_path / "empty") == CONTENT
 
 
 def test_force_replaces_an_earlier_copy_of_another_checkpoint(tmp_path: Path) -> None:
@@ -202,10 +188,7 @@ def test_of_very_many_foreign_files_three_are_named(tmp_path: Path) -> None:
 def test_without_xattrs_only_the_offers_names_are_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsupported(*_args: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-    monkeypatch.setattr(os, "setxattr", unsupported)
+    monkeypatch.setattr(os, "setxattr", failing(errno.EOPNOTSUPP))
     copy(tmp_path / "same")
     copy(tmp_path / "same", force=True, transfer_id="t2")
     copy(tmp_path / "other", {"old.safetensors": b""})
@@ -222,7 +205,7 @@ def test_what_a_killed_transfer_staged_inside_may_be_replaced(tmp_path: Path) ->
 
 def test_foreign_files_that_came_during_the_transfer_stop_the_exchange(tmp_path: Path) -> None:
     copy(tmp_path / "out", {"config.json": b"old"})
-    sink = finished(tmp_path / "out", force=True)
+    sink = finished(tmp_path / "out", force=True, transfer_id="t2")
     (tmp_path / "out/mine.txt").write_bytes(b"mine")
     with pytest.raises(DestinationError, match=r"mine\.txt") as caught:
         sink.publish()
@@ -240,7 +223,7 @@ def test_foreign_files_that_came_during_the_exchange_survive_it(
         syscalls.exchange(dir_fd, one, other)
 
     monkeypatch.setattr(publish, "exchange", exchange)
-    sink = finished(tmp_path / "out", force=True)
+    sink = finished(tmp_path / "out", force=True, transfer_id="t2")
     sink.publish()
     assert tree(tmp_path / "out") == CONTENT
     assert tree(tmp_path / ".out.packcast-t2") == {"nested/mine.txt": b"mine"}
@@ -278,10 +261,7 @@ def test_a_reader_sees_the_old_copy_or_the_new_one_and_nothing_else(tmp_path: Pa
 
 def test_a_mount_point_is_filled_file_by_file(mount_point: Path) -> None:
     (mount_point / "lost+found").mkdir()
-    sink = sink_for(mount_point)
-    other = sink_for(mount_point)
-    sink.prepare()
-    other.prepare()
+    sink, other = prepared(mount_point), prepared(mount_point)
     assert (sink.wrote, other.wrote) == (True, False)
     assert ".packcast-t1" in names_in(mount_point)
     put_all(sink)
@@ -304,9 +284,7 @@ def test_a_bind_mount_of_the_same_file_system_is_a_mount_point_too(tmp_path: Pat
         sink = copy(tmp_path / "out")
         assert tree(tmp_path / "behind") == CONTENT
         assert "mount point" in sink.notes[0]
-        sink = sink_for(tmp_path / "out", force=True, transfer_id="t2")
-        sink.prepare()
-        sink.abort()
+        prepared(tmp_path / "out", force=True, transfer_id="t2").abort()
         assert tree(tmp_path / "behind") == CONTENT
     finally:
         subprocess.run(["umount", "-l", str(tmp_path / "out")], check=True)
@@ -316,7 +294,7 @@ def test_a_bind_mount_of_the_same_file_system_is_a_mount_point_too(tmp_path: Pat
 def test_without_the_exchange_files_are_replaced_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    fails_with(monkeypatch, code)
+    monkeypatch.setattr(publish, "exchange", failing(code))
     copy(tmp_path / "out", {"config.json": b"old", "gone/too/far.txt": b"", "nested": b"a file"})
     sink = copy(tmp_path / "out", force=True, transfer_id="t2")
     assert tree(tmp_path / "out") == CONTENT
@@ -328,10 +306,10 @@ def test_without_the_exchange_files_are_replaced_one_by_one(
 def test_file_by_file_never_shows_an_index_over_a_mixture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fails_with(monkeypatch, errno.EINVAL)
+    monkeypatch.setattr(publish, "exchange", failing(errno.EINVAL))
     index = "model.safetensors.index.json"
     copy(tmp_path / "out", {**CONTENT, "model-00003-of-00003.safetensors": b"", index: b"[]"})
-    sink = finished(tmp_path / "out", force=True)
+    sink = finished(tmp_path / "out", force=True, transfer_id="t2")
     seen: list[set[str]] = []
     move = publish._move
 
@@ -361,13 +339,9 @@ def test_a_writable_directory_in_one_that_is_not_is_filled(
 def test_renaming_into_place_that_fails_keeps_the_proven_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sink = finished(tmp_path / "out")
-
-    def failing(*_args: object, **_options: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
+    sink = finished(tmp_path / "out", transfer_id="t2")
     with monkeypatch.context() as patched:
-        patched.setattr(os, "rename", failing)
+        patched.setattr(os, "rename", failing(errno.EIO))
         with pytest.raises(DestinationError, match=r"cannot publish .*: input/output error"):
             sink.publish()
     sink.abort()

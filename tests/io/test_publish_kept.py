@@ -7,14 +7,14 @@ import os
 import stat
 import struct
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from packcast.errors import DestinationError
 from packcast.io.sinks import attributes
-from tests.io.sinks import CONTENT, copy, finished, names_in, tree
+from tests.io.sinks import CONTENT, copy, failing, finished, names_in, tree
 
 # -- what the directory that was there had -------------------------------------------------------
 
@@ -116,10 +116,7 @@ def test_what_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "out").mkdir()
     os.setxattr(tmp_path / "out", "user.kept", b"as it was")
 
-    def refuse(*_args: object) -> None:
-        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "setxattr", refuse)
+    monkeypatch.setattr(os, "setxattr", failing(errno.EPERM))
     sink = copy(tmp_path / "out")
     assert sink.notes == [f"{tmp_path / 'out'} could not keep its extended attributes"]
 
@@ -132,12 +129,13 @@ def test_in_place_the_directory_itself_stays(tmp_path: Path) -> None:
     out.mkdir(mode=0o755)
     inode = out.stat().st_ino
     mounted = os.open(out, os.O_RDONLY)  # as a container has it
+    top_names = sorted({name.split("/")[0] for name in CONTENT})
     try:
         for transfer_id in ("t1", "t2"):
             force = transfer_id == "t2"
             sink = finished(out, transfer_id=transfer_id, force=force, in_place=True)
             sink.publish()
-            assert sorted(os.listdir(mounted)) == names_in(out) == sorted(top_names(CONTENT))
+            assert sorted(os.listdir(mounted)) == names_in(out) == top_names
         assert out.stat().st_ino == inode
         assert tree(out) == CONTENT
         assert "file by file, index files last" in sink.notes[0]
@@ -151,10 +149,6 @@ def test_in_place_into_nothing_is_one_step(tmp_path: Path) -> None:
     sink.publish()
     assert tree(tmp_path / "out") == CONTENT
     assert sink.notes == []
-
-
-def top_names(content: Mapping[str, bytes]) -> set[str]:
-    return {name.split("/")[0] for name in content}
 
 
 # -- a disk that does not confirm ----------------------------------------------------------------
@@ -172,28 +166,33 @@ def not_confirming(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_a_rename_that_is_not_confirmed_is_a_failure_of_a_complete_copy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["rename", "file by file", "parents"])
+def test_a_name_that_is_not_confirmed_is_a_failure_of_a_complete_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    sink = finished(tmp_path / "out")
-    not_confirming(monkeypatch, tmp_path)
+    out = tmp_path / ("a/b/out" if how == "parents" else "out")
+    in_place = how == "file by file"
+    if in_place:
+        out.mkdir()
+    sink = finished(out, in_place=in_place)
+    not_confirming(monkeypatch, out if in_place else tmp_path)
     with pytest.raises(DestinationError) as caught:
         sink.publish()
     assert caught.value.exit_code == 7
     assert caught.value.message == (
-        f"{tmp_path / 'out'} is complete, but may not survive a power cut: input/output error"
+        f"{out} is complete, but may not survive a power cut: input/output error"
     )
     assert sink.published
     assert sink.result()["published"] is True
-    assert tree(tmp_path / "out") == CONTENT
-    assert names_in(tmp_path) == ["out"]
+    assert tree(out) == CONTENT
+    assert names_in(out.parent) == ["out"]
 
 
 def test_an_exchange_that_is_not_confirmed_keeps_the_old_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy(tmp_path / "out", {"config.json": b"old"})
-    sink = finished(tmp_path / "out", force=True)
+    sink = finished(tmp_path / "out", force=True, transfer_id="t2")
     not_confirming(monkeypatch, tmp_path)
     with pytest.raises(DestinationError, match="may not survive a power cut") as caught:
         sink.publish()
@@ -202,37 +201,11 @@ def test_an_exchange_that_is_not_confirmed_keeps_the_old_copy(
     assert tree(tmp_path / ".out.packcast-t2") == {"config.json": b"old"}
 
 
-def test_files_moved_one_by_one_that_are_not_confirmed_are_a_complete_copy_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "out").mkdir()
-    sink = finished(tmp_path / "out", in_place=True)
-    not_confirming(monkeypatch, tmp_path / "out")
-    with pytest.raises(DestinationError, match="is complete, but may not survive a power cut"):
-        sink.publish()
-    assert sink.published
-    assert tree(tmp_path / "out") == CONTENT
-
-
-def test_parents_that_are_not_confirmed_are_a_failure_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sink = finished(tmp_path / "a/b/out")
-    not_confirming(monkeypatch, tmp_path)
-    with pytest.raises(DestinationError, match="is complete, but may not survive a power cut"):
-        sink.publish()
-    assert tree(tmp_path / "a/b/out") == CONTENT
-
-
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_that_cannot_be_told_to_confirm_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     sink = finished(tmp_path / "out")
-
-    def fsync(_fd: int) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", failing(code))
     sink.publish()
     assert sink.published

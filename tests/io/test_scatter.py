@@ -30,6 +30,7 @@ from packcast.packed.ring import Ring, Slot, host_view
 from packcast.packed.trailer import transfer_tag, write_trailer
 from tests.helpers.checkpoints import write_safetensors
 from tests.helpers.dtypes import every_torch_dtype
+from tests.io.alone import Kept
 from tests.io.sinks import digests_of
 from tests.packed.tables import move_by_rows
 
@@ -184,24 +185,17 @@ def chunks_of(run: Run, byte: Callable[[Tensor], int]) -> dict[str, int]:
     }
 
 
-class Kept:
-    """Takes every tensor, and remembers which came in what order, and after which broadcast."""
+class Ordered(Kept):
+    """Remembers in which order the tensors came, and after which broadcast."""
 
     def __init__(self, run: Run) -> None:
+        super().__init__()
         self._run = run
-        self.order: list[str] = []
-        self.tensors: Tensors = {}
         self.came_after: dict[str, int] = {}
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        assert name not in self.tensors
-        self.order.append(name)
-        self.tensors[name] = tensor
+        super().put(name, tensor)
         self.came_after[name] = self._run.num_landed
-
-    def finish(self) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 def oracle(path: Path) -> Tensors:
@@ -287,14 +281,14 @@ def test_every_new_tensor_is_given_once_as_soon_as_it_is_whole(
     checkpoint: Path, way: Way, buffer_size: int, num_buffers: int
 ) -> None:
     run = Run(checkpoint, way, buffer_size, num_buffers)
-    kept = Kept(run)
+    kept = Ordered(run)
     sink = run.into(NewTensors(way.device, kept))
-    assert_same(kept.tensors, oracle(checkpoint))
-    assert sink.result() == {"sink": "tensors", "tensors": len(kept.tensors)}
+    assert_same(kept, oracle(checkpoint))
+    assert sink.result() == {"sink": "tensors", "tensors": len(kept)}
     # Never before its last byte has come, and in the order in which they end.
     ends = ends_of(run)
     assert all(kept.came_after[name] > ends[name] for name in ends)
-    assert [ends[name] for name in kept.order] == sorted(ends.values())
+    assert [ends[name] for name in kept] == sorted(ends.values())
 
 
 def test_only_wanted_ones_are_touched_and_those_that_lie_badly_are_right_too(
@@ -357,7 +351,7 @@ def test_nobody_looks_at_a_tensor_that_is_there_while_bytes_move(
 
 def test_new_tensors_are_made_together_chunk_by_chunk(small_ones: Path, way: Way) -> None:
     run = Run(small_ones, way)
-    kept = Kept(run)
+    kept = Ordered(run)
     counts: list[int] = []
 
     class Counted(NewTensors):
@@ -370,7 +364,7 @@ def test_new_tensors_are_made_together_chunk_by_chunk(small_ones: Path, way: Way
     assert len(counts) == 1 + chunks_with_tensors(run)
     assert sum(counts) == 10_000
     assert len(way.moves) == (chunks_with_tensors(run) if way.by_table else 0)
-    assert_same(kept.tensors, oracle(small_ones))
+    assert_same(kept, oracle(small_ones))
 
 
 def test_chunks_without_tensors_and_without_wanted_ones_cost_no_copy(
@@ -398,7 +392,7 @@ def test_no_memory_is_made_after_an_abort(checkpoint: Path, way: Way) -> None:
             return super().make(tensors)
 
     with pytest.raises(TransferError, match="the transfer is over"):
-        run.into(Aborting(way.device, Kept(run)), before=sinks.append)
+        run.into(Aborting(way.device, Ordered(run)), before=sinks.append)
     assert run.num_landed == 1
     assert set(made) == {name for name, chunk in begins_of(run).items() if chunk == 0}
 
@@ -432,6 +426,6 @@ def test_what_has_landed_needs_no_event_when_it_is_freed(
 
     monkeypatch.setattr(torch.Tensor, "record_stream", refuse)
     run = Run(checkpoint, way)
-    kept = Kept(run)
+    kept = Ordered(run)
     run.into(NewTensors(way.device, kept))
-    assert_same(kept.tensors, oracle(checkpoint))
+    assert_same(kept, oracle(checkpoint))

@@ -97,6 +97,7 @@ def test_every_byte_of_every_chunk_is_in_one_piece_and_blocks_are_in_wire_order(
     wire = [block for chunk in case.chunks for block in blocks_of(chunk.extents)]
     assert case.schedule.num_blocks == len(wire)
     for (_, _, nbytes, first, _), extent in zip(pieces, extents_of(case), strict=True):
+        assert 0 < nbytes <= MAX_PIECE
         own = wire[first : first + num_blocks(nbytes)]
         assert sum(block.nbytes for block in own) == nbytes
         assert {block.file for block in own} == {extent.file}
@@ -120,12 +121,6 @@ def test_all_roots_together_have_every_byte_of_every_file_once(
             seen[extent.file][begin:end] = b"\1" * (end - begin)
     assert counted == file_nbytes
     assert all(all(marks) for marks in seen)
-
-
-@given(cases)
-def test_pieces_are_of_four_mebibytes_at_most_and_of_one_extent(case: Case) -> None:
-    for _, _, nbytes, _, _ in pieces_of(case.schedule):
-        assert 0 < nbytes <= MAX_PIECE
 
 
 @given(cases)

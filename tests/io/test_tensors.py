@@ -9,30 +9,20 @@ import torch
 from safetensors.torch import load_file
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from packcast.checkpoint.tensor_table import Tensor
 from packcast.errors import TransferError
 from packcast.io.sinks.tensor_destination import GivenTensors, NewTensors, TensorDestination
 from packcast.io.sinks.tensors import TensorSink
+from packcast.packed.checksum import SlotChecksums
 from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.dtypes import every_torch_dtype
-from tests.io.alone import run_alone, specs_of
+from tests.io.alone import Kept, run_alone, specs_of
 from tests.io.pools import no_thread_left
 
 CPU = torch.device("cpu")
 MIB = 1 << 20
 
 pytestmark = pytest.mark.usefixtures("pool")
-
-
-class Kept(dict[str, torch.Tensor]):
-    """Takes every tensor, each once."""
-
-    def put(self, name: str, tensor: torch.Tensor) -> None:
-        assert name not in self
-        self[name] = tensor
-
-    def finish(self) -> None: ...
-
-    def stop(self) -> None: ...
 
 
 @pytest.fixture
@@ -121,3 +111,39 @@ def test_a_tensor_with_a_damaged_block_is_not_given(tmp_path: Path) -> None:
         run_alone(checkpoint, sink, spoil=damage)
     sink.abort()
     assert "second" not in kept
+
+
+# -- memory ---------------------------------------------------------------------------------------
+
+
+def tensor(name: str, kib: int) -> Tensor:
+    return Tensor(name, "U8", (kib, 1024), 0, kib * 1024)
+
+
+def test_the_peak_is_of_tensors_that_are_not_whole_at_one_time() -> None:
+    destination = NewTensors(CPU, Kept())
+    assert destination.peak_nbytes == 0
+    one, two, three = tensor("one", 3), tensor("two", 4), tensor("three", 2)
+    first, second = destination.make([one, two])
+    destination.complete(one, first)
+    destination.complete(two, second)
+    destination.complete(three, *destination.make([three]))
+    assert destination.peak_nbytes == 7 * 1024
+
+
+def test_the_callers_own_tensors_do_not_count_but_what_is_received_beside_them_does() -> None:
+    plain, turned = (
+        torch.empty(4, 1024, dtype=torch.uint8),
+        torch.empty(1024, 3, dtype=torch.uint8).t(),
+    )
+    destination = GivenTensors(CPU, {"plain": plain, "turned": turned}, strict=True)
+    for one in (tensor("plain", 4), tensor("turned", 3)):
+        own = destination.own_memory_of(one)
+        assert (own is None) == (one.name == "turned")
+        destination.complete(one, *destination.make([one]) if own is None else [own])
+    assert destination.peak_nbytes == 3 * 1024
+
+
+def test_the_tables_of_sums_are_as_large_as_they_say() -> None:
+    # Without the kernel: multipliers and products of 4 MiB in words, and of 16 groups.
+    assert SlotChecksums(CPU, bytes(16), 64 << 20).nbytes == 2 * (8 << 20) + 2 * 8 * 16

@@ -29,21 +29,6 @@ def test_a_bug_in_a_thread_is_raised_where_the_unit_is_waited_for() -> None:
     assert pool.close(20)
 
 
-def test_short_reads_and_writes_go_on_where_they_stopped(
-    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    preadv, pwrite = os.preadv, os.pwrite
-    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:70_001]], at))
-    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, data[:70_001], at))
-    data = random_bytes()
-    fds = [opened(tmp_path / "from", data), opened(tmp_path / "to", b"")]
-    bench = Bench(NBYTES, (Span(0, 0, 0, NBYTES),), fds)
-    assert bench.do(Task.READ) is None
-    bench = promised(Bench(NBYTES, (Span(1, 0, 0, NBYTES),), fds), bytes(bench.memory))
-    assert bench.do(Task.WRITE) is None
-    assert (tmp_path / "to").read_bytes() == data
-
-
 def test_a_write_of_nothing_is_an_error_and_not_forever(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

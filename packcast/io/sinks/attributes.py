@@ -13,6 +13,8 @@ import stat
 import struct
 from contextlib import suppress
 
+from packcast.io.sinks.ownership import path_open
+
 # linux/fs.h: FS_IOC_GETFLAGS and the rest, where ioctl numbers are made as on most architectures.
 _GET_FLAGS, _SET_FLAGS = 0x80086601, 0x40086602
 _GET_XATTR, _SET_XATTR = 0x801C581F, 0x401C5820
@@ -24,43 +26,33 @@ _PROJECT_INHERIT = 0x200
 _NOT_HERE = frozenset({errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL})
 
 
-def can_give_owner(found: os.stat_result) -> bool:
+def can_give_owner(status: os.stat_result) -> bool:
     """Whether this process may make a directory of the same owner and group."""
     if os.geteuid() == 0:
         return True
-    return found.st_uid == os.geteuid() and found.st_gid in {os.getegid(), *os.getgroups()}
+    return status.st_uid == os.geteuid() and status.st_gid in {os.getegid(), *os.getgroups()}
 
 
 def take_over_attributes(target: str, new_fd: int) -> list[str]:
-    """Give the directory that will replace `target` what that one has; the promises not kept."""
-    fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        missing = copy_attributes(fd, new_fd)
-    finally:
-        os.close(fd)
-    return [f"{target} could not keep its {' and '.join(missing)}"] if missing else []
-
-
-def copy_attributes(from_fd: int, to_fd: int) -> list[str]:
-    """Copy the attributes; returns what could not be copied, as text.
+    """Copy the attributes of `target` to the directory that will replace it; returns warnings.
 
     The owner first, since a change of owner clears bits of the mode. The new directory stays
     writable for its owner, since files are still to come.
     """
-    found = os.fstat(from_fd)
     missing = []
-    is_now = os.fstat(to_fd)
-    if (found.st_uid, found.st_gid) != (is_now.st_uid, is_now.st_gid):
-        try:
-            os.fchown(to_fd, found.st_uid, found.st_gid)
-        except OSError:
-            missing.append("owner and group")
-    if not _copy_xattrs(from_fd, to_fd):
-        missing.append("extended attributes")
-    if not _copy_flags(from_fd, to_fd):
-        missing.append("flags or project")
-    os.fchmod(to_fd, stat.S_IMODE(found.st_mode) | 0o700)
-    return missing
+    with path_open(target) as fd:
+        old, new = os.fstat(fd), os.fstat(new_fd)
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            try:
+                os.fchown(new_fd, old.st_uid, old.st_gid)
+            except OSError:
+                missing.append("owner and group")
+        if not _copy_xattrs(fd, new_fd):
+            missing.append("extended attributes")
+        if not _copy_flags(fd, new_fd):
+            missing.append("flags or project")
+        os.fchmod(new_fd, stat.S_IMODE(old.st_mode) | 0o700)
+    return [f"{target} could not keep its {' and '.join(missing)}"] if missing else []
 
 
 def _copy_xattrs(from_fd: int, to_fd: int) -> bool:

@@ -5,53 +5,21 @@ Knows no files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Final
+from collections.abc import Sequence
+from typing import ClassVar
 
-from packcast.errors import PackcastError, TransferError
-from packcast.io.files import NoResources
-from packcast.io.schedule import Schedule, Span
-from packcast.io.work import Failure, Task
-from packcast.packed.plan import Chunk, Extent
+from packcast.io.landing import Sink
+from packcast.io.work import Task
+from packcast.packed.counters import Stage
+from packcast.packed.plan import Chunk
 
 
-class DiscardSink:
+class DiscardSink(Sink):
     """Drops verified runs. On a CPU digests verify them; beside a GPU sums do, so that the bytes
     need not come to the host (see DeviceLanding)."""
 
-    stage: Final = "discard"
-    task: Final = Task.WRITE  # to nowhere
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def prepare(self) -> None:
-        """Nothing to reserve."""
-
-    def spans(self, extent: Extent) -> Iterable[Span]:
-        """Its bytes go nowhere."""
-        return ()
-
-    def open_files(self, schedule: Schedule) -> NoResources:
-        return NoResources()
-
-    def error_of(self, failure: Failure, span: Span) -> PackcastError:
-        return TransferError(f"dropping failed: {failure.reason}")
-
-    def compared(self, span: Span, offset: int) -> None:
-        """Nothing is."""
+    stage: ClassVar[Stage] = "discard"
+    task = Task.WRITE  # to nowhere
 
     def planned(self, chunks: Sequence[Chunk]) -> None:
         """Its bytes go nowhere on the device either."""
-
-    def finish(self) -> None:
-        """Nothing to make durable."""
-
-    def publish(self) -> None:
-        """Nothing to name."""
-
-    def abort(self) -> None:
-        """Nothing to remove."""
-
-    def result(self) -> dict[str, object]:
-        return {"sink": "discard"}

@@ -8,14 +8,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from packcast.checkpoint.names import MAX_DEPTH
 
 MARK = "user.packcast"
-STAGE_PREFIX = ".packcast-"  # a partial directory inside its target; see place.py
-RECORD = ".packcast-owner"  # in a partial directory: who made it; see partial.py
+STAGE_PREFIX = ".packcast-"  # a partial directory inside its target; see target.py
+RECORD = ".packcast-owner"  # in a partial directory: who made it; see record.py
 
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -30,6 +30,26 @@ def open_folder(root_fd: int, folder: str) -> int:
             os.close(fd)
         fd = below
     return fd
+
+
+@contextmanager
+def folder_open(root_fd: int, folder: str) -> Iterator[int]:
+    """The descriptor of `open_folder` for the length of a with block."""
+    fd = open_folder(root_fd, folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def path_open(path: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """The descriptor of a directory for the length of a with block; symlinks are followed."""
+    fd = os.open(path, flags | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def mark_as_own(fd: int, transfer_id: str) -> None:
@@ -72,10 +92,10 @@ class FolderEntry:
 def entries(
     root_fd: int, offered: Collection[str], ignore: Callable[[str, bool], bool]
 ) -> Iterator[FolderEntry]:
-    """Everything below `root_fd`, folders after what they hold; symlinks are not followed.
+    """Everything below `root_fd`, folders after their content; symlinks are not followed.
 
-    `ignore(name, is_folder)` is asked about the top level. What an interrupted copy staged inside
-    the target (`.packcast-*`) is judged as if it lay in the target itself.
+    `ignore(name, is_folder)` decides at the top level. Files that an interrupted copy staged inside
+    the target (`.packcast-*`) count as if they were in the target itself.
     """
     folders = {name[:at] for name in offered for at, char in enumerate(name) if char == "/"}
 
@@ -87,7 +107,7 @@ def entries(
             is_folder = entry.is_dir(follow_symlinks=False)
             if depth == 0 and ignore(entry.name, is_folder):
                 continue
-            judged = _without_stage(name)
+            judged = name.partition("/")[2] if name.startswith(STAGE_PREFIX) else name
             if not is_folder:
                 is_own = entry.is_file(follow_symlinks=False) and (
                     judged in offered
@@ -99,38 +119,23 @@ def entries(
             if depth > MAX_DEPTH:
                 yield FolderEntry(name, True, True)
                 continue
-            below_fd = os.open(entry.name, _FOLDER_FLAGS, dir_fd=dir_fd)
             is_empty = True
-            try:
+            with folder_open(dir_fd, entry.name) as below_fd:
                 for below in walk(below_fd, name + "/", depth + 1):
                     is_empty = False
                     yield below
-            finally:
-                os.close(below_fd)
-            # An empty folder of another name is somebody's: packcast makes none.
+            # An empty folder of another name is foreign: packcast makes none.
             yield FolderEntry(name, True, is_empty and judged not in folders and judged != "")
 
     yield from walk(root_fd, "", 0)
 
 
-def _without_stage(name: str) -> str:
-    if not name.startswith(STAGE_PREFIX):
-        return name
-    return name.partition("/")[2]
-
-
 def remove_entry(root_fd: int, name: str, *, is_folder: bool) -> None:
     """Remove one file, or one folder if it is empty by now; what is not there is fine."""
     folder, _, last = name.rpartition("/")
-    with suppress(FileNotFoundError):
-        fd = open_folder(root_fd, folder)
+    with suppress(FileNotFoundError), folder_open(root_fd, folder) as fd:
         try:
-            if is_folder:
-                os.rmdir(last, dir_fd=fd)
-            else:
-                os.unlink(last, dir_fd=fd)
+            (os.rmdir if is_folder else os.unlink)(last, dir_fd=fd)
         except OSError as error:
             if not (is_folder and error.errno in (errno.ENOTEMPTY, errno.EEXIST)):
                 raise
-        finally:
-            os.close(fd)

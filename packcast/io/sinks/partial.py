@@ -14,18 +14,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from packcast.io.sinks.ownership import RECORD, STAGE_PREFIX
+from packcast.io.sinks.ownership import RECORD, STAGE_PREFIX, folder_open, path_open
 from packcast.io.sinks.record import State, look
 from packcast.units import format_size
 
 _NAME = re.compile(r"\.(?:.+\.)?packcast-[A-Za-z0-9_-]{1,64}")
 _MAX_NAME_NBYTES = 255
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True, slots=True)
 class Partial:
-    """A partial directory that was found; `owner` is who made it, as far as that is recorded."""
+    """A partial directory on disk; `owner` is the process that made it, if that is recorded."""
 
     path: str
     state: State
@@ -51,64 +50,47 @@ def name_beside(name: str, transfer_id: str) -> str:
 def partials_of(target: str) -> list[Partial]:
     """All partial directories of a target, beside it and inside it."""
     holder, name = os.path.split(target)
-    beside = _named_in(holder, lambda found: _belongs(found, name))
-    return [*beside, *_named_in(target, lambda found: found.startswith(STAGE_PREFIX))]
+    beside = _named_in(holder, lambda entry: _belongs(entry, name))
+    return [*beside, *_named_in(target, lambda entry: entry.startswith(STAGE_PREFIX))]
 
 
 def partials_in(folder: str) -> list[Partial]:
     """All partial directories that lie in a folder, whatever their targets."""
-    return _named_in(folder, lambda _found: True)
+    return _named_in(folder, lambda _entry: True)
 
 
 def remove_if_unused(partial: Partial) -> bool:
-    """Remove a partial directory that still proves to be unused; True if it is gone."""
-    try:
-        holder_fd = os.open(os.path.dirname(partial.path), _FOLDER_FLAGS)
-    except OSError:
-        return False
-    name = os.path.basename(partial.path)
-    try:
-        with suppress(OSError):
-            folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=holder_fd)
-            try:
-                record_fd, state, _ = look(folder_fd)
-                try:
-                    if state == "unused":  # the lock is ours, so nobody else removes it
-                        remove_partial(holder_fd, name)
-                finally:
-                    if record_fd >= 0:
-                        os.close(record_fd)
-                if state == "unused":
-                    _remove_emptied(holder_fd, name)
-            finally:
-                os.close(folder_fd)
+    """Remove a partial directory if it is still unused; True if it is gone."""
+    holder, name = os.path.split(partial.path)
+    with suppress(OSError), path_open(holder, os.O_NOFOLLOW) as holder_fd:
+        with suppress(OSError), folder_open(holder_fd, name) as folder_fd:
+            with look(folder_fd) as (state, _):
+                if state == "unused":  # we hold the lock, so no other process removes it
+                    remove_partial(holder_fd, name)
+            if state == "unused":
+                _remove_emptied(holder_fd, name)  # on NFS only after the record is closed
         return not is_there(holder_fd, name)
-    finally:
-        os.close(holder_fd)
+    return False
 
 
 def remove_partial(holder_fd: int, name: str) -> None:
     """Remove a partial directory, its record last, so that an interrupted removal can be resumed.
 
-    Never raises; `is_there` tells whether it is gone.
+    Never raises; `is_there` returns whether it is still there.
     """
-    with suppress(OSError):
-        folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=holder_fd)
-        try:
-            os.fchmod(folder_fd, 0o700)
-            for entry in os.listdir(folder_fd):
-                if entry == RECORD:
-                    continue
-                if _is_folder(folder_fd, entry):
-                    shutil.rmtree(entry, ignore_errors=True, dir_fd=folder_fd)
-                else:
-                    with suppress(OSError):
-                        os.unlink(entry, dir_fd=folder_fd)
-            if set(os.listdir(folder_fd)) <= {RECORD}:
-                with suppress(FileNotFoundError):
-                    os.unlink(RECORD, dir_fd=folder_fd)
-        finally:
-            os.close(folder_fd)
+    with suppress(OSError), folder_open(holder_fd, name) as folder_fd:
+        os.fchmod(folder_fd, 0o700)
+        for entry in os.listdir(folder_fd):
+            if entry == RECORD:
+                continue
+            if _is_folder(folder_fd, entry):
+                shutil.rmtree(entry, ignore_errors=True, dir_fd=folder_fd)
+            else:
+                with suppress(OSError):
+                    os.unlink(entry, dir_fd=folder_fd)
+        if set(os.listdir(folder_fd)) <= {RECORD}:
+            with suppress(FileNotFoundError):
+                os.unlink(RECORD, dir_fd=folder_fd)
     _remove_emptied(holder_fd, name)
 
 
@@ -134,40 +116,23 @@ def is_there(holder_fd: int, name: str) -> bool:
 
 
 def _named_in(folder: str, wanted: Callable[[str], bool]) -> list[Partial]:
-    try:
-        folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return []
-    try:
-        names = sorted(name for name in os.listdir(folder_fd) if _NAME.fullmatch(name))
-        found = [_found(folder, folder_fd, name) for name in names if wanted(name)]
-    finally:
-        os.close(folder_fd)
-    return [partial for partial in found if partial is not None]
+    partials = []
+    with suppress(OSError), path_open(folder) as holder_fd:
+        for name in sorted(filter(wanted, filter(_NAME.fullmatch, os.listdir(holder_fd)))):
+            with suppress(OSError), folder_open(holder_fd, name) as fd, look(fd) as (state, owner):
+                path = os.path.join(folder, name)
+                partials.append(Partial(path, state, owner, _nbytes_below(fd)))
+    return partials
 
 
-def _belongs(found: str, name: str) -> bool:
+def _belongs(entry: str, name: str) -> bool:
     ours = f".{name}.packcast-"
-    shortened = found.startswith(STAGE_PREFIX) and found.endswith(f"-{_digest(name)}")
-    return shortened or (found.startswith(ours) and "." not in found[len(ours) :])
+    shortened = entry.startswith(STAGE_PREFIX) and entry.endswith(f"-{_digest(name)}")
+    return shortened or (entry.startswith(ours) and "." not in entry[len(ours) :])
 
 
 def _digest(name: str) -> str:
     return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
-
-
-def _found(folder: str, holder_fd: int, name: str) -> Partial | None:
-    try:
-        folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=holder_fd)
-    except OSError:
-        return None  # already gone, or no directory
-    try:
-        record_fd, state, owner = look(folder_fd)
-        if record_fd >= 0:
-            os.close(record_fd)
-        return Partial(os.path.join(folder, name), state, owner, _nbytes_below(folder_fd))
-    finally:
-        os.close(folder_fd)
 
 
 def _nbytes_below(folder_fd: int) -> int:

@@ -13,13 +13,12 @@ from contextlib import suppress
 
 from packcast.checkpoint.walk import ALL_MAY
 from packcast.errors import DestinationError
-from packcast.io.sinks.ownership import entries, open_folder, remove_entry
+from packcast.io.sinks.ownership import entries, folder_open, path_open, remove_entry
 from packcast.io.sinks.record import give_up_claim
 from packcast.io.sinks.target import Target, check_replaceable, destination_error
 from packcast.io.syscalls import exchange
 
-# The rename or exchange cannot be had here (a mount, overlayfs, NFS, a sticky directory): file by
-# file is the next best.
+# No rename or exchange here (a mount, overlayfs, NFS, a sticky directory): go file by file.
 _NO_SINGLE_STEP = frozenset(
     {errno.EXDEV, errno.EBUSY, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
     | {errno.EPERM, errno.EACCES}
@@ -57,7 +56,7 @@ def publish(target: Target, holder_fd: int, offered: Collection[str], *, force: 
     try:
         if target.inside:
             check_replaceable(target, offered, force=force)
-            return _file_by_file(target, holder_fd, offered, target.inside_because or "")
+            return _file_by_file(target, holder_fd, holder_fd, offered, target.inside_because or "")
         return _in_one_step(target, holder_fd, offered, force)
     except NotDurable:
         raise
@@ -98,12 +97,9 @@ def _in_one_step(
             old = f"; the old copy is kept in {target.partial_path}"
             _make_durable(target, holder_fd, more=old)
             return _remove_old(target, holder_fd, offered)
-    target_fd = os.open(target.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with path_open(target.path, os.O_NOFOLLOW) as target_fd:
         because = f"it cannot be replaced in one step ({reason})"
-        return _file_by_file(target, holder_fd, offered, because, target_fd)
-    finally:
-        os.close(target_fd)
+        return _file_by_file(target, holder_fd, target_fd, offered, because)
 
 
 def _make_durable(target: Target, holder_fd: int, *, more: str = "") -> None:
@@ -120,13 +116,10 @@ def _remove_old(target: Target, holder_fd: int, offered: Collection[str]) -> lis
     Files that others have put there since the last check are kept.
     """
     try:
-        old_fd = open_folder(holder_fd, target.partial)
-        try:
+        with folder_open(holder_fd, target.partial) as old_fd:
             for entry in entries(old_fd, offered, lambda _name, _is_folder: False):
                 if not entry.is_foreign:
                     remove_entry(old_fd, entry.name, is_folder=entry.is_folder)
-        finally:
-            os.close(old_fd)
         os.rmdir(target.partial, dir_fd=holder_fd)
     except OSError:
         return [f"the old {target.path} could not be removed completely: see {target.partial_path}"]
@@ -134,28 +127,20 @@ def _remove_old(target: Target, holder_fd: int, offered: Collection[str]) -> lis
 
 
 def _file_by_file(
-    target: Target,
-    holder_fd: int,
-    offered: Collection[str],
-    because: str,
-    target_fd: int | None = None,
+    target: Target, holder_fd: int, into_fd: int, offered: Collection[str], because: str
 ) -> list[str]:
     """Move the files into the directory that is there, index files last and their old ones first.
 
     So a directory in between has no index that names a mixture of old and new shards.
     """
-    into_fd = holder_fd if target_fd is None else target_fd
     for entry in entries(into_fd, offered, target.ignores):
         is_stale = entry.is_folder or entry.name not in offered or _is_index(entry.name)
         if is_stale and not entry.is_foreign:
             remove_entry(into_fd, entry.name, is_folder=entry.is_folder)
     fault: OSError | None = None
-    partial_fd = open_folder(holder_fd, target.partial)
-    try:
-        for names in (
-            sorted(name for name in offered if not _is_index(name)),
-            sorted(filter(_is_index, offered)),
-        ):
+    with folder_open(holder_fd, target.partial) as partial_fd:
+        for is_index in (False, True):
+            names = sorted(name for name in offered if _is_index(name) is is_index)
             for name in names:
                 _move(partial_fd, into_fd, name)
             for folder in sorted({name.rpartition("/")[0] for name in names} | {""}):
@@ -163,8 +148,6 @@ def _file_by_file(
                     sync_folder(into_fd, folder)
                 except OSError as error:
                     fault = fault or error
-    finally:
-        os.close(partial_fd)
     # Only empty folders are left in it.
     shutil.rmtree(target.partial, ignore_errors=True, dir_fd=holder_fd)
     if fault is not None:
@@ -182,44 +165,29 @@ def _move(from_fd: int, into_fd: int, name: str) -> None:
     for depth in range(len(components)):
         here = "/".join(components[: depth + 1])
         mode = os.stat(here, dir_fd=from_fd, follow_symlinks=False).st_mode & ALL_MAY
-        above_fd = open_folder(into_fd, "/".join(components[:depth]))
-        try:
-            with suppress(FileExistsError):
-                os.mkdir(components[depth], mode, dir_fd=above_fd)
-        finally:
-            os.close(above_fd)
-    source_fd = open_folder(from_fd, folder)
-    try:
-        dest_fd = open_folder(into_fd, folder)
-        try:
-            os.rename(last, last, src_dir_fd=source_fd, dst_dir_fd=dest_fd)
-        finally:
-            os.close(dest_fd)
-    finally:
-        os.close(source_fd)
+        above = "/".join(components[:depth])
+        with folder_open(into_fd, above) as above_fd, suppress(FileExistsError):
+            os.mkdir(components[depth], mode, dir_fd=above_fd)
+    with folder_open(from_fd, folder) as source_fd, folder_open(into_fd, folder) as dest_fd:
+        os.rename(last, last, src_dir_fd=source_fd, dst_dir_fd=dest_fd)
 
 
 def sync_folder(root_fd: int, folder: str) -> None:
     """Make a folder's names durable, if its file system supports that."""
-    fd = open_folder(root_fd, folder)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    finally:
-        os.close(fd)
+    with folder_open(root_fd, folder) as fd:
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
 
 
 def sync_parents_of(folders: Sequence[str], target: Target) -> None:
     """Make the names of folders that were made on the way durable; raises NotDurable."""
     try:
         for folder in folders:
-            fd = os.open(os.path.dirname(folder), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
+            with path_open(os.path.dirname(folder)) as fd:
                 sync_folder(fd, "")
-            finally:
-                os.close(fd)
     except PermissionError:
         return  # a parent that may be written but not read cannot be synced
     except OSError as error:

@@ -12,11 +12,13 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from packcast.errors import DestinationError
-from packcast.io.sinks.ownership import RECORD
+from packcast.io.sinks.ownership import RECORD, folder_open
 from packcast.io.syscalls import is_local
 
 _MAX_RECORD_NBYTES = 4096
@@ -26,9 +28,8 @@ _RECORD_LIMIT_S = 2.0  # from making a partial directory to its record
 _LOOK_S = 0.02
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = "/proc/self/ns/pid"
-_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# unused: certainly; used: its process runs; unknown: cannot be told.
+# unused: verified; used: its process runs; unknown: no lock or record to decide by.
 State = Literal["unused", "used", "unknown"]
 
 
@@ -72,15 +73,10 @@ def check_in_use(holder_fd: int, name: str, path: str) -> None:
     deadline = time.monotonic() + _RECORD_LIMIT_S
     while True:
         try:
-            folder_fd = os.open(name, _FOLDER_FLAGS, dir_fd=holder_fd)
+            with folder_open(holder_fd, name) as folder_fd, look(folder_fd) as (state, owner):
+                pass
         except OSError as error:
             raise _in_the_way(path) from error
-        try:
-            record_fd, state, owner = look(folder_fd)
-            if record_fd >= 0:
-                os.close(record_fd)
-        finally:
-            os.close(folder_fd)
         if state != "unused" and owner is not None:
             return
         if state == "unused" or time.monotonic() > deadline:
@@ -108,31 +104,41 @@ def give_up_claim(partial_fd: int, claim_fd: int) -> None:
     os.unlink(RECORD, dir_fd=partial_fd)
 
 
-def look(folder_fd: int) -> tuple[int, State, str | None]:
-    """The record's descriptor (-1 without one), which holds the lock where the state is unused."""
+@contextmanager
+def look(folder_fd: int) -> Iterator[tuple[State, str | None]]:
+    """State and owner of a partial directory. If it is unused, the block holds the lock."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         fd = os.open(RECORD, flags, dir_fd=folder_fd)
     except OSError:
-        return -1, "unknown", None
+        fd = -1
+    if fd < 0:
+        yield "unknown", None
+        return
+    try:
+        yield _state_of(folder_fd, fd)
+    finally:
+        os.close(fd)
+
+
+def _state_of(folder_fd: int, fd: int) -> tuple[State, str | None]:
     record = _read_record(fd)
     if record is None:
-        return fd, "unknown", None
+        return "unknown", None
     owner = f"pid {record['pid']} on {record['host']}"
     try:
         _lock(fd, record)
     except BlockingIOError:
-        return fd, "used", owner
+        return "used", owner
     except OSError:
-        return fd, "unknown", owner
-    # Again: before the lock was ours, its maker may have emptied it, since the copy is complete.
+        return "unknown", owner
+    # Again: before we got the lock, its owner may have emptied it, since the copy is complete.
     record = _read_record(fd)
     if record is None or not record["locked"]:
-        return fd, "unknown", owner
-    # A local file system belongs to one kernel, whose locks are true. Elsewhere a lock may be seen
-    # by this host alone, or by this mount: but a process that this one could see can be missed.
-    proven = is_local(folder_fd) or _has_ended(record)
-    return fd, "unused" if proven else "unknown", owner
+        return "unknown", owner
+    # A local file system belongs to one kernel, whose locks hold. Elsewhere a lock may be visible
+    # to this host or mount only; there the owner's pid must be gone from this machine.
+    return "unused" if is_local(folder_fd) or _has_ended(record) else "unknown", owner
 
 
 def _lock(fd: int, record: dict[str, object]) -> None:

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
+from packcast.checkpoint.names import clash_of, name_fault
+from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError
 from packcast.io.sinks.attributes import can_give_owner
-from packcast.io.sinks.ownership import STAGE_PREFIX, entries
+from packcast.io.sinks.ownership import STAGE_PREFIX, entries, path_open
 from packcast.io.sinks.partial import name_beside, partials_of, remove_if_unused
 from packcast.io.syscalls import mount_id
 
+_TRANSFER_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _NUM_FOREIGN_NAMED = 3
 _REASONS = {
     errno.EACCES: "permission denied",
@@ -69,6 +73,36 @@ def destination_error(error: OSError, doing: str) -> DestinationError:
     return DestinationError(f"cannot {doing}: {reason}", hint=hint)
 
 
+def check_names(names: Collection[str], transfer_id: str) -> None:
+    """Raise DestinationError unless these, and a name with the id, stay inside the target.
+
+    The receiver has checked them already; this is where they become paths.
+    """
+    if not _TRANSFER_ID.fullmatch(transfer_id):
+        raise DestinationError(f"{transfer_id!r} is not an id of a transfer")
+    for name in names:
+        fault = name_fault(name)
+        if fault:
+            raise DestinationError(f"the offered name {name!r} {fault}")
+    clash = clash_of(names)
+    if clash:
+        raise DestinationError(f"the offered names {clash[0]!r} and {clash[1]!r} clash")
+
+
+def folder_modes(files: Iterable[FileSpec]) -> dict[str, int]:
+    """Every folder that the files need, parents first and "" for the copy itself, with its mode.
+
+    A folder's mode is the union of its files' `folder_mode`, and no more than the source allows.
+    """
+    modes = {"": 0}
+    for spec in files:
+        folder = spec.name
+        while folder:
+            folder = folder.rpartition("/")[0]
+            modes[folder] = modes.get(folder, 0) | spec.folder_mode
+    return {folder: modes[folder] | stat.S_IRWXU for folder in sorted(modes)}
+
+
 def locate(target: Path, transfer_id: str, *, in_place: bool = False) -> Target:
     """Resolve `target` and decide where its partial directory goes; raises DestinationError.
 
@@ -98,8 +132,8 @@ def locate(target: Path, transfer_id: str, *, in_place: bool = False) -> Target:
     holder, name = os.path.split(real)
     reason = None
     if found is not None:
-        wished = "the directory stays, as --in-place asks" if in_place else None
-        reason = wished or _reason_to_stage_inside(real, holder, found)
+        asked = "the directory stays, as --in-place asks" if in_place else None
+        reason = asked or _reason_to_stage_inside(real, holder, found)
     if reason is not None:
         return Target(real, real, f"{STAGE_PREFIX}{transfer_id}", None, reason)
     mode = None if found is None else stat.S_IMODE(found.st_mode)
@@ -124,11 +158,8 @@ def _reason_to_stage_inside(real: str, holder: str, found: os.stat_result) -> st
 
 
 def _mount(path: str) -> int | None:
-    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with path_open(path, os.O_PATH) as fd:
         return mount_id(fd)
-    finally:
-        os.close(fd)
 
 
 def _blocked_by_a_file(path: str) -> DestinationError:
@@ -141,17 +172,17 @@ def _blocked_by_a_file(path: str) -> DestinationError:
 
 
 def clear_leftovers(target: Target) -> list[str]:
-    """Remove the partial directories of this target that nobody uses any more; what was done.
+    """Remove the unused partial directories of this target; returns notes.
 
-    One that may be in use is named, and inside the target, where its files would get between
-    ours, a DestinationError.
+    A note names one that may be in use. Inside the target, where its files would mix with ours, it
+    is a DestinationError.
     """
-    said = []
+    notes = []
     for partial in partials_of(target.path):
         if os.path.basename(partial.path) == target.partial:
             continue
         if partial.state == "unused" and remove_if_unused(partial):
-            said.append(f"{partial}: removed")
+            notes.append(f"{partial}: removed")
         elif not os.path.lexists(partial.path):
             continue  # another rank was faster
         elif partial.owner is not None and os.path.dirname(partial.path) == target.path:
@@ -160,40 +191,34 @@ def clear_leftovers(target: Target) -> list[str]:
                 hint=f"if that transfer is over, remove {partial.path}",
             )
         elif partial.state == "used":
-            said.append(str(partial))
+            notes.append(str(partial))
         else:
-            said.append(f"{partial}: if that transfer is over, remove it")
-    return said
+            notes.append(f"{partial}: if that transfer is over, remove it")
+    return notes
 
 
 def check_replaceable(target: Target, offered: Collection[str], *, force: bool) -> bool:
-    """Whether something is there that will be replaced; raises DestinationError if it may not be.
+    """Whether the target has content to replace; raises DestinationError if that is not allowed.
 
-    Nothing there, and an empty directory, are False.
+    False if it does not exist or is empty.
     """
     try:
-        fd = os.open(target.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
+        with path_open(target.path) as fd:
+            content = entries(fd, offered, target.ignores)
+            first = next(content, None)
+            if first is None:
+                return False
+            if not force:
+                raise DestinationError(
+                    f"{target.path} exists and is not empty",
+                    hint="replace it with --force, or choose another --out",
+                )
+            names = (entry.name for entry in chain([first], content) if entry.is_foreign)
+            foreign = list(islice(names, _NUM_FOREIGN_NAMED + 1))
     except OSError as error:
-        raise destination_error(error, f"look into {target.path}") from error
-    try:
-        found = entries(fd, offered, target.ignores)
-        first = next(found, None)
-        if first is None:
+        if isinstance(error, FileNotFoundError) and not os.path.lexists(target.path):
             return False
-        if not force:
-            raise DestinationError(
-                f"{target.path} exists and is not empty",
-                hint="replace it with --force, or choose another --out",
-            )
-        foreign = [] if not first.is_foreign else [first.name]
-        more = (entry.name for entry in found if entry.is_foreign)
-        foreign += islice(more, _NUM_FOREIGN_NAMED + 1 - len(foreign))
-    except OSError as error:
         raise destination_error(error, f"look into {target.path}") from error
-    finally:
-        os.close(fd)
     if foreign:
         named = ", ".join(foreign[:_NUM_FOREIGN_NAMED])
         named += " and more" if len(foreign) > _NUM_FOREIGN_NAMED else ""

@@ -1,4 +1,4 @@
-"""Where tensors are received: new ones that are handed out, or the caller's own.
+"""Where tensors are received: new ones that are delivered, or the caller's own.
 
 Knows headers' dtypes and torch's; not how the bytes come.
 """
@@ -65,8 +65,8 @@ class TensorDestination(Protocol):
 
     @property
     def peak_nbytes(self) -> int:
-        """Memory made here for tensors that were not whole, the most at a time; the caller's own,
-        and whole ones that were given away, are no part of it."""
+        """Peak memory allocated here for incomplete tensors; without the caller's own tensors and
+        complete ones that were delivered."""
 
     def check(self, files: Sequence[FileSpec]) -> list[tuple[int, int]]:
         """Before READY: raise UsageError if the offered tensors do not fit.
@@ -79,7 +79,7 @@ class TensorDestination(Protocol):
 
     def own_memory_of(self, tensor: Tensor) -> torch.Tensor | None:
         """Where to receive a wanted one, if it has memory already: contiguous, on the ring's
-        device. What the current stream is given from now on may write there.
+        device. Writes enqueued on the current stream after this call are safe.
         """
 
     def make(self, tensors: Sequence[Tensor]) -> list[torch.Tensor]:
@@ -99,7 +99,7 @@ class TensorDestination(Protocol):
 
 
 class _Tally:
-    """Bytes that are held, and the most of them at a time; for any thread."""
+    """Current and peak number of bytes; for any thread."""
 
     def __init__(self) -> None:
         self.peak = 0
@@ -107,29 +107,28 @@ class _Tally:
         self._lock = threading.Lock()
 
     def add(self, nbytes: int) -> None:
-        """So many more; fewer where negative."""
         with self._lock:
             self._now += nbytes
             self.peak = max(self.peak, self._now)
 
 
 class Taker(Protocol):
-    """Who is given new tensors."""
+    """Receives new tensors."""
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Take it; may block, which holds up the transfer."""
 
     def finish(self) -> None:
-        """Block until all are taken in."""
+        """Block until all are taken."""
 
     def stop(self) -> None:
         """Block no longer."""
 
 
 class NewTensors:
-    """Makes a tensor for each one offered and gives it away when it is complete.
+    """Allocates a tensor for each one offered and delivers it when it is complete.
 
-    On a GPU its memory belongs to `stream`, the taker's: made and freed in its order.
+    On a GPU its memory belongs to `stream`, the taker's: allocated and freed in its order.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class NewTensors:
                 for tensor in tensors
             ]
         if self._stream is not None:
-            # Who had this memory before may still be at work.
+            # An earlier user of this memory may still be running on that stream.
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
         self._held.add(sum(memory.nbytes for memory in made))
         return made
@@ -234,7 +233,7 @@ class GivenTensors:
     def own_memory_of(self, tensor: Tensor) -> torch.Tensor | None:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-            self._stream = None  # once: nothing of the caller's runs between here and the end
+            self._stream = None  # once: the caller enqueues nothing until the end
         target = self._tensors[tensor.name]
         mark_changed([target])
         return alias_of(target) if target.is_contiguous() else None

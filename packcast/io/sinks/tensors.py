@@ -10,21 +10,23 @@ from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import ClassVar
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.checkpoint.reading import shown
-from packcast.errors import PackcastError, TransferError
+from packcast.io.files import Resources
+from packcast.io.landing import Sink
 from packcast.io.schedule import IN_MEMORY, SPAN_FIELDS, Schedule, ScheduledUnit, Span
 from packcast.io.sinks.planned import PlannedTensors
 from packcast.io.sinks.tensor_destination import TensorDestination
-from packcast.io.work import Failure, Task
+from packcast.io.work import Task
+from packcast.packed.counters import Stage
 from packcast.packed.plan import Chunk, Extent
 
 _OFFSET, _NBYTES = 1, 3  # of a span's fields
 
 
-class TensorSink:
+class TensorSink(Sink, Resources):
     """Puts verified runs of the offered shards into tensors at `destination`; drops sidecars.
 
     Calls as a sink's: prepare, spans and open_files, finish, publish; abort at any time. On the
@@ -32,20 +34,20 @@ class TensorSink:
     DeviceLanding uses `planned` instead. Holds no memory but that of incomplete tensors.
     """
 
-    stage: Final = "unpack"
-    task: Final = Task.WRITE  # into memory
+    stage: ClassVar[Stage] = "unpack"
+    task = Task.WRITE  # into memory
 
     def __init__(self, files: Sequence[FileSpec], destination: TensorDestination) -> None:
+        Sink.__init__(self)
+        Resources.__init__(self)
         self._files = files
         self._destination = destination
-        self.notes: list[str] = []
         self._lock = threading.Lock()
         self._planned: PlannedTensors | None = None
         self._aborted = False
         self._left_out: set[tuple[int, int]] = set()
         self._keys: list[tuple[int, int]] = []  # by span: file, and the tensor's place in it
         self._spans = array("q")
-        self.descriptors = array("i", [-1])
 
     @property
     def peak_nbytes(self) -> int:
@@ -109,24 +111,9 @@ class TensorSink:
         assert self._planned is not None, "open_files comes first"
         self._planned.landed(unit.index)
 
-    def hold(self) -> None:
-        """The owner of the sink keeps the memory."""
-
-    def let_go(self) -> None:
-        """The owner of the sink keeps the memory."""
-
-    def error_of(self, failure: Failure, span: Span) -> PackcastError:
-        return TransferError(f"copying into tensors failed: {failure.reason}")
-
-    def compared(self, span: Span, offset: int) -> None:
-        """Nothing is."""
-
     def finish(self) -> None:
         """After the last run: block until the taker has taken all."""
         self._destination.finish()
-
-    def publish(self) -> None:
-        """Nothing to name."""
 
     def abort(self) -> None:
         """Wake the thread that waits for the taker; delivered tensors are kept."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import ClassVar
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.index import is_index
@@ -21,10 +21,16 @@ from packcast.checkpoint.tensor_table import Tensor
 from packcast.comparison import ComparedFile, Comparison, Mark
 from packcast.errors import CheckpointError, PackcastError
 from packcast.io.files import FileTable, close_quietly
+from packcast.io.landing import Sink
 from packcast.io.schedule import Schedule, Span
-from packcast.io.sinks.localcopy import check_unchanged, counterparts
-from packcast.io.sinks.selected import SelectedTensors, selected_tensors
+from packcast.io.sinks.localcopy import (
+    SelectedTensors,
+    check_unchanged,
+    counterparts,
+    selected_tensors,
+)
 from packcast.io.work import Failure, FailureKind, Task
+from packcast.packed.counters import Stage
 from packcast.packed.plan import Extent
 
 _MAX_NAMED = 20
@@ -42,7 +48,7 @@ class Difference:
     reason: str  # the rest of a sentence that begins with the file's name
 
 
-class VerifySink:
+class VerifySink(Sink):
     """Compares verified runs with the `local` checkpoint and records where they differ.
 
     Calls as a sink's: prepare, spans and open_files, compared, finish, publish; abort at any time.
@@ -51,18 +57,18 @@ class VerifySink:
     local tensor of its name, wherever it is in the file; indexes are not compared.
     """
 
-    stage: Final = "verify"
-    task: Final = Task.COMPARE
+    stage: ClassVar[Stage] = "verify"
+    task = Task.COMPARE
 
     def __init__(
         self, local: Checkpoint, files: Sequence[FileSpec], *, selection: bool = False
     ) -> None:
+        super().__init__()
         self._is_selection = selection
         self._chosen: dict[int, SelectedTensors] = {}
         self._checkpoint = local
         self._files = tuple(files)
         self._locals = counterparts(local, self._files)
-        self.notes: list[str] = []
         self._extra: list[str] = []
         self._found: dict[int, Difference] = {}  # the first of each file that differs
         self._differing_tensors: set[tuple[int, int]] = set()
@@ -100,26 +106,19 @@ class VerifySink:
         if index_left_out(self._is_selection, self._files[extent.file].name):
             return
         chosen = self._chosen.get(extent.file)
-        if chosen is not None:
-            yield from self._chosen_spans(extent, chosen)
-            return
-        if local is None or extent.offset >= local.nbytes:
-            return
-        end = min(extent.offset + extent.nbytes, local.nbytes)
-        cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
-        for begin, stop in pairwise(cuts):
-            yield Span(extent.file, begin, begin - extent.offset, stop - begin)
-
-    def _chosen_spans(self, extent: Extent, chosen: SelectedTensors) -> Iterator[Span]:
         end = extent.offset + extent.nbytes
+        if chosen is None:
+            end = min(end, local.nbytes if local else 0)
+        if extent.offset >= end:
+            return
         cuts = [extent.offset, *self._cuts(extent.file, extent.offset, end), end]
         for begin, stop in pairwise(cuts):
-            there = chosen.local_offset(begin)
-            if there is not None:
-                yield Span(extent.file, there, begin - extent.offset, stop - begin)
+            local_offset = chosen.local_offset(begin) if chosen else begin
+            if local_offset is not None:
+                yield Span(extent.file, local_offset, begin - extent.offset, stop - begin)
 
     def _choose(self, index: int, spec: FileSpec, local: SourceFile) -> bool:
-        """Whether the file's size says nothing, as it is not compared as a whole."""
+        """Whether the file is compared by tensor or not at all: its size does not matter."""
         if index_left_out(self._is_selection, spec.name):
             self.notes.append(f"{spec.name}: not compared, since that of a selection is shorter")
             return True
@@ -167,9 +166,6 @@ class VerifySink:
                 except OSError as error:
                     raise CheckpointError(f"cannot read {local.path}: {error.strerror}") from error
 
-    def publish(self) -> None:
-        """Nothing to name."""
-
     def abort(self) -> None:
         """Stop comparing; any thread, any number of times."""
         self._table.close()
@@ -180,16 +176,16 @@ class VerifySink:
             return None
         missing = self._missing()
         others = [self._found[index] for index in sorted(self._found) if index not in missing]
-        said = [f"{others[0].file} {others[0].reason}"] if others else []
+        parts = [f"{others[0].file} {others[0].reason}"] if others else []
         if missing:
             names = [self._files[index].name for index in missing]
-            said.insert(0, f"{_listed(names)} {'is' if len(names) == 1 else 'are'} missing here")
+            parts.insert(0, f"{_listed(names)} {'is' if len(names) == 1 else 'are'} missing here")
         num_tensors = sum(len(spec.header.tensors) for spec in self._files if spec.header)
         if self._differing_tensors:
-            said.append(_count(self.differing_tensors, num_tensors, "tensor"))
+            parts.append(_count(self.differing_tensors, num_tensors, "tensor"))
         else:
-            said.append(_count(self.differing_files, len(self._files), "file"))
-        return "; ".join(said)
+            parts.append(_count(self.differing_files, len(self._files), "file"))
+        return "; ".join(parts)
 
     def result(self) -> dict[str, object]:
         found, missing = self.difference, self._missing()
@@ -212,7 +208,7 @@ class VerifySink:
         }
 
     def comparison(self) -> Comparison:
-        """Every file and tensor with what became of it; after finish."""
+        """Every file and tensor with its mark; after finish."""
         files = [self._compared(index, spec) for index, spec in enumerate(self._files)]
         files += [ComparedFile(name, "+", reason="is extra") for name in self._extra]
         path = str(self._checkpoint.path)

@@ -14,15 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import ClassVar
 
 from packcast.checkpoint.outgoing import FileSpec
 from packcast.errors import DestinationError, PackcastError, TransferError
 from packcast.io.files import FileTable
+from packcast.io.landing import Sink
 from packcast.io.schedule import Schedule, Span
 from packcast.io.sinks.attributes import take_over_attributes
-from packcast.io.sinks.offered_names import check_names, folder_modes
-from packcast.io.sinks.ownership import mark_as_own, open_folder
+from packcast.io.sinks.ownership import folder_open, mark_as_own, open_folder
 from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
 from packcast.io.sinks.record import check_in_use, claim
@@ -30,13 +30,16 @@ from packcast.io.sinks.sharing import ALONE, Share, remove_after_owner
 from packcast.io.sinks.space import free_nbytes, reserve
 from packcast.io.sinks.target import (
     Target,
+    check_names,
     check_replaceable,
     clear_leftovers,
     destination_error,
+    folder_modes,
     locate,
     make_parents,
 )
 from packcast.io.work import Failure, Task
+from packcast.packed.counters import Stage
 from packcast.packed.plan import Extent
 
 _NUM_SYNC_THREADS = 8
@@ -51,7 +54,7 @@ class _State(enum.Enum):
     COMMITTED = enum.auto()  # publish was called: abort comes too late
 
 
-class WriteSink:
+class WriteSink(Sink):
     """Writes the offered files into `target`, a directory, which appears complete or not at all.
 
     Calls, in order: prepare, take_share, spans and open_files, finish, publish, from one thread.
@@ -61,8 +64,8 @@ class WriteSink:
     call, and TransferError after an abort.
     """
 
-    stage: Final = "write"
-    task: Final = Task.WRITE
+    stage: ClassVar[Stage] = "write"
+    task = Task.WRITE
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class WriteSink:
         force: bool,
         in_place: bool = False,
     ) -> None:
+        super().__init__()
         self._given = target
         self._files = tuple(files)
         self._names = frozenset(spec.name for spec in self._files)
@@ -83,7 +87,6 @@ class WriteSink:
         self.wrote = False
         self.published = False
         self._share = ALONE
-        self.notes: list[str] = []
         self._target: Target | None = None
         self._made_parents: list[str] = []
         self._holder_fd = self._partial_fd = self._claim_fd = -1
@@ -148,9 +151,6 @@ class WriteSink:
         """What kept a span from being written."""
         error = OSError(failure.errno, failure.reason)
         return destination_error(error, f"write {self._path_of(span.file)}")
-
-    def compared(self, span: Span, offset: int) -> None:
-        """Nothing is."""
 
     def finish(self) -> None:
         """After the last extent: make files and folders durable, with their times.
@@ -264,12 +264,8 @@ class WriteSink:
             if not folder:
                 continue  # the partial directory itself
             above, _, last = folder.rpartition("/")
-            with self._while_wanted():
-                above_fd = open_folder(self._partial_fd, above)
-                try:
-                    os.mkdir(last, mode, dir_fd=above_fd)
-                finally:
-                    os.close(above_fd)
+            with self._while_wanted(), folder_open(self._partial_fd, above) as above_fd:
+                os.mkdir(last, mode, dir_fd=above_fd)
 
     def _make_file(self, index: int) -> None:
         with self._while_wanted():
@@ -388,13 +384,10 @@ class WriteSink:
     def _open(self, index: int, flags: int) -> int:
         spec = self._files[index]
         folder, _, last = spec.name.rpartition("/")
-        folder_fd = open_folder(self._partial_fd, folder)
-        try:
-            # With its final mode from the start, so that no other user can open it.
-            mode = spec.mode | stat.S_IRUSR | stat.S_IWUSR
+        # With its final mode from the start, so that no other user can open it.
+        mode = spec.mode | stat.S_IRUSR | stat.S_IWUSR
+        with folder_open(self._partial_fd, folder) as folder_fd:
             return os.open(last, flags, mode, dir_fd=folder_fd)
-        finally:
-            os.close(folder_fd)
 
     def _reopen(self, index: int) -> int:
         self._raise_if_aborted()
