@@ -15,6 +15,7 @@ from packcast.control.rank_info import MAX_RANK, Rank
 from packcast.units import KIB, MIB
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
+CopyId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
 Nbytes = Annotated[int, Field(ge=0, le=1 << 63)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -31,9 +32,11 @@ class RankAssignment(Message, kind=32, by="sender"):
 
 
 class Prepared(Message, kind=33, by="worker"):
-    """A worker's sink has its space: before READY. `directory` is the device and inode of the
-    partial directory that it could write into; `owns`: it has made that."""
+    """A worker's sink has its space: before READY. `copy_id` names the partial directory that its
+    copy comes from, `directory` is its device and inode where the worker could write into it;
+    `owns`: it has made that."""
 
+    copy_id: CopyId | None
     directory: tuple[Inode, Inode] | None
     owns: bool
 

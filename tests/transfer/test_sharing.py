@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from packcast.io.sinks.ownership import RECORD
+from packcast.io.sinks.sharing import ALONE
 from packcast.packed.plan import TURN
 from packcast.transfer.protocol import Prepared
-from packcast.transfer.sharing import shares_of
+from packcast.transfer.sharing import owners_of, shares_of
 from tests.helpers.checkpoints import same_tree
 from tests.helpers.commands import PACKCAST, Commands, free_port, rank_environment, wait_all
 from tests.transfer.offers import member
@@ -20,20 +21,51 @@ from tests.transfer.offers import member
 SMALL_RING = ("--buffer-size", "1MiB", "--num-buffers", "2")
 
 
+ONE, OTHER = "1" * 32, "a" * 32
+
+
+def prepared(
+    copy_id: str | None, directory: tuple[int, int] | None = (1, 1 << 63), *, owns: bool = False
+) -> Prepared:
+    return Prepared(copy_id=copy_id, directory=directory, owns=owns)
+
+
 def test_who_shares_sees_the_owners_directory_on_the_owners_host() -> None:
-    infos = [member(rank, host="b" if rank >= 5 else "a") for rank in range(8)]
-    one, other = (1, 1 << 63), (2, 7)
-    prepared = {
-        1: Prepared(directory=one, owns=False),
-        2: Prepared(directory=other, owns=True),
-        3: Prepared(directory=one, owns=True),
-        4: Prepared(directory=None, owns=False),
-        5: Prepared(directory=one, owns=False),
-        6: Prepared(directory=one, owns=False),
-        7: Prepared(directory=other, owns=False),
+    infos = [member(rank, host="b" if rank >= 5 else "a") for rank in range(10)]
+    said = {
+        1: prepared(ONE),
+        2: prepared(OTHER, (2, 7), owns=True),
+        3: prepared(ONE, owns=True),
+        4: prepared(ONE, None),
+        5: prepared(ONE),
+        6: prepared(ONE),
+        7: prepared(OTHER, (2, 7)),
+        8: prepared(None, None),
+        9: prepared("b" * 32),
     }
-    found = {rank: (it.index, it.count) for rank, it in shares_of(infos, prepared).items()}
-    assert found == {1: (1, 2), 3: (0, 2)} | dict.fromkeys((2, 4, 5, 6, 7), (0, 1))
+    found = {rank: (it.index, it.count) for rank, it in shares_of(infos, said).items()}
+    assert found == {1: (1, 2), 3: (0, 2)} | dict.fromkeys((2, 4, 5, 6, 7, 8, 9), (0, 1))
+    assert owners_of(said) == {1: 3, 4: 3, 5: 3, 6: 3, 7: 2}
+
+
+@pytest.mark.parametrize("ids", [(ONE, OTHER), (ONE, ONE)])
+def test_two_owners_do_not_share_whatever_their_hosts_and_directories_are_called(
+    ids: tuple[str, str],
+) -> None:
+    """Clones of a machine have one boot id, and their disks' inodes the same numbers: each would
+    publish half a copy."""
+    infos = [member(rank, host="a") for rank in range(5)]
+    said = {
+        1: prepared(ids[0], owns=True),
+        2: prepared(ids[1], owns=True),
+    }
+    assert set(shares_of(infos, said).values()) == {ALONE}
+
+
+def test_who_has_another_directory_of_the_same_numbers_gets_no_share_of_it() -> None:
+    infos = [member(rank, host="a") for rank in range(5)]
+    said = {1: prepared(ONE, owns=True), 2: prepared(OTHER), 3: prepared(ONE, (3, 1))}
+    assert set(shares_of(infos, said).values()) == {ALONE}
 
 
 def test_ranks_of_one_host_write_one_directory_together(

@@ -10,6 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import secrets
 import socket
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ _RECORD_LIMIT_S = 2.0  # from making a partial directory to its record
 _LOOK_S = 0.02
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = "/proc/self/ns/pid"
+_NONCE = re.compile(r"[0-9a-f]{32}")
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # unused: certainly; used: its process runs; unknown: cannot be told.
@@ -54,6 +57,7 @@ def claim(partial_fd: int) -> int:
         "boot_id": _boot_id(),
         "pid_namespace": _pid_namespace(),
         "locked": locked,
+        "nonce": secrets.token_hex(16),
     }
     try:
         os.write(fd, json.dumps(record).encode("ascii"))
@@ -63,8 +67,14 @@ def claim(partial_fd: int) -> int:
     return fd
 
 
-def check_in_use(holder_fd: int, name: str, path: str) -> None:
-    """Raise DestinationError unless another rank of this transfer holds the partial directory.
+def nonce_of(record_fd: int) -> str | None:
+    """What no other partial directory has, on whatever host; None without a record of this kind."""
+    nonce = (_read_record(record_fd) or {}).get("nonce")
+    return nonce if isinstance(nonce, str) and _NONCE.fullmatch(nonce) else None
+
+
+def check_in_use(holder_fd: int, name: str, path: str) -> str | None:
+    """The directory's nonce; DestinationError unless another rank of this transfer holds it.
 
     Otherwise this rank would drop its bytes although no rank writes them. A directory that was made
     just now gets its record within the limit.
@@ -77,12 +87,14 @@ def check_in_use(holder_fd: int, name: str, path: str) -> None:
             raise _in_the_way(path) from error
         try:
             record_fd, state, owner = look(folder_fd)
+            nonce = None
             if record_fd >= 0:
+                nonce = nonce_of(record_fd)
                 os.close(record_fd)
         finally:
             os.close(folder_fd)
         if state != "unused" and owner is not None:
-            return
+            return nonce
         if state == "unused" or time.monotonic() > deadline:
             raise _in_the_way(path)
         time.sleep(_LOOK_S)
@@ -159,6 +171,7 @@ def _read_record(fd: int) -> dict[str, object] | None:
             "boot_id": record["boot_id"],
             "pid_namespace": record["pid_namespace"],
             "locked": record["locked"] is True,
+            "nonce": record.get("nonce"),
         }
     except (OSError, ValueError, KeyError, TypeError):
         return None
