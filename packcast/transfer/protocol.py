@@ -103,5 +103,10 @@ class Published(Message, kind=40, by="worker", limit=64 * KIB):
     hint: Sentence | None
 
 
-class Done(Message, kind=41, by="sender"):
-    """Every worker has said what became of its copy."""
+class Done(Message, kind=41, by="sender", limit=64 * KIB):
+    """Every worker has said what became of its copy; `code` is not 0 where another rank was to
+    publish this one's, and has not."""
+
+    code: Annotated[int, Field(ge=0, le=255)] = 0
+    error: Sentence | None = None
+    hint: Sentence | None = None

@@ -41,7 +41,9 @@ from packcast.transfer.offer import Offer, Selection
 from packcast.transfer.protocol import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.results import (
     agreed_digests,
+    done_for,
     facts_of,
+    failure_told_by,
     failures_of,
     make_report,
     proof_of,
@@ -125,7 +127,7 @@ def send(
     exit_handler.on_abandon(data_plane.abandon)
     server.follow(data_plane.position, data_plane.progress)
     data_plane.read_ahead()
-    hand_out_shares(server, infos, settings.join_timeout_s)
+    owners = hand_out_shares(server, infos, settings.join_timeout_s)
     sums = _await_ready(server, offer, settings.join_timeout_s)
 
     view.phase("start")
@@ -163,8 +165,9 @@ def send(
     server.commit()
     server.broadcast(Commit())
     published = server.gather(Published, _finish_limit_s(settings, offer))
-    server.broadcast(Done())
-    failures = failures_of(workers, proofs, published, server.lost)
+    failures = failures_of(workers, proofs, published, server.lost, owners)
+    for rank in workers:
+        server.send(rank, done_for(rank, owners, failures))
     server.close()
 
     view.phase("done")
@@ -249,8 +252,11 @@ def receive(
         client.commit()
         fault = _publish(sink)
         client.send(published_by(sink, fault))
+    patience_s = _PATIENCE_S
+    if isinstance(sink, WriteSink) and not sink.wrote:
+        patience_s += _finish_limit_s(settings, offer)  # for who publishes it
     with suppress(TransferError):  # published is published, whatever became of the sender
-        client.expect(Done, _PATIENCE_S)
+        fault = fault or failure_told_by(client.expect(Done, patience_s))
     if client.lost:
         view.warn(f"{client.lost}, after this rank had published")
     client.close()
