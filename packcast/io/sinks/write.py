@@ -299,10 +299,16 @@ class WriteSink:
                 sync_folder(self._partial_fd, folder)
 
     def _finish_shared(self, target: Target) -> None:
+        """What cannot be finished now is no copy: nobody else would remove it after COMMIT."""
         try:
             self._finish_files(is_last=True)
-        except OSError as error:
-            raise destination_error(error, f"publish {target.path}") from error
+        except BaseException as error:
+            self._table.close()
+            with self._removal_lock:
+                self._remove()
+            if isinstance(error, OSError):
+                raise destination_error(error, f"publish {target.path}") from error
+            raise
 
     def _finish_file(self, index: int, *, is_last: bool) -> None:
         spec = self._files[index]
