@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,15 @@ from packcast.packed.plan import TURN
 from packcast.transfer.protocol import Prepared
 from packcast.transfer.sharing import owners_of, shares_of
 from tests.helpers.checkpoints import same_tree
-from tests.helpers.commands import PACKCAST, Commands, free_port, rank_environment, wait_all
+from tests.helpers.commands import (
+    PACKCAST,
+    Command,
+    Commands,
+    eventually,
+    free_port,
+    rank_environment,
+    wait_all,
+)
 from tests.transfer.offers import member
 
 SMALL_RING = ("--buffer-size", "1MiB", "--num-buffers", "2")
@@ -128,3 +137,48 @@ def test_what_one_of_them_cannot_write_ends_all(
     assert [end.returncode for end in ends] == [7, 7, 7], [end.stderr for end in ends]
     assert all("larger than the file system or a limit allows" in end.sentence for end in ends)
     assert not os.listdir(tmp_path)
+
+
+def having_open(folder: Path, ranks: Sequence[Command]) -> list[Command]:
+    return [
+        rank
+        for rank in ranks
+        if str(folder) in map(os.path.realpath, Path(f"/proc/{rank.pid}/fd").iterdir())
+    ]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_when_the_owner_does_not_publish_nobody_says_that_there_is_a_copy(
+    commands: Commands, large: Path, tmp_path: Path, is_killed: bool
+) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    disk = commands.held_disk(None)
+    recv = ("recv", "--out", out)
+    ranks = commands.start_ranks(
+        ("send", large, *SMALL_RING, "--json", report),
+        recv,
+        recv,
+        ("recv", "--out", tmp_path / "own"),
+        disks={1: disk, 2: disk},
+    )
+    commands.await_reached(disk)
+    (partial,) = tmp_path.glob(".out.packcast-*")
+    assert not (partial / RECORD).exists()  # it is complete
+    eventually(lambda: len(having_open(partial, ranks[1:3])) == 1, "the helper's end")
+    (owner,) = having_open(partial, ranks[1:3])
+    if is_killed:
+        owner.kill()
+    else:
+        out.mkdir()
+        (out / "notes.txt").touch()
+    disk.release()
+    rest = [rank for rank in ranks if rank is not owner]
+    code = 5 if is_killed else 7
+    ends = wait_all(rest, 20)
+    assert [end.returncode for end in ends] == [code, code, 0], [end.stderr for end in ends]
+    what = f"lost rank {ranks.index(owner)} (" if is_killed else "exists and is not empty"
+    assert all(what in end.sentence for end in ends[:2])
+    told = {each["rank"]: each["ok"] for each in json.loads(report.read_text())["group"]["ranks"]}
+    assert told == {0: True, 1: False, 2: False, 3: True}
+    assert "complete on rank 3" in ends[0].sentence
