@@ -6,9 +6,9 @@ Kinds 32 to 63 are the transfer's.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from packcast.control.messages import Message, Sentence
 from packcast.control.rank_info import MAX_RANK, Rank
@@ -46,6 +46,12 @@ class WritingShare(Message, kind=34, by="sender"):
 
     index: Rank
     count: Annotated[int, Field(ge=1, le=MAX_RANK + 1)]
+
+    @model_validator(mode="after")
+    def _check_index(self) -> Self:
+        if self.index >= self.count:  # whose bytes nobody would write
+            raise ValueError(f"there is no share {self.index} of {self.count}")
+        return self
 
 
 class Ready(Message, kind=35, by="worker"):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from packcast.control.frames import ProtocolError
+from packcast.control.messages import decode
 from packcast.io.sinks.ownership import RECORD
 from packcast.io.sinks.sharing import ALONE
 from packcast.packed.plan import TURN
-from packcast.transfer.protocol import Prepared
+from packcast.transfer.protocol import Prepared, WritingShare
 from packcast.transfer.sharing import owners_of, shares_of
 from tests.helpers.checkpoints import same_tree
 from tests.helpers.commands import (
@@ -75,6 +77,12 @@ def test_who_has_another_directory_of_the_same_numbers_gets_no_share_of_it() -> 
     infos = [member(rank, host="a") for rank in range(5)]
     said = {1: prepared(ONE, owns=True), 2: prepared(OTHER), 3: prepared(ONE, (3, 1))}
     assert set(shares_of(infos, said).values()) == {ALONE}
+
+
+def test_a_share_that_there_is_not_is_refused() -> None:
+    assert decode(WritingShare.kind, b'{"index": 1, "count": 2}')
+    with pytest.raises(ProtocolError, match="there is no share 2 of 2"):
+        decode(WritingShare.kind, b'{"index": 2, "count": 2}')
 
 
 def test_ranks_of_one_host_write_one_directory_together(
