@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LONGEST_PAUSE_S = 0.1
 _REACH_LIMIT_S = 10.0  # a lost SYN is sent again after 1, 3 and 7 s
-_NCCL_DEFAULT = "^docker,lo,virbr"  # what NCCL tries first
+_NCCL_DEFAULTS = ("ib", "^docker,lo,virbr", "docker", "lo")  # what NCCL tries, one after the other
 
 
 class _Listener(BaseModel):
@@ -158,7 +158,9 @@ def _nccl_address(interface: str | None) -> tuple[str | None, str | None]:
         for address, name in interfaces()
         if family in (None, 6 if ":" in address else 4)
     ]
-    chosen = chosen_by_nccl(wanted or _NCCL_DEFAULT, (name for name, _ in here))
+    names = [name for name, _ in here]
+    choices = (chosen_by_nccl(each, names) for each in ([wanted] if wanted else _NCCL_DEFAULTS))
+    chosen = next((name for name in choices if name is not None), None)
     return next((pair for pair in here if pair[0] == chosen), (None, None))
 
 

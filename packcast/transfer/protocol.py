@@ -5,15 +5,16 @@ Those of the control channel itself, OFFER and COMMIT are in control/messages.py
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 from packcast.control.messages import Message, Sentence
 from packcast.control.rank_info import MAX_RANK, Rank
 from packcast.units import KIB, MIB
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{1,128}$")]
+CopyId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
 Nbytes = Annotated[int, Field(ge=0, le=1 << 63)]
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -33,10 +34,11 @@ class RankAssignment(Message, kind=32, by="sender"):
 class Prepared(Message, kind=33, by="worker"):
     """A worker's sink has its space: before READY.
 
-    `directory` is the device and inode of the partial directory that it could write into; `owns`:
-    this worker has made it.
+    `copy_id` identifies the partial directory of its copy, `directory` is its device and inode if
+    the worker can write into it; `owns`: this worker has made it.
     """
 
+    copy_id: CopyId | None
     directory: tuple[Inode, Inode] | None
     owns: bool
 
@@ -46,6 +48,12 @@ class WritingShare(Message, kind=34, by="sender"):
 
     index: Rank
     count: NumRanks
+
+    @model_validator(mode="after")
+    def _check_index(self) -> Self:
+        if self.index >= self.count:  # whose bytes nobody would write
+            raise ValueError(f"there is no share {self.index} of {self.count}")
+        return self
 
 
 class Ready(Message, kind=35, by="worker"):
@@ -103,5 +111,12 @@ class Published(Message, kind=40, by="worker", limit=64 * KIB):
     hint: Sentence | None
 
 
-class Done(Message, kind=41, by="sender"):
-    """The sender has every worker's PUBLISHED."""
+class Done(Message, kind=41, by="sender", limit=64 * KIB):
+    """The sender has every worker's PUBLISHED.
+
+    `code` is not 0 if another rank was to publish this worker's copy, and has not.
+    """
+
+    code: Annotated[int, Field(ge=0, le=255)] = 0
+    error: Sentence | None = None
+    hint: Sentence | None = None

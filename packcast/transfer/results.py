@@ -18,7 +18,7 @@ from packcast.report import RankReport, Report, StageReport, ranks_text
 from packcast.settings import Settings
 from packcast.transfer.data_plane import DataPhaseResult
 from packcast.transfer.offer import Offer
-from packcast.transfer.protocol import Proved, Published, StageFigures
+from packcast.transfer.protocol import Done, Proved, Published, StageFigures
 
 _MAX_SENTENCES = 8
 
@@ -97,8 +97,12 @@ def failures_of(
     proofs: Mapping[int, Proved],
     published: Mapping[int, Published],
     lost: Mapping[int, str],
+    owners: Mapping[int, int] | None = None,
 ) -> dict[int, PackcastError]:
-    """What went wrong on which worker, after the point of no return; empty if nothing did."""
+    """What went wrong on which worker, after the point of no return; empty if nothing did.
+
+    `owners`: which other rank publishes a worker's copy, as in `hand_out_shares`.
+    """
     failures: dict[int, PackcastError] = {}
     for rank in workers:
         last = published.get(rank)
@@ -111,7 +115,27 @@ def failures_of(
             )
         elif difference := proofs[rank].difference:
             failures[rank] = VerificationError(difference)
+    for rank, owner in (owners or {}).items():
+        if owner in failures:
+            failures.setdefault(rank, failures[owner])
     return failures
+
+
+def done_for(rank: int, owners: Mapping[int, int], failures: Mapping[int, PackcastError]) -> Done:
+    """The last word to a worker; it knows of its own failure, but not of its owner's."""
+    fault = failures.get(owners.get(rank, -1))
+    if fault is None:
+        return Done()
+    return Done(code=fault.exit_code, error=fault.message, hint=fault.hint)
+
+
+def failure_told_by(done: Done) -> PackcastError | None:
+    """Why there is no copy, although this worker did its part."""
+    return (
+        error_from_code(done.code, done.error or "it gave no reason", done.hint)
+        if done.code
+        else None
+    )
 
 
 def facts_of(proof: Proved, published: Published | None) -> dict[str, object]:

@@ -13,11 +13,17 @@ from packcast.io.sinks.write import WriteSink
 from packcast.transfer.protocol import Prepared, WritingShare
 
 
-def hand_out_shares(server: ControlServer, infos: Sequence[RankInfo], timeout_s: float) -> None:
-    """Once every worker has prepared its sink: tell each what of its copy it writes. The sender."""
+def hand_out_shares(
+    server: ControlServer, infos: Sequence[RankInfo], timeout_s: float
+) -> dict[int, int]:
+    """Once every worker has prepared its sink: tell each what of its copy it writes. The sender.
+
+    Which other rank publishes a worker's copy, by worker, where one does.
+    """
     prepared = server.gather(Prepared, timeout_s)
     for rank, share in shares_of(infos, prepared).items():
         server.send(rank, WritingShare(index=share.index, count=share.count))
+    return owners_of(prepared)
 
 
 def take_share(sink: Sink, client: ControlClient, timeout_s: float) -> None:
@@ -25,9 +31,10 @@ def take_share(sink: Sink, client: ControlClient, timeout_s: float) -> None:
 
     Every worker, after `prepare`.
     """
-    directory = sink.partial_identity if isinstance(sink, WriteSink) else None
-    owns = isinstance(sink, WriteSink) and sink.wrote
-    client.send(Prepared(directory=directory, owns=owns))
+    prepared = Prepared(copy_id=None, directory=None, owns=False)
+    if isinstance(sink, WriteSink):
+        prepared = Prepared(copy_id=sink.copy_id, directory=sink.partial_identity, owns=sink.wrote)
+    client.send(prepared)
     share = client.expect(WritingShare, timeout_s)
     if isinstance(sink, WriteSink):
         sink.take_share(Share(share.index, share.count))
@@ -36,15 +43,26 @@ def take_share(sink: Sink, client: ControlClient, timeout_s: float) -> None:
 def shares_of(infos: Sequence[RankInfo], prepared: Mapping[int, Prepared]) -> dict[int, Share]:
     """Each worker's share: of what its owner and the other ranks of the same host have open.
 
-    The owner's is the first. Who has no such directory, or sees it from another host, is alone.
+    The owner's is the first. Who has no such directory, or sees it from another host or through
+    another mount, is alone: what one of them took for the owner's by mistake would have holes.
     """
     hosts = {info.known_rank: info.boot_id for info in infos}
-    sharing: dict[tuple[str, tuple[int, int]], list[int]] = {}
+    sharing: dict[tuple[str, str, tuple[int, int]], list[int]] = {}
     for rank, it in sorted(prepared.items(), key=lambda item: (not item[1].owns, item[0])):
-        if it.directory is not None:
-            sharing.setdefault((hosts[rank], it.directory), []).append(rank)
+        if it.directory is not None and it.copy_id is not None:
+            sharing.setdefault((hosts[rank], it.copy_id, it.directory), []).append(rank)
     shares = dict.fromkeys(prepared, Share(0, 1))
     for ranks in sharing.values():
-        if prepared[ranks[0]].owns:
+        if [prepared[rank].owns for rank in ranks[:2]] == [True, False]:
             shares.update({rank: Share(i, len(ranks)) for i, rank in enumerate(ranks)})
     return shares
+
+
+def owners_of(prepared: Mapping[int, Prepared]) -> dict[int, int]:
+    """Who publishes the copy of each worker that has not made its directory itself."""
+    owners = {it.copy_id: rank for rank, it in prepared.items() if it.owns}
+    return {
+        rank: owners[it.copy_id]
+        for rank, it in prepared.items()
+        if it.copy_id is not None and not it.owns and it.copy_id in owners
+    }

@@ -41,7 +41,9 @@ from packcast.transfer.offer import Offer
 from packcast.transfer.protocol import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.results import (
     agreed_digests,
+    done_for,
     facts_of,
+    failure_told_by,
     failures_of,
     make_report,
     proof_of,
@@ -121,7 +123,7 @@ def send(
     _allow_device_start(server, offer)
     reader = FileReader(files, checkpoint.files)
     data_plane = _start_data_plane(server, exit_handler, offer, offer.chunks(), reader, sink=None)
-    hand_out_shares(server, infos, settings.join_timeout_s)
+    owners = hand_out_shares(server, infos, settings.join_timeout_s)
     sums = await_ready(server, offer, settings.join_timeout_s)
 
     view.phase("start")
@@ -161,8 +163,9 @@ def send(
     server.commit()
     server.broadcast(Commit())
     published = server.gather(Published, _finish_limit_s(settings, offer))
-    server.broadcast(Done())
-    failures = failures_of(workers, proofs, published, server.lost)
+    failures = failures_of(workers, proofs, published, server.lost, owners)
+    for rank in workers:
+        server.send(rank, done_for(rank, owners, failures))
     server.close()
 
     view.phase("done")
@@ -241,8 +244,13 @@ def receive(
         client.commit()
         published = _publish(sink)
         client.send(published)
+    patience_s = _PATIENCE_S
+    if isinstance(sink, WriteSink) and not sink.wrote:
+        patience_s += _finish_limit_s(settings, offer)  # for the rank that publishes it
     with suppress(TransferError):  # published is published, even if the sender is lost
-        client.expect(Done, _PATIENCE_S)
+        done = client.expect(Done, patience_s)
+        if done.code and not published.code:
+            published = published_by(sink, failure_told_by(done))
     if client.lost:
         view.warn(f"{client.lost}, after this rank had published")
     client.close()

@@ -163,3 +163,25 @@ def test_nccl_is_not_started_where_ranks_do_not_reach_each_other() -> None:
 )
 def test_the_interface_is_chosen_as_nccl_chooses_it(wanted: str, chosen: str | None) -> None:
     assert chosen_by_nccl(wanted, ["lo", "eth10", "eth1", "ib0"]) == chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["lo", "eth0", "ib0"], "ib0"),
+        (["lo", "docker0", "eth0"], "eth0"),
+        (["lo", "docker0"], "docker0"),
+        (["lo"], "lo"),
+    ],
+)
+def test_where_no_interface_is_given_it_is_the_one_that_nccl_prefers(
+    names: list[str], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("NCCL_SOCKET_FAMILY", raising=False)
+    addresses = {f"10.0.0.{i}": name for i, name in enumerate(names)}
+    monkeypatch.setattr(reach, "interfaces", lambda: iter(addresses.items()))
+    name, address = reach._nccl_address(None)
+    assert name == chosen
+    assert address is not None
+    assert addresses[address] == chosen

@@ -22,7 +22,9 @@ from packcast.transfer.data_plane import DataPhaseResult
 from packcast.transfer.protocol import Proved, Published
 from packcast.transfer.results import (
     agreed_digests,
+    done_for,
     facts_of,
+    failure_told_by,
     failures_of,
     make_report,
     proof_of,
@@ -66,6 +68,20 @@ def proved(*digests: str) -> Proved:
 
 def failed(error: str | None, code: int) -> Published:
     return GOOD.model_copy(update={"error": error, "code": code})
+
+
+def test_who_wrote_a_share_has_no_copy_where_its_owner_has_not_published() -> None:
+    proofs = dict.fromkeys((1, 2, 3), PROVED)
+    said = {1: failed("no space", 7), 2: GOOD, 3: GOOD}
+    owners = {2: 1}
+    failures = failures_of([1, 2, 3], proofs, said, {}, owners)
+    sentences = {rank: failure.message for rank, failure in failures.items()}
+    assert sentences == dict.fromkeys((1, 2), "no space")
+    told = {rank: failure_told_by(done_for(rank, owners, failures)) for rank in (1, 2, 3)}
+    assert told[1] is None  # it knows
+    assert told[3] is None
+    assert told[2] is not None
+    assert (told[2].exit_code, told[2].message) == (7, "no space")
 
 
 def test_digests_that_all_found_are_the_result() -> None:

@@ -5,35 +5,84 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from packcast.control.frames import ProtocolError
+from packcast.control.messages import decode
 from packcast.io.sinks.ownership import RECORD
+from packcast.io.sinks.sharing import ALONE
 from packcast.packed.plan import TURN
-from packcast.transfer.protocol import Prepared
-from packcast.transfer.sharing import shares_of
+from packcast.transfer.protocol import Prepared, WritingShare
+from packcast.transfer.sharing import owners_of, shares_of
 from tests.helpers.checkpoints import same_tree
-from tests.helpers.commands import PACKCAST, Commands, free_port, rank_environment, wait_all
+from tests.helpers.commands import (
+    PACKCAST,
+    Command,
+    Commands,
+    eventually,
+    free_port,
+    rank_environment,
+    wait_all,
+)
 from tests.transfer.offers import member
 
 SMALL_RING = ("--buffer-size", "1MiB", "--num-buffers", "2")
 
 
+ONE, OTHER = "1" * 32, "a" * 32
+
+
+def prepared(
+    copy_id: str | None, directory: tuple[int, int] | None = (1, 1 << 63), *, owns: bool = False
+) -> Prepared:
+    return Prepared(copy_id=copy_id, directory=directory, owns=owns)
+
+
 def test_who_shares_sees_the_owners_directory_on_the_owners_host() -> None:
-    infos = [member(rank, host="b" if rank >= 5 else "a") for rank in range(8)]
-    one, other = (1, 1 << 63), (2, 7)
-    prepared = {
-        1: Prepared(directory=one, owns=False),
-        2: Prepared(directory=other, owns=True),
-        3: Prepared(directory=one, owns=True),
-        4: Prepared(directory=None, owns=False),
-        5: Prepared(directory=one, owns=False),
-        6: Prepared(directory=one, owns=False),
-        7: Prepared(directory=other, owns=False),
+    infos = [member(rank, host="b" if rank >= 5 else "a") for rank in range(10)]
+    said = {
+        1: prepared(ONE),
+        2: prepared(OTHER, (2, 7), owns=True),
+        3: prepared(ONE, owns=True),
+        4: prepared(ONE, None),
+        5: prepared(ONE),
+        6: prepared(ONE),
+        7: prepared(OTHER, (2, 7)),
+        8: prepared(None, None),
+        9: prepared("b" * 32),
     }
-    found = {rank: (it.index, it.count) for rank, it in shares_of(infos, prepared).items()}
-    assert found == {1: (1, 2), 3: (0, 2)} | dict.fromkeys((2, 4, 5, 6, 7), (0, 1))
+    found = {rank: (it.index, it.count) for rank, it in shares_of(infos, said).items()}
+    assert found == {1: (1, 2), 3: (0, 2)} | dict.fromkeys((2, 4, 5, 6, 7, 8, 9), (0, 1))
+    assert owners_of(said) == {1: 3, 4: 3, 5: 3, 6: 3, 7: 2}
+
+
+@pytest.mark.parametrize("ids", [(ONE, OTHER), (ONE, ONE)])
+def test_two_owners_do_not_share_whatever_their_hosts_and_directories_are_called(
+    ids: tuple[str, str],
+) -> None:
+    """Clones of a machine have one boot id, and their disks' inodes the same numbers: each would
+    publish half a copy."""
+    infos = [member(rank, host="a") for rank in range(5)]
+    said = {
+        1: prepared(ids[0], owns=True),
+        2: prepared(ids[1], owns=True),
+    }
+    assert set(shares_of(infos, said).values()) == {ALONE}
+
+
+def test_who_has_another_directory_of_the_same_numbers_gets_no_share_of_it() -> None:
+    infos = [member(rank, host="a") for rank in range(5)]
+    said = {1: prepared(ONE, owns=True), 2: prepared(OTHER), 3: prepared(ONE, (3, 1))}
+    assert set(shares_of(infos, said).values()) == {ALONE}
+
+
+def test_a_share_that_there_is_not_is_refused() -> None:
+    assert decode(WritingShare.kind, b'{"index": 1, "count": 2}')
+    with pytest.raises(ProtocolError, match="there is no share 2 of 2"):
+        decode(WritingShare.kind, b'{"index": 2, "count": 2}')
 
 
 def test_ranks_of_one_host_write_one_directory_together(
@@ -96,3 +145,48 @@ def test_what_one_of_them_cannot_write_ends_all(
     assert [end.returncode for end in ends] == [7, 7, 7], [end.stderr for end in ends]
     assert all("larger than the file system or a limit allows" in end.sentence for end in ends)
     assert not os.listdir(tmp_path)
+
+
+def having_open(folder: Path, ranks: Sequence[Command]) -> list[Command]:
+    return [
+        rank
+        for rank in ranks
+        if str(folder) in map(os.path.realpath, Path(f"/proc/{rank.pid}/fd").iterdir())
+    ]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_when_the_owner_does_not_publish_nobody_says_that_there_is_a_copy(
+    commands: Commands, large: Path, tmp_path: Path, is_killed: bool
+) -> None:
+    out, report = tmp_path / "out", tmp_path / "report.json"
+    disk = commands.held_disk(None)
+    recv = ("recv", "--out", out)
+    ranks = commands.start_ranks(
+        ("send", large, *SMALL_RING, "--json", report),
+        recv,
+        recv,
+        ("recv", "--out", tmp_path / "own"),
+        disks={1: disk, 2: disk},
+    )
+    commands.await_reached(disk)
+    (partial,) = tmp_path.glob(".out.packcast-*")
+    assert not (partial / RECORD).exists()  # it is complete
+    eventually(lambda: len(having_open(partial, ranks[1:3])) == 1, "the helper's end")
+    (owner,) = having_open(partial, ranks[1:3])
+    if is_killed:
+        owner.kill()
+    else:
+        out.mkdir()
+        (out / "notes.txt").touch()
+    disk.release()
+    rest = [rank for rank in ranks if rank is not owner]
+    code = 5 if is_killed else 7
+    ends = wait_all(rest, 20)
+    assert [end.returncode for end in ends] == [code, code, 0], [end.stderr for end in ends]
+    what = f"lost rank {ranks.index(owner)} (" if is_killed else "exists and is not empty"
+    assert all(what in end.sentence for end in ends[:2])
+    told = {each["rank"]: each["ok"] for each in json.loads(report.read_text())["group"]["ranks"]}
+    assert told == {0: True, 1: False, 2: False, 3: True}
+    assert "complete on rank 3" in ends[0].sentence

@@ -10,6 +10,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -28,6 +30,8 @@ _RECORD_LIMIT_S = 2.0  # from making a partial directory to its record
 _LOOK_S = 0.02
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = "/proc/self/ns/pid"
+_RECORD_FLAGS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NONCE = re.compile(r"[0-9a-f]{32}")
 
 # unused: verified; used: its process runs; unknown: no lock or record to decide by.
 State = Literal["unused", "used", "unknown"]
@@ -55,6 +59,7 @@ def claim(partial_fd: int) -> int:
         "boot_id": _boot_id(),
         "pid_namespace": _pid_namespace(),
         "locked": locked,
+        "nonce": secrets.token_hex(16),
     }
     try:
         os.write(fd, json.dumps(record).encode("ascii"))
@@ -64,8 +69,25 @@ def claim(partial_fd: int) -> int:
     return fd
 
 
-def check_in_use(holder_fd: int, name: str, path: str) -> None:
-    """Raise DestinationError unless another rank of this transfer holds the partial directory.
+def nonce_of(record_fd: int) -> str | None:
+    """What no other partial directory has, on whatever host; None without a record of this kind."""
+    nonce = (_read_record(record_fd) or {}).get("nonce")
+    return nonce if isinstance(nonce, str) and _NONCE.fullmatch(nonce) else None
+
+
+def _nonce_in(folder_fd: int) -> str | None:
+    try:
+        record_fd = os.open(RECORD, os.O_RDONLY | _RECORD_FLAGS, dir_fd=folder_fd)
+    except OSError:
+        return None
+    try:
+        return nonce_of(record_fd)
+    finally:
+        os.close(record_fd)
+
+
+def check_in_use(holder_fd: int, name: str, path: str) -> str | None:
+    """The directory's nonce; DestinationError unless another rank of this transfer holds it.
 
     Otherwise this rank would drop its bytes although no rank writes them. A directory that was made
     just now gets its record within the limit.
@@ -74,11 +96,11 @@ def check_in_use(holder_fd: int, name: str, path: str) -> None:
     while True:
         try:
             with folder_open(holder_fd, name) as folder_fd, look(folder_fd) as (state, owner):
-                pass
+                nonce = _nonce_in(folder_fd)
         except OSError as error:
             raise _in_the_way(path) from error
         if state != "unused" and owner is not None:
-            return
+            return nonce
         if state == "unused" or time.monotonic() > deadline:
             raise _in_the_way(path)
         time.sleep(_LOOK_S)
@@ -107,9 +129,8 @@ def give_up_claim(partial_fd: int, claim_fd: int) -> None:
 @contextmanager
 def look(folder_fd: int) -> Iterator[tuple[State, str | None]]:
     """State and owner of a partial directory. If it is unused, the block holds the lock."""
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        fd = os.open(RECORD, flags, dir_fd=folder_fd)
+        fd = os.open(RECORD, os.O_RDWR | _RECORD_FLAGS, dir_fd=folder_fd)
     except OSError:
         fd = -1
     if fd < 0:
@@ -165,6 +186,7 @@ def _read_record(fd: int) -> dict[str, object] | None:
             "boot_id": record["boot_id"],
             "pid_namespace": record["pid_namespace"],
             "locked": record["locked"] is True,
+            "nonce": record.get("nonce"),
         }
     except (OSError, ValueError, KeyError, TypeError):
         return None

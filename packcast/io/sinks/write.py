@@ -25,7 +25,7 @@ from packcast.io.sinks.attributes import take_over_attributes
 from packcast.io.sinks.ownership import folder_open, mark_as_own, open_folder
 from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.publish import NotDurable, publish, seal, sync_folder, sync_parents_of
-from packcast.io.sinks.record import check_in_use, claim
+from packcast.io.sinks.record import check_in_use, claim, nonce_of
 from packcast.io.sinks.sharing import ALONE, Share, remove_after_owner
 from packcast.io.sinks.space import free_nbytes, reserve
 from packcast.io.sinks.target import (
@@ -86,6 +86,7 @@ class WriteSink(Sink):
         self._in_place = in_place
         self.wrote = False
         self.published = False
+        self.copy_id: str | None = None  # the same for all sinks of one partial directory alone
         self._share = ALONE
         self._target: Target | None = None
         self._made_parents: list[str] = []
@@ -237,7 +238,7 @@ class WriteSink(Sink):
             try:
                 os.mkdir(target.partial, self._folders[""], dir_fd=self._holder_fd)
             except FileExistsError:
-                check_in_use(self._holder_fd, target.partial, target.partial_path)
+                self.copy_id = check_in_use(self._holder_fd, target.partial, target.partial_path)
                 self._open_others_partial(target)
                 return False
             except OSError as error:
@@ -246,6 +247,7 @@ class WriteSink(Sink):
             self._partial_fd = open_folder(self._holder_fd, target.partial)
             try:
                 self._claim_fd = claim(self._partial_fd)
+                self.copy_id = nonce_of(self._claim_fd)
             except OSError as error:
                 raise destination_error(error, f"write into {target.holder}") from error
             if target.mode is not None:
@@ -293,10 +295,16 @@ class WriteSink(Sink):
                 sync_folder(self._partial_fd, folder)
 
     def _finish_shared(self, target: Target) -> None:
+        """What cannot be finished now is no copy: nobody else would remove it after COMMIT."""
         try:
             self._finish_files(is_last=True)
-        except OSError as error:
-            raise destination_error(error, f"publish {target.path}") from error
+        except BaseException as error:
+            self._table.close()
+            with self._removal_lock:
+                self._remove()
+            if isinstance(error, OSError):
+                raise destination_error(error, f"publish {target.path}") from error
+            raise
 
     def _finish_file(self, index: int, *, is_last: bool) -> None:
         spec = self._files[index]
