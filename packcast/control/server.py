@@ -15,7 +15,7 @@ from packcast.control.addresses import is_loopback, text_of
 from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import Progress, heartbeat_interval_s
-from packcast.control.membership import Expected, Membership
+from packcast.control.membership import Expected, Membership, listed
 from packcast.control.messages import Hello, Joined, Message, Welcome, limits_by
 from packcast.control.rank_info import RankInfo
 from packcast.errors import RendezvousError, TransferError
@@ -23,8 +23,6 @@ from packcast.errors import RendezvousError, TransferError
 M = TypeVar("M", bound=Message)
 
 OnJoin = Callable[[RankInfo, int, int], None]
-
-_MAX_NAMED = 8
 
 
 class ControlServer(Channel):
@@ -273,10 +271,7 @@ class ControlServer(Channel):
             for rank, connection in sorted(self._by_rank.items())
             if rank not in self._gone and rank not in ranks
         ]
-        more = f" and {len(silent) - _MAX_NAMED} more" if len(silent) > _MAX_NAMED else ""
-        raise TransferError(
-            f"no {kind.__name__} from {', '.join(silent[:_MAX_NAMED])}{more} within {timeout_s:g} s"
-        )
+        raise TransferError(f"no {kind.__name__} from {listed(silent)} within {timeout_s:g} s")
 
     def _part(self, incident: Incident) -> None:
         # Without a launcher another worker may join; a launcher's rank does not come again.
