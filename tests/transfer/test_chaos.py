@@ -416,19 +416,6 @@ def test_under_nproc_a_frozen_rank_is_woken_to_clean_up_once_the_others_have_end
     assert os.listdir(tmp_path) == []
 
 
-def test_under_nproc_a_rank_that_is_terminated_is_143(
-    commands: Commands, large: Path, tmp_path: Path
-) -> None:
-    launched = start_launched(commands, large, tmp_path)
-    victim = commands.pid_of_rank(1)
-    os.kill(victim, signal.SIGTERM)
-    end = launched.wait(PROMPT_S)
-    assert end.returncode == 143, end.stderr
-    assert f"pid {victim}): interrupted by SIGTERM" in end.stderr
-    assert commands.alive() == []
-    assert os.listdir(tmp_path) == []
-
-
 def test_under_nproc_a_third_signal_names_what_a_frozen_rank_leaves(
     commands: Commands, large: Path, tmp_path: Path
 ) -> None:
