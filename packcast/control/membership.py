@@ -15,7 +15,7 @@ from packcast.units import format_duration
 
 Expected = int | frozenset[int]
 
-MAX_NAMED = 8
+_MAX_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +96,14 @@ class Membership:
 
     def missing(self, limit_s: float) -> RendezvousError:
         """The error that names the missing ranks, and those that have joined."""
-        here = _listed([info.label for info in (self.me, *self._there.values())])
+        here = listed([info.label for info in (self.me, *self._there.values())])
         if isinstance(self.expected, int):
             count = self.wanted - len(self._there)
             absent = f"{count} of {_count(self.expected, 'worker')}"
         else:
             ranks = self.missing_ranks()
             count = len(ranks)
-            absent = _listed([f"rank {rank}" for rank in ranks])
+            absent = listed([f"rank {rank}" for rank in ranks])
         return RendezvousError(
             f"{absent} {_have(count)} not joined within {format_duration(limit_s)}; here: {here}",
             hint="start the missing ones sooner, or give a longer --join-timeout",
@@ -151,9 +151,10 @@ def _where(info: RankInfo) -> str:
     return f"{info.host}, pid {info.pid}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    rest = len(names) - MAX_NAMED
-    return ", ".join(names[:MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+def listed(names: Sequence[str]) -> str:
+    """The names with commas; of many only the first ones and a count."""
+    rest = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _count(number: int, noun: str) -> str:

@@ -53,7 +53,7 @@ class RankInfo:
     boot_id: Name
     pid: Annotated[int, Field(ge=0, le=1 << 31)]
     local_rank: Rank | None = None
-    device: Annotated[str, Field(max_length=32), AfterValidator(check_printable)] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)\z")] = "auto"
     gpus: Annotated[tuple[Name, ...], Field(max_length=MAX_GPUS)] = ()
     gpu_free: Annotated[tuple[Nbytes | None, ...], Field(max_length=MAX_GPUS)] = ()
     memory: Annotated[tuple[MemoryLimit, ...], Field(max_length=MAX_LIMITS)] = ()

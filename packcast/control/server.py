@@ -15,7 +15,7 @@ from packcast.control.addresses import is_loopback, text_of
 from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import Progress, heartbeat_interval_s
-from packcast.control.membership import Expected, Membership
+from packcast.control.membership import Expected, Membership, listed
 from packcast.control.messages import (
     MAX_MISSING,
     MAX_SECONDS,
@@ -33,8 +33,7 @@ M = TypeVar("M", bound=Message)
 
 OnJoin = Callable[[RankInfo, int, int], None]
 
-_MAX_NAMED = 8
-_TELL_EVERY_S = 1.0
+_STATUS_EVERY_S = 1.0
 
 
 class ControlServer(Channel):
@@ -242,7 +241,7 @@ class ControlServer(Channel):
                 left_s=min(max(0.0, self._join_until - self._loop.time()), MAX_SECONDS),
             )
             self._send_frame(list(self._connections), status.encode())
-        self._loop.call_later(max(_TELL_EVERY_S, self._interval_s), self._tell_joined)
+        self._loop.call_later(max(_STATUS_EVERY_S, self._interval_s), self._tell_joined)
 
     def _join_news(
         self,
@@ -311,10 +310,7 @@ class ControlServer(Channel):
             for rank, connection in sorted(self._by_rank.items())
             if rank not in self._gone and rank not in ranks
         ]
-        more = f" and {len(silent) - _MAX_NAMED} more" if len(silent) > _MAX_NAMED else ""
-        raise TransferError(
-            f"no {kind.__name__} from {', '.join(silent[:_MAX_NAMED])}{more} within {timeout_s:g} s"
-        )
+        raise TransferError(f"no {kind.__name__} from {listed(silent)} within {timeout_s:g} s")
 
     def _part(self, incident: Incident) -> None:
         # Without a launcher another worker may join; a launcher's rank does not come again.

@@ -83,7 +83,6 @@ def assign_devices(
     Every member has its rank. Raises RendezvousError only if an explicit option cannot be met:
     `backend` nccl, or a member's `--device cuda`.
     """
-    _check_wishes(members)
     wants_gpu = next((m for m in members if m.device.startswith("cuda")), None)
     wants_cpu = next((m for m in members if m.device == "cpu"), None)
     if wants_gpu and wants_cpu:
@@ -211,15 +210,6 @@ def _fixed_index(member: RankInfo) -> int | None:
 
 def _nth(member: RankInfo, index: int) -> list[tuple[str, str]]:
     return [(member.boot_id, gpu) for gpu in member.gpus[index : index + 1]]
-
-
-def _check_wishes(members: Sequence[RankInfo]) -> None:
-    for member in members:
-        if not re.fullmatch(r"auto|cpu|cuda|cuda:\d{1,4}", member.device):
-            raise RendezvousError(
-                f"{member.label} asks for --device {member.device!r}",
-                hint="a device is auto, cpu, cuda or cuda:N",
-            )
 
 
 def _on_cpus(members: Sequence[RankInfo], reason: str, *, loud: bool) -> Assignment:

@@ -15,6 +15,7 @@ from typing import Literal, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from packcast.control.addresses import interface_of, with_interface
+from packcast.control.membership import listed
 from packcast.control.messages import Abort
 from packcast.errors import PackcastError, RendezvousError
 from packcast.launch.handover import LOOPBACK
@@ -27,7 +28,6 @@ from packcast.units import format_duration
 T = TypeVar("T")
 
 _SLOWEST_POLL_S = 0.2
-_MAX_NAMED_RANKS = 8
 _NO_ANSWER = "the launcher's store does not answer"
 _ADDRESS_KEY = "address"
 _FAILURE_KEY = "failure"
@@ -99,12 +99,9 @@ def settle_sender(
 def _missing(store: Keys, launch: Launch, timeout_s: float) -> str:
     """The sentence that names the ranks which have not joined in time."""
     missing = [rank for rank in range(launch.world_size) if not store.check([_role_key(rank)])]
-    more = len(missing) - _MAX_NAMED_RANKS
     is_foreign = isinstance(store, Rendezvous) and any(map(store.is_announced, missing))
-    named = ", ".join(map(str, missing[:_MAX_NAMED_RANKS]))
-    named += f" and {more} more" if more > 0 else ""
     return (
-        f"{'rank' if len(missing) == 1 else 'ranks'} {named}"
+        f"{'rank' if len(missing) == 1 else 'ranks'} {listed([str(rank) for rank in missing])}"
         f" {'has' if len(missing) == 1 else 'have'} not joined within {format_duration(timeout_s)}"
         f"{', or not with the same token as this rank' if is_foreign else ''}"
     )

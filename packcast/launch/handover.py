@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import select
 import time
 from collections.abc import Mapping
@@ -84,11 +83,6 @@ class Handover:
         os.write(writer, data)
         os.close(writer)
         return reader
-
-
-def new_token() -> str:
-    """A secret for one launch."""
-    return secrets.token_urlsafe(32)
 
 
 _received: dict[str, Handover | None] = {}  # by descriptor: each can be read only once

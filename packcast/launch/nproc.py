@@ -7,6 +7,7 @@ failed, and returns the exit code of the root cause. It imports no torch.
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import signal
 import socket
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from packcast.errors import RendezvousError, TransferError
 from packcast.launch.exit import CLEAN_UP_LIMIT_S, ignored_signals
-from packcast.launch.handover import HANDOVER_VARIABLE, LOOPBACK, Handover, new_token
+from packcast.launch.handover import HANDOVER_VARIABLE, LOOPBACK, Handover
 
 _SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 _ERROR = "packcast: error: "
@@ -85,7 +86,7 @@ class _Ranks:
         ports, (self._failures, failures) = os.pipe(), os.pipe()
         os.set_blocking(self._failures, False)
         said = os.memfd_create("packcast-said")
-        token, pid = new_token(), os.getpid()
+        token, pid = secrets.token_urlsafe(32), os.getpid()
         try:
             for rank in range(nproc):
                 handover = Handover(

@@ -119,9 +119,7 @@ def send_checkpoint(
     transfers work all the same.
     """
     call = next(_calls)
-    asked = {"out": out is not None, "verify": verify is not None}
-    given = [name for name, is_given in asked.items() if is_given]
-    check_destinations(given, list(asked), required=False)
+    _check_destinations(required=False, out=out is not None, verify=verify is not None)
     sink, target = _file_target(out, verify)
     if buffer_size is not None:
         check_size("buffer_size", buffer_size)
@@ -234,15 +232,14 @@ def receive_checkpoint(
     also on the sender, where a tensor cannot be received (torch has no F4 and F6 of such shapes).
     """
     call = next(_calls)
-    asked = {
-        "out": out is not None,
-        "verify": verify is not None,
-        "into": into is not None,
-        "on_tensor": on_tensor is not None,
-        "discard": discard,
-    }
-    given = [name for name, is_given in asked.items() if is_given]
-    check_destinations(given, list(asked), required=True)
+    _check_destinations(
+        required=True,
+        out=out is not None,
+        verify=verify is not None,
+        into=into is not None,
+        on_tensor=on_tensor is not None,
+        discard=discard,
+    )
     sink, target = _file_target(out, verify)
     if device == "auto" and into is not None:
         device = _device_of(into)
@@ -297,6 +294,11 @@ def _transfer(
         error.report = report
         raise error
     return report
+
+
+def _check_destinations(*, required: bool, **is_given: bool) -> None:
+    given = [name for name in is_given if is_given[name]]
+    check_destinations(given, list(is_given), required=required)
 
 
 def _file_target(out: AnyPath | None, verify: AnyPath | None) -> tuple[SinkKind, str | None]:

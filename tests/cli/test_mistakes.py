@@ -1,6 +1,6 @@
 """A table of what users get wrong: the command line, the exit code, what is said, the next step.
 
-Here is what one process finds by itself; `tests/transfer/test_mistakes.py` has what takes ranks.
+Here is what one process finds by itself; `tests/transfer/test_failures.py` has what takes ranks.
 """
 
 from __future__ import annotations

@@ -129,7 +129,6 @@ def test_one_rank_on_cpu_as_asked_means_gloo_for_all() -> None:
         ([member(0, "A", device="cuda"), member(1, device="cpu")], "auto", "but rank 1 .* cpu"),
         ([member(0, "A", device="cuda")], "gloo", "--backend gloo works on CPU buffers"),
         ([member(0, "A", device="cpu")], "nccl", "needs GPUs, but rank 0"),
-        ([member(0, "A", device="tpu")], "auto", "rank 0 .* --device 'tpu'"),
     ],
 )
 def test_what_was_asked_for_and_cannot_be_had_is_an_error_that_names_the_rank(

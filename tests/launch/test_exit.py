@@ -41,13 +41,15 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 def signalled(script: str, *numbers: signal.Signals) -> tuple[int, str, str]:
-    """What becomes of the script after it has printed a line and been sent these signals."""
+    """How the script ends: it gets the first signal once it is ready, others once it cleans up."""
     process = start(script)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    for number in numbers:
+    for i, number in enumerate(numbers):
         process.send_signal(number)
-        time.sleep(0.1)
+        if i == 0 and len(numbers) > 1:
+            assert process.stdout.readline() == "cleaning\n"
+        time.sleep(0.1)  # or two equal signals are one
     return ended(process)
 
 
@@ -188,9 +190,12 @@ def test_after_sigterm_the_cause_may_still_come_by_another_way() -> None:
 
 ENDINGS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 CLEANING = """
-exit_handler = ProcessExit(show, say=lambda text: print(text, file=sys.stderr))
+printed = threading.Event()
+say = lambda text: (print(text, file=sys.stderr), printed.set())
+exit_handler = ProcessExit(show, say=say)
 left = ["/local/.copy.packcast-1"]
-exit_handler.on_leave(lambda: ({clean_up}, left.clear()), lambda: left[0] if left else None)
+clean_up = lambda: (print("cleaning"), {clean_up}, left.clear())
+exit_handler.on_leave(clean_up, lambda: left[0] if left else None)
 watch_signals(exit_handler)
 print("ready")
 forever()
@@ -204,7 +209,7 @@ forever()
 def test_a_second_signal_waits_for_the_clean_up_and_says_so(
     first: signal.Signals, second: signal.Signals
 ) -> None:
-    code, _, err = signalled(CLEANING.format(clean_up="time.sleep(0.7)"), first, second)
+    code, _, err = signalled(CLEANING.format(clean_up="printed.wait(20)"), first, second)
     assert (code, err) == (
         128 + first,
         "still cleaning up, removing /local/.copy.packcast-1, at most 15 s;"

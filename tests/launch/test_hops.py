@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,39 +54,36 @@ def test_pieces_pass_in_order_over_several_connections_and_a_cut_ends_both_sides
         after.start(sent[0]).wait()
 
 
+def open_own(
+    store: dist.Store, timeout_s: float, check: Callable[[], object] = lambda: None
+) -> None:
+    """As rank 0 of two."""
+    open_hops([0, 1], [0], rank=0, store=store, timeout_s=timeout_s, interface="lo", check=check)
+
+
+def store_with_a_silent_neighbour() -> dist.Store:
+    """Rank 1 has said that it is about to connect, and then does nothing."""
+    store = dist.HashStore()
+    dist.PrefixStore("hop-0-1", store).set("here-1", "node2")
+    return store
+
+
 def test_a_neighbour_that_never_comes_is_named() -> None:
     with pytest.raises(RendezvousError, match="rank 0 and rank 1 could not be connected"):
-        open_hops(
-            *([0, 1], [0]),
-            rank=0,
-            store=dist.HashStore(),
-            timeout_s=0.5,
-            interface="lo",
-            check=lambda: None,
-        )
+        open_own(dist.HashStore(), timeout_s=0.5)
 
 
 def test_a_neighbour_that_does_not_answer_is_named_with_its_host_and_a_firewall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(hops, "_CONNECT_LIMIT_S", 0.5)
-    store = dist.HashStore()
-    dist.PrefixStore("hop-0-1", store).set("here-1", "node2")  # and then nothing
     with pytest.raises(RendezvousError, match=r"rank 1 \(node2\) could not be .* on lo") as caught:
-        open_hops(
-            *([0, 1], [0]),
-            rank=0,
-            store=store,
-            timeout_s=3.0,
-            interface="lo",
-            check=lambda: None,
-        )
+        open_own(store_with_a_silent_neighbour(), timeout_s=3.0)
     assert "firewall" in (caught.value.hint or "")
 
 
-def test_who_waits_for_a_neighbour_to_answer_hears_the_verdict() -> None:
-    store = dist.HashStore()
-    dist.PrefixStore("hop-0-1", store).set("here-1", "node2")
+@pytest.mark.parametrize("store", [dist.HashStore, store_with_a_silent_neighbour])
+def test_a_failure_ends_the_wait_for_a_neighbour(store: Callable[[], dist.Store]) -> None:
     started = time.monotonic()
 
     def check() -> None:
@@ -93,26 +91,4 @@ def test_who_waits_for_a_neighbour_to_answer_hears_the_verdict() -> None:
             raise TransferError("lost rank 1")
 
     with pytest.raises(TransferError, match="lost rank 1"):
-        open_hops(
-            *([0, 1], [0]),
-            rank=0,
-            store=store,
-            timeout_s=3.0,
-            interface="lo",
-            check=check,
-        )
-
-
-def test_who_waits_for_a_neighbour_hears_the_verdict() -> None:
-    def check() -> None:
-        raise TransferError("lost rank 1")
-
-    with pytest.raises(TransferError, match="lost rank 1"):
-        open_hops(
-            *([0, 1], [0]),
-            rank=0,
-            store=dist.HashStore(),
-            timeout_s=60.0,
-            interface="lo",
-            check=check,
-        )
+        open_own(store(), timeout_s=60.0, check=check)

@@ -181,25 +181,23 @@ def test_success_is_zero_and_output_passes_through_without_the_launchers_own(
     assert run.output() == "one $HOME $$ ${local_rank} {rank}\n"
 
 
+@pytest.mark.parametrize(
+    ("actions", "code"),
+    [
+        (["sleep", "polite", "record:7"], 7),
+        (["relay:5", "relay:5", "record:6"], 6),  # the first record counts, within a second too
+        (["record:5", "exit:2"], 2),  # one that failed before it took part
+        (["polite", "kill:SIGTERM"], 143),
+        (["record:7", "stuck"], 7),  # one that takes no signal is killed
+    ],
+    ids=str,
+)
 def test_the_root_causes_code_is_returned_and_not_that_of_its_victims(
-    launch: Callable[..., Launch],
+    launch: Callable[..., Launch], actions: list[str], code: int
 ) -> None:
-    run = launch("sleep", "polite", "record:7")
-    assert run.exit_code() == 7
+    run = launch(*actions)
+    assert run.exit_code() == code
     assert run.output() == ""
-
-
-def test_the_first_of_several_records_counts_even_within_a_second(
-    launch: Callable[..., Launch],
-) -> None:
-    run = launch("relay:5", "relay:5", "record:6")
-    assert run.exit_code() == 6, run.output()
-
-
-def test_a_rank_that_failed_before_it_took_part_goes_before_those_who_lost_it(
-    launch: Callable[..., Launch],
-) -> None:
-    assert launch("record:5", "exit:2").exit_code() == 2
 
 
 def test_a_rank_killed_by_a_signal_is_a_lost_rank_and_is_named(
@@ -211,19 +209,24 @@ def test_a_rank_killed_by_a_signal_is_a_lost_rank_and_is_named(
     assert run.output() == f"packcast: error: {killed}\n"
 
 
-def test_a_rank_that_somebody_terminates_gives_143(launch: Callable[..., Launch]) -> None:
-    assert launch("polite", "kill:SIGTERM").exit_code() == 143
-
-
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("kill", "number", "code"),
+    [
+        (os.kill, signal.SIGINT, 130),
+        (os.kill, signal.SIGTERM, 143),
+        (os.kill, signal.SIGHUP, 129),
+        (os.killpg, signal.SIGINT, 130),  # Ctrl-C on a terminal
+    ],
 )
-def test_a_signal_to_the_parent_alone_ends_all(
-    launch: Callable[..., Launch], number: signal.Signals, code: int
+def test_a_signal_to_the_launcher_ends_all(
+    launch: Callable[..., Launch],
+    kill: Callable[[int, int], None],
+    number: signal.Signals,
+    code: int,
 ) -> None:
     run = launch("sleep", "polite")
     run.wait_for_ranks()
-    os.kill(run.pid, number)
+    kill(run.pid, number)
     assert run.exit_code() == code
 
 
@@ -237,16 +240,6 @@ def test_a_frozen_rank_is_woken_to_clean_up_where_another_has_failed(
     assert run.exit_code() == 5
     assert time.monotonic() - started < 10
     assert (run.here / "cleaned-1").exists() == (frozen == "frozen")
-
-
-def test_a_rank_that_takes_no_signal_is_killed_within_seconds(
-    launch: Callable[..., Launch],
-) -> None:
-    run = launch("record:7", "stuck")
-    wait_until(lambda: len(run.ranks()) == 2)
-    started = time.monotonic()
-    assert run.exit_code() == 7
-    assert time.monotonic() - started < 10
 
 
 def test_a_rank_that_is_frozen_when_all_others_have_succeeded_is_not_waited_for(
@@ -290,13 +283,6 @@ def test_what_only_has_the_environment_of_a_rank_is_handed_nothing() -> None:
             timeout=30,
         )
         assert ran.stdout == "None\n", ran.stderr
-
-
-def test_ctrl_c_on_a_terminal_ends_all(launch: Callable[..., Launch]) -> None:
-    run = launch("sleep", "polite")
-    run.wait_for_ranks()
-    os.killpg(run.pid, signal.SIGINT)
-    assert run.exit_code() == 130
 
 
 @pytest.mark.parametrize(

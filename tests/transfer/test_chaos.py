@@ -236,65 +236,44 @@ def test_without_the_sender_every_worker_ends_with_its_name(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_sender_says_so_and_the_workers_say_who_it_was(
-    commands: Commands, large: Path, tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize(("interrupted", "frozen", "other"), [(0, 2, 1), (2, 1, 0)])
+def test_an_interrupted_rank_says_so_and_the_others_name_it(
+    commands: Commands,
+    large: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    interrupted: int,
+    frozen: int,
+    other: int,
 ) -> None:
     ranks, disk = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *PATIENT)
-    hang_in_a_collective(disk, ranks[0], ranks[2])
-    ranks[0].send_signal(number)
-    sender, worker = wait_all(ranks[:2], PROMPT_S)
-    assert sender.returncode == 128 + number
-    assert sender.sentence == f"interrupted by {number.name}"
-    assert worker.returncode == 5
-    assert f"interrupted by {number.name}" in worker.sentence
-    assert f"pid {ranks[0].pid})" in worker.sentence, "who was interrupted?"
-    ranks[2].thaw()
-    thawed = ranks[2].wait(PROMPT_S)
-    assert (thawed.returncode, thawed.sentence) == (5, worker.sentence)
+    hang_in_a_collective(disk, ranks[0], ranks[frozen])
+    ranks[interrupted].send_signal(number)
+    own, others = wait_all([ranks[interrupted], ranks[other]], PROMPT_S)
+    assert own.returncode == 128 + number
+    assert own.sentence == f"interrupted by {number.name}"
+    assert others.returncode == 5
+    assert f"pid {ranks[interrupted].pid})" in others.sentence
+    assert f"interrupted by {number.name}" in others.sentence
+    ranks[frozen].thaw()
+    thawed = ranks[frozen].wait(PROMPT_S)
+    assert (thawed.returncode, thawed.sentence) == (5, others.sentence)
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_worker_says_so_and_the_others_say_who_it_was(
-    commands: Commands, large: Path, tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize("side", ["sender", "worker"])
+def test_a_disk_that_hangs_ends_all_at_the_first_stall_timeout(
+    commands: Commands, large: Path, tmp_path: Path, side: str
 ) -> None:
-    ranks, disk = start_held(commands, large, [tmp_path / "a", tmp_path / "b"], *PATIENT)
-    hang_in_a_collective(disk, ranks[0], ranks[1])
-    ranks[2].send_signal(number)
-    interrupted, sender = wait_all([ranks[2], ranks[0]], PROMPT_S)
-    assert interrupted.returncode == 128 + number
-    assert interrupted.sentence == f"interrupted by {number.name}"
-    assert sender.returncode == 5
-    assert "rank 2 (" in sender.sentence
-    assert f"pid {ranks[2].pid})" in sender.sentence
-    assert f"interrupted by {number.name}" in sender.sentence
-    ranks[1].thaw()
-    other = ranks[1].wait(PROMPT_S)
-    assert (other.returncode, other.sentence) == (5, sender.sentence)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_disk_that_hangs_ends_all_at_the_stall_timeout(
-    commands: Commands, large: Path, tmp_path: Path
-) -> None:
-    ranks, _ = start_held(commands, large, [tmp_path / "a"], sender=["--stall-timeout", "2s"])
-    ends = wait_all(ranks, PROMPT_S)
-    for end in ends:
+    limit = {side: ["--stall-timeout", "2s"]}
+    ranks, _ = start_held(commands, large, [tmp_path / "a"], **limit)
+    sender, worker = wait_all(ranks, PROMPT_S)
+    for end in (sender, worker):
         assert end.returncode == 5
         assert "no byte has moved for 2" in end.sentence
-        assert "--stall-timeout" in end.error
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_worker_that_stalls_first_names_itself(
-    commands: Commands, large: Path, tmp_path: Path
-) -> None:
-    ranks, _ = start_held(commands, large, [tmp_path / "a"], worker=["--stall-timeout", "2s"])
-    sender, worker = wait_all(ranks, PROMPT_S)
-    assert (sender.returncode, worker.returncode) == (5, 5)
-    assert "no byte has moved for 2" in worker.sentence
-    assert sender.sentence.startswith("rank 1 (")
-    assert "no byte has moved for 2" in sender.sentence
+    assert "--stall-timeout" in (sender if side == "sender" else worker).error
+    if side == "worker":
+        assert sender.sentence.startswith("rank 1 (")
     assert os.listdir(tmp_path) == []
 
 
@@ -393,19 +372,6 @@ def test_under_nproc_a_killed_worker_is_named_and_nobody_is_left(
     assert os.listdir(tmp_path) == []
 
 
-def test_under_nproc_a_second_signal_leaves_nothing_behind_either(
-    commands: Commands, large: Path, tmp_path: Path
-) -> None:
-    launched = start_launched(commands, large, tmp_path)
-    launched.send_signal(signal.SIGINT)
-    launched.send_signal(signal.SIGTERM)
-    end = launched.wait(PROMPT_S)
-    assert end.returncode in (130, 143), end.stderr
-    assert "Traceback" not in end.stderr
-    assert commands.alive() == []
-    assert os.listdir(tmp_path) == []
-
-
 # Before all others where that is allowed, or a rank that is woken has moments to clean up.
 FREEZER = """
 import os, signal, sys
@@ -446,19 +412,6 @@ def test_under_nproc_a_frozen_rank_is_woken_to_clean_up_once_the_others_have_end
     errors = errors_in(end.stderr)
     assert errors
     assert all(f"pid {victim})" in error for error in errors), end.stderr
-    assert commands.alive() == []
-    assert os.listdir(tmp_path) == []
-
-
-def test_under_nproc_a_rank_that_is_terminated_is_143(
-    commands: Commands, large: Path, tmp_path: Path
-) -> None:
-    launched = start_launched(commands, large, tmp_path)
-    victim = commands.pid_of_rank(1)
-    os.kill(victim, signal.SIGTERM)
-    end = launched.wait(PROMPT_S)
-    assert end.returncode == 143, end.stderr
-    assert f"pid {victim}): interrupted by SIGTERM" in end.stderr
     assert commands.alive() == []
     assert os.listdir(tmp_path) == []
 
@@ -507,14 +460,26 @@ def test_the_next_run_removes_what_a_killed_one_left(
     same_tree(large, tmp_path / "out-1")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_under_nproc_a_signal_ends_all_and_leaves_nothing(
-    commands: Commands, large: Path, tmp_path: Path, number: signal.Signals
+@pytest.mark.parametrize(
+    ("numbers", "codes"),
+    [
+        ([signal.SIGINT], {130}),
+        ([signal.SIGTERM], {143}),
+        ([signal.SIGINT, signal.SIGTERM], {130, 143}),
+    ],
+)
+def test_under_nproc_signals_end_all_and_leave_nothing(
+    commands: Commands,
+    large: Path,
+    tmp_path: Path,
+    numbers: list[signal.Signals],
+    codes: set[int],
 ) -> None:
     launched = start_launched(commands, large, tmp_path)
-    launched.send_signal(number)
+    for number in numbers:
+        launched.send_signal(number)
     end = launched.wait(PROMPT_S)
-    assert end.returncode == 128 + number, end.stderr
+    assert end.returncode in codes, end.stderr
     assert "Traceback" not in end.stderr
     assert commands.alive() == []
     assert os.listdir(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run, as a person meets it: exit code, sentence, what is left.
+"""Everything that can be wrong with a run: exit code, sentence, next step, what is left.
 
 Real processes over gloo, each of which costs seconds: hence few ranks, and few launches.
 """
@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +30,7 @@ from tests.helpers.commands import (
     rank_environment,
     wait_all,
 )
+from tests.helpers.disks import small_tmpfs
 
 PACKCAST = (sys.executable, "-m", "packcast")
 SHARD = "model-00002-of-00003.safetensors"
@@ -168,13 +168,7 @@ def test_force_names_a_foreign_file_and_keeps_it_and_all_else(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, with room for 2 MiB."""
-    mount = tmp_path / "small"
-    mount.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(mount)]
-    if os.geteuid() != 0 or subprocess.run(argv, capture_output=True, check=False).returncode:
-        pytest.skip("only root may mount, and not everywhere")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
+    yield from small_tmpfs(tmp_path / "small", 2 * MIB)
 
 
 def test_a_full_disk_is_refused_before_any_byte_moves(
@@ -190,6 +184,7 @@ def test_a_full_disk_is_refused_before_any_byte_moves(
         assert f"cannot write {small_disk}/copy" in end.sentence
         assert "no space" in end.sentence
         assert "2.3 MiB needed, 2.0 MiB free" in end.sentence
+        assert "free some space" in end.error
     assert "sending" not in ends[0].stderr  # the line that precedes the first byte
     assert os.listdir(small_disk) == []
     room = os.statvfs(small_disk)
@@ -197,16 +192,44 @@ def test_a_full_disk_is_refused_before_any_byte_moves(
     assert os.listdir(tmp_path) == ["small"]
 
 
-def test_a_target_below_a_file_cannot_be_made(
-    commands: Commands, checkpoint: Path, tmp_path: Path
+NO_GPU = pytest.mark.skipif(bool(visible_gpus()), reason="there are GPUs")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "what", "step"),
+    [
+        (["--out", "{desk}/file/d"], 7, r"cannot create \S+: \S+ is not a directory", "--out"),
+        (["--out", "{desk}/file"], 7, "file is not a directory", "--out names a directory"),
+        (["--out", "{desk}/link"], 7, "link is a symbolic link", "give --out "),
+        pytest.param(["--device", "cuda:9"], 4, "cuda:9 is not possible: .* sees no GPU", "gloo",
+                     marks=NO_GPU),
+        pytest.param(["--backend", "nccl"], 4, "nccl is not possible: .* sees no GPU", "gloo",
+                     marks=NO_GPU),
+        (["--backend", "gloo", "--device", "cuda"], 4, "works on CPU buffers", "leave out one of"),
+        (["--readers", "3"], 4, "--readers 3: only 2 ranks ran `send`", "give at most 2"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_that_the_ranks_cannot_meet_are_named_by_each(
+    options: list[str],
+    code: int,
+    what: str,
+    step: str,
+    commands: Commands,
+    checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
+    (tmp_path / "there").mkdir()
     (tmp_path / "file").write_text("in the way")
-    ends = commands.run_ranks(
-        ("send", checkpoint), ("recv", "--out", tmp_path / "file" / "deep" / "out")
-    )
-    assert codes(ends) == [7, 7]
-    assert all(f"{tmp_path}/file is not a directory" in end.sentence for end in ends)
-    assert tree(tmp_path) == {"file": b"in the way"}
+    (tmp_path / "link").symlink_to("there")
+    before = tree(tmp_path)
+    argv = ["send", checkpoint, *(word.format(desk=tmp_path) for word in options)]
+    ends = commands.run_ranks(argv, argv)
+    assert codes(ends) == [code, code]
+    for end in ends:
+        assert re.search(what, end.sentence), end.error
+        assert step in end.error
+    assert tree(tmp_path) == before
 
 
 def test_a_target_that_appears_meanwhile_is_kept_and_the_others_publish(
@@ -247,16 +270,9 @@ def test_a_busy_port_is_said_by_name(commands: Commands, checkpoint: Path) -> No
     assert codes(ends) == [4, 4]
     for end in ends:
         assert f"127.0.0.1:{port}" in end.sentence
-    assert "in use" in ends[0].sentence
-    assert "in use" in ends[1].sentence
+        assert "in use" in end.sentence
+    assert "choose another port" in ends[0].error
     assert "--port" not in ends[1].error.replace("--master-port", ""), "which is for Slurm only"
-
-
-@pytest.mark.skipif(bool(visible_gpus()), reason="there are GPUs")
-def test_nccl_without_gpus_is_refused_on_all_ranks(commands: Commands, checkpoint: Path) -> None:
-    ends = commands.run_ranks(*[("send", checkpoint, "--backend", "nccl")] * 2)
-    assert codes(ends) == [4, 4]
-    assert "nccl" in one_sentence(ends).lower()
 
 
 def test_two_checkpoints_are_refused_with_one_sentence(
@@ -269,12 +285,15 @@ def test_two_checkpoints_are_refused_with_one_sentence(
     assert str(checkpoint) in error
     assert str(other) in error
     assert "rank 1 (" in error
+    assert "give the same CKPT" in error
 
 
 def test_a_group_without_a_sender_ends_with_one_sentence(commands: Commands) -> None:
     ends = commands.run_ranks(*[("recv", "--discard")] * 2)
     assert codes(ends) == [4, 4]
-    assert "no rank ran `packcast send`" in one_sentence(ends)
+    error = one_sentence(ends)
+    assert "no rank ran `packcast send`" in error
+    assert "one launch must run `packcast send CKPT`" in error
 
 
 def test_at_the_join_deadline_the_missing_rank_is_named(
@@ -295,20 +314,22 @@ def test_at_the_join_deadline_the_missing_rank_is_named(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_store_that_nobody_serves_is_given_up_at_the_join_deadline(commands: Commands) -> None:
+def test_where_nothing_listens_a_worker_ends_at_the_join_deadline(commands: Commands) -> None:
     port = free_port()
-    alone = commands.packcast(
-        "recv", "--discard", "--join-timeout", "2s", environment=rank_environment(1, 2, port)
-    )
-    end = alone.wait(TIMEOUT_S / 2)
-    assert end.returncode == 4
-    assert f"127.0.0.1:{port}" in end.sentence
+    recv = ("recv", "--discard", "--join-timeout", "2s")
+    launched = commands.packcast(*recv, environment=rank_environment(1, 2, port))
+    alone = commands.packcast(*recv, f"127.0.0.1:{port}")
+    ends = wait_all([launched, alone], TIMEOUT_S / 2)
+    assert codes(ends) == [4, 4]
+    assert f"127.0.0.1:{port}" in ends[0].sentence
+    assert re.search(rf"no sender at 127.0.0.1:{port} .*: connection refused", ends[1].sentence)
+    assert "is this host itself" in ends[1].error
 
 
 def test_without_a_launcher_the_deadline_says_how_many_are_missing_and_who_is_there(
     commands: Commands, checkpoint: Path
 ) -> None:
-    limit = ("--join-timeout", "5s")
+    limit = ("--join-timeout", "8s")
     sender = commands.packcast(
         "send", checkpoint, "--workers", "2", "--listen", "127.0.0.1:0", *limit
     )
@@ -320,7 +341,8 @@ def test_without_a_launcher_the_deadline_says_how_many_are_missing_and_who_is_th
     ends = wait_all([sender, worker])
     assert codes(ends) == [4, 4]
     error = one_sentence(ends)
-    assert "1 of 2 workers has not joined within 5" in error
+    assert "1 of 2 workers has not joined within 8" in error
+    assert "the others need another address" in error  # than loopback
     assert f"pid {worker.pid}" in error
 
 
@@ -340,6 +362,7 @@ def test_strangers_and_one_too_many_are_told_so_and_stop_nobody(
     ends = wait_all([wrong, without])
     assert codes(ends) == [4, 4]
     assert "this worker's token is not the sender's" in ends[0].sentence
+    assert "set the same PACKCAST_TOKEN" in ends[0].error
     assert "asks for a token" in ends[1].sentence
     assert line[1] not in ends[0].stderr + ends[1].stderr
 
@@ -400,22 +423,48 @@ def test_ranks_of_a_launch_with_different_tokens_are_told_so(
     )
 
 
-def test_torchrun_prints_the_root_cause(
-    commands: Commands, checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "sentence", "step", "code"),
+    [
+        (["--buffer-size", "3MB"], "--buffer-size: '3MB' is not a size", "write 64MiB or 1GiB", 2),
+        (["--out", "{desk}/out-{rank}"], "out-2 exists and is not empty", "--force", 7),
+    ],
+    ids=["usage", "target"],
+)
+def test_torchrun_prints_the_error_once_and_the_root_cause_last(
+    commands: Commands,
+    checkpoint: Path,
+    tmp_path: Path,
+    options: list[str],
+    sentence: str,
+    step: str,
+    code: int,
 ) -> None:
-    """It flattens every exit code, and would blame whoever ended first."""
-    old = sharded(tmp_path / "out-2", 2, 1000, seed=7)
-    end = commands.run(
-        [
-            *(*TORCHRUN, "--standalone", "--nproc-per-node", "3", "-m", "packcast"),
-            *("send", checkpoint, "--out", tmp_path / "out-{rank}"),
-        ]
-    )
+    """It flattens every exit code, and would blame the rank that ended first."""
+    sharded(tmp_path / "out-2", 2, 1000, seed=7)
+    words = [word.replace("{desk}", str(tmp_path)) for word in options]
+    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "3", "-m", "packcast"]
+    end = commands.start_warm([*launcher, "send", checkpoint, *words]).wait()
     assert end.returncode == 1
-    cause = end.stderr.partition("Root Cause")[2]
-    assert f"{old} exists and is not empty" in cause
-    assert "exitcode  : 7" in cause
+    assert end.stderr.count("packcast: error: ") == 1, end.stderr
+    _, mark, cause = end.stderr.rpartition("Root Cause")
+    assert mark
+    assert sentence in cause
+    assert step in cause
+    assert f"exitcode  : {code}" in cause
     assert os.listdir(tmp_path) == ["out-2"]
+
+
+def test_torchrun_blames_a_sender_whose_checkpoint_is_not_there(
+    commands: Commands, tmp_path: Path
+) -> None:
+    missing = tmp_path / "none"
+    launcher = [*TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "packcast"]
+    end = commands.start_warm([*launcher, "send", missing]).wait()
+    assert end.stderr.count(f"packcast: error: {missing}: no such file") == 1
+    cause = end.stderr.rpartition("Root Cause")[2]
+    assert f"{missing}: no such file or directory" in cause
+    assert "has no entry none" in cause
 
 
 def test_nproc_returns_the_true_exit_code_and_no_error_twice(
