@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import cast
 
 from packcast.bench.dataset import Dataset, make_resident, share_files, share_truth
@@ -68,8 +69,8 @@ class Runner:
         self._ranks = ranks
         self._view = view
         self._results = Results(warnings=(warning,) if warning else ())
-        self._name = f"packcast-bench-{ranks.share(uuid.uuid4().hex[:12])}"
-        self._write_folder = settings.write_directory / self._name / f"rank-{ranks.rank}"
+        self._name = ""
+        self._write_folder: Path | None = None
         self._data = Dataset("")
         self._is_over = False
         self._method: MethodRun | None = None
@@ -80,6 +81,8 @@ class Runner:
     def run(self) -> int:
         """The whole sweep; returns the exit code, the same on all ranks."""
         settings, ranks = self._settings, self._ranks
+        self._name = f"packcast-bench-{ranks.share(uuid.uuid4().hex[:12])}"
+        self._write_folder = settings.write_directory / self._name / f"rank-{ranks.rank}"
         if settings.cold and "file" in settings.sources:
             ranks.attempt(lambda: check_can_be_cold(settings.checkpoint or settings.directory))
         sizes = self._sizes()
@@ -127,9 +130,10 @@ class Runner:
             if self._method is not None:
                 self._method.close()
         self._data.drop()
-        shutil.rmtree(self._write_folder, ignore_errors=True)
-        with suppress(OSError):
-            self._write_folder.parent.rmdir()  # only the last rank of the host succeeds
+        if self._write_folder is not None:
+            shutil.rmtree(self._write_folder, ignore_errors=True)
+            with suppress(OSError):
+                self._write_folder.parent.rmdir()  # only the last rank of the host succeeds
 
     # -- the plan --------------------------------------------------------------------------------
 
@@ -256,6 +260,7 @@ class Runner:
     def _run_once(self, row: Row, turn: int) -> tuple[RankRun, ...]:
         """Raises StepFailed on all ranks where the row cannot be measured on one of them."""
         ranks, case = self._ranks, row.case
+        assert self._write_folder is not None
         if case.source == "file" and case.readers > len(self._data.able):
             text = f"only {len(self._data.able)} ranks can read {case.shape}"
             raise StepFailed(text, TransferError(text))

@@ -119,7 +119,7 @@ def _check_offered(files: Sequence[OutgoingFile]) -> None:
 
 
 def _outlined_nbytes(spec: FileSpec) -> int:
-    """At most as many bytes has the file in the outline."""
+    """An upper bound for the file's bytes in the outline."""
     positions = 7 * (len(spec.elsewhere) + len(spec.unlisted))
     return _MAX_FIELDS_NBYTES + positions + 2 * len(spec.name.encode())
 
@@ -150,13 +150,13 @@ def _nothing_selected(
     names: Sequence[str], include: Sequence[str], exclude: Sequence[str]
 ) -> UsageError:
     if any(fnmatchcase(name, glob) for name in names for glob in include) or not include:
-        given = " ".join(f"--exclude {glob!r}" for glob in exclude)
+        options = " ".join(f"--exclude {glob!r}" for glob in exclude)
         return UsageError(
-            f"{given} leaves no tensor to send",
+            f"{options} leaves no tensor to send",
             hint="`packcast inspect CKPT --tensors` lists the tensors' names",
         )
-    given = " ".join(f"--include {glob!r}" for glob in include)
-    return UsageError(f"{given} matches no tensor", hint=hint_for_tensors(include, names))
+    options = " ".join(f"--include {glob!r}" for glob in include)
+    return UsageError(f"{options} matches no tensor", hint=hint_for_tensors(include, names))
 
 
 def _selected(

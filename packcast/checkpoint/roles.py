@@ -49,18 +49,21 @@ def fitting(
     """
     ruling = []
     for index in indexes:
-        fault = _missing_shards(index, there) or _missing_tensors(index, tensors_in)
+        fault, misplaced = _check_fit(index, there, tensors_in)
         whole = whole_file_of(index.name)
         if fault is None:
             ruling.append(index)
-            warnings += _misplaced(index, tensors_in)
+            if misplaced:  # a warning only: loaders that read whole shards find these tensors
+                count = "1 tensor is" if len(misplaced) == 1 else f"{len(misplaced)} tensors are"
+                names = some(map(shown, misplaced))
+                warnings.append(f"{index.name}: {count} in another shard than it says: {names}")
         elif all_files:
             ruling.append(index)
             warnings.append(f"{index.name}: {fault}: sent anyway, because of --all-files")
         elif whole in there:
             shard_of = dict.fromkeys(tensors_in(whole), whole)
             ruling.append(replace(index, shard_of=shard_of, is_replaced=True))
-            lost = sorted(index.shard_of.keys() - shard_of.keys())
+            lost = index.shard_of.keys() - shard_of.keys()
             lacks = f", which lacks {len(lost)} of its tensors" if lost else ""
             warnings.append(
                 f"{index.name}: {fault}: left out, {whole} is sent in its place{lacks}"
@@ -81,39 +84,24 @@ def _refuse_exclusion(index: Index, there: AbstractSet[str], exclude_files: Sequ
             )
 
 
-def _missing_shards(index: Index, there: AbstractSet[str]) -> str | None:
+def _check_fit(
+    index: Index, there: AbstractSet[str], tensors_in: TensorsIn
+) -> tuple[str | None, list[str]]:
+    """The fault of an index that does not fit its shards, if any, and its misplaced tensors.
+
+    A misplaced tensor is not in the shard that the index names.
+    """
     wanted = set(index.shard_of.values())
-    missing = sorted(wanted - there)
-    if not missing:
-        return None
-    return f"{len(missing)} of {len(wanted)} shards are not there: {some(missing)}"
-
-
-def _missing_tensors(index: Index, tensors_in: TensorsIn) -> str | None:
-    absent = _absent(index, tensors_in)
-    if not absent:
-        return None
-    known = set().union(*(tensors_in(shard) for shard in set(index.shard_of.values())))
-    lost = [tensor for tensor in absent if tensor not in known]
+    if missing := sorted(wanted - there):
+        return f"{len(missing)} of {len(wanted)} shards are not there: {some(missing)}", []
+    misplaced = [name for name, shard in index.shard_of.items() if name not in tensors_in(shard)]
+    known = set[str]().union(*map(tensors_in, wanted)) if misplaced else set[str]()
+    lost = [name for name in misplaced if name not in known]
     if not lost:
-        return None
-    first = f"tensor {shown(lost[0])} is not in {index.shard_of[lost[0]]}, where it should be"
-    return first if len(lost) == 1 else f"{first}, nor {len(lost) - 1} others in theirs"
-
-
-def _misplaced(index: Index, tensors_in: TensorsIn) -> list[str]:
-    """A warning only: loaders that read whole shards find these tensors."""
-    absent = _absent(index, tensors_in)
-    if not absent:
-        return []
-    names = some(map(shown, absent))
-    tensors = "1 tensor is" if len(absent) == 1 else f"{len(absent)} tensors are"
-    return [f"{index.name}: {tensors} in another shard than it says: {names}"]
-
-
-def _absent(index: Index, tensors_in: TensorsIn) -> list[str]:
-    """The tensors that are not in the shard that the index names. All its shards exist."""
-    return [tensor for tensor, shard in index.shard_of.items() if tensor not in tensors_in(shard)]
+        return None, misplaced
+    fault = f"tensor {shown(lost[0])} is not in {index.shard_of[lost[0]]}, where it should be"
+    others = f", nor {len(lost) - 1} others in theirs" if len(lost) > 1 else ""
+    return fault + others, misplaced
 
 
 def chosen_of(shards: Sequence[Entry], indexes: Sequence[Index]) -> tuple[list[Entry], list[Entry]]:

@@ -1,7 +1,7 @@
-"""A rank of a bench, started as a process of its own: `python -m tests.bench.entry SETTINGS`.
+"""A rank of a bench as a process: `python -m tests.bench.entry SETTINGS FILE`.
 
-SETTINGS is JSON; the last argument is a file for what the sender finds. `fault` in SETTINGS makes
-this process do something wrong or slowly, below packcast, where any of its methods would meet it.
+SETTINGS is JSON; the sender writes its results to FILE. `fault` in SETTINGS makes this process do
+something wrong or slowly, below all methods.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Change = Callable[[Any, int], None]  # a broadcast's memory, its root
 
 
 class Recorder(BenchView):
-    """Keeps everything, as JSON, in a file that is written anew each time."""
+    """Writes all results as JSON to a file, each time anew."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def damage(rank: int, at_least: int = 64 * KIB) -> None:
-    """On one rank, a byte within everything large that is received comes out wrong."""
+    """On one rank, a byte of every large broadcast is received wrong."""
     import torch
 
     def change(tensor: Any, root: int) -> None:
@@ -87,7 +87,7 @@ def slow_broadcasts(seconds: float) -> None:
 
 
 def after_broadcasts(change: Change) -> None:
-    """In this process, something is done after every broadcast, along a chain or not."""
+    """In this process, `change` is called after every broadcast, along a chain or not."""
     from packcast.launch import processgroup
     from packcast.packed.chain import Chain
     from packcast.transfer import group
@@ -113,7 +113,7 @@ def after_broadcasts(change: Change) -> None:
 
 
 def slow_tasks(names: list[str], seconds: float, rank: int | None = None) -> None:
-    """On one rank or all, every grain of host I/O of these kinds takes a while longer."""
+    """On one rank or all, each block of host I/O of these kinds takes a while longer."""
     from packcast.io.threads import ThreadPool
 
     if rank is not None and os.environ["RANK"] != str(rank):
@@ -155,7 +155,7 @@ def no_memory(rank: int) -> None:
 
 
 def other_settings(rank: int) -> None:
-    """One rank was asked for something else."""
+    """One rank has other settings."""
     from packcast import bench as module
 
     run = module.run

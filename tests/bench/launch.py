@@ -1,4 +1,4 @@
-"""Benches started as real ranks over gloo, and what they found."""
+"""Benches started as real ranks over gloo, and their results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OVER_GLOO = {("chain", "resident", "land"), ("gloo broadcast", "resident", "land
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """One bench of a test: its processes, its files, its findings."""
+    """One bench of a test: its processes, files and results."""
 
     commands: Commands
     folder: Path
@@ -43,7 +43,7 @@ class Bench:
 
     @property
     def directory(self) -> Path:
-        """Where the bench may make files, and has to leave none."""
+        """Where the bench may make files, and must leave none."""
         return self.folder / "made"
 
     def start(self, num_ranks: int = 2, **settings: Any) -> list[Command]:
@@ -71,7 +71,7 @@ class Bench:
         return self.commands.start_program(num_ranks, *argv)
 
     def run(self, num_ranks: int = 2, *, code: int = 0, **settings: Any) -> dict[str, Any]:
-        """What the sender found; every rank has to end with `code` and to leave nothing behind."""
+        """The sender's results; every rank must end with `code` and leave no file."""
         ends = wait_all(self.start(num_ranks, **settings))
         assert [end.returncode for end in ends] == [code] * num_ranks, [e.stderr for e in ends]
         self.assert_nothing_left()

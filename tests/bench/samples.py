@@ -1,4 +1,4 @@
-"""Results as a bench would hand them over: made up, but of the shape of real ones."""
+"""Invented results of a bench."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 def test_every_method_is_measured_in_turn_and_found_right(bench: Bench) -> None:
-    found = bench.run(**EVERYTHING, readers=[1, None], runs=1, warmup=1, limits=True)
+    found = bench.run(**EVERYTHING, readers=[1, None], runs=1, warmup=1)
     rows = rows_of(found)
     assert {label(row) for row in rows} == EVERY_WAY | OVER_GLOO
     assert found["num_cases"] == len(found["rows"])
@@ -50,22 +50,25 @@ def test_every_method_is_measured_in_turn_and_found_right(bench: Bench) -> None:
     turns = [text.rpartition("run ")[2] for text in found["doing"] if "file->write" in text]
     assert turns == sorted(turns)
 
-    # Each row has the limit of its stages at once, or of the only one.
-    for row in rows:
-        limit = None if row["method"] == "load_file" else "together"
-        assert row["limit_stage"] == (limit if row["source"] == "file" else "broadcast"), row
-    kinds = {(limit["stage"], limit["sink"], limit["readers"]) for limit in found["limits"]}
-    together = {("together", sink, n) for sink in EVERYTHING["sinks"] for n in (1, 2)}
-    single = {("read", None, 1), ("read", None, 2), ("broadcast", None, None)}
-    assert kinds == together | single | {("write", None, None)}
-    assert all(limit["bytes_per_second"] > 0 for limit in found["limits"])
-
     assert found["environment"]["backend"] == "gloo"
     assert found["environment"]["versions"]["torch"]
     assert {rank["pool"] for rank in found["environment"]["ranks"]} == {pool_kind()}
     discard = next(row for row in rows if label(row) == ("packcast", "file", "discard"))
     assert discard["loop_seconds_per_gib"] > 0
     assert discard["peak_pinned_nbytes"] == 0
+
+
+def test_each_row_has_the_limit_of_its_stages_together_or_of_the_only_one(bench: Bench) -> None:
+    sources, sinks = ["file", "resident"], ["discard", "write"]
+    found = bench.run(sources=sources, sinks=sinks, readers=[1, None], limits=True)
+    assert all(row["failure"] is None for row in found["rows"])
+    for row in rows_of(found):
+        assert row["limit_stage"] == ("together" if row["source"] == "file" else "broadcast"), row
+    kinds = {(limit["stage"], limit["sink"], limit["readers"]) for limit in found["limits"]}
+    together = {("together", sink, n) for sink in sinks for n in (1, 2)}
+    single = {("read", None, 1), ("read", None, 2), ("broadcast", None, None)}
+    assert kinds == together | single | {("write", None, None)}
+    assert all(limit["bytes_per_second"] > 0 for limit in found["limits"])
 
 
 def test_along_a_chain_no_rank_sends_the_weights_more_than_once(bench: Bench) -> None:

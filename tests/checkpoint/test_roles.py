@@ -133,17 +133,26 @@ def test_a_whole_file_stands_in_for_shards_that_are_not_there(missing: str, tmp_
     assert all("left out (--all-files takes it)" in one for one in left)
 
 
-@pytest.mark.parametrize("missing", ["a shard", "a tensor"])
+@pytest.mark.parametrize(
+    ("missing", "fault"),
+    [
+        ("a shard", "1 of 2 shards are not there: model-00002-of-00002.safetensors"),
+        ("a tensor", "tensor 'lm_head' is not in model-00002-of-00002.safetensors, where"),
+    ],
+)
 def test_without_a_whole_file_the_error_names_the_option_that_sends_what_is_there(
-    missing: str, tmp_path: Path
+    missing: str, fault: str, tmp_path: Path
 ) -> None:
     second = sharded(tmp_path) / "model-00002-of-00002.safetensors"
     if missing == "a tensor":
         shard(second, "layers.1.w")
     else:
         second.unlink()
-    hint = refused(tmp_path).hint
-    assert hint == ("the download or copy is probably incomplete; --all-files sends what is there")
+    error = refused(tmp_path)
+    assert error.message.startswith(f"{INDEX}: {fault}")
+    assert error.hint == (
+        "the download or copy is probably incomplete; --all-files sends what is there"
+    )
     checkpoint = open_checkpoint(tmp_path, all_files=True)
     assert {INDEX, "model-00001-of-00002.safetensors"} <= set(names(checkpoint))
     [warning] = checkpoint.warnings
