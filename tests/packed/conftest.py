@@ -11,8 +11,8 @@ from tests.packed.streams import warm_up
 
 
 @pytest.fixture(params=["plain", "table"])
-def way(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Each way of copying."""
+def copies(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Copies by table and plain ones."""
     with copying(request.param):
         yield
 

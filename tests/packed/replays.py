@@ -124,8 +124,8 @@ def last_values(recorder: Recorder, name: str) -> list[float]:
 
 
 @contextmanager
-def copying(way: str) -> Iterator[None]:
+def copying(how: str) -> Iterator[None]:
     """Pairs made meanwhile copy as they do on a GPU with Triton, by tables, or plainly."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "move_on", lambda device: move_by_rows if way == "table" else None)
+        patch.setattr(replay, "move_on", lambda device: move_by_rows if how == "table" else None)
         yield

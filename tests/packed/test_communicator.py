@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,24 +26,22 @@ from tests.helpers.commands import run_warm
 from tests.packed.wire_model import Player, Recorder
 
 
+def needs_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+    marked: Callable[..., None] = pytest.mark.gpu(skip(test))
+    return marked
+
+
 class Bare:
     """The least that can broadcast."""
+
+    device: object = None
 
     def __init__(self) -> None:
         self.calls: list[tuple[torch.Tensor, int]] = []
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:
         self.calls.append((tensor, src))
-
-
-class Engine(Bare):
-    """One that tells more, as those of engines do."""
-
-    def __init__(self, device: torch.device | str) -> None:
-        super().__init__()
-        self.device = device
-        self.rank = 2
-        self.world_size = 5
 
 
 @pytest.fixture
@@ -90,11 +89,6 @@ def test_a_group_of_no_named_backend_is_where_its_backends_are() -> None:
     assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_a_whole_transfer_through_a_process_group_of_one(world: dist.ProcessGroup) -> None:
-    pairs = [("a", torch.arange(5)), ("b", torch.ones(()))]
-    packed_broadcast_producer(iter(pairs), world, 0, lambda pair: pair[1], 8, 2)
-
-
 def test_a_real_dtensor_is_refused_by_name_until_it_is_whole(world: dist.ProcessGroup) -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Replicate
@@ -116,27 +110,38 @@ def test_a_real_dtensor_is_refused_by_name_until_it_is_whole(world: dist.Process
     assert bare.wire == [torch.arange(3).numpy().tobytes()]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is the current GPU")
-def test_a_bare_object_without_a_device_works_on_the_cpu_where_there_is_no_gpu() -> None:
-    bare = Bare()
+def test_a_bare_object_gets_the_tensor_itself() -> None:
+    bare, tensor = Bare(), torch.zeros(3)
     communicator = communicator_of(bare)
-    tensor = torch.zeros(3)
     communicator.broadcast(tensor, 7)
     assert bare.calls[0][0] is tensor
     assert bare.calls[0][1] == 7
-    assert communicator.device == torch.device("cpu")
     assert (communicator.rank, communicator.world_size) == (None, None)
+    known = communicator_of(Knows(2, 5))
+    assert (known.rank, known.world_size) == (2, 5)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("group", [Bare(), Engine("cuda")])
-def test_a_bare_object_works_on_the_current_gpu_where_there_is_one(group: Bare) -> None:
-    assert communicator_of(group).device == torch.device("cuda", torch.cuda.current_device())
+@pytest.mark.parametrize(
+    ("own", "given", "device"),
+    [
+        (None, None, "cuda" if torch.cuda.is_available() else "cpu"),
+        (None, "cpu", "cpu"),
+        (None, "cuda:3", "cuda:3"),
+        ("cpu", None, "cpu"),
+        ("cpu", torch.device("cpu"), "cpu"),
+        (torch.device("cuda", 3), None, "cuda:3"),
+    ],
+)
+def test_a_bare_objects_own_device_comes_before_the_one_that_is_given(
+    own: object, given: torch.device | str | None, device: str
+) -> None:
+    bare = Bare()
+    bare.device = own
+    found = communicator_of(bare, given).device
+    assert str(found) == device or found == torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_groups_with_nccl_that_torch_does_not_know_work_on_the_gpu() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     mine = dist.HashStore(), 0, 1
@@ -153,8 +158,7 @@ def test_groups_with_nccl_that_torch_does_not_know_work_on_the_gpu() -> None:
     backend.shutdown()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 @pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl", None])
 def test_a_group_with_nccl_works_on_the_gpu(backend: str | None) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
@@ -169,32 +173,14 @@ def test_a_group_with_nccl_works_on_the_gpu(backend: str | None) -> None:
     assert communicator.device == device
 
 
-def test_a_bare_object_says_where_its_tensors_belong_and_who_it_is() -> None:
-    communicator = communicator_of(Engine("cpu"))
-    assert communicator.device == torch.device("cpu")
-    assert (communicator.rank, communicator.world_size) == (2, 5)
-    assert communicator_of(Engine(torch.device("cuda", 3))).device == torch.device("cuda", 3)
-
-
-class Deaf:
-    broadcast = "a name, not a method"
-
-
-@pytest.mark.parametrize("group", [None, object(), Deaf(), -100, "gloo"], ids=range(5))
-def test_what_cannot_broadcast_is_refused_before_anything_is_asked_for(group: object) -> None:
-    def untouched() -> Iterator[tuple[str, torch.Tensor]]:
-        pytest.fail("the iterator was pulled")
-        yield "never", torch.zeros(0)
-
+@pytest.mark.parametrize("group", [None, SimpleNamespace(broadcast="a name"), "gloo"], ids=range(3))
+def test_what_cannot_broadcast_is_refused_before_the_iterator_is_read(group: object) -> None:
     kind = type(group).__name__
     with pytest.raises(UsageError, match=f"a {kind} cannot broadcast") as caught:
         packed_broadcast_producer(untouched(), group, 0, lambda pair: pair[1])
     assert "process group" in str(caught.value.hint)
     with pytest.raises(UsageError, match=f"a {kind} cannot broadcast"):
         packed_broadcast_consumer(iter([]), group, 0, print)
-
-
-# src and rank
 
 
 class Knows(Recorder):
@@ -217,6 +203,8 @@ def untouched() -> Iterator[tuple[str, torch.Tensor]]:
     [
         (0, 2, 1, "this rank, which sends, is 0 in the group"),
         (0, None, 1, "this rank, which sends, is 0 in the group"),
+        (1, 2, 1, "that is this rank, which receives"),
+        (1, None, 1, "that is this rank, which receives"),
         (1, 2, 2, "the group has the ranks 0 to 1"),
         (None, 2, 2, "the group has the ranks 0 to 1"),
         (0, 2, -1, "no rank"),
@@ -224,34 +212,22 @@ def untouched() -> Iterator[tuple[str, torch.Tensor]]:
         (0, 2, "0", "no rank"),
     ],
 )
-def test_a_sender_that_is_not_src_is_told_so_before_anything_moves(
+def test_a_wrong_src_is_refused_before_anything_moves(
     rank: int | None, world_size: int | None, src: int, says: str, *, by_call: bool
 ) -> None:
     group = Knows(rank, world_size, by_call=by_call)
-    with pytest.raises(UsageError, match=f"src is '?{src}'?, .*{says}"):
-        packed_broadcast_producer(untouched(), group, src, lambda pair: pair[1])
-    with pytest.raises(UsageError, match=f"src is '?{src}'?, .*{says}"):
-        ReplaySender({"a": torch.zeros(3)}, group, src)
-    assert group.wire == []
-
-
-@pytest.mark.parametrize(
-    ("rank", "world_size", "src", "says"),
-    [
-        (1, 2, 1, "that is this rank, which receives"),
-        (1, None, 1, "that is this rank, which receives"),
-        (1, 2, 2, "the group has the ranks 0 to 1"),
-        (1, 2, -1, "no rank"),
-    ],
-)
-def test_a_receiver_that_is_src_is_told_so_before_anything_moves(
-    rank: int, world_size: int | None, src: int, says: str
-) -> None:
-    group = Knows(rank, world_size)
-    with pytest.raises(UsageError, match=f"src is {src}, .*{says}"):
-        packed_broadcast_consumer(iter([]), group, src, print)
-    with pytest.raises(UsageError, match=f"src is {src}, .*{says}"):
-        ReplayReceiver(group, src)
+    sends = (
+        lambda: packed_broadcast_producer(untouched(), group, src, lambda pair: pair[1]),
+        lambda: ReplaySender({"a": torch.zeros(3)}, group, src),
+    )
+    receives = (
+        lambda: packed_broadcast_consumer(iter([]), group, src, print),
+        lambda: ReplayReceiver(group, src),
+    )
+    calls = [*(sends if "receives" not in says else ()), *(receives if "sends" not in says else ())]
+    for call in calls:
+        with pytest.raises(UsageError, match=f"src is '?{src}'?, .*{says}"):
+            call()
     assert group.wire == []
 
 
@@ -279,11 +255,7 @@ def test_a_group_whose_broadcast_does_nothing_is_refused(name: str, *, value: bo
     assert len(group.wire) == 3 + 2
 
 
-# device=
-
-
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
-def test_a_consumer_accepts_the_device_of_the_groups_tensors(device: torch.device | str) -> None:
+def test_a_consumer_accepts_the_device_of_the_groups_tensors_and_no_other() -> None:
     got: list[tuple[str, torch.Tensor]] = []
     described = [("a", ((3,), torch.uint8))]
     packed_nccl_broadcast_consumer(
@@ -293,7 +265,7 @@ def test_a_consumer_accepts_the_device_of_the_groups_tensors(device: torch.devic
         post_unpack_func=got.extend,
         buffer_size_bytes=8,
         num_buffers=2,
-        device=device,
+        device="cpu",
     )
     assert [(name, bytes(tensor.tolist())) for name, tensor in got] == [("a", b"abc")]
     with pytest.raises(UsageError, match=r"device is cuda:1, but the group's tensors .* on cpu"):
@@ -302,16 +274,8 @@ def test_a_consumer_accepts_the_device_of_the_groups_tensors(device: torch.devic
         )
 
 
-def test_device_decides_for_a_bare_object_that_has_none() -> None:
-    assert communicator_of(Bare(), "cpu").device == torch.device("cpu")
-    assert communicator_of(Bare(), "cuda:3").device == torch.device("cuda", 3)
-
-
-# Groups that torch's tables do not know
-
-
 class StoreGroup:
-    """An engine's stateless group: over a store, and what is received is what it returns."""
+    """An engine's stateless group, whose broadcast returns what it has received."""
 
     device = torch.device("cpu")
 
@@ -325,39 +289,33 @@ class StoreGroup:
         return self._sent.pop(0)
 
 
-def test_a_group_that_returns_what_it_received_is_listened_to() -> None:
+def test_a_group_may_return_what_it_has_received() -> None:
     sent: list[torch.Tensor] = []
     given = {"a": torch.arange(5), "b": torch.ones(2, 3)}
     described = [(name, (tensor.shape, tensor.dtype)) for name, tensor in given.items()]
-    packed_broadcast_producer(
-        iter(given.items()), StoreGroup(0, 2, sent), 0, lambda pair: pair[1], 8, 2
-    )
+    sending, receiving = StoreGroup(0, 2, sent), StoreGroup(1, 2, sent)
+    packed_broadcast_producer(iter(given.items()), sending, 0, lambda pair: pair[1], 8, 2)
     got: list[tuple[str, torch.Tensor]] = []
-    packed_broadcast_consumer(iter(described), StoreGroup(1, 2, sent), 0, got.extend, 8, 2)
+    packed_broadcast_consumer(iter(described), receiving, 0, got.extend, 8, 2)
     assert [name for name, _ in got] == ["a", "b"]
     assert all(torch.equal(tensor, given[name]) for name, tensor in got)
-    packed_broadcast_producer(
-        iter(given.items()), StoreGroup(0, 2, sent), 0, lambda pair: pair[1], 8, 2
-    )
+    packed_broadcast_producer(iter(given.items()), sending, 0, lambda pair: pair[1], 8, 2)
     with pytest.raises(TransferError, match="returned 40 bytes where 64 were expected"):
-        packed_broadcast_consumer(
-            iter([("a", ((8,), torch.int64))]), StoreGroup(1, 2, sent), 0, print, 8, 2
-        )
+        packed_broadcast_consumer(iter([("a", ((8,), torch.int64))]), receiving, 0, print, 8, 2)
 
 
-class Late(Work):
-    """Done when it is waited for."""
+def test_a_group_may_return_work_that_is_under_way() -> None:
+    class Late(Work):
+        """Done when it is waited for."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        super().__init__()
-        self._tensor = tensor
+        def __init__(self, tensor: torch.Tensor) -> None:
+            super().__init__()
+            self._tensor = tensor
 
-    def wait(self, timeout: object = None) -> bool:
-        self._tensor.fill_(7)
-        return True
+        def wait(self, timeout: object = None) -> bool:
+            self._tensor.fill_(7)
+            return True
 
-
-def test_a_group_that_returns_what_is_under_way_is_waited_for() -> None:
     class Async(Bare):
         def broadcast(self, tensor: torch.Tensor, src: int) -> Late:
             return Late(tensor)
@@ -432,6 +390,10 @@ def replay(group, src, sender):
     got = ReplayReceiver(group, src).receive()
     assert all(torch.equal(got[name], weights[name]) for name in weights), got
 
+def both(group, src, sender):
+    transfer(group, src, sender)
+    replay(group, src, sender)
+
 TIMEOUT = datetime.timedelta(seconds=30)
 
 def of_helper(name, ranks):
@@ -473,8 +435,7 @@ def foreign_groups(when):
             assert (mine.rank, mine.world_size) == (ranks.index(rank), 2)
             assert mine.device == torch.device("cpu")
             for src in (0, 1):
-                transfer(group, src, ranks[src])
-                replay(group, src, ranks[src])
+                both(group, src, ranks[src])
 
 try:
     store = dist.FileStore(sys.argv[1], 3)

@@ -37,8 +37,6 @@ from tests.packed.replays import (
     record,
 )
 from tests.packed.wire_model import (
-    DTYPES,
-    LAYOUTS,
     Item,
     Player,
     Recorder,
@@ -77,20 +75,7 @@ def test_generated_mixes_arrive_exactly_round_after_round(
     assert not player.left
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_dtype_travels_from_and_to_every_layout(dtype: torch.dtype, layout: str) -> None:
-    payload = bytes(i % 2 for i in range(6 * dtype.itemsize))
-    item = Item("t", dtype, (3, 1, 2), payload, layout)
-    sender, recorder = record({"t": item.tensor()})
-    sender.send({"t": item.tensor()})
-    target = blank([item])
-    ReplayReceiver(Player(recorder.wire), 0).receive(target)
-    assert bytes_of(target["t"]) == payload
-    assert_same([item], list(ReplayReceiver(Player(recorder.wire), 0).receive().items()))
-
-
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("num_buffers", [1, 2, 3, 4])
 @pytest.mark.parametrize("tells_ranks", [True, False])
 def test_changing_values_reach_every_rank_in_every_way_of_receiving(
@@ -194,7 +179,7 @@ def transposed(values: torch.Tensor) -> torch.Tensor:
     return values.t().contiguous().t()
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.usefixtures("copies")
 @pytest.mark.parametrize("lay", [torch.clone, transposed], ids=["plain", "transposed"])
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_ties_are_filled_in_whether_they_are_tied_there_or_not(

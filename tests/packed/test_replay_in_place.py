@@ -137,14 +137,14 @@ def test_only_copies_that_no_broadcast_runs_beside_may_fill_the_gpu(
     assert all(torch.equal(into[name], tensor) for name, tensor in values.items())
 
 
-@pytest.mark.parametrize("way", ["table", "plain"])
+@pytest.mark.parametrize("how", ["table", "plain"])
 def test_large_chunks_cut_at_both_ends_arrive_as_others_do(
-    monkeypatch: pytest.MonkeyPatch, way: str
+    monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.setattr(layout, "END_NBYTES", 256)
     values = {f"t.{i}": random_bytes(nbytes) for i, nbytes in enumerate([700, 0, 1, 3000, 2500])}
     into = {name: torch.zeros_like(tensor) for name, tensor in values.items()}
-    with copying(way):
+    with copying(how):
         recorder = Recorder()
         ReplaySender(values, recorder, 0, buffer_size=4096, num_buffers=2).send(values)
         ReplayReceiver(Player(recorder.wire), 0).receive(into)

@@ -1,4 +1,4 @@
-"""Pairs across inference mode, what autograd hears of a receive, and memory that went."""
+"""Replays in inference mode, what autograd notices of a receive, and memory that was freed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from packcast.errors import UsageError
 from packcast.packed.compat import packed_broadcast_consumer, packed_broadcast_producer
-from packcast.packed.replay import ReplayReceiver, ReplaySender
+from packcast.packed.replay import ReplayReceiver
 from tests.packed.replays import BUFFER, record
 from tests.packed.wire_model import Player, Recorder
 
@@ -18,7 +18,7 @@ Tensors = dict[str, torch.Tensor]
 Mode = Callable[[], AbstractContextManager[object]]
 
 MODES: dict[str, Mode] = {"inference": torch.inference_mode, "plain": nullcontext}
-pytestmark = pytest.mark.usefixtures("way")
+pytestmark = pytest.mark.usefixtures("copies")
 
 
 def some(value: float) -> Tensors:
@@ -174,25 +174,3 @@ def test_memory_freed_after_binding_is_an_error_until_it_is_back_and_bound(name:
             tensors[name].fill_(5)
             bind(tensors)
             run()
-
-
-class Storages(Recorder):
-    """Also how much memory is behind what it carries."""
-
-    largest = 0
-
-    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
-        super().broadcast(tensor, src)
-        self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-
-
-@pytest.mark.parametrize("num_chunks", [0, 1, 2])
-def test_a_pair_has_no_more_slots_than_chunks(num_chunks: int) -> None:
-    given = {f"t{i}": torch.full((BUFFER,), i, dtype=torch.uint8)[1:] for i in range(num_chunks)}
-    group = Storages()
-    sender = ReplaySender(given, group, 0, buffer_size=BUFFER, num_buffers=500)
-    group.largest = 0
-    for _ in range(2):
-        sender.send(given)
-    assert group.wire[3:] == [bytes([i]) * (BUFFER - 1) for i in range(num_chunks)] * 2
-    assert group.largest == num_chunks * BUFFER

@@ -15,8 +15,8 @@ pytestmark = needs_gpu
 
 
 @pytest.fixture(params=["table", "plain"], autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way of copying."""
+def copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies by table and plain ones."""
     if request.param == "plain":
         monkeypatch.setattr(replay, "move_on", lambda device: None)
     elif move_on(gpu()) is None:
