@@ -17,11 +17,7 @@ from typing import Any, TypeVar
 
 from packcast.control.clock import AwakeClock
 from packcast.control.connection import Connection, Incident
-from packcast.control.frames import (
-    Progress,
-    heartbeat_frame,
-    heartbeat_interval_s,
-)
+from packcast.control.frames import Progress, heartbeat_frame, heartbeat_interval_s
 from packcast.control.messages import Abort, Bye, Message, decode
 from packcast.control.waiters import Waiters
 from packcast.errors import PackcastError, TransferError
