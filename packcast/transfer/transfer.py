@@ -52,7 +52,7 @@ from packcast.transfer.results import (
     since,
 )
 from packcast.transfer.session import Session, open_session
-from packcast.transfer.sharing import hand_out_shares, take_share
+from packcast.transfer.sharing import hand_out_shares, state_of_copy, take_share
 from packcast.transfer.stall import StallWatch
 from packcast.transfer.view_state import joining_updates, start_of, told_by_sender, worker_states
 from packcast.view import View
@@ -258,7 +258,7 @@ def receive(
     with suppress(TransferError):  # published is published, whatever became of the sender
         fault = fault or failure_told_by(client.expect(Done, patience_s))
     if client.lost:
-        view.warn(f"{client.lost}, after this rank had published")
+        view.warn(f"{client.lost}, {state_of_copy(sink)}")
     client.close()
     for note in sink.notes:
         view.warn(f"rank {offer.rank}: {note}")
