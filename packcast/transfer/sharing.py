@@ -66,3 +66,10 @@ def owners_of(prepared: Mapping[int, Prepared]) -> dict[int, int]:
         for rank, it in prepared.items()
         if it.copy_id is not None and not it.owns and it.copy_id in owners
     }
+
+
+def state_of_copy(sink: Sink) -> str:
+    """For a sentence: what this rank knows at the end, where nobody tells it of the others."""
+    if isinstance(sink, WriteSink) and not sink.wrote:
+        return f"so look whether {sink.result()['target']} is there: another rank publishes it"
+    return "after this rank had published"

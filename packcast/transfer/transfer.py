@@ -51,7 +51,7 @@ from packcast.transfer.results import (
     rank_reports,
 )
 from packcast.transfer.session import Session, open_session
-from packcast.transfer.sharing import hand_out_shares, take_share
+from packcast.transfer.sharing import hand_out_shares, state_of_copy, take_share
 from packcast.transfer.stall import StallWatch
 from packcast.transfer.view_state import joining_updates, start_of, told_by_sender, worker_states
 from packcast.view import View
@@ -252,7 +252,7 @@ def receive(
         if done.code and not published.code:
             published = published_by(sink, failure_told_by(done))
     if client.lost:
-        view.warn(f"{client.lost}, after this rank had published")
+        view.warn(f"{client.lost}, {state_of_copy(sink)}")
     client.close()
     for note in sink.notes:
         view.warn(f"rank {offer.rank}: {note}")

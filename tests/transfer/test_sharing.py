@@ -190,3 +190,24 @@ def test_when_the_owner_does_not_publish_nobody_says_that_there_is_a_copy(
     told = {each["rank"]: each["ok"] for each in json.loads(report.read_text())["group"]["ranks"]}
     assert told == {0: True, 1: False, 2: False, 3: True}
     assert "complete on rank 3" in ends[0].sentence
+
+
+@pytest.mark.chaos
+def test_without_the_sender_a_helper_says_that_it_does_not_know_of_a_copy(
+    commands: Commands, large: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    disk = commands.held_disk(None)
+    recv = ("recv", "--out", out)
+    ranks = commands.start_ranks(("send", large, *SMALL_RING), recv, recv, disks={1: disk, 2: disk})
+    commands.await_reached(disk)
+    ranks[0].kill()
+    eventually(lambda: len(commands.alive()) == 1, "the helper's end")
+    disk.release()
+    ends = wait_all(ranks[1:], 20)
+    assert [end.returncode for end in ends] == [0, 0], [end.stderr for end in ends]
+    owner, helper = sorted(ends, key=lambda end: f"look whether {out} is there" in end.stderr)
+    assert "after this rank had published" in owner.stderr
+    assert "after this rank had published" not in helper.stderr
+    assert f"look whether {out} is there" in helper.stderr
+    same_tree(large, out)
