@@ -51,7 +51,7 @@ from packcast.transfer.results import (
     rank_reports,
 )
 from packcast.transfer.session import Session, open_session
-from packcast.transfer.sharing import hand_out_shares, state_of_copy, take_share
+from packcast.transfer.shares import hand_out_shares, state_of_copy, take_share
 from packcast.transfer.stall import StallWatch
 from packcast.transfer.view_state import joining_updates, start_of, told_by_sender, worker_states
 from packcast.view import View

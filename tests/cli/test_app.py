@@ -219,7 +219,7 @@ def test_a_quiet_sender_keeps_the_token_that_it_makes_in_a_file_of_the_users(
     assert "warning: PACKCAST_TOKEN: a token of fewer than 16 bytes" in capsys.readouterr().err
 
 
-def test_a_good_end_is_one_line_for_people_and_nothing_on_standard_output(
+def test_a_good_end_is_a_summary_for_people_and_nothing_on_standard_output(
     transfer: FakeTransfer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def succeed(settings: Settings, view: View) -> Report:

@@ -16,7 +16,7 @@ from packcast.io.sinks.ownership import RECORD
 from packcast.io.sinks.sharing import ALONE
 from packcast.packed.plan import TURN
 from packcast.transfer.protocol import Prepared, WritingShare
-from packcast.transfer.sharing import owners_of, shares_of
+from packcast.transfer.shares import owners_of, shares_of
 from tests.helpers.checkpoints import same_tree
 from tests.helpers.commands import (
     PACKCAST,
