@@ -168,10 +168,11 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
         "readers_on_host": st.integers(1, 1_000_001),
     },
     transfer.Prepared: {
+        "copy_id": st.none() | st.from_regex(r"[0-9a-f]{32}", fullmatch=True),
         "directory": st.none() | st.tuples(INODES, INODES),
         "owns": st.booleans(),
     },
-    transfer.WritingShare: {"index": RANKS, "count": st.integers(1, 1_000_001)},
+    transfer.WritingShare: {"index": st.integers(0, 499), "count": st.integers(500, 1_000_001)},
     transfer.Ready: {"plan": DIGESTS, "sums": st.booleans()},
     transfer.Go: {
         "host": st.just("fe80::1%eth0"),
@@ -196,7 +197,7 @@ FIELDS: dict[type[Message], dict[str, st.SearchStrategy[Any]]] = {
         "error": SENTENCES,
         "hint": SENTENCES,
     },
-    transfer.Done: {},
+    transfer.Done: {"code": CODES, "error": SENTENCES, "hint": SENTENCES},
 }
 
 
