@@ -18,6 +18,8 @@ MAX_RANK = 1_000_000
 MAX_NAME_LENGTH = 255
 MAX_PATH_LENGTH = 4096
 MAX_GPUS = 64
+MAX_LIMIT_LENGTH = 512
+MAX_NBYTES = 1 << 63
 
 
 def printable(text: str) -> str:
@@ -32,9 +34,20 @@ def check_printable(text: str) -> str:
     return text
 
 
+def _check_limit(limit: MemoryLimit) -> MemoryLimit:
+    for text in (limit.key, limit.name):
+        check_printable(text)
+        if len(text) > MAX_LIMIT_LENGTH:
+            raise ValueError("it is too long")
+    if not 0 <= limit.free <= MAX_NBYTES:
+        raise ValueError("it is no number of bytes")
+    return limit
+
+
+Limit = Annotated[MemoryLimit, AfterValidator(_check_limit)]
 Name = Annotated[str, Field(max_length=MAX_NAME_LENGTH), AfterValidator(check_printable)]
 Rank = Annotated[int, Field(ge=0, le=MAX_RANK)]
-Nbytes = Annotated[int, Field(ge=0, le=1 << 63)]
+Nbytes = Annotated[int, Field(ge=0, le=MAX_NBYTES)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -56,7 +69,7 @@ class RankInfo:
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)\z")] = "auto"
     gpus: Annotated[tuple[Name, ...], Field(max_length=MAX_GPUS)] = ()
     gpu_free: Annotated[tuple[Nbytes | None, ...], Field(max_length=MAX_GPUS)] = ()
-    memory: Annotated[tuple[MemoryLimit, ...], Field(max_length=MAX_LIMITS)] = ()
+    memory: Annotated[tuple[Limit, ...], Field(max_length=MAX_LIMITS)] = ()
     checkpoint: (
         Annotated[str, Field(max_length=MAX_PATH_LENGTH), AfterValidator(check_printable)] | None
     ) = None

@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import AfterValidator, ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from typing import ClassVar
 
 from packcast.units import format_size
 
@@ -29,25 +27,18 @@ _FILES = {
 }
 
 
-def _check_printable(text: str) -> str:
-    if not text.isprintable():
-        raise ValueError("it is not printable")
-    return text
-
-
-_Text = Annotated[str, Field(max_length=512), AfterValidator(_check_printable)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLimit:
     """How many bytes a limit on memory leaves free, and what people call it.
 
     Processes of one host that name the same `key` share it.
     """
 
-    key: _Text
-    free: Annotated[int, Field(ge=0, le=1 << 63)]
-    name: _Text
+    __pydantic_config__: ClassVar = {"strict": True, "extra": "forbid"}  # in a RankInfo
+
+    key: str
+    free: int
+    name: str
 
 
 def available_nbytes(proc: Path | None = None) -> int | None:
