@@ -46,6 +46,11 @@ def format_exact_size(nbytes: int) -> str:
     return str(nbytes)
 
 
+def format_buffers(count: int, nbytes: int) -> str:
+    """`4 buffers of 64MiB`."""
+    return f"{count} {'buffer' if count == 1 else 'buffers'} of {format_exact_size(nbytes)}"
+
+
 def format_rate(bytes_per_second: float) -> str:
     """Decimal, as the field writes bandwidth: `43.6 GB/s`."""
     return f"{bytes_per_second / 1e9:.{1 if bytes_per_second >= 10e9 else 2}f} GB/s"

@@ -6,7 +6,13 @@ from collections import deque
 from dataclasses import dataclass
 
 from packcast.cli.result import count
-from packcast.units import format_countdown, format_exact_size, format_rate, format_size
+from packcast.units import (
+    format_buffers,
+    format_countdown,
+    format_exact_size,
+    format_rate,
+    format_size,
+)
 from packcast.view import Snapshot, Start
 
 WINDOW_S = 5.0
@@ -77,7 +83,7 @@ def start_lines(start: Start, *, verbose: bool = False) -> list[str]:
             whom += f" from {len(start.readers)} readers"
     else:
         whom = f"receiving {what} as rank {start.rank} of {start.world_size}"
-    buffers = f"{start.num_buffers} buffers of {format_exact_size(start.buffer_size)}"
+    buffers = format_buffers(start.num_buffers, start.buffer_size)
     if start.device != "cpu":  # there the buffers are the staging too
         buffers += f", staging {format_exact_size(start.staging)}"
     if start.is_low:

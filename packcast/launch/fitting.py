@@ -19,7 +19,7 @@ from packcast.settings import (
     Settings,
     fitting_buffer_size,
 )
-from packcast.units import GIB, MIB, format_exact_size, format_size
+from packcast.units import GIB, MIB, format_buffers, format_exact_size, format_size
 
 LOW_BUFFER_SIZE, LOW_NUM_BUFFERS, LOW_STAGING = MIN_FITTING_SIZE, 2, 48 * MIB
 # A context of CUDA takes nearly 0.5 GiB. NCCL takes about 10 MiB for each channel and neighbour
@@ -39,8 +39,7 @@ class BufferSizes:
 
     @property
     def ring(self) -> str:
-        count = "1 buffer" if self.num_buffers == 1 else f"{self.num_buffers} buffers"
-        return f"{count} of {format_exact_size(self.buffer_size)}"
+        return format_buffers(self.num_buffers, self.buffer_size)
 
     @property
     def ring_nbytes(self) -> int:
@@ -79,8 +78,8 @@ class Room:
         """Whether there are not so many bytes for each."""
         return self.num_ranks * nbytes > self.free
 
-    def told(self, what: str, nbytes: int) -> str:
-        """The one phrase about what is needed, and what is there."""
+    def described(self, what: str, nbytes: int) -> str:
+        """In words: how much `what` needs, and how much there is."""
         needed = f"{self.whose} needs {format_size(nbytes)} for {what}"
         if self.num_ranks > 1:
             needed = f"{self.whose} need {format_size(self.num_ranks * nbytes)} for {what}"
@@ -160,20 +159,22 @@ def _settle(
         sizes = low
         notes.append(
             f"low on memory: {say(low)} instead of {say(wanted)}, which is slower, since"
-            f" {tight.told(say(wanted), need(wanted))}"
+            f" {tight.described(say(wanted), need(wanted))}"
         )
     short = next((room for room in rooms if room.is_short(need(sizes))), None)
     if short:
         raise TransferError(
-            f"not enough memory: {short.told(say(sizes), need(sizes))}",
-            hint=_way_out(short, lower),
+            f"not enough memory: {short.described(say(sizes), need(sizes))}",
+            hint=_hint(short, lower),
         )
     if tight and tight.is_gpu and sizes == wanted:
-        notes.append(f"NCCL may fail: {tight.told(say(wanted), need(wanted))}; {NEARLY_FULL_GPU}")
+        notes.append(
+            f"NCCL may fail: {tight.described(say(wanted), need(wanted))}; {NEARLY_FULL_GPU}"
+        )
     return sizes
 
 
-def _way_out(room: Room, lower: str) -> str:
+def _hint(room: Room, lower: str) -> str:
     more = NEARLY_FULL_GPU if room.is_gpu else "start fewer ranks there, or raise that limit"
     return f"reduce {lower} on the sender, or {more}"
 

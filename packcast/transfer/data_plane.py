@@ -33,7 +33,7 @@ from packcast.packed.trailer import transfer_tag
 from packcast.transfer.group import broadcast_of, cause_named, limited, open_group, warm_up
 from packcast.transfer.host_share import check_ring_fits, num_io_threads, staging_bound
 from packcast.transfer.offer import Offer
-from packcast.units import format_exact_size, format_size
+from packcast.units import format_buffers, format_size
 from packcast.view import Snapshot, WorkerState
 
 # Backstops: the control channel notices lost ranks earlier, the stall watch everything else. But
@@ -357,7 +357,7 @@ class DataPlane:
         try:
             yield
         except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is a plain one
-            buffers = f"{offer.num_buffers} buffers of {format_exact_size(offer.buffer_size)}"
+            buffers = format_buffers(offer.num_buffers, offer.buffer_size)
             raise TransferError(
                 f"{offer.device} is not available, or has no memory for {buffers}{self._free()}",
                 hint="reduce --buffer-size or --num-buffers on the sender",

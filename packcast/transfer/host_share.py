@@ -8,7 +8,7 @@ from packcast.errors import TransferError
 from packcast.io.memory import available_nbytes, memory_limits
 from packcast.packed.plan import ring_nbytes
 from packcast.transfer.offer import Offer
-from packcast.units import format_exact_size, format_size
+from packcast.units import format_buffers, format_size
 
 _KEPT_PROCESSORS = 2  # of a rank's share: for its loop, and for verification on a GPU
 _MAX_IO_THREADS = 24  # more do not pay, with a GPU's link as the limit
@@ -32,9 +32,8 @@ def check_ring_fits(offer: Offer) -> None:
     for limit in memory_limits():
         if needed > limit.free:
             raise TransferError(
-                f"no memory for {offer.num_buffers} buffers of"
-                f" {format_exact_size(offer.buffer_size)}: they need {format_size(needed)},"
-                f" and {limit.name} leaves {format_size(limit.free)}",
+                f"no memory for {format_buffers(offer.num_buffers, offer.buffer_size)}: they need"
+                f" {format_size(needed)}, and {limit.name} leaves {format_size(limit.free)}",
                 hint="reduce --buffer-size or --num-buffers on the sender, or raise that limit",
             )
 
