@@ -1,12 +1,13 @@
-"""Which sockets processes listen on, as `ss -ltnp` tells it."""
+"""The sockets on which processes listen, as in `ss -ltnp`, and one that takes no connection."""
 
 from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import struct
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,18 @@ class Listening:
     pid: int
     address: str
     port: int
+
+
+@contextmanager
+def full_listener() -> Iterator[int]:
+    """The port of a socket on 127.0.0.1 that listens, but answers no further connection."""
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for waiting in (first, second):
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
 
 
 def listening(pids: Iterable[int]) -> set[Listening]:

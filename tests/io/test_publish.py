@@ -127,12 +127,14 @@ def test_a_symlink_above_the_target_is_part_of_the_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [{}, {"config.json": b"by hand", "nested/deeper/vocab.txt": b""}]
+    "content", [None, {}, {"config.json": b"by hand", "nested/deeper/vocab.txt": b""}]
 )
 def test_force_replaces_files_of_the_offer_whoever_wrote_them(
-    tmp_path: Path, content: dict[str, bytes]
+    tmp_path: Path, content: dict[str, bytes] | None
 ) -> None:
-    write_tree(tmp_path / "out", content)
+    if content is not None:
+        (tmp_path / "out").mkdir()
+        write_tree(tmp_path / "out", content)
     sink = copy(tmp_path / "out", force=True)
     assert tree(tmp_path / "out") == CONTENT
     assert names_in(tmp_path) == ["out"]

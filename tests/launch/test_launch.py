@@ -37,6 +37,7 @@ from packcast.launch.launchers import (
 from packcast.launch.rendezvous import Rendezvous, open_rendezvous
 from packcast.launch.store import connect_store, join_served_store, serve_store
 from tests.helpers.commands import hydra_rank, open_mpi_rank
+from tests.helpers.sockets import full_listener
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -494,15 +495,9 @@ def test_a_store_that_listens_but_cannot_be_reached_is_soon_said_to_be_behind_a_
 ) -> None:
     monkeypatch.setattr(stores, "_REACH_LIMIT_S", 0.3)
     started = time.monotonic()
-    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)  # and takes no connection
-        address = listener.getsockname()
-        for other in (first, second):
-            other.setblocking(False)
-            other.connect_ex(address)
-        with pytest.raises(RendezvousError, match=f"store at 127.0.0.1:{address[1]}") as caught:
-            join_served_store("127.0.0.1", address[1], 300.0)
+    with full_listener() as port, pytest.raises(RendezvousError) as caught:
+        join_served_store("127.0.0.1", port, 300.0)
+    assert f"store at 127.0.0.1:{port}" in caught.value.message
     assert "firewall" in (caught.value.hint or "")
     assert time.monotonic() - started < 10
 

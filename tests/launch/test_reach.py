@@ -14,6 +14,7 @@ from packcast.errors import PackcastError, RendezvousError, TransferError
 from packcast.launch import reach
 from packcast.launch.processgroup import open_process_group
 from packcast.launch.reach import check_ring, chosen_by_nccl
+from tests.helpers.sockets import full_listener
 
 
 def check_as(
@@ -62,17 +63,11 @@ def test_a_rank_behind_a_firewall_is_named_with_host_port_interface_and_range(
     monkeypatch.setattr(reach, "_REACH_LIMIT_S", 0.3)
     monkeypatch.setattr(reach, "ephemeral_ports", lambda: "29420-29999")
     store = dist.HashStore()
-    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(0)  # and takes no connection
-        address = listener.getsockname()
-        for other in (first, second):
-            other.setblocking(False)
-            other.connect_ex(address)
-        says(store, 1, port=address[1])
+    with full_listener() as port:
+        says(store, 1, port=port)
         with pytest.raises(RendezvousError) as caught:
             check_as(0, store)
-    assert f"to rank 1 (node2) at 127.0.0.1:{address[1]} on lo" in caught.value.message
+    assert f"to rank 1 (node2) at 127.0.0.1:{port} on lo" in caught.value.message
     assert caught.value.message.endswith("no answer within 0.3 s")
     assert "firewall" in (caught.value.hint or "")
     assert "29420-29999" in (caught.value.hint or "")
