@@ -60,8 +60,18 @@ def raw(tensor: torch.Tensor) -> bytes:
     return bytes(flat.view(torch.uint8).tolist()) if flat.numel() else b""
 
 
-def packcast_threads() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("packcast")]
+@pytest.fixture
+def left_threads() -> Callable[[], list[str]]:
+    """Lists packcast's threads that this test has started.
+
+    A test that failed while it connected may have left one stuck in gloo's connect.
+    """
+    others = set(threading.enumerate())
+    return lambda: [
+        thread.name
+        for thread in set(threading.enumerate()) - others
+        if thread.name.startswith("packcast")
+    ]
 
 
 class Net(torch.nn.Module):
@@ -95,7 +105,9 @@ def trained(tmp_path: Path) -> tuple[Net, Path]:
     return net, path.parent
 
 
-def test_two_workers_have_identical_copies_and_nothing_is_left_behind(tmp_path: Path) -> None:
+def test_two_workers_have_identical_copies_and_nothing_is_left_behind(
+    tmp_path: Path, left_threads: Callable[[], list[str]]
+) -> None:
     checkpoint = sharded(tmp_path / "c", 3, 2_000_000)
     before = dict(os.environ), signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -112,7 +124,7 @@ def test_two_workers_have_identical_copies_and_nothing_is_left_behind(tmp_path: 
     assert after == before
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
     assert not dist.is_initialized()
-    assert packcast_threads() == []
+    assert left_threads() == []
 
 
 @pytest.mark.parametrize("buffer_size", [MIB, 64 * MIB])
@@ -398,7 +410,9 @@ def test_a_difference_raises_with_the_report_and_stops_no_other_copy(tmp_path: P
     same_tree(checkpoint, tmp_path / "out")
 
 
-def test_a_refusal_is_raised_on_every_rank(tmp_path: Path) -> None:
+def test_a_refusal_is_raised_on_every_rank(
+    tmp_path: Path, left_threads: Callable[[], list[str]]
+) -> None:
     checkpoint = sharded(tmp_path / "c", 2, 1000)
     there = sharded(tmp_path / "there", 1, 1000)
     errors = failed(transfer(checkpoint, to(out=there, rank=1), to(out=tmp_path / "new", rank=2)))
@@ -406,11 +420,11 @@ def test_a_refusal_is_raised_on_every_rank(tmp_path: Path) -> None:
     assert all(f"{there} exists and is not empty" in str(error) for error in errors)
     assert not (tmp_path / "new").exists()
     assert not list(tmp_path.glob(".*"))
-    eventually(lambda: not packcast_threads(), "the threads' end")
+    eventually(lambda: not left_threads(), "the threads' end")
 
 
 def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
-    tmp_path: Path,
+    tmp_path: Path, left_threads: Callable[[], list[str]]
 ) -> None:
     checkpoint = sharded(tmp_path / "c", 3, 3_000_000)
 
@@ -426,7 +440,7 @@ def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
         assert "rank 1 (" in str(error)
         assert "I do not want layer.1.0" in str(error)
     assert os.listdir(tmp_path) == ["c"]
-    eventually(lambda: not packcast_threads(), "the threads' end")
+    eventually(lambda: not left_threads(), "the threads' end")
     # And all of them can be used again.
     succeeded(transfer(checkpoint, to(discard=True), to(out=tmp_path / "out")))
     same_tree(checkpoint, tmp_path / "out")
