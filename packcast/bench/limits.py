@@ -44,6 +44,7 @@ from packcast.transfer.offer import Offer
 
 _LONG_S = 1.0
 _NUM_SYNC_THREADS = 8
+_MAX_UNITS = 4  # of staging: few enough to stay in the processor's cache
 
 
 class LimitMethod(MethodRun):
@@ -72,7 +73,7 @@ class LimitMethod(MethodRun):
             return
         offer = offer_of_case(self.data, case, ranks)
         if ranks.on_gpu:
-            num_units = staging_count(case.buffer_size, staging_bound(offer))
+            num_units = min(_MAX_UNITS, staging_count(case.buffer_size, staging_bound(offer)))
             staging = PinnedMemory(num_units * unit_nbytes(case.buffer_size))
             self.resources.callback(lambda: staging.close(is_idle=self._is_idle))
             self._host = staging.tensor

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import torch
-
-from packcast.io.pool import CLOSE_LIMIT_S
 from packcast.io.staging import Buffers
 from packcast.packed.checksum import SlotChecksums
 from packcast.packed.pipeline import Source
 from packcast.packed.plan import Chunk
 from packcast.packed.ring import Slot
-from packcast.packed.streams import Stream, StreamEvent
-from packcast.packed.trailer import SUM_NBYTES, SUM_OFFSET
+from packcast.packed.trailer import SUM_OFFSET
 
 
 class ChecksummedSource:
-    """A source that adds to each chunk's trailer the sum of the bytes in the slot."""
+    """A source that adds to each chunk's trailer the sum of the bytes in the slot.
+
+    On the communication stream, right before the broadcast: the next chunk's copies do not wait.
+    """
 
     def __init__(self, source: Source[Chunk], buffers: Buffers) -> None:
         self._source = source
-        device = buffers.ring.device
-        self._sums = SlotChecksums(device, buffers.tag, buffers.buffer_size)
-        self._stream = Stream(device)  # its own: the next chunk's copies need not wait for the sum
-        self._stream.wait_for_caller(device)  # the multipliers were made there
-        self._newest: StreamEvent | None = None
+        self._ring = buffers.ring
+        self._sums = SlotChecksums(self._ring.device, buffers.tag, buffers.buffer_size)
+        self._ring.comm.wait_for_caller(self._ring.device)  # the multipliers were made there
 
     @property
     def device_nbytes(self) -> int:
@@ -31,19 +28,12 @@ class ChecksummedSource:
         return self._sums.nbytes
 
     def fill(self, chunk: Chunk, slot: Slot) -> None:
-        """Give chunk and trailer to the fill stream, and the sum to one behind it."""
+        """Give chunk and trailer to the fill stream, and the sum to the one behind it."""
         self._source.fill(chunk, slot)
-        begin = chunk.trailer_offset + SUM_OFFSET
-        self._stream.wait(slot.filled)
-        with self._stream:
-            place = slot.memory[begin : begin + SUM_NBYTES].view(torch.int64)
-            place.copy_(self._sums.of(slot.memory, chunk.nbytes).view(1), non_blocking=True)
-            slot.filled = self._newest = self._stream.record()
+        self._ring.comm.wait(slot.filled)
+        with self._ring.comm:
+            self._sums.add(slot, chunk.nbytes, chunk.trailer_offset + SUM_OFFSET)
 
     def close(self) -> None:
         """End the source's threads."""
-        try:
-            self._source.close()
-        finally:
-            if self._newest is not None:
-                self._newest.passes_within(CLOSE_LIMIT_S)  # it uses the slots' memory
+        self._source.close()

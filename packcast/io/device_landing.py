@@ -1,7 +1,7 @@
 """The receiving end whose bytes stay on the device: copied into tensors, or dropped.
 
-Sums verify the bytes: only sums and trailers come to the host, where a thread compares them
-before tensors are delivered.
+Sums verify the bytes: only trailers come to the host, where a thread looks at them before tensors
+are delivered.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from packcast.packed.counters import Stage
 from packcast.packed.plan import Chunk, num_blocks, trailer_nbytes
 from packcast.packed.ring import Slot, host_view
 from packcast.packed.streams import StreamEvent
-from packcast.packed.trailer import read_trailer, sum_in
+from packcast.packed.trailer import SUM_OFFSET, has_sum, read_trailer
 
 _MAX_PAGES = 16  # chunks that may wait for their verification
 _MIN_PAGES = 2
@@ -36,26 +36,25 @@ _NUMBER_NBYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class _Page:
-    """Host memory of a chunk that is under way: its trailer and its sum as they come from the
-    device, and the table of its copies as that goes there."""
+    """Host memory of a chunk that is under way: its trailer as it comes from the device, and the
+    table of its copies as that goes there."""
 
     trailer: torch.Tensor
-    found: torch.Tensor
     table: torch.Tensor
 
     @staticmethod
     def nbytes(trailer_nbytes: int, table_rows: int) -> int:
-        return trailer_nbytes + _NUMBER_NBYTES * (1 + TABLE_COLUMNS * table_rows)
+        return trailer_nbytes + _NUMBER_NBYTES * TABLE_COLUMNS * table_rows
 
     @staticmethod
     def of(memory: torch.Tensor, trailer_nbytes: int) -> _Page:
         numbers = memory[trailer_nbytes:].view(torch.int64)
-        return _Page(memory[:trailer_nbytes], numbers[:1], numbers[1:].view(-1, TABLE_COLUMNS))
+        return _Page(memory[:trailer_nbytes], numbers.view(-1, TABLE_COLUMNS))
 
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
-    """A chunk that has left its slot, with its trailer and sum, once `event` has passed."""
+    """A chunk that has left its slot, with its trailer, once `event` has passed."""
 
     chunk: Chunk
     page: _Page
@@ -101,7 +100,7 @@ class DeviceLanding:
         with ring.drain:
             planned = sink.planned(chunks)
         self._scatter = None if planned is None else Scatter(planned, ring.device)
-        self._sums = SlotChecksums(ring.device, buffers.tag, buffers.buffer_size)
+        self._sums = SlotChecksums(ring.device, buffers.tag, buffers.buffer_size, subtract=True)
         ring.drain.wait_for_caller(ring.device)  # tables and multipliers were made there
         self._free: SimpleQueue[_Page | None] = SimpleQueue()
         self.pinned_nbytes = self._make_pages(trailer_nbytes(buffers.buffer_size))
@@ -139,10 +138,9 @@ class DeviceLanding:
             begin = ring.drain.record()
             if self._scatter is not None:
                 self._scatter.copy(chunk.index, slot.memory, page.table)
-            at, nbytes = chunk.trailer_offset, chunk.trailer_nbytes
-            page.trailer.copy_(slot.memory[at : at + nbytes], non_blocking=True)
-            found = self._sums.of(slot.memory, chunk.nbytes)
-            page.found.copy_(found.view(1), non_blocking=True)
+            at = chunk.trailer_offset
+            self._sums.add(slot, chunk.nbytes, at + SUM_OFFSET)
+            page.trailer.copy_(slot.view(at, chunk.trailer_nbytes), non_blocking=True)
             slot.drained = event = ring.drain.record()
         ring.clock.span(self.stage, chunk.index, chunk.nbytes, begin, event)
         self._queue.put(_Arrival(chunk, page, event))
@@ -200,7 +198,7 @@ class DeviceLanding:
         blocks = sum(num_blocks(extent.nbytes) for extent in chunk.extents)
         trailer = host_view(page.trailer)
         digests = read_trailer(trailer, self._tag, chunk, blocks)
-        if bytes(host_view(page.found.view(torch.uint8))) != sum_in(trailer):
+        if has_sum(trailer):  # its own was subtracted from the root's
             first = chunk.extents[0]
             raise TransferError(
                 f"{self._files[first.file].name}: bytes from {first.offset} were damaged in"

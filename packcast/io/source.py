@@ -220,6 +220,8 @@ class FileSource:
                 self._runner.wait(unit.index, lambda: self._look("read"), every_s=_LOOK_EVERY_S)
             return
         self._reuse_staging()
+        if self._runner.passes(unit.index):
+            return
         # Units that are not allowed yet wait for staging: all slots wait for a copy to the device.
         stage: Stage = "read" if unit.index < self._runner.num_allowed else "h2d"
 

@@ -58,7 +58,8 @@ class Staging:
             self.unit_nbytes, self._place_nbytes = unit_nbytes(size), staged_nbytes(size)
         self.pinned_nbytes = self._pinned.nbytes if self._pinned else 0
         self.address = self.memory.data_ptr()
-        self._views: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._bytes = host_view(self.memory)
+        self._views: dict[tuple[int, int], torch.Tensor] = {}
 
     def place(self, chunk: Chunk, unit: int) -> int:
         """The offset at which a unit of a chunk lies; `unit` counts this end's units."""
@@ -66,17 +67,19 @@ class Staging:
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes of it, not copied."""
-        return host_view(self.memory[offset : offset + nbytes])
+        return self._bytes[offset : offset + nbytes]
 
     def copy_to(self, slot: Slot, unit: ScheduledUnit) -> None:
         """Give the copy of the unit into its slot to the current stream."""
         if not self.is_slots:
-            self._in(slot, unit).copy_(self._here(unit), non_blocking=True)
+            there = slot.view(unit.slot_offset, unit.nbytes)
+            there.copy_(self._here(unit), non_blocking=True)
 
     def copy_from(self, slot: Slot, unit: ScheduledUnit) -> None:
         """Give the copy of the unit out of its slot to the current stream."""
         if not self.is_slots:
-            self._here(unit).copy_(self._in(slot, unit), non_blocking=True)
+            there = slot.view(unit.slot_offset, unit.nbytes)
+            self._here(unit).copy_(there, non_blocking=True)
 
     def trailer_offset(self, unit: ScheduledUnit) -> int:
         """Where a chunk's trailer lies beside its first unit: behind it, as beside the last."""
@@ -89,9 +92,8 @@ class Staging:
         if not unit.is_last:
             begin, nbytes = unit.chunk.trailer_offset, unit.chunk.trailer_nbytes
             into = self.trailer_offset(unit)
-            self.memory[into : into + nbytes].copy_(
-                slot.memory[begin : begin + nbytes], non_blocking=True
-            )
+            there = slot.view(begin, nbytes)
+            self.memory[into : into + nbytes].copy_(there, non_blocking=True)
 
     def free(self, *, is_idle: bool) -> None:
         """Free the memory; `is_idle`: no copy and no I/O thread can be using it."""
@@ -99,18 +101,11 @@ class Staging:
             self._pinned.close(is_idle=is_idle)
 
     def _here(self, unit: ScheduledUnit) -> torch.Tensor:
-        return self._view(self.memory, unit.memory_offset, unit.nbytes)
-
-    def _in(self, slot: Slot, unit: ScheduledUnit) -> torch.Tensor:
-        return self._view(slot.memory, unit.slot_offset, unit.nbytes)
-
-    def _view(self, memory: torch.Tensor, begin: int, nbytes: int) -> torch.Tensor:
-        """The same few views come again and again, and making one takes as long as its copy's
-        launch."""
-        key = (memory.data_ptr(), begin, nbytes)
+        """Kept, as a slot's views are."""
+        key = begin, nbytes = unit.memory_offset, unit.nbytes
         found = self._views.get(key)
         if found is None:
-            found = self._views[key] = memory[begin : begin + nbytes]
+            found = self._views[key] = self.memory[begin : begin + nbytes]
         return found
 
 

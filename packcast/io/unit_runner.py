@@ -105,10 +105,15 @@ class UnitRunner:
             while not self._ends_within(self.num_done, limit_s):
                 if meanwhile is not None:
                     meanwhile()
-            self._resources.retire(self.schedule.units[self.num_done])
-            self.num_done += 1
-            if self.num_allowed < self._wanted:
-                self._admit()
+            self._retire()
+
+    def passes(self, unit: int) -> bool:
+        """Whether the units up to this one are done, as `wait` but without blocking."""
+        while self.num_done <= unit:
+            if not self._ends_within(self.num_done, 0):
+                return False
+            self._retire()
+        return True
 
     def is_done(self, unit: int) -> bool:
         """Whether the unit is done, without waiting or retiring it; raises why it will not be."""
@@ -125,6 +130,12 @@ class UnitRunner:
                 self._counters.unfollow(self._stage)
             self._closed = self._closed or has_ended
             self._staging.free(is_idle=has_ended and becomes_idle(ring))
+
+    def _retire(self) -> None:
+        self._resources.retire(self.schedule.units[self.num_done])
+        self.num_done += 1
+        if self.num_allowed < self._wanted:
+            self._admit()
 
     def _ends_within(self, unit: int, limit_s: float) -> bool:
         try:

@@ -103,6 +103,9 @@ def _with_slots(
     chunks: Iterable[C], ring: Ring, stage: Stage, begin: Callable[[C, Slot], object] | None
 ) -> Iterator[tuple[C, Slot]]:
     """Each chunk with its slot; with `begin`, slots that are free already are taken ahead."""
+    if not ring.is_host:  # streams wait, not the loop
+        yield from ((chunk, ring.take(chunk)) for chunk in chunks)
+        return
     ahead: deque[tuple[C, Slot]] = deque()
     for chunk in chunks:
         while ahead and (len(ahead) == ring.num_slots or not ring.is_free(chunk)):
@@ -111,7 +114,7 @@ def _with_slots(
             ring.await_sent(chunk)
         with ring.counters.waiting_on(stage):
             slot = ring.take(chunk)
-        if begin is None or not ring.is_host:
+        if begin is None:
             yield chunk, slot
         else:
             begin(chunk, slot)

@@ -57,10 +57,25 @@ class Slot:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
+        self._views: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         self.filled: Completion | None = None
         self.arrived: Completion | None = None
         self.drained: Completion | None = None
         self.sent: Completion | None = None  # to the next rank, where a broadcast is a chain
+
+    def view(self, begin: int, nbytes: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        """A part of the memory. The same few come again and again, and making one takes as long as
+        the launch of its copy."""
+        key = (begin, nbytes, dtype)
+        found = self._views.get(key)
+        if found is None:
+            found = self._views[key] = self.memory[begin : begin + nbytes].view(dtype)
+        return found
+
+    def replace(self, memory: torch.Tensor) -> None:
+        """Use other memory from now on."""
+        self.memory = memory
+        self._views.clear()
 
     def is_free(self) -> bool:
         """Whether its last uses are over. Never blocks."""
@@ -133,14 +148,14 @@ class Ring:
             slot.synchronize()
         if chunk.own is None and slot.memory.numel() < chunk.wire_nbytes:
             slot.synchronize()  # before the allocator may reuse the memory
-            slot.memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+            slot.replace(torch.empty(0, dtype=torch.uint8, device=self.device))
             eighth = 1 << max(0, (chunk.wire_nbytes // 8).bit_length() - 1)
             nbytes = align_up(chunk.wire_nbytes, min(self._step_nbytes, eighth))
-            slot.memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            slot.replace(torch.empty(nbytes, dtype=torch.uint8, device=self.device))
             self._after_caller()
-        for stream in (self.fill, self.comm):
-            stream.wait(slot.arrived)
-            stream.wait(slot.drained)
+        self.fill.wait(slot.arrived)  # the communication stream recorded it
+        self.fill.wait(slot.drained)
+        self.comm.wait(slot.drained)
         return slot
 
     def broadcast(self, chunk: Carried, slot: Slot, broadcast: Broadcast) -> None:
@@ -148,7 +163,7 @@ class Ring:
         self.comm.wait(slot.filled)
         with self.comm, self.counters.waiting_on("broadcast"):
             begin = self.comm.begin()
-            memory = slot.memory[: chunk.wire_nbytes] if chunk.own is None else chunk.own
+            memory = slot.view(0, chunk.wire_nbytes) if chunk.own is None else chunk.own
             slot.sent = broadcast(memory, chunk.root)
             self.num_broadcast += 1
             slot.arrived = self.comm.record()

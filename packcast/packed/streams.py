@@ -99,15 +99,16 @@ class Stream:
         priority = -1 if urgent else 0
         self.timed = True
         self._stream = torch.cuda.Stream(device, priority) if device.type == "cuda" else None
-        self._entered: list[torch.cuda.StreamContext] = []
+        self._before: list[tuple[int, tuple[int, int, int]]] = []  # current device and stream
         # CUDA events to use again, with and without times.
         self._spare: dict[bool, list[torch.cuda.Event]] = {True: [], False: []}
 
     def __enter__(self) -> Stream:
-        if self._stream is not None:
-            context = torch.cuda.stream(self._stream)
-            context.__enter__()
-            self._entered.append(context)
+        # torch.cuda.stream does the same in five times as long, three times for each chunk.
+        if (stream := self._stream) is not None:
+            current = torch._C._cuda_getCurrentStream(stream.device_index)
+            self._before.append((torch._C._cuda_getDevice(), current))
+            torch._C._cuda_setStream(stream.stream_id, stream.device_index, stream.device_type)
         return self
 
     def __exit__(
@@ -117,7 +118,10 @@ class Stream:
         traceback: TracebackType | None,
     ) -> None:
         if self._stream is not None:
-            self._entered.pop().__exit__(kind, error, traceback)
+            device, current = self._before.pop()
+            torch._C._cuda_setStream(*current)
+            if device != self._stream.device_index:
+                torch._C._cuda_setDevice(device)
 
     def record(self) -> StreamEvent:
         """Record an event after the work enqueued so far."""

@@ -34,6 +34,7 @@ def write_trailer(into: memoryview, tag: bytes, chunk: Chunk, digests: bytes) ->
     head = (_MAGIC, tag, chunk.index, chunk.nbytes, num_blocks)
     seal = xxhash.xxh3_128_digest(_HEAD.pack(*head, b"") + digests)
     into[: _HEAD.size] = _HEAD.pack(*head, seal)
+    into[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES] = bytes(SUM_NBYTES)  # to be added to
     begin = TRAILER_HEAD_NBYTES
     into[begin : begin + len(digests)] = digests
 
@@ -58,6 +59,7 @@ def read_trailer(page: memoryview, tag: bytes, chunk: Chunk, num_blocks: int) ->
     return digests
 
 
-def sum_in(page: memoryview) -> bytes:
-    """The device sum that the root wrote; arbitrary bytes if no worker asked for one."""
-    return bytes(page[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES])
+def has_sum(page: memoryview) -> bool:
+    """Whether something is left of the device sum; zero is where no root has added it, or where
+    the same was subtracted."""
+    return any(page[SUM_OFFSET : SUM_OFFSET + SUM_NBYTES])

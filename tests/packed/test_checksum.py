@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from packcast.packed.checksum import SlotChecksums
+from packcast.packed.ring import Slot
 from packcast.packed.trailer import transfer_tag
 
 MIB = 1 << 20
@@ -21,7 +22,26 @@ def random_slot(nbytes: int, seed: int = 0) -> torch.Tensor:
 
 
 def sum_of(memory: torch.Tensor, nbytes: int, tag: bytes = TAG, buffer_size: int = 16 * MIB) -> int:
-    return int(SlotChecksums(torch.device("cpu"), tag, buffer_size).of(memory, nbytes).item())
+    return sum_by(SlotChecksums(torch.device("cpu"), tag, buffer_size), memory, nbytes)
+
+
+def sum_by(sums: SlotChecksums, memory: torch.Tensor, nbytes: int) -> int:
+    """What it adds to a zero behind the memory."""
+    at = -(-memory.numel() // 8) * 8
+    slot = Slot(torch.zeros(at + 8, dtype=torch.uint8))
+    slot.memory[: memory.numel()] = memory
+    sums.add(slot, nbytes, at)
+    return int(slot.view(at, 8, torch.int64).item())
+
+
+def test_what_one_end_adds_the_other_takes_away() -> None:
+    nbytes, at = 5 * MIB + 3, 6 * MIB
+    slot = Slot(torch.cat([random_slot(at), torch.zeros(8, dtype=torch.uint8)]))
+    cpu = torch.device("cpu")
+    SlotChecksums(cpu, TAG, 16 * MIB).add(slot, nbytes, at)
+    assert slot.view(at, 8, torch.int64).item() != 0
+    SlotChecksums(cpu, TAG, 16 * MIB, subtract=True).add(slot, nbytes, at)
+    assert slot.view(at, 8, torch.int64).item() == 0
 
 
 def in_plain_python(memory: torch.Tensor, nbytes: int, tag: bytes) -> int:
@@ -64,14 +84,14 @@ def test_whatever_happens_to_a_slot_changes_it(buffer_size: int) -> None:
     nbytes = min(buffer_size, 9 * MIB) - 8
     memory = random_slot(nbytes + 4096)
     sums = SlotChecksums(torch.device("cpu"), TAG, buffer_size)
-    right = int(sums.of(memory, nbytes).item())
+    right = sum_by(sums, memory, nbytes)
     dice = random.Random(1)
 
     def changed(change: Callable[..., object], *arguments: int) -> bool:
         damaged = memory.clone()
         change(damaged, *arguments)
         assert not torch.equal(damaged, memory)
-        return int(sums.of(damaged, nbytes).item()) != right
+        return sum_by(sums, damaged, nbytes) != right
 
     for _ in range(5):
         i, j = (place * 4 for place in dice.sample(range(nbytes // 4), 2))
