@@ -1,9 +1,10 @@
 """What the hardware does without packcast: one stage alone, or all stages of a row at once.
 
-The stages do not wait for each other, and nothing is planned, hashed or verified: I/O threads read
-files into memory and write memory to files beside copies and raw broadcasts. Each stage moves as
-many bytes as in the row, on the same ranks, with the row's threads and block sizes, so no pipeline
-of these stages can be faster. Measured in turn with the rows; the best run counts.
+Nothing is planned, hashed or verified: I/O threads read files into memory and write memory to files
+beside copies and raw broadcasts. Each stage moves as many bytes as in the row, on the same ranks,
+with the row's threads and block sizes. The stages do not wait for each other, but in every other
+run beside a GPU: there the copies follow the reads, as in a pipeline, since reads that run ahead
+take memory's bandwidth from the copies. Measured in turn with the rows; the best run counts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from packcast.bench.residentmethods import carry_all
 from packcast.io import syscalls
 from packcast.io.pinned import PinnedMemory
 from packcast.io.pool import CLOSE_LIMIT_S, start_pool
-from packcast.io.schedule import IN_MEMORY, Span, SpansOf, make_schedule
+from packcast.io.schedule import IN_MEMORY, ScheduledUnit, Span, SpansOf, make_schedule
 from packcast.io.work import (
     FailureKind,
     Pool,
@@ -44,7 +46,7 @@ from packcast.transfer.offer import Offer
 
 _LONG_S = 1.0
 _NUM_SYNC_THREADS = 8
-_MAX_UNITS = 4  # of staging: few enough to stay in the processor's cache
+_FEW_UNITS = 4  # of staging: they stay in the processor's cache
 
 
 class LimitMethod(MethodRun):
@@ -59,6 +61,7 @@ class LimitMethod(MethodRun):
     _host: torch.Tensor
     _target: torch.Tensor | None = None
     _chain: Chain | None = None
+    _reads: _PacedReads | None = None  # that keep step with the copies
     _is_idle = True
     _written: Sequence[int] = ()
 
@@ -73,7 +76,9 @@ class LimitMethod(MethodRun):
             return
         offer = offer_of_case(self.data, case, ranks)
         if ranks.on_gpu:
-            num_units = min(_MAX_UNITS, staging_count(case.buffer_size, staging_bound(offer)))
+            num_units = staging_count(case.buffer_size, staging_bound(offer))
+            if case.limit != "together":
+                num_units = min(num_units, _FEW_UNITS)
             staging = PinnedMemory(num_units * unit_nbytes(case.buffer_size))
             self.resources.callback(lambda: staging.close(is_idle=self._is_idle))
             self._host = staging.tensor
@@ -104,9 +109,12 @@ class LimitMethod(MethodRun):
 
     def run(self) -> None:
         for pool, num_units in self._pools:
-            pool.allow(num_units)
+            if self._reads is None or pool is not self._reads.pool:
+                pool.allow(num_units)
         if self.ranks.on_gpu:
             self._copy_and_broadcast()
+            if self._reads is not None:
+                self._reads.allow_rest()
         elif self._chain is not None:
             carry_all(self._chain, list(self._calls()), self.case.num_buffers)
         elif self._has("broadcast"):
@@ -177,7 +185,9 @@ class LimitMethod(MethodRun):
                         for part in slot.split(unit_nbytes(case.buffer_size)):
                             host = places[0][: part.numel()]
                             places.rotate(-1)
-                            if stage == "h2d":
+                            if stage == "h2d" and self._reads is not None:
+                                self._reads.copy(part, stream)
+                            elif stage == "h2d":
                                 part.copy_(host, non_blocking=True)
                             else:
                                 host.copy_(part, non_blocking=True)
@@ -194,7 +204,10 @@ class LimitMethod(MethodRun):
         chunks = [c for c in offer.chunks() if everything or c.root == self.ranks.rank]
         sharing = offer.assignment.ranks_on_host if everything else offer.assignment.readers_on_host
         descriptors = self._open(wanted, os.O_RDONLY)
-        self._start(Task.READ, chunks, _spans, descriptors, num_io_threads(sharing))
+        pool, units = self._start(Task.READ, chunks, _spans, descriptors, num_io_threads(sharing))
+        if self.ranks.on_gpu and not everything and self._has("h2d") and self.turn % 2:
+            places = self._host.split(unit_nbytes(self.case.buffer_size))
+            self._reads = _PacedReads(pool, units, places)
 
     def _start_writing(self, offer: Offer) -> None:
         """To new files with reserved space."""
@@ -223,7 +236,7 @@ class LimitMethod(MethodRun):
         spans_of: SpansOf,
         descriptors: array[int],
         num_threads: int,
-    ) -> None:
+    ) -> tuple[Pool, Sequence[ScheduledUnit]]:
         """Start I/O threads, which wait for `run`; units take turns in the host's memory."""
         size = self.case.buffer_size
         unit = unit_nbytes(size) if self.ranks.on_gpu else size
@@ -243,10 +256,47 @@ class LimitMethod(MethodRun):
         pool = start_pool(work, num_threads)
         self.resources.callback(self._close_pool, pool)
         self._pools.append((pool, len(schedule.units)))
+        return pool, schedule.units
 
     def _close_pool(self, pool: Pool) -> None:
         """A thread that is stuck in a system call may still use the memory."""
         self._is_idle = pool.close(CLOSE_LIMIT_S) and self._is_idle
+
+
+class _PacedReads:
+    """Reads that keep step with their copies to the device: each waits for the other."""
+
+    def __init__(
+        self, pool: Pool, units: Sequence[ScheduledUnit], places: Sequence[torch.Tensor]
+    ) -> None:
+        self.pool = pool
+        self._units = units
+        self._places = places
+        self._copies: deque[torch.cuda.Event] = deque()
+        self._num_begun = self._num_copied = 0
+
+    def copy(self, into: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """Enqueue the next unit's copy on `stream`, the current one, once it has been read.
+
+        Beyond the last unit there is nothing to copy.
+        """
+        unit, num_places = self._num_begun, len(self._places)
+        if unit == len(self._units):
+            return
+        while self._copies and (self._copies[0].query() or self._num_copied + num_places <= unit):
+            self._copies.popleft().synchronize()
+            self._num_copied += 1
+        self.pool.allow(min(len(self._units), self._num_copied + num_places))
+        with suppress(PoolStopped):
+            while not self.pool.wait(unit, _LONG_S):
+                pass
+        into.copy_(self._places[unit % num_places][: into.numel()], non_blocking=True)
+        self._copies.append(stream.record_event())
+        self._num_begun += 1
+
+    def allow_rest(self) -> None:
+        """Allow the units that no copy has asked for."""
+        self.pool.allow(len(self._units))
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

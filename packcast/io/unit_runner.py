@@ -27,7 +27,7 @@ from packcast.packed.plan import Chunk
 from packcast.packed.ring import Ring
 
 # How long to wait in one go where there are copies to look after meanwhile, and where not.
-_LOOK_AFTER_S = 0.0002
+LOOK_AFTER_S = 0.0002
 _LONG_S = 1.0
 
 
@@ -96,7 +96,7 @@ class UnitRunner:
         unit: int,
         meanwhile: Callable[[], object] | None = None,
         *,
-        every_s: float = _LOOK_AFTER_S,
+        every_s: float = LOOK_AFTER_S,
     ) -> None:
         """Block until the units up to this one are done. They must be allowed already, or by
         `meanwhile`, which is called every so often. Raises the failure if they cannot be done."""

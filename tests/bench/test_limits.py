@@ -65,6 +65,9 @@ class Stream:
     def __init__(self, device: torch.device, priority: int = 0) -> None: ...
     def synchronize(self) -> None: ...
 
+    def query(self) -> bool:
+        return True
+
     def record_event(self) -> Stream:
         return self
 
@@ -114,6 +117,7 @@ def measure(
     readers: int,
     on_gpu: bool,
     then: Callable[[], object] = lambda: None,
+    turn: int = 1,
 ) -> tuple[int, list[Any]]:
     """The bytes of a row; and for each rank its broadcast bytes, its I/O, or why it failed."""
     found = open_checkpoint(checkpoint)
@@ -130,7 +134,7 @@ def measure(
             ranks=ranks,
             data=Dataset("x", checkpoint=found, files=files, offer=offer, able=(0, 1, 2)),
             run_id="run",
-            turn=1,
+            turn=turn,
             nbytes=offer.nbytes,
             cold=False,
             write_folder=folder / f"rank-{rank}",
@@ -149,12 +153,12 @@ def measure(
     return offer.nbytes, run_ranks(WORLD_SIZE, body, 30)
 
 
-@pytest.mark.parametrize("readers", [1, 3])
+@pytest.mark.parametrize(("readers", "turn"), [(1, 1), (3, 1), (1, 2)])
 @pytest.mark.parametrize("sink", ["discard", "land", "write", "verify"])
 def test_every_stage_of_every_rank_moves_what_the_row_moves(
-    tmp_path: Path, checkpoint: Path, sink: BenchSink, readers: int, on_gpu: bool
+    tmp_path: Path, checkpoint: Path, sink: BenchSink, readers: int, turn: int, on_gpu: bool
 ) -> None:
-    nbytes, found = measure(tmp_path, checkpoint, sink, readers, on_gpu)
+    nbytes, found = measure(tmp_path, checkpoint, sink, readers, on_gpu, turn=turn)
     assert [broadcast for broadcast, _ in found] == [nbytes] * WORLD_SIZE
     pools = [pool for _, pool in found]
     writes = sink in ("write", "verify") or (sink == "land" and not on_gpu)
