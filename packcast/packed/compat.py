@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -22,7 +20,8 @@ from packcast.packed.gather import PIECE_NBYTES, move_on, on_device, pieces_of
 from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, Slot
 from packcast.packed.streams import StreamEvent, make_caller_wait, record_caller_stream
-from packcast.packed.tensor_bytes import as_bytes, from_bytes, is_simple, nbytes_of
+from packcast.packed.tensor_bytes import from_bytes, nbytes_of
+from packcast.packed.wire import Entry, Pack, PostIter, packs_to_receive, packs_to_send
 
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
@@ -39,8 +38,6 @@ _NBYTES = operator.attrgetter("nbytes")
 _NAME = operator.attrgetter("name")
 _KIND = operator.attrgetter("shape", "dtype")
 
-T = TypeVar("T")
-PostIter = Callable[[tuple[str, torch.Tensor]], torch.Tensor]
 PostUnpack = Callable[[list[tuple[str, torch.Tensor]]], object]
 
 
@@ -79,7 +76,7 @@ def packed_broadcast_producer(
     """
     communicator = communicator_of(group)
     communicator.check_src(src, sends=True)
-    packs = _packs_to_send(
+    packs = packs_to_send(
         iter(iterator), post_iter_func, buffer_size_bytes, src, communicator.device, strict=strict
     )
     ring = _growing_ring(communicator, num_buffers, buffer_size_bytes)
@@ -120,7 +117,7 @@ def packed_broadcast_consumer(
     """
     communicator = communicator_of(group, device)
     communicator.check_src(src, sends=False)
-    packs = _packs_to_receive(iter(iterator), buffer_size_bytes, src)
+    packs = packs_to_receive(iter(iterator), buffer_size_bytes, src)
     ring = _growing_ring(communicator, num_buffers, buffer_size_bytes)
     run_pipeline(
         packs,
@@ -138,30 +135,6 @@ packed_nccl_broadcast_producer = packed_broadcast_producer
 packed_nccl_broadcast_consumer = packed_broadcast_consumer
 
 
-class _Entry(NamedTuple):
-    """What a receiver knows of a tensor."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
-class _Pack:
-    """A buffer of the wire, made while the iterator is read."""
-
-    index: int
-    root: int
-    nbytes: int
-    entries: tuple[_Entry, ...] = ()  # on the consumer
-    parts: tuple[torch.Tensor, ...] = ()  # on the producer, contiguous on the device
-    own: None = None
-
-    @property
-    def wire_nbytes(self) -> int:
-        return self.nbytes
-
-
 def _growing_ring(communicator: Communicator, num_buffers: int, limit: int) -> Ring:
     """Slots without memory; each grows to the largest buffer that it carries."""
     if num_buffers < 1:
@@ -173,62 +146,6 @@ def _growing_ring(communicator: Communicator, num_buffers: int, limit: int) -> R
     return Ring(communicator.device, 0, num_buffers, wanted_counters(), step_nbytes=step_nbytes)
 
 
-def _packs_to_send(
-    pairs: Iterator[tuple[str, torch.Tensor]],
-    post_iter_func: PostIter,
-    limit: int,
-    root: int,
-    device: torch.device,
-    *,
-    strict: bool,
-) -> Iterator[_Pack]:
-    def parts() -> Iterator[tuple[int, torch.Tensor]]:
-        for name, given in pairs:
-            tensor = post_iter_func((name, given))
-            # Detached: it keeps this memory even if the caller's object gets other memory.
-            part = tensor.detach() if is_simple(tensor, device) else as_bytes(name, tensor, device)
-            if strict and (tensor.shape, tensor.dtype) != (given.shape, given.dtype):
-                raise UsageError(
-                    f"post_iter_func made {name}, {given.dtype} {tuple(given.shape)}, into"
-                    f" {tensor.dtype} {tuple(tensor.shape)}",
-                    hint="with strict, receivers expect what the iterator yields",
-                )
-            yield part.nbytes, part
-
-    for index, (nbytes, items) in enumerate(_closed_after_exceeding(parts(), limit)):
-        yield _Pack(index, root, nbytes, parts=tuple(items))
-
-
-def _packs_to_receive(
-    pairs: Iterator[tuple[str, tuple[Sequence[int], torch.dtype]]], limit: int, root: int
-) -> Iterator[_Pack]:
-    def entries() -> Iterator[tuple[int, _Entry]]:
-        for name, (shape, dtype) in pairs:
-            yield nbytes_of(shape, dtype), _Entry(name, tuple(shape), dtype)
-
-    for index, (nbytes, items) in enumerate(_closed_after_exceeding(entries(), limit)):
-        yield _Pack(index, root, nbytes, entries=tuple(items))
-
-
-def _closed_after_exceeding(
-    items: Iterator[tuple[int, T]], limit: int
-) -> Iterator[tuple[int, list[T]]]:
-    """The wire's rule: a buffer ends with the item that takes it over the limit.
-
-    Takes and yields pairs with the size in bytes.
-    """
-    pack: list[T] = []
-    used = 0
-    for nbytes, item in items:
-        pack.append(item)
-        used += nbytes
-        if used > limit:
-            yield used, pack
-            pack, used = [], 0
-    if pack:
-        yield used, pack
-
-
 class _Packer:
     """Packs a buffer's tensors into its slot."""
 
@@ -238,7 +155,7 @@ class _Packer:
         self._packed: StreamEvent | None = None  # of the previous buffer
         self._in_use: Sequence[torch.Tensor | None] = ()  # kept alive until then
 
-    def fill(self, pack: _Pack, slot: Slot) -> None:
+    def fill(self, pack: Pack, slot: Slot) -> None:
         """Enqueue the copies on the fill stream, after the caller's stream."""
         ring = self._ring
         if self._packed is not None:
@@ -298,7 +215,7 @@ class _Unpacker:
         self._borrow = borrow
         self.stage: Stage = "unpack"
 
-    def drain(self, pack: _Pack, slot: Slot) -> None:
+    def drain(self, pack: Pack, slot: Slot) -> None:
         """Call back with the tensors, ready on the caller's stream."""
         device = self._ring.device
         if self._borrow:
@@ -316,7 +233,7 @@ class _Unpacker:
     def close(self) -> None:
         """It has no threads."""
 
-    def _copies(self, pack: _Pack, slot: Slot) -> list[torch.Tensor]:
+    def _copies(self, pack: Pack, slot: Slot) -> list[torch.Tensor]:
         ring = self._ring
         # Each has its own memory: views of one copy would keep all of it alive.
         tensors = [
@@ -347,7 +264,7 @@ def _copy_out(tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> None:
         torch._foreach_copy_(data, memory[: sum(sizes)].split(sizes))
 
 
-def _views(entries: Sequence[_Entry], memory: torch.Tensor) -> list[torch.Tensor]:
+def _views(entries: Sequence[Entry], memory: torch.Tensor) -> list[torch.Tensor]:
     """The tensors one after the other in the memory: views of it, copies of unaligned ones.
 
     Views of consecutive tensors of one shape and dtype, which models have many of, are made at

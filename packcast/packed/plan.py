@@ -22,7 +22,7 @@ BLOCK = MIB  # the unit of digests, at multiples of itself in a file
 PAGE = 4096
 DIGEST_NBYTES = 16  # xxh3_128
 TRAILER_HEAD_NBYTES = 80
-# A unit costs the interpreter nearly 0.4 ms, whatever its size, which limits a rank to 44 GB/s.
+# A unit costs the interpreter about 0.1 ms, whatever its size, beside threads that fill memory.
 # Larger ones need more staging and fill the pipeline later. Pieces of a unit run in parallel.
 MAX_PIECE = 4 * MIB
 MAX_UNIT = 16 * MIB

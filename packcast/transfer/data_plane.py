@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeGuard
@@ -27,13 +27,14 @@ from packcast.launch.processgroup import Group, begin_abort, begin_close, broadc
 from packcast.packed.chain import Chain
 from packcast.packed.counters import Counters
 from packcast.packed.pipeline import run_pipeline
-from packcast.packed.plan import Chunk, ring_nbytes, slot_nbytes
-from packcast.packed.ring import Ring, Slot
+from packcast.packed.plan import Chunk
+from packcast.packed.ring import Slot
 from packcast.packed.trailer import transfer_tag
+from packcast.transfer.device_memory import make_ring, memory_named
 from packcast.transfer.group import broadcast_of, cause_named, limited, open_group, warm_up
-from packcast.transfer.host_share import check_ring_fits, num_io_threads, staging_bound
+from packcast.transfer.host_share import num_io_threads, staging_bound
 from packcast.transfer.offer import Offer
-from packcast.units import format_buffers, format_size
+from packcast.units import format_size
 from packcast.view import Snapshot, WorkerState
 
 # Backstops: the control channel notices lost ranks earlier, the stall watch everything else. But
@@ -92,7 +93,7 @@ class DataPlane:
         self._outside = threading.Event()  # of the loop
         self._outside.set()
         self._group: Group | Chain | None = None
-        self._ring = self._make_ring()
+        self._ring = make_ring(offer, self.counters)
         staged = (reader is not None) + (sink is not None and not self._stays_on_device(sink))
         self._buffers = Buffers(
             self._ring,
@@ -117,7 +118,7 @@ class DataPlane:
     def _make_landing(self, sink: Sink, *, tolerant: bool) -> Landing | DeviceLanding:
         offer, buffers = self._offer, self._buffers
         if self._stays_on_device(sink):
-            with self._memory_named():
+            with memory_named(self._offer):
                 return DeviceLanding(sink, offer.files, self._chunks, buffers, tolerant=tolerant)
         return Landing(
             self._chunks,
@@ -168,7 +169,7 @@ class DataPlane:
     def prove_by_sums(self) -> None:
         """Before `run`, on all ranks, if some rank needs sums of what the roots send."""
         if self._source is not None:
-            with self._memory_named():
+            with memory_named(self._offer):
                 self._checksummed = ChecksummedSource(self._source, self._buffers)
 
     def run(self, group: Group | Chain, max_rate: float | None = None) -> DataPhaseResult:
@@ -339,38 +340,6 @@ class DataPlane:
         if isinstance(self._sink, TensorSink):
             nbytes += self._sink.peak_nbytes
         return nbytes
-
-    def _make_ring(self) -> Ring:
-        offer = self._offer
-        with self._memory_named():
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-            else:
-                check_ring_fits(offer)
-            nbytes = slot_nbytes(offer.buffer_size)
-            return Ring(self._device, nbytes, offer.num_buffers, self.counters)
-
-    @contextmanager
-    def _memory_named(self) -> Iterator[None]:
-        """Raise TransferError for torch's own errors, of making the ring or the tables of sums."""
-        offer = self._offer
-        try:
-            yield
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, the CPU's is a plain one
-            buffers = format_buffers(offer.num_buffers, offer.buffer_size)
-            raise TransferError(
-                f"{offer.device} is not available, or has no memory for {buffers}{self._free()}",
-                hint="reduce --buffer-size or --num-buffers on the sender",
-            ) from error
-
-    def _free(self) -> str:
-        """What a GPU still has, for a sentence, where it can say so."""
-        if self._device.type == "cuda":
-            with suppress(RuntimeError):
-                free, _ = torch.cuda.mem_get_info(self._device)
-                needed = ring_nbytes(self._offer.buffer_size, self._offer.num_buffers)
-                return f": they need {format_size(needed)}, and it has {format_size(free)} free"
-        return ""
 
 
 def _for_others(error: BaseException) -> PackcastError:
