@@ -211,6 +211,8 @@ class _Popen(subprocess.Popen[Any]):
         self.pid = os.fork()
         self._child_created = True
         if self.pid == 0:
+            if "-u" in self._command[1:2]:
+                sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
             _leave_as(program, self._options["env"], self._options.get("pass_fds", ()))
 
     def _program_of_rank(self) -> list[str] | None:
