@@ -94,8 +94,9 @@ reference: $(READY) ## write the README's table of options
 picture: $(READY) ## write the README's picture of a run (a minute)
 	$(BIN)/python -m tests.picture
 
+# Hundreds of processes import packcast: compiled once, whatever the environment says.
 test: $(READY) ## run the tests that need no GPU
-	$(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -q -m 'not gpu' $(PYTEST_FLAGS)
 
 test-gpu: $(READY) ## run the tests that need GPUs
 	$(BIN)/pytest -q -m gpu

@@ -18,16 +18,19 @@ hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _heard_interrupts() -> Iterator[None]:
-    """A shell without job control starts what it leaves in the background with SIGINT ignored.
+def _heard_signals() -> Iterator[None]:
+    """A shell without job control starts what it leaves in the background with SIGINT ignored, and
+    nohup whatever it starts with SIGHUP.
 
     The tests' processes would inherit that, and Python raises no KeyboardInterrupt then.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    heard = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in heard if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, heard[number])
     yield
-    signal.signal(signal.SIGINT, before)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture

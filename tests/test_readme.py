@@ -135,7 +135,7 @@ def test_library_and_commands_meet_as_shown(
         assert here != text
         here = here.replace("CKPT", repr(str(checkpoint)))
         here = here.replace("into=model.state_dict()", "on_tensor=lambda name, tensor: print(name)")
-        return commands.start([sys.executable, "-c", f"from packcast import *\n{here}"])
+        return commands.start_warm([sys.executable, "-c", f"from packcast import *\n{here}"])
 
     first, second = free_port(), free_port()
     there = [

@@ -175,4 +175,7 @@ FAULTS: dict[str, Callable[..., None]] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as packcast does: taking torch's modules down takes a third of a second

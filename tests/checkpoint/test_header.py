@@ -203,7 +203,7 @@ def only_refuses(json_bytes: bytes, file_nbytes: int) -> None:
 
 
 @given(HEADERS, st.integers(0, 40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_a_hostile_header_is_refused_or_read_as_safetensors_reads_it(
     content: dict[str, object], data_nbytes: int
 ) -> None:
@@ -215,7 +215,7 @@ GOOD = json.dumps({"a": entry("F32", [2, 3], 0, 24), "b": entry("F4", [2], 24, 2
 
 
 @given(st.lists(st.tuples(st.integers(0, len(GOOD) - 1), st.binary(max_size=2)), max_size=3))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @example([])
 def test_a_damaged_header_is_refused_or_read_as_safetensors_reads_it(
     edits: list[tuple[int, bytes]],
@@ -227,7 +227,7 @@ def test_a_damaged_header_is_refused_or_read_as_safetensors_reads_it(
 
 
 @given(st.binary(max_size=200), st.integers(-10, 1 << 65))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_any_bytes_are_refused_or_read(json_bytes: bytes, file_nbytes: int) -> None:
     with suppress(CheckpointError):
         parse_header(json_bytes, file_nbytes, "x")

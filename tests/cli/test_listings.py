@@ -174,20 +174,18 @@ def test_a_dry_run_counts_the_copies_of_all_ranks_and_compares_the_room(
     assert "3 copies need 522 B, and 0 B are free" in capsys.readouterr().err
 
 
-def test_a_hundred_thousand_tensors_are_summed_up_in_few_lines(
-    tmp_path: Path, capsys: Capture
-) -> None:
+def test_many_thousand_tensors_are_summed_up_in_few_lines(tmp_path: Path, capsys: Capture) -> None:
     tensors = {
         f"layers.{i}.w": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]}
-        for i in range(90_000)
+        for i in range(20_000)
     }
     header = json.dumps(tensors).encode()
-    data = len(header).to_bytes(8, "little") + header + bytes(90_000)
+    data = len(header).to_bytes(8, "little") + header + bytes(20_000)
     (tmp_path / "m.safetensors").write_bytes(data)
     for command in (["inspect"], ["send", "--dry-run"]):
         assert run([*command, str(tmp_path)]) == 0
         out = capsys.readouterr().out
-        assert "90,000 tensors" in out
+        assert "20,000 tensors" in out
         assert len(out.splitlines()) < 20
 
 

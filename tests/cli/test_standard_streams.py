@@ -46,6 +46,7 @@ def test_a_result_that_standard_output_cannot_take_is_an_error(tiny: Path) -> No
         assert ended.returncode == 7, ended
         said = "packcast: error: cannot write to standard output: No space left on device\n"
         assert ended.stderr == said
+    for argv in (["inspect", tiny, "--json", "-"], ["--help"]):
         ended = in_shell(*argv, redirect=">&-")
         assert ended.returncode == 7
         assert ended.stderr == "packcast: error: cannot write to standard output: it is closed\n"
@@ -102,19 +103,23 @@ def test_a_pipe_that_is_non_blocking_gets_everything_in_the_end() -> None:
 
 
 @pytest.mark.parametrize(
-    ("redirect", "code"),
+    ("full", "code"),
     [
-        (">&- 2>&- <&-", 7),  # the JSON was asked for
-        ("2>/dev/full", 0),
-        (">/dev/full 2>/dev/full", 7),
+        (None, 7),  # all are closed, and the JSON was asked for
+        ([2], 0),
+        ([1, 2], 7),
     ],
 )
 def test_a_transfer_goes_on_whatever_its_streams_are(
-    commands: Commands, tiny: Path, tmp_path: Path, redirect: str, code: int
+    commands: Commands, tiny: Path, tmp_path: Path, full: list[int] | None, code: int
 ) -> None:
-    send = [*PACKCAST, "send", str(tiny), "--nproc", "2", "--out", str(tmp_path / "out")]
-    line = f"exec {shlex.join([*send, '--json', '-'])} {redirect}"
-    ended = commands.run(["/bin/bash", "-c", line])
+    send = ["send", str(tiny), "--nproc", "2", "--out", str(tmp_path / "out"), "--json", "-"]
+    if full is None:  # as Python itself finds them when it starts
+        line = f"exec {shlex.join([*PACKCAST, *send])} >&- 2>&- <&-"
+        ended = commands.run(["/bin/bash", "-c", line])
+    else:
+        fill = f"import os; [os.dup2(os.open('/dev/full', os.O_WRONLY), n) for n in {full}]"
+        ended = commands.packcast(*send, before=fill).wait()
     assert ended.returncode == code, ended
     assert not NO_TRACE.search(ended.stderr)
     assert (tmp_path / "out" / tiny.name).read_bytes() == tiny.read_bytes()

@@ -220,7 +220,7 @@ JSON = st.recursive(
 
 
 @given(st.sampled_from(MODELS), st.data())
-@settings(max_examples=200)
+@settings(max_examples=120)
 def test_any_json_is_a_message_within_its_bounds_or_one_error(
     model: type[Message], data: st.DataObject
 ) -> None:

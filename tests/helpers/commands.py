@@ -127,6 +127,7 @@ class Command:
         output: Path,
         base: Mapping[str, str] | None,
         host: int | None = None,
+        before: str = "",
     ) -> None:
         self.argv = list(argv)
         self.process: subprocess.Popen[bytes] | Forked
@@ -134,7 +135,7 @@ class Command:
         with self._stdout.open("wb") as stdout, self._stderr.open("wb") as stderr:
             if base is not None:
                 files = self._stdout, self._stderr
-                self.process = fork(self.argv, environment, base, *files, host)
+                self.process = fork(self.argv, environment, base, *files, host, before)
                 return
             self.process = subprocess.Popen(
                 self.argv,
@@ -232,11 +233,12 @@ class Commands:
         *,
         disk: HeldDisk | None = None,
         host: int | None = None,
+        before: str = "",
     ) -> Command:
         """The same for Python, where it saves seconds: torch is imported already. On `host`, a
-        process of hosts.py, if given.
+        process of hosts.py, if given, and after the Python `before`, which sets limits.
         """
-        return self._start(argv, environment, disk, _BASE, host)
+        return self._start(argv, environment, disk, _BASE, host, before)
 
     def run(
         self,
@@ -252,9 +254,10 @@ class Commands:
         *argv: str | Path,
         environment: Mapping[str, str] | None = None,
         disk: HeldDisk | None = None,
+        before: str = "",
     ) -> Command:
         """Start `packcast ARGV`, warm."""
-        return self.start_warm([*PACKCAST, *argv], environment, disk=disk)
+        return self.start_warm([*PACKCAST, *argv], environment, disk=disk, before=before)
 
     def start_ranks(
         self,
@@ -333,10 +336,12 @@ class Commands:
         disk: HeldDisk | None,
         base: Mapping[str, str] | None,
         host: int | None = None,
+        before: str = "",
     ) -> Command:
         output = self._folder / f"process-{len(self._commands)}"
         extra = (disk.environment() if disk else {}) | dict(environment or {})
-        started = Command(list(map(str, argv)), self._environment | extra, output, base, host)
+        whole = self._environment | extra
+        started = Command(list(map(str, argv)), whole, output, base, host, before)
         self._commands.append(started)
         return started
 

@@ -1,8 +1,8 @@
-"""Processes without the seconds that torch takes to be imported: one imports it, all are its forks.
+"""Processes without the seconds that imports take: one imports torch and packcast, all fork it.
 
 Both ends: `fork` asks from a test, `python -m tests.helpers.forge` answers. A fork is a process as
-any other: a session, an environment and an exit of its own; packcast itself is imported there. The
-ranks that `--nproc` starts in a fork are forks of that.
+any other: a session, an environment and an exit of its own. The ranks that `--nproc` or torchrun
+starts in a fork are forks of that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import json
 import os
@@ -29,7 +30,17 @@ REPOSITORY = Path(__file__).parents[2]
 # A folder where each rank that a fork has started leaves a file: its pid, and in it its rank.
 RANKS = "TEST_RANKS"
 
-_REAL = {name: getattr(os, name) for name in ("preadv", "pwrite", "rename")}
+# Each imports much of what is below it; what they read of the environment, they read when called.
+_IMPORTED = (
+    "torch.distributed.run",
+    "packcast.bench.measure",
+    "packcast.cli.app",
+    "packcast.cli.benchview",
+    "packcast.cli.richview",
+    "packcast.packed.compat",
+    "packcast.transfer.api",
+)
+_real: list[tuple[object, str, object]] = []  # what a disk of the tests puts something else for
 
 
 class Forked:
@@ -101,17 +112,19 @@ def fork(
     stdout: Path,
     stderr: Path,
     host: int | None = None,
+    before: str = "",
 ) -> Forked:
     """Start `python -m MODULE ...`, `python -c PROGRAM ...` or `python FILE ...`, as `argv` says.
 
     `base` is the environment that torch was imported in: what it read then cannot be changed.
-    `host` is a process whose network, names and mounts the fork is to have.
+    `host` is a process whose network, names and mounts the fork is to have. `before` is Python for
+    what a shell would set first: limits, the umask, the control group.
     """
     assert argv[0] == sys.executable
     forge = _forge(frozenset(base.items()))
     files = [os.devnull, str(stdout), str(stderr)]
-    question = {"argv": argv[1:], "environment": dict(environment), "files": files, "host": host}
-    pid = forge.ask(question)
+    options = {"host": host, "before": before}
+    pid = forge.ask({"argv": argv[1:], "environment": dict(environment), "files": files, **options})
     assert pid is not None
     return Forked(forge, pid)
 
@@ -130,7 +143,11 @@ def _serve() -> dict[str, object] | None:
 
 
 def _become(
-    argv: Sequence[str], environment: Mapping[str, str], files: Sequence[str], host: int | None
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    files: Sequence[str],
+    host: int | None,
+    before: str,
 ) -> None:
     """What the interpreter does between its start and the program."""
     os.setsid()
@@ -142,6 +159,7 @@ def _become(
         os.close(descriptor)
     if host is not None:
         _move_to(host)
+    exec(before, {})
     _run(argv, environment)
 
 
@@ -159,7 +177,6 @@ def _move_to(host: int) -> None:
 def _run(argv: Sequence[str], environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    vars(subprocess)["Popen"] = _Popen
     if "HELD_DISK" in os.environ:
         importlib.import_module("tests.helpers.held_disk.sitecustomize")
     if "SLOW_DISK" in os.environ:
@@ -176,9 +193,10 @@ def _run(argv: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 class _Popen(subprocess.Popen[Any]):
-    """What a fork starts processes with; a rank of `--nproc` is a fork of it.
+    """What a fork starts processes with; a rank of `--nproc` or torchrun is a fork of it.
 
-    Such a rank is `python -P -c PROGRAM ARGUMENTS`.
+    `--nproc` has no thread then. torchrun's agent has, but none that knows more of a rank than its
+    pid, and a rank never comes to the end of the agent's own objects.
     """
 
     def __init__(self, args: Any, *more: Any, **options: Any) -> None:
@@ -186,18 +204,29 @@ class _Popen(subprocess.Popen[Any]):
         super().__init__(args, *more, **options)
 
     def _execute_child(self, *args: Any, **options: Any) -> None:
-        is_rank = (
-            {*self._options} == {"env", "pass_fds", "start_new_session"}
-            and list(self._command[:3]) == [sys.executable, "-P", "-c"]
-            and "RANK" in self._options["env"]
-        )
-        if not is_rank or len(os.listdir("/proc/self/task")) > 1:
+        program = self._program_of_rank()
+        if program is None:
             super()._execute_child(*args, **options)  # type: ignore[misc]
             return
         self.pid = os.fork()
         self._child_created = True
         if self.pid == 0:
-            _leave_as(self._command[2:], self._options["env"], self._options["pass_fds"])
+            if "-u" in self._command[1:2]:
+                sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+            _leave_as(program, self._options["env"], self._options.get("pass_fds", ()))
+
+    def _program_of_rank(self) -> list[str] | None:
+        """What follows `python -P` or `python -u`, if that is to be a rank."""
+        given = {name for name, value in self._options.items() if value is not None}
+        if (
+            given - {"pass_fds"} != {"env", "start_new_session"}
+            or "RANK" not in self._options["env"]
+        ):
+            return None
+        python, option, *program = self._command
+        is_alone = len(os.listdir("/proc/self/task")) == 1
+        is_rank = option == "-u" or (option == "-P" and is_alone)
+        return program if is_rank and python == sys.executable else None
 
 
 def _leave_as(argv: Sequence[str], environment: Mapping[str, str], fds: Sequence[int]) -> NoReturn:
@@ -231,17 +260,29 @@ def _become_rank(
         if descriptor not in kept:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
-    vars(os).update(_REAL)
+    for module, name, value in _real:
+        setattr(module, name, value)
+    sys.modules["packcast.launch.handover"].__dict__["_received"].clear()
     for name in list(sys.modules):
-        if name.partition(".")[0] == "packcast" or name.startswith("tests.helpers."):
+        if name == "packcast.__main__" or name.startswith("tests.helpers."):
             del sys.modules[name]
     _run(argv, environment)
 
 
-if __name__ == "__main__":
-    import torch.distributed
+def _import_all() -> None:
+    for name in _IMPORTED:
+        importlib.import_module(name)
+    native = sys.modules["packcast.io.native"]
+    for module, names in ((os, ("preadv", "pwrite", "rename")), (native, ("installed",))):
+        _real.extend((module, name, getattr(module, name)) for name in names)
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy the pages of all that it looks at
 
-    assert torch.distributed.is_available()
+
+if __name__ == "__main__":
+    # Before torchrun's modules take the real one.
+    vars(subprocess)["Popen"] = _Popen
+    _import_all()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork would have only one of these threads"
     wanted = _serve()
     if wanted is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import pytest
 from tests.helpers.checkpoints import same_tree
 from tests.helpers.commands import Commands
 
-PACKCAST = (sys.executable, "-m", "packcast")
 FIRST = "model-00001-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -27,10 +25,8 @@ def test_a_private_file_stays_private_and_a_program_a_program(
     for name, mode in modes.items():
         (source / name).chmod(mode)
     out = tmp_path / "out"
-    command = 'umask "$1"; shift; exec "$@"'
-    result = commands.run(
-        ["sh", "-c", command, "sh", mask, *PACKCAST, "send", source, "--nproc", "2", "--out", out]
-    )
+    masked = f"import os; os.umask(0o{mask})"
+    result = commands.packcast("send", source, "--nproc", "2", "--out", out, before=masked).wait()
     assert result.returncode == 0, result.stderr
     same_tree(source, out)
     found = {name: stat.S_IMODE((out / name).stat().st_mode) for name in modes}

@@ -137,10 +137,11 @@ def test_many_small_shards_travel_under_a_low_limit_of_open_files(
 ) -> None:
     for i in range(600):
         write_safetensors(tmp_path / "c" / f"m{i}.safetensors", {f"w{i}": ("U8", (12,))}, seed=i)
-    argv = [*PACKCAST, "send", tmp_path / "c", "--nproc", "2", "--out", tmp_path / "out-{rank}"]
+    argv = ["send", tmp_path / "c", "--nproc", "2", "--out", tmp_path / "out-{rank}"]
     argv += ["--buffer-size", "1GiB", "--staging", "2GiB", "--num-buffers", "2"]
-    which = "-Sn" if kind == "low soft limit" else "-n"
-    end = commands.run(["bash", "-c", f'ulimit {which} 256 && exec "$@"', "-", *map(str, argv)])
+    hard = "getrlimit(RLIMIT_NOFILE)[1]" if kind == "low soft limit" else "256"
+    limited = f"from resource import *; setrlimit(RLIMIT_NOFILE, (256, {hard}))"
+    end = commands.packcast(*argv, before=limited).wait()
     assert end.returncode == 0, end.stderr
     same_tree(tmp_path / "c", tmp_path / "out-1")
 

@@ -25,7 +25,6 @@ from tests.helpers.commands import (
 )
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-PACKCAST = (sys.executable, "-m", "packcast")
 
 
 @pytest.fixture(scope="session")
@@ -44,14 +43,14 @@ def assert_identical(real_checkpoint: Path, copies: list[Path]) -> None:
 
 
 def test_launch_torchrun_single(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
-    result = commands.run(
+    result = commands.start_warm(
         [
             *TORCHRUN,
             *("--standalone", "--nproc-per-node", "3", "-m", "packcast"),
             *("send", str(real_checkpoint), "--out", f"{tmp_path}/copy-{{rank}}"),
             *("--json", f"{tmp_path}/result.json"),
         ]
-    )
+    ).wait()
     assert result.returncode == 0, result.stderr
     assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
     report = json.loads((tmp_path / "result.json").read_text())
@@ -62,13 +61,13 @@ def test_launch_torchrun_single(commands: Commands, real_checkpoint: Path, tmp_p
 
 def test_launch_torchrun_split(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
     meet = ["--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    receive = commands.start(
+    receive = commands.start_warm(
         [
             *(*TORCHRUN, *meet, "--node-rank", "0", "--nproc-per-node", "2", "-m", "packcast"),
             *("recv", "--out", f"{tmp_path}/copy-{{rank}}"),
         ]
     )
-    send = commands.start(
+    send = commands.start_warm(
         [
             *(*TORCHRUN, *meet, "--node-rank", "1", "--nproc-per-node", "1", "-m", "packcast"),
             *("send", str(real_checkpoint)),
@@ -82,17 +81,15 @@ def test_launch_torchrun_split(commands: Commands, real_checkpoint: Path, tmp_pa
 
 
 def test_launch_standalone(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
-    send = commands.start(
-        [*PACKCAST, "send", str(real_checkpoint), "--workers", "2", "--listen", "127.0.0.1:0"]
-    )
+    send = commands.packcast("send", real_checkpoint, "--workers", "2", "--listen", "127.0.0.1:0")
     line = send.read_until(
         re.compile(r"^ +(PACKCAST_TOKEN=\S+) packcast (recv \S+) --out DIR", re.M)
     )
     token = shlex.split(line[1])[0].partition("=")[2]
     workers = [
-        commands.start(
-            [*PACKCAST, *line[2].split(), "--out", f"{tmp_path}/copy-{i}"],
-            {"PACKCAST_TOKEN": token},
+        commands.packcast(
+            *(*line[2].split(), "--out", tmp_path / f"copy-{i}"),
+            environment={"PACKCAST_TOKEN": token},
         )
         for i in (1, 2)
     ]
@@ -129,12 +126,10 @@ def test_code_that_lies_beside_a_checkpoint_does_not_run(
 
 
 def test_launch_nproc(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
-    result = commands.run(
-        [
-            *(*PACKCAST, "send", str(real_checkpoint), "--nproc", "3"),
-            *("--out", f"{tmp_path}/copy-{{rank}}", "--json", "-"),
-        ]
-    )
+    out = tmp_path / "copy-{rank}"
+    result = commands.packcast(
+        *("send", real_checkpoint, "--nproc", "3", "--out", out, "--json", "-")
+    ).wait()
     assert result.returncode == 0, result.stderr
     assert_identical(real_checkpoint, [tmp_path / "copy-1", tmp_path / "copy-2"])
     # Standard output carries the result that was asked for, and nothing else.
@@ -144,12 +139,9 @@ def test_launch_nproc(commands: Commands, real_checkpoint: Path, tmp_path: Path)
 def test_launch_slurm(commands: Commands, real_checkpoint: Path, tmp_path: Path) -> None:
     job = str(random.randrange(10**6))
     ranks = [
-        commands.start(
-            [
-                *(*PACKCAST, "send", str(real_checkpoint), "--port", str(port)),
-                *("--out", f"{tmp_path}/copy-{{rank}}"),
-            ],
-            slurm_task(job, rank, 3),
+        commands.packcast(
+            *("send", real_checkpoint, "--port", str(port), "--out", tmp_path / "copy-{rank}"),
+            environment=slurm_task(job, rank, 3),
         )
         for port in [free_port()]
         for rank in range(3)

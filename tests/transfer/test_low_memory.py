@@ -14,9 +14,9 @@ from packcast.settings import DEFAULT_NUM_BUFFERS
 from packcast.transfer import host_share, session
 from packcast.units import GIB, MIB
 from packcast.view import Snapshot, Start
-from tests.helpers.cgroups import control_group, inside
+from tests.helpers.cgroups import control_group
 from tests.helpers.checkpoints import same_tree, write_safetensors
-from tests.helpers.commands import PACKCAST, Commands
+from tests.helpers.commands import Commands
 from tests.helpers.library import TOKEN, failed, succeeded, transfer
 
 
@@ -96,12 +96,13 @@ def test_in_a_container_it_is_the_containers_limit_that_is_told(
     commands: Commands, checkpoint: Path, tmp_path: Path
 ) -> None:
     with control_group(3 * GIB) as group:
-        argv = [*PACKCAST, "send", checkpoint, "--nproc", "2", "--out", tmp_path / "copy-{rank}"]
+        argv = ["send", checkpoint, "--nproc", "2", "--out", tmp_path / "copy-{rank}"]
         wide = ("--buffer-size", "1GiB", "--num-buffers", "2", "--staging", "1GiB")
-        end = commands.run(inside(group, *argv, *wide))
+        enter = f"import os; open('{group}/cgroup.procs', 'w').write(str(os.getpid()))"
+        end = commands.packcast(*argv, *wide, before=enter).wait()
         assert end.returncode == 5
         assert "and 1 other rank there need 4.0 GiB for 2 buffers of 1GiB" in end.sentence
         assert f"and the limit of 3.0 GiB in {group}/memory." in end.sentence
         assert "reduce --buffer-size and --num-buffers on the sender" in end.error
-        assert commands.run(inside(group, *argv)).returncode == 0
+        assert commands.packcast(*argv, before=enter).wait().returncode == 0
     same_tree(checkpoint, tmp_path / "copy-1")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from packcast.transfer.protocol import Prepared, WritingShare
 from packcast.transfer.shares import owners_of, shares_of
 from tests.helpers.checkpoints import same_tree
 from tests.helpers.commands import (
-    PACKCAST,
     Command,
     Commands,
     eventually,
@@ -134,12 +132,12 @@ def test_what_one_of_them_cannot_write_ends_all(
 ) -> None:
     """Its files may not be so large: whether it is to make them or to write into them."""
     port = free_port()
-    recv = [*PACKCAST, "recv", "--out", tmp_path / "out"]
-    limited = f"ulimit -f {2 * TURN // 1024}; exec {shlex.join(map(str, recv))}"
+    recv = ["recv", "--out", tmp_path / "out"]
+    limited = f"from resource import *; setrlimit(RLIMIT_FSIZE, ({2 * TURN}, {2 * TURN}))"
     ranks = [
         commands.packcast("send", large, *SMALL_RING, environment=rank_environment(0, 3, port)),
-        commands.start_warm(recv, rank_environment(1, 3, port)),
-        commands.start(["bash", "-c", limited], rank_environment(2, 3, port)),
+        commands.packcast(*recv, environment=rank_environment(1, 3, port)),
+        commands.packcast(*recv, environment=rank_environment(2, 3, port), before=limited),
     ]
     ends = wait_all(ranks, 60)
     assert [end.returncode for end in ends] == [7, 7, 7], [end.stderr for end in ends]
