@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ import pytest
 
 from packcast.errors import DestinationError, TransferError
 from packcast.io.sinks.write import WriteSink
+from tests.helpers.commands import run_warm
 from tests.helpers.processes import num_descriptors
 from tests.helpers.waiting import Waiter
 from tests.io.pools import no_thread_left
@@ -174,7 +173,6 @@ def test_abort_during_a_step_leaves_nothing(tmp_path: Path, step: str, delay_s: 
 LIFE = """
 import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
 from tests.helpers.waiting import Waiter
 from tests.io.pools import no_thread_left
 from tests.io.sinks import put_all, sink_for
@@ -195,10 +193,7 @@ for name, step in (("prepare", sink.prepare), ("put", lambda: put_all(sink)),
 def test_a_killed_process_leaves_the_old_copy_or_the_new_one(tmp_path: Path, last: str) -> None:
     old = {"config.json": b"old", "gone.txt": b"old"}
     copy(tmp_path / "out", old)
-    died = subprocess.run(
-        [sys.executable, "-c", LIFE, tmp_path / "out", last, Path(__file__).parents[2]]
-    )
-    assert died.returncode == -9
+    assert run_warm(LIFE, tmp_path / "out", last).returncode == -9
     is_new = last in ("exchanged", "publish")
     assert tree(tmp_path / "out") == (CONTENT if is_new else old)
     # And the next transfer works whatever was left lying about.

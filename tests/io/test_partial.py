@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from packcast.errors import DestinationError
 from packcast.io.sinks import partial, record
 from packcast.io.sinks.ownership import RECORD
+from tests.helpers.commands import Command, Commands
 from tests.io.sinks import (
     CONTENT,
     copy,
@@ -28,8 +28,6 @@ from tests.io.sinks import (
     write_tree,
 )
 
-REPOSITORY = Path(__file__).parents[2]
-
 # A worker in the middle of its copy.
 WORKER = """
 import sys, time
@@ -39,41 +37,30 @@ from packcast.io.sinks.write import WriteSink
 files = [FileSpec(name, 1000, 0, 0o644, 0o755, None) for name in sys.argv[3:]]
 sink = WriteSink(Path(sys.argv[1]), files, transfer_id=sys.argv[2], force=True)
 sink.prepare()
-print("ready", flush=True)
+print("ready", file=sys.stderr, flush=True)
 time.sleep(60)
 """
 
-Start = Callable[[Path, str], subprocess.Popen[str]]
+Start = Callable[[Path, str], Command]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
-    """Starts workers, and ends them when the test is over."""
-    workers: list[subprocess.Popen[str]] = []
+def start(commands: Commands) -> Start:
+    """Starts workers."""
 
-    def start(target: Path, transfer_id: str) -> subprocess.Popen[str]:
-        worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(target), transfer_id, *CONTENT],
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        workers.append(worker)
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "ready\n"
+    def start(target: Path, transfer_id: str) -> Command:
+        worker = commands.start_warm([sys.executable, "-c", WORKER, target, transfer_id, *CONTENT])
+        worker.read_until("ready")
         return worker
 
-    yield start
-    for worker in workers:
-        worker.kill()
-        worker.communicate()
+    return start
 
 
 def killed(start: Start, target: Path, transfer_id: str = "t0") -> int:
     """The pid of a worker that was killed in the middle of its copy into `target`."""
     worker = start(target, transfer_id)
     worker.kill()
-    worker.wait()
+    worker.process.wait()
     return worker.pid
 
 

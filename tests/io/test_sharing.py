@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,6 +16,7 @@ from packcast.io.schedule import Span
 from packcast.io.sinks.sharing import Share
 from packcast.io.sinks.write import WriteSink
 from packcast.packed.plan import TURN, Extent
+from tests.helpers.commands import Commands
 from tests.io.sinks import CONTENT, MTIME_NS, copy, names_in, put_all, sink_for, tree
 
 LARGE = {f"m{i}.safetensors": os.urandom(TURN + 5) for i in range(2)}
@@ -146,23 +145,21 @@ from packcast.io.sinks.sharing import Share
 sink = sink_for(Path(sys.argv[1]), MANY)
 sink.prepare()
 sink.take_share(Share(0, 2))
-print("ready", sink.wrote, flush=True)
+print("ready", sink.wrote, file=sys.stderr, flush=True)
 time.sleep(60)
 """
 
 
-def test_a_helper_removes_what_a_killed_owner_has_left(tmp_path: Path) -> None:
-    argv = [sys.executable, "-c", OWNER, str(tmp_path / "out")]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as owner:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == "ready True\n"
-        helper = sink_for(tmp_path / "out", MANY)
-        helper.prepare()
-        assert not helper.wrote
-        helper.take_share(Share(1, 2))
-        put_all(helper, MANY, TURN)
-        owner.send_signal(signal.SIGKILL)
-        helper.abort()
+def test_a_helper_removes_what_a_killed_owner_has_left(commands: Commands, tmp_path: Path) -> None:
+    owner = commands.start_warm([sys.executable, "-c", OWNER, tmp_path / "out"])
+    owner.read_until("ready True\n")
+    helper = sink_for(tmp_path / "out", MANY)
+    helper.prepare()
+    assert not helper.wrote
+    helper.take_share(Share(1, 2))
+    put_all(helper, MANY, TURN)
+    owner.kill()
+    helper.abort()
     assert names_in(tmp_path) == []
 
 

@@ -8,7 +8,6 @@ import random
 import resource
 import stat
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from packcast.errors import DestinationError
 from packcast.io import files, syscalls
 from packcast.io.sinks.ownership import RECORD
 from packcast.io.sinks.write import WriteSink
+from tests.helpers.commands import run_warm
 from tests.helpers.processes import num_descriptors
 from tests.io.sinks import (
     CONTENT,
@@ -264,9 +264,9 @@ def test_no_permission_is_refused(tmp_path: Path) -> None:
     if not IS_ROOT:
         pytest.skip("needs root, to become nobody")
     for target in (tmp_path / "out", tmp_path / "a" / "out"):
-        found = subprocess.run([sys.executable, "-c", script, target], capture_output=True)
-        assert found.stdout.startswith(b"DestinationError cannot "), found
-        assert b"permission denied" in found.stdout
+        found = run_warm(script, target)
+        assert found.stdout.startswith("DestinationError cannot "), found
+        assert "permission denied" in found.stdout
     assert names_in(tmp_path) == []
 
 
