@@ -272,31 +272,37 @@ class _PacedReads:
         self.pool = pool
         self._units = units
         self._places = places
-        self._copies: deque[torch.cuda.Event] = deque()
-        self._num_begun = self._num_copied = 0
+        self._copies: deque[tuple[int, torch.cuda.Event]] = deque()  # of the units below
+        self._num_read = self._num_copied = 0
+        self._ahead_nbytes = 0  # read, but not asked for
 
     def copy(self, into: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        """Enqueue the next unit's copy on `stream`, the current one, once it has been read.
-
-        Beyond the last unit there is nothing to copy.
-        """
-        unit, num_places = self._num_begun, len(self._places)
-        if unit == len(self._units):
-            return
-        while self._copies and (self._copies[0].query() or self._num_copied + num_places <= unit):
-            self._copies.popleft().synchronize()
-            self._num_copied += 1
-        self.pool.allow(min(len(self._units), self._num_copied + num_places))
-        with suppress(PoolStopped):
-            while not self.pool.wait(unit, _LONG_S):
-                pass
-        into.copy_(self._places[unit % num_places][: into.numel()], non_blocking=True)
-        self._copies.append(stream.record_event())
-        self._num_begun += 1
+        """Enqueue a copy on `stream`, the current one, once as many bytes more have been read."""
+        while self._ahead_nbytes < into.numel() and self._num_read < len(self._units):
+            self._await_read(self._num_read)
+            self._ahead_nbytes += self._units[self._num_read].nbytes
+            self._num_read += 1
+        self._ahead_nbytes -= into.numel()
+        place = self._places[(self._num_read - 1) % len(self._places)]
+        into.copy_(place[: into.numel()], non_blocking=True)
+        self._copies.append((self._num_read, stream.record_event()))
 
     def allow_rest(self) -> None:
         """Allow the units that no copy has asked for."""
         self.pool.allow(len(self._units))
+
+    def _await_read(self, unit: int) -> None:
+        num_places = len(self._places)
+        while self._copies and (
+            self._copies[0][1].query() or self._num_copied + num_places <= unit
+        ):
+            self._num_copied, event = self._copies.popleft()
+            event.synchronize()
+        # A copy of many small units may need more of them than there are places.
+        self.pool.allow(min(len(self._units), max(self._num_copied + num_places, unit + 1)))
+        with suppress(PoolStopped):  # told after the broadcasts
+            while not self.pool.wait(unit, _LONG_S):
+                pass
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

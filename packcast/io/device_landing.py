@@ -78,7 +78,8 @@ class DeviceLanding:
     The tables of tensors are made here, before any byte moves. The root must send sums
     (packed/checksum.py): they verify the bytes from its GPU's slot on; the file digests are those
     that the root took of the bytes that it read. At most 16 chunks wait for their verification. A
-    damaged chunk raises; with `tolerant` it only has no digests. Works on a CPU's ring too.
+    damaged chunk raises; with `tolerant` it only has no digests. Works on a CPU's ring too, where
+    no chain passes the slots on.
     """
 
     def __init__(
@@ -165,8 +166,7 @@ class DeviceLanding:
         self._free.put(None)
         self._queue.put(None)
         if self._scatter is not None and not self._is_finished:
-            with self._ring.drain:
-                self._scatter.give_up()
+            self._scatter.give_up(self._ring.drain)
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_LIMIT_S)
 

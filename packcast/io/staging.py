@@ -20,7 +20,7 @@ from packcast.packed.plan import (
     staging_count,
     unit_nbytes,
 )
-from packcast.packed.ring import Ring, Slot, host_view
+from packcast.packed.ring import MAX_VIEWS, Ring, Slot, host_view
 
 _IDLE_LIMIT_S = 1.0  # for copies of a broken transfer
 _POLL_S = 0.01
@@ -105,6 +105,8 @@ class Staging:
         key = begin, nbytes = unit.memory_offset, unit.nbytes
         found = self._views.get(key)
         if found is None:
+            if len(self._views) >= MAX_VIEWS:
+                self._views.clear()
             found = self._views[key] = self.memory[begin : begin + nbytes]
         return found
 

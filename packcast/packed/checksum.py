@@ -16,11 +16,11 @@ import torch
 
 from packcast.packed.ring import Slot
 from packcast.packed.selftested import self_tested
+from packcast.packed.trailer import SUM_NBYTES
 from packcast.units import MIB
 
 _GROUP_NBYTES = 4 * MIB  # bounds the products and the multipliers: twice as much each
 _WORD_NBYTES = 4
-_SUM_NBYTES = 8
 
 # kernels.add_up(words, of_words, of_groups, total)
 AddUp = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -56,7 +56,7 @@ class SlotChecksums:
         """
         num_words = -(-nbytes // _WORD_NBYTES)
         words = slot.view(0, num_words * _WORD_NBYTES, torch.int32)
-        total = slot.view(at, _SUM_NBYTES, torch.int64)
+        total = slot.view(at, SUM_NBYTES, torch.int64)
         if self._add_up is not None:
             self._add_up(words, self._of_words, self._of_groups, total)
             return

@@ -14,7 +14,7 @@ import torch
 from packcast.packed.selftested import self_tested
 from packcast.packed.tensor_map import Rows, ends_of, enumerated
 
-# A program of the kernel copies one piece at a time; small ones let all programs end together.
+# A program of the kernel copies a few pieces at a time; small ones let all programs end together.
 PIECE_NBYTES = 64 << 10
 _MAX_TESTED_NBYTES = 300
 

@@ -21,6 +21,7 @@ from packcast.packed.streams import Completion, Stream, StreamEvent, StreamTimer
 # event, the tensor may be read at once, but written only after the event.
 Broadcast = Callable[[torch.Tensor, int], Completion | None]
 
+MAX_VIEWS = 64
 _MAX_DRY = 16  # broadcasts under way
 
 NOBODY = -1  # the rank of a process that is no chunk's root
@@ -69,7 +70,11 @@ class Slot:
         key = (begin, nbytes, dtype)
         found = self._views.get(key)
         if found is None:
-            found = self._views[key] = self.memory[begin : begin + nbytes].view(dtype)
+            if len(self._views) >= MAX_VIEWS:  # of chunks that all have other sizes
+                self._views.clear()
+            found = self.memory[begin : begin + nbytes]
+            # In inference mode a view of another type could not be written outside it; a slice can.
+            self._views[key] = found = found if dtype is torch.uint8 else found.view(dtype)
         return found
 
     def replace(self, memory: torch.Tensor) -> None:

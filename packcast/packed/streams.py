@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Protocol
 
@@ -89,7 +90,7 @@ class StreamEvent:
 
 
 class Stream:
-    """A CUDA stream; as a context manager it is the current stream of the calling thread.
+    """A CUDA stream; as a context manager, for one thread at a time, its current stream.
 
     Work on an `urgent` stream starts before work on others. If `timed` is False, its events carry
     no time.
@@ -140,6 +141,13 @@ class Stream:
         """Work enqueued from now on starts after everything on the caller's current stream."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    def hold(self, memory: Iterable[torch.Tensor]) -> None:
+        """Keep memory of another stream from reuse, once dropped, until the work enqueued so far is
+        done."""
+        if self._stream is not None:
+            for tensor in memory:
+                tensor.record_stream(self._stream)
 
     def is_idle(self) -> bool:
         """Whether all enqueued work is done. Never blocks."""

@@ -19,7 +19,7 @@ from packcast.packed.plan import (
     slot_nbytes,
     trailer_nbytes,
 )
-from packcast.packed.ring import Broadcast, Ring
+from packcast.packed.ring import MAX_VIEWS, Broadcast, Ring, Slot
 from tests.helpers.ranks import run_ranks
 from tests.helpers.waiting import Waiter
 
@@ -177,3 +177,25 @@ def test_ranks_that_failed_at_different_chunks_end_all_broadcasts_together() -> 
         return ring.run_dry(chunks, 3, broadcast, 10.0), ring.num_broadcast
 
     assert run_ranks(3, fail_at) == [(True, 2), (True, 5), (True, 7)]
+
+
+def test_a_slots_view_made_in_inference_mode_can_be_written_outside_it() -> None:
+    slot = Slot(torch.zeros(16, dtype=torch.uint8))
+    with torch.inference_mode():
+        slot.view(4, 8)
+    slot.view(4, 8).fill_(1)
+    assert slot.memory.tolist() == [0] * 4 + [1] * 8 + [0] * 4
+
+
+def test_a_slot_keeps_no_view_of_the_memory_that_it_had() -> None:
+    slot = Slot(torch.zeros(16, dtype=torch.uint8))
+    slot.view(0, 8)
+    slot.replace(torch.ones(32, dtype=torch.uint8))
+    assert slot.view(0, 8).tolist() == [1] * 8
+
+
+def test_a_slot_keeps_few_views_of_chunks_that_all_have_other_sizes() -> None:
+    slot = Slot(torch.zeros(1024, dtype=torch.uint8))
+    for nbytes in range(1000):
+        assert slot.view(0, nbytes).numel() == nbytes
+    assert len(slot._views) <= MAX_VIEWS

@@ -10,6 +10,7 @@ import torch
 from packcast.io.sinks.planned import PlannedTensors
 from packcast.io.sinks.tensor_destination import bytes_of
 from packcast.packed.gather import move_on, pieces_each, table_of, tables_of
+from packcast.packed.streams import Stream
 
 TABLE_COLUMNS = 3
 
@@ -67,18 +68,14 @@ class Scatter:
         """The copies of this chunk and of all before it are done and verified."""
         self._planned.landed(chunk)
 
-    def give_up(self) -> None:
-        """The current stream may still be busy, or stuck: keep its memory from reuse after it is
-        dropped here."""
+    def give_up(self, stream: Stream) -> None:
+        """The stream of the copies may still be busy, or stuck: keep its memory from reuse after it
+        is dropped here. Any thread."""
         self._planned.stop()
-        if self._device.type != "cuda":
-            return
-        stream = torch.cuda.current_stream(self._device)
         in_use = self._planned.unfinished()
         if self._move is not None:
             in_use += [*self._tables[:1], self._late_table]
-        for memory in in_use:
-            memory.record_stream(stream)
+        stream.hold(in_use)
 
     def _copy_rows(self, chunk: int, slot: torch.Tensor) -> None:
         rows = self._planned.rows.of(chunk)
