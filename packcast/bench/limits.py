@@ -1,10 +1,11 @@
 """What the hardware does without packcast: one stage alone, or all stages of a row at once.
 
-Nothing is planned, hashed or verified: I/O threads read files into memory and write memory to files
-beside copies and raw broadcasts. Each stage moves as many bytes as in the row, on the same ranks,
-with the row's threads and block sizes. The stages do not wait for each other, but in every other
-run beside a GPU: there the copies follow the reads, as in a pipeline, since reads that run ahead
-take memory's bandwidth from the copies. Measured in turn with the rows; the best run counts.
+Nothing is planned or verified: I/O threads read files into memory and write memory to files beside
+copies and raw broadcasts. Each stage moves as many bytes as in the row, on the same ranks, with the
+row's threads and block sizes. The stages do not wait for each other, and nothing is hashed, but in
+every other run beside a GPU: there the copies follow the reads, and what is read is hashed, as in a
+pipeline, since reads that run ahead in bursts take memory's bandwidth from the copies. Measured in
+turn with the rows; the best run counts.
 """
 
 from __future__ import annotations
@@ -204,8 +205,10 @@ class LimitMethod(MethodRun):
         chunks = [c for c in offer.chunks() if everything or c.root == self.ranks.rank]
         sharing = offer.assignment.ranks_on_host if everything else offer.assignment.readers_on_host
         descriptors = self._open(wanted, os.O_RDONLY)
-        pool, units = self._start(Task.READ, chunks, _spans, descriptors, num_io_threads(sharing))
-        if self.ranks.on_gpu and not everything and self._has("h2d") and self.turn % 2:
+        threads = num_io_threads(sharing)
+        paced = self.ranks.on_gpu and not everything and self._has("h2d") and self.turn % 2 == 1
+        pool, units = self._start(Task.READ, chunks, _spans, descriptors, threads, hashed=paced)
+        if paced:
             places = self._host.split(unit_nbytes(self.case.buffer_size))
             self._reads = _PacedReads(pool, units, places)
 
@@ -236,6 +239,8 @@ class LimitMethod(MethodRun):
         spans_of: SpansOf,
         descriptors: array[int],
         num_threads: int,
+        *,
+        hashed: bool = False,
     ) -> tuple[Pool, Sequence[ScheduledUnit]]:
         """Start I/O threads, which wait for `run`; units take turns in the host's memory."""
         size = self.case.buffer_size
@@ -251,7 +256,7 @@ class LimitMethod(MethodRun):
             descriptors,
             make_digests(schedule),
             make_differences(schedule, task),
-            hashed=False,
+            hashed=hashed,
         )
         pool = start_pool(work, num_threads)
         self.resources.callback(self._close_pool, pool)
