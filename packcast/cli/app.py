@@ -51,7 +51,7 @@ from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.launch.exit import record_failure
 from packcast.launch.secret import secret_folders, user_token
-from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
+from packcast.settings import DEFAULT_NUM_BUFFERS, Settings, named
 from packcast.view import View
 
 COMMANDS = ("send", "recv", "bench", "inspect", "verify", "clean", "doctor")
@@ -155,34 +155,37 @@ def send(
 ) -> int:
     outcome = begin(context, "send", json=json, verbose=verbose)
     log = given.log_target(log_json)
-    sink, target = given.destination(out, verify)
     path = checkpoint_path(
         checkpoint, download=download and outcome.launch.rank == 0, say=None if quiet else say
     )
-    outcome.settings = Settings(
-        command="send",
+    outcome.settings = given.settings(
+        "send",
         checkpoint=path,
-        sink=sink,
-        target=target,
+        out=out,
+        verify=verify,
         force=force,
-        in_place=given.in_place(in_place, sink),
+        in_place=in_place,
         sidecars=not no_sidecars,
         all_files=all_files,
         follow_links=follow_links,
-        exclude_files=tuple(exclude_files or ()),
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        readers=given.readers(readers),
-        max_rate=given.max_rate(max_rate),
-        **given.buffers(buffer_size, num_buffers, staging),
+        exclude_files=exclude_files or (),
+        include=include or (),
+        exclude=exclude or (),
+        readers=readers,
+        max_rate=max_rate,
+        buffer_size=buffer_size,
+        num_buffers=num_buffers,
+        staging=staging,
         backend=backend,
-        device=given.device(device),
+        device=device,
         workers=workers,
-        address=given.address("--listen", listen) if listen else None,
+        address=named("--listen", given.address, listen) if listen else None,
         port=port,
-        port_range=given.port_range(port_range),
-        token=given.token(token_file, os.environ, warner(outcome, quiet=quiet)),
-        **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
+        port_range=named("--port-range", given.port_range, port_range) if port_range else None,
+        token=given.token(token_file, warner(outcome, quiet=quiet)),
+        join_timeout_s=join_timeout,
+        heartbeat_timeout_s=heartbeat_timeout,
+        stall_timeout_s=stall_timeout,
     )
     if dry_run:
         from packcast.cli.dryrun import dry_run as dry_run_of
@@ -194,7 +197,7 @@ def send(
     given.refuse_unused(
         typed_options(context),
         without_launcher=workers is not None,
-        writes=sink == "write",
+        writes=out is not None,
         has_manifest=manifest is not None,
     )
     wanted = Afterwards(manifest, digest, report)
@@ -235,25 +238,27 @@ def recv(
 ) -> int:
     outcome = begin(context, "recv", json=json, verbose=verbose)
     log = given.log_target(log_json)
-    sink, target = given.destination(out, verify, discard=discard, required=True)
-    outcome.settings = Settings(
-        command="recv",
-        sink=sink,
-        target=target,
+    outcome.settings = given.settings(
+        "recv",
+        out=out,
+        verify=verify,
+        discard=discard,
         force=force,
-        in_place=given.in_place(in_place, sink),
-        device=given.device(device),
-        address=given.address("HOST:PORT", address) if address else None,
+        in_place=in_place,
+        device=device,
+        address=named("HOST:PORT", given.address, address) if address else None,
         port=port,
-        token=given.token(token_file, os.environ, warner(outcome, quiet=quiet)),
+        token=given.token(token_file, warner(outcome, quiet=quiet)),
         rank=rank,
-        **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
+        join_timeout_s=join_timeout,
+        heartbeat_timeout_s=heartbeat_timeout,
+        stall_timeout_s=stall_timeout,
     )
     given.check_recv(outcome.settings, outcome.launch, json=json, log=log)
     given.refuse_unused(
         typed_options(context),
         without_launcher=False,
-        writes=sink == "write",
+        writes=out is not None,
         has_manifest=manifest is not None,
     )
     wanted = Afterwards(manifest, digest, report)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import typer
 
@@ -26,13 +25,11 @@ from packcast.cli.start import be_a_rank, begin, start_ranks
 from packcast.errors import (
     PackcastError,
     TransferError,
-    UsageError,
     VerificationError,
     error_from_code,
 )
-from packcast.launch.validation import check_port
-from packcast.packed.plan import check_staging
-from packcast.settings import Settings
+from packcast.launch.validation import check_nproc, check_port
+from packcast.settings import named
 from packcast.units import format_rate, parse_rate
 
 
@@ -76,7 +73,7 @@ def bench(
     outcome = begin(context, "bench", json=None, verbose=verbose)
     least = None
     if min_bandwidth is not None:
-        least = parsing.parsed("--min-bandwidth", min_bandwidth, parse_rate)
+        least = named("--min-bandwidth", parse_rate, min_bandwidth)
     alone = outcome.launch.kind == "none"
     nbytes = read.size_of_weights(size, backend, device)
     sources = read.choices("--source", source, read.SOURCES)
@@ -95,25 +92,33 @@ def bench(
         folder = read.default_directory(
             nbytes, write_too="write" in sinks, num_ranks=num_ranks(), cold=cold
         )
+    sizes = read.buffer_sizes("--buffer-size", buffer_size)
+    counts = read.buffer_counts("--num-buffers", num_buffers)
     settings = BenchSettings(
-        transfer=Settings(
-            command="send",
-            checkpoint=Path(checkpoint) if checkpoint is not None else None,
-            staging=parsing.size("--staging", staging),
+        transfer=parsing.settings(
+            "send",
+            checkpoint=checkpoint,
+            buffer_size=max(sizes),
+            num_buffers=max(counts),
+            staging=staging,
             backend=backend,
-            device=parsing.device(device),
+            device=device,
             port=port,
-            port_range=parsing.port_range(port_range),
-            token=parsing.token(token_file, os.environ),
-            **parsing.limits(join_timeout, heartbeat_timeout, stall_timeout),
+            port_range=named("--port-range", parsing.port_range, port_range)
+            if port_range
+            else None,
+            token=parsing.token(token_file),
+            join_timeout_s=join_timeout,
+            heartbeat_timeout_s=heartbeat_timeout,
+            stall_timeout_s=stall_timeout,
         ),
         shapes=() if checkpoint else read.choices("--shape", shape or "dense", read.SHAPES),
         size=nbytes,
         sources=sources,
         sinks=sinks,
         readers=read.readers(readers),
-        buffer_sizes=read.buffer_sizes("--buffer-size", buffer_size),
-        num_buffers=read.buffer_counts("--num-buffers", num_buffers),
+        buffer_sizes=sizes,
+        num_buffers=counts,
         runs=runs,
         warmup=warmup,
         directory=folder,
@@ -126,8 +131,6 @@ def bench(
         check=not no_check,
     )
     read.check_what(settings, shape=shape, size=size)
-    for one in settings.buffer_sizes:
-        check_staging(one, settings.transfer.staging)
     exports: Exports = {}
     draw = None
     if outcome.launch.rank == 0:  # other hosts need not have the directories
@@ -142,12 +145,7 @@ def bench(
     if alone:
         read.pin_defaults(settings, os.environ)
         return start_ranks(outcome, num_ranks())
-    if nproc is not None:
-        raise UsageError(
-            f"--nproc is for use without a launcher; this process was started by "
-            f"{outcome.launch.kind}, which sets the number of ranks",
-            hint="leave out --nproc",
-        )
+    check_nproc(nproc, outcome.launch, parsing.option)
     from packcast.cli.benchview import make_bench_display  # rich, which --help does without
 
     display = make_bench_display(progress, _command_line(outcome), exports, draw, quiet=quiet)

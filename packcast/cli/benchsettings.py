@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TypeVar, get_args
 
 from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
-from packcast.cli import parsing
 from packcast.errors import UsageError
 from packcast.io.memory import available_nbytes
 from packcast.launch.devices import has_gpu_driver
 from packcast.packed.plan import BLOCK, check_buffers
-from packcast.settings import Backend
+from packcast.settings import Backend, check_readers, check_size, named
 from packcast.units import GIB, MIB, format_exact_size, parse_size
 
 T = TypeVar("T")
@@ -55,7 +54,7 @@ def buffer_counts(option: str, text: str) -> tuple[int, ...]:
 
 def readers(text: str) -> tuple[int | None, ...]:
     """`1,2,all`; `all` is None. Raises UsageError."""
-    return _distinct(parsing.readers(part) for part in _parts("--readers", text))
+    return _distinct(named("--readers", check_readers, part) for part in _parts("--readers", text))
 
 
 def _count(text: str) -> int:
@@ -75,7 +74,7 @@ def _points(
         return value
 
     def number(word: str) -> int:
-        return parsing.parsed(option, word.strip(), parse)
+        return named(option, parse, word.strip())
 
     points: list[int] = []
     for part in _parts(option, text):
@@ -138,7 +137,7 @@ def check_what(settings: BenchSettings, *, shape: str | None, size: str | None) 
 def size_of_weights(text: str | None, backend: Backend, device: str) -> int:
     """Bytes of generated weights; without `--size` fewer where there is no GPU."""
     if text is not None:
-        nbytes = parsing.size("--size", text)
+        nbytes = named("--size", check_size, text)
         if nbytes > MAX_SIZE:
             raise UsageError(f"--size: {text} is more than {format_exact_size(MAX_SIZE)}")
         return nbytes

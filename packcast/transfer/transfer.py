@@ -26,7 +26,7 @@ from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
 from packcast.launch.exit import ExitHandler
 from packcast.launch.store import join_served_store, serve_store
-from packcast.packed.plan import Chunks, check_ring
+from packcast.packed.plan import Chunks
 from packcast.report import Report
 from packcast.settings import Settings, fill_in
 from packcast.transfer.agreement import (
@@ -80,8 +80,6 @@ def run(
     transfers of one launch, the same on all ranks. A worker with `make_destination` receives
     tensors.
     """
-    if settings.command == "send":
-        check_ring(settings.buffer_size, settings.num_buffers, settings.staging)
     view.phase("join")
     session = open_session(settings, view, exit_handler, call=call)
     channel = session.channel

@@ -84,6 +84,7 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
         BenchSettings(
             transfer=Settings(
                 command="send",
+                buffer_size=4 * MIB,
                 staging=64 * MIB,
                 backend="gloo",
                 device="cpu",

@@ -464,8 +464,8 @@ def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
         ({"buffer_size": MIB + 1}, "not a multiple"),
         ({"num_buffers": 0}, "0 buffers"),
         ({"staging": MIB}, "staging of 1MiB is less"),
-        ({"readers": 0}, "readers: 0"),
-        ({"readers": "some"}, "readers: 'some'"),
+        ({"readers": 0}, "readers: must be .*, not 0"),
+        ({"readers": "some"}, "readers: must be .*, not 'some'"),
         ({"backend": "mpi"}, "backend: 'mpi'"),
         ({"device": "gpu"}, "device: 'gpu' is not one of"),
         ({"include": "model.*"}, "include: give a list"),
@@ -474,6 +474,7 @@ def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
         ({"port_range": (29400, 29399)}, "port_range: 29400-29399 is not a range"),
         ({"port_range": "29400-29409"}, r"port_range: '29400-29409' is not \(first, last\)"),
         ({"port": 5, "workers": 1, "listen": ("h", 1)}, "port= is only for Slurm"),
+        ({"port": 70_000}, "port: must be at most 65535"),
     ],
 )
 def test_arguments_that_cannot_be_meant_are_refused_at_once(
