@@ -28,7 +28,8 @@ from packcast.settings import (
     Settings,
 )
 from packcast.transfer.background import BackgroundTransfer, TensorQueue
-from packcast.transfer.transfer import MakeDestination, run
+from packcast.transfer.ends import MakeDestination
+from packcast.transfer.transfer import run
 from packcast.view import View
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
