@@ -144,10 +144,16 @@ def check_globs(globs: object) -> object:
     return globs
 
 
-def check_template(text: str) -> str:
-    """A path that may hold placeholders; a misspelt one would make every rank write one place."""
+def check_path(text: str) -> str:
+    """Not the current directory, for which an empty text would stand."""
     if not text:
         raise UsageError("the path is empty", hint="check the shell variable that it comes from")
+    return text
+
+
+def check_template(text: str) -> str:
+    """A path that may hold placeholders; a misspelt one would make every rank write one place."""
+    check_path(text)
     for found in re.findall(r"\{[a-z_]*\}", text):
         if found not in PLACEHOLDERS:
             raise UsageError(

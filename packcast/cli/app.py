@@ -51,7 +51,7 @@ from packcast.cli.terminal import say
 from packcast.errors import PackcastError, UsageError
 from packcast.launch.exit import record_failure
 from packcast.launch.secret import secret_folders, user_token
-from packcast.settings import DEFAULT_NUM_BUFFERS, Settings, named
+from packcast.settings import DEFAULT_NUM_BUFFERS, Settings
 from packcast.view import View
 
 COMMANDS = ("send", "recv", "bench", "inspect", "verify", "clean", "doctor")
@@ -158,35 +158,8 @@ def send(
     path = checkpoint_path(
         checkpoint, download=download and outcome.launch.rank == 0, say=None if quiet else say
     )
-    outcome.settings = given.settings(
-        "send",
-        checkpoint=path,
-        out=out,
-        verify=verify,
-        force=force,
-        in_place=in_place,
-        sidecars=not no_sidecars,
-        all_files=all_files,
-        follow_links=follow_links,
-        exclude_files=exclude_files or (),
-        include=include or (),
-        exclude=exclude or (),
-        readers=readers,
-        max_rate=max_rate,
-        buffer_size=buffer_size,
-        num_buffers=num_buffers,
-        staging=staging,
-        backend=backend,
-        device=device,
-        workers=workers,
-        address=named("--listen", given.address, listen) if listen else None,
-        port=port,
-        port_range=named("--port-range", given.port_range, port_range) if port_range else None,
-        token=given.token(token_file, warner(outcome, quiet=quiet)),
-        join_timeout_s=join_timeout,
-        heartbeat_timeout_s=heartbeat_timeout,
-        stall_timeout_s=stall_timeout,
-    )
+    warn = warner(outcome, quiet=quiet)
+    outcome.settings = given.settings("send", context.params, warn, checkpoint=path)
     if dry_run:
         from packcast.cli.dryrun import dry_run as dry_run_of
 
@@ -238,22 +211,8 @@ def recv(
 ) -> int:
     outcome = begin(context, "recv", json=json, verbose=verbose)
     log = given.log_target(log_json)
-    outcome.settings = given.settings(
-        "recv",
-        out=out,
-        verify=verify,
-        discard=discard,
-        force=force,
-        in_place=in_place,
-        device=device,
-        address=named("HOST:PORT", given.address, address) if address else None,
-        port=port,
-        token=given.token(token_file, warner(outcome, quiet=quiet)),
-        rank=rank,
-        join_timeout_s=join_timeout,
-        heartbeat_timeout_s=heartbeat_timeout,
-        stall_timeout_s=stall_timeout,
-    )
+    warn = warner(outcome, quiet=quiet)
+    outcome.settings = given.settings("recv", context.params, warn)
     given.check_recv(outcome.settings, outcome.launch, json=json, log=log)
     given.refuse_unused(
         typed_options(context),

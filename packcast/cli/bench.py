@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from packcast import bench as ranks
-from packcast.bench.export import Exports, check_exports
+from packcast.bench.export import Exports
 from packcast.bench.model import OURS, BenchSettings, Results, Row
 from packcast.bench.stats import best_rows, grouped, shown
 from packcast.cli import benchoptions as bo
@@ -97,20 +97,11 @@ def bench(
     settings = BenchSettings(
         transfer=parsing.settings(
             "send",
+            context.params,
             checkpoint=checkpoint,
             buffer_size=max(sizes),
             num_buffers=max(counts),
-            staging=staging,
-            backend=backend,
-            device=device,
-            port=port,
-            port_range=named("--port-range", parsing.port_range, port_range)
-            if port_range
-            else None,
-            token=parsing.token(token_file),
-            join_timeout_s=join_timeout,
-            heartbeat_timeout_s=heartbeat_timeout,
-            stall_timeout_s=stall_timeout,
+            readers=1,  # in each case its own
         ),
         shapes=() if checkpoint else read.choices("--shape", shape or "dense", read.SHAPES),
         size=nbytes,
@@ -134,7 +125,7 @@ def bench(
     exports: Exports = {}
     draw = None
     if outcome.launch.rank == 0:  # other hosts need not have the directories
-        exports = check_exports(
+        exports = read.exports(
             {
                 "--export-json": export_json,
                 "--export-csv": export_csv,
@@ -195,9 +186,9 @@ def verdict(rows: Sequence[Row], least: float | None) -> PackcastError | None:
 
 
 def _plotter(text: str) -> Callable[[Results], None]:
-    from packcast.bench.plot import check_plot, write_plot
+    from packcast.bench.plot import write_plot
 
-    path = check_plot("--plot", text)
+    path = read.plot("--plot", text)
     return lambda results: write_plot(path, results)
 
 

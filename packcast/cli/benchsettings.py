@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TypeVar, get_args
 
 from packcast.bench.model import BenchSettings, BenchSink, ShapeKind, SourceKind
+from packcast.cli import parsing
 from packcast.errors import UsageError
 from packcast.io.memory import available_nbytes
 from packcast.launch.devices import has_gpu_driver
@@ -26,6 +28,7 @@ SHAPES: tuple[ShapeKind, ...] = get_args(ShapeKind)
 SOURCES: tuple[SourceKind, ...] = get_args(SourceKind)
 SINKS: tuple[BenchSink, ...] = get_args(BenchSink)
 _RESIDENT_SINKS: tuple[BenchSink, ...] = ("discard", "land")
+_PLOT_SUFFIXES = (".png", ".svg")
 _MEMORY = Path("/dev/shm")
 _RANGE = re.compile(r"(.+?)\.\.([^:]+):(?:x([0-9]{1,6})|\+(.+))")
 
@@ -147,12 +150,46 @@ def size_of_weights(text: str | None, backend: Backend, device: str) -> int:
 
 def directory(option: str, text: str) -> Path:
     """A directory that is writable."""
-    path = Path(os.path.abspath(os.path.expanduser(text)))
+    path = _absolute(parsing.path(text))
     if not path.is_dir():
         raise UsageError(f"{option}: {text} is not a directory")
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"{option}: {text} is not writable")
     return path
+
+
+def exports(options: Mapping[str, str | None]) -> dict[str, Path | None]:
+    """The files of `--export-json` and the others; None is standard output, for one of them."""
+    found: dict[str, Path | None] = {}
+    for option, text in options.items():
+        if text is None:
+            continue
+        path = None if text == "-" else _absolute(parsing.writable(option, text))
+        for other, same in found.items():
+            if same == path:
+                target = text if path else "to -"
+                raise UsageError(f"{other} and {option} would both write {target}")
+        found[option] = path
+    return found
+
+
+def plot(option: str, text: str) -> Path:
+    """The file to draw into. Imports matplotlib."""
+    path = _absolute(parsing.writable(option, text))
+    if path.suffix.lower() not in _PLOT_SUFFIXES:
+        raise UsageError(f"{option}: {text} must end in {' or '.join(_PLOT_SUFFIXES)}")
+    try:
+        # Now, not at the end: after a signal only a few seconds are left to draw.
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise UsageError(
+            f"{option} needs matplotlib: {error}", hint="pip install 'packcast[plot]'"
+        ) from error
+    return path
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
 
 
 def default_directory(nbytes: int, *, write_too: bool, num_ranks: int, cold: bool) -> Path:

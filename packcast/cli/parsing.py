@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from packcast.errors import UsageError
 from packcast.launch import validation
@@ -19,6 +21,7 @@ from packcast.settings import (
     PLACEHOLDERS,
     Command,
     Settings,
+    check_path,
     check_template,
     named,
 )
@@ -26,6 +29,10 @@ from packcast.settings import (
 _ADDRESS = "for example node1:29400, or [::1]:29400"
 _WORKERS_OWN = ("out", "verify", "force", "in_place", "manifest", "report")
 
+_SAME_AS_OPTION = {field.name for field in fields(Settings)} - {
+    *("command", "checkpoint", "sink", "target", "sidecars"),
+    *("address", "port_range", "token", "token_file"),
+}
 _WRITABLE = "check the permissions, or choose another file"
 LISTENING_SENDER = "`packcast send --workers N --listen HOST:PORT` prints the line to run"
 
@@ -42,21 +49,35 @@ def path(text: str) -> Path:
 
 def settings(
     command: Command,
-    *,
-    out: str | None = None,
-    verify: str | None = None,
-    discard: bool | None = None,
-    **arguments: object,
+    options: Mapping[str, Any],
+    warn: Callable[[str], None] = lambda _text: None,
+    **fixed: object,
 ) -> Settings:
-    """The settings from the options; sizes and times may be texts."""
+    """The settings by the options of a command, as typer has parsed them, but for the `fixed` ones.
+
+    Sizes, rates and times are still texts.
+    """
+    given: dict[str, object] = {
+        name: options[name.removesuffix("_s")]
+        for name in _SAME_AS_OPTION
+        if options.get(name.removesuffix("_s")) is not None
+    }
+    given["sidecars"] = not options.get("no_sidecars")
+    for name in ("listen", "address"):
+        if options.get(name):
+            given["address"] = named(option(name), address, options[name])
+    if options.get("port_range"):
+        given["port_range"] = named("--port-range", port_range, options["port_range"])
+    given["token"] = token(options.get("token_file"), warn)
+    out, verify = options.get("out"), options.get("verify")
     try:
         return validation.settings_of(
             command,
             option,
             out=out and os.path.expanduser(out),
             verify=verify and os.path.expanduser(verify),
-            other_destinations=None if discard is None else {"discard": discard},
-            **arguments,
+            other_destinations={"discard": options["discard"]} if "discard" in options else None,
+            **given | fixed,
         )
     except UsageError as error:
         error.hint = error.hint or "--help describes each option"
@@ -104,18 +125,23 @@ def token(file: str | None, warn: Callable[[str], None] = lambda _text: None) ->
 
 def json_target(text: str | None) -> str | None:
     """The file of --json, checked before the transfer."""
-    return text if text is None or text == "-" else _writable("--json", text)
+    return text if text is None or text == "-" else _template("--json", text)
 
 
 def log_target(text: str | None) -> str | None:
     """Where --log-json writes."""
     if text == "-":
         raise UsageError("--log-json: standard output is for the result", hint="name a file")
-    return None if text is None else _writable("--log-json", text)
+    return None if text is None else _template("--log-json", text)
 
 
-def _writable(option: str, text: str) -> str:
-    file = path(named(option, check_template, text))
+def _template(option: str, text: str) -> str:
+    return str(writable(option, named(option, check_template, text)))
+
+
+def writable(option: str, text: str) -> Path:
+    """A file that can be written, as far as is known without writing it."""
+    file = path(named(option, check_path, text))
     if file.is_dir():
         raise UsageError(f"{option}: {text} is a directory", hint="give a file's name")
     if not any(name in str(file.parent) for name in PLACEHOLDERS):
@@ -125,7 +151,7 @@ def _writable(option: str, text: str) -> str:
             )
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise UsageError(f"{option}: {text} is not writable", hint=_WRITABLE)
-    return str(file)
+    return file
 
 
 def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None:

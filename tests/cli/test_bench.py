@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import packcast.bench
-from packcast.bench.export import check_exports
 from packcast.bench.model import BenchSettings, BenchView, Results
 from packcast.cli import benchsettings, start
 from packcast.cli.app import run
@@ -436,7 +435,9 @@ def test_a_failed_export_does_not_hide_why_the_bench_ended(
 
 def test_a_late_row_changes_nothing_once_the_end_was_told(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "r.json"
-    display = BenchDisplay("plain", "packcast bench", check_exports({"--export-json": str(path)}))
+    display = BenchDisplay(
+        "plain", "packcast bench", benchsettings.exports({"--export-json": str(path)})
+    )
     show(display, replace(GOOD, rows=GOOD.rows[:1]))
     display.end(TransferError("lost rank 3"))
     capsys.readouterr()
