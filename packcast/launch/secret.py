@@ -129,10 +129,10 @@ def token_of(
 ) -> bytes | None:
     """The token that was given by this name, else that of PACKCAST_TOKEN, else None."""
     if given is None:
-        name, given = "PACKCAST_TOKEN", environ.get("PACKCAST_TOKEN") or None
+        name, given = "PACKCAST_TOKEN", os.fsencode(environ.get("PACKCAST_TOKEN", "")) or None
     if given is None:
         return None
-    token = named(name, check_token, os.fsencode(given))
+    token = named(name, check_token, given.encode() if isinstance(given, str) else given)
     if len(token) < SAFE_TOKEN_NBYTES and warn is not None:
         warn(
             f"{name}: a token of fewer than {SAFE_TOKEN_NBYTES} bytes can be guessed;"

@@ -182,7 +182,7 @@ def receive_checkpoint(
     - `into`: tensors by name, to receive in place, as a model's `state_dict()`. Shapes, dtypes and
       devices are compared before a byte moves, and names: `strict=False` takes those that are on
       both sides. A failure in mid-transfer leaves them partly overwritten.
-    - `on_tensor(name, tensor)`: called once for every tensor of every shard, in no certain order,
+    - `on_tensor(name, tensor)`: called once for every tensor of every shard, in any order,
       with the whole tensor on this rank's device (a GPU, or the CPU over gloo), of the header's
       dtype and shape. It is the caller's own from then on.
     - `discard`: what comes is checked and dropped.

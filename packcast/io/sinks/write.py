@@ -232,7 +232,7 @@ class WriteSink(Sink):
             self._table.release(index)
 
     def _finish_files(self, *, is_last: bool) -> None:
-        """Make what was written durable; `is_last`: nobody will write any more."""
+        """Make what was written durable; `is_last`: all writing has ended."""
         indices = [
             index
             for index, spec in enumerate(self._files)
@@ -244,7 +244,7 @@ class WriteSink(Sink):
             self._located().sync_folders()
 
     def _finish_shared(self, partial: OpenPartial) -> None:
-        """What cannot be finished now is no copy: nobody else would remove it after COMMIT."""
+        """Remove a copy that cannot be finished: after COMMIT no other rank would."""
         try:
             self._finish_files(is_last=True)
         except BaseException as error:
