@@ -492,7 +492,7 @@ def test_sizes_are_lists_ranges_and_mixes_without_doubles(
         ("32GiB", "is not a multiple of 1MiB up to 16GiB"),
     ],
 )
-def test_what_is_no_sweep_of_sizes_is_said_with_the_option(text: str, said: str) -> None:
+def test_an_invalid_sweep_of_sizes_is_reported_with_the_option(text: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         benchsettings.buffer_sizes("--buffer-size", text)
     assert caught.value.message.startswith("--buffer-size: ")

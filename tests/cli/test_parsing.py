@@ -107,14 +107,14 @@ def test_a_token_file_that_all_may_read_is_warned_about(tmp_path: Path) -> None:
         assert all("every user of this host can read" in warning for warning in warnings)
 
 
-def test_a_send_to_nobody_names_the_ways_to_launch() -> None:
+def test_a_send_without_workers_names_the_ways_to_launch() -> None:
     with pytest.raises(UsageError, match="no workers to send to") as caught:
         given.check_send(SEND, NOBODY, nproc=None)
     for way in ("--nproc", "--workers", "torchrun", "srun"):
         assert way in str(caught.value.hint)
 
 
-def test_who_takes_part_is_said_once() -> None:
+def test_the_ranks_are_chosen_once() -> None:
     given.check_send(SEND, TORCHRUN, nproc=None)
     given.check_send(replace(SEND, workers=2, address=("h", 0)), NOBODY, nproc=None)
     given.check_send(SEND, NOBODY, nproc=3)

@@ -135,7 +135,7 @@ def test_a_ring_that_exceeds_the_gpu_is_refused_and_a_tight_one_warns() -> None:
     assert fit_buffers(asked, LARGE, [enough], on_gpus(enough)).notes == ()
 
 
-def test_beside_gpus_it_is_the_staging_that_the_hosts_memory_limits() -> None:
+def test_with_gpus_the_hosts_memory_limits_the_staging() -> None:
     ranks = [rank(i, ("box", 1200), gpu_free=40 * GIB) for i in range(4)]
     fitted = fit_buffers(SETTINGS, LARGE, ranks, on_gpus(*ranks))
     assert (fitted.sizes, fitted.is_low) == (replace(USUAL, staging=LOW_STAGING), True)

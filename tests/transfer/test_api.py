@@ -48,7 +48,7 @@ def to(**arguments: object) -> Receiver:
 
 
 @pytest.mark.parametrize("function", [send_checkpoint, receive_checkpoint])
-def test_a_process_that_is_somebodys_own_may_be_silent_for_longer(
+def test_the_librarys_default_heartbeat_timeout_is_longer(
     function: Callable[..., Report],
 ) -> None:
     assert inspect.signature(function).parameters["heartbeat_timeout_s"].default == 30.0
@@ -477,7 +477,7 @@ def test_what_the_callback_raises_ends_every_rank_and_is_raised_on_its_own(
         ({"port": 70_000}, "port: must be at most 65535"),
     ],
 )
-def test_arguments_that_cannot_be_meant_are_refused_at_once(
+def test_invalid_arguments_are_refused_at_once(
     arguments: dict[str, object], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PACKCAST_TOKEN", raising=False)
@@ -497,7 +497,9 @@ def test_arguments_that_cannot_be_meant_are_refused_at_once(
         ({"address": ("h", 1), "out": "x", "heartbeat_timeout_s": -1}, "heartbeat_timeout_s"),
     ],
 )
-def test_the_receivers_arguments_too(arguments: dict[str, object], says: str) -> None:
+def test_invalid_arguments_of_a_receiver_are_refused_at_once(
+    arguments: dict[str, object], says: str
+) -> None:
     with pytest.raises(UsageError, match=says):
         receive_checkpoint(**arguments)
 
