@@ -36,8 +36,8 @@ class PackcastError(Exception):
         self.hint = hint
 
 
-class UsageError(PackcastError):
-    """Invalid command line, or invalid arguments of a library call."""
+class UsageError(PackcastError, ValueError):
+    """Invalid command line, or invalid arguments of a library call. A ValueError for pydantic."""
 
     exit_code = 2
 

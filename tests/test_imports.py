@@ -51,6 +51,16 @@ def test_what_moves_no_data_imports_no_torch(argv: list[str], checkpoint: str) -
     assert done.stdout
 
 
+def test_help_does_without_pydantic_too() -> None:  # typer imports it for a command's own
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.replace('"triton"', '"pydantic"'), "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr == "code 0, heavy []\n"
+
+
 def test_importing_the_package_imports_next_to_nothing() -> None:
     program = "import sys, packcast; print([n for n in sys.modules if n.startswith('packcast.')])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -25,7 +25,7 @@ from packcast.bench.stats import (
     warnings_of,
 )
 from packcast.bench.table import closing_lines, environment_lines, tables
-from packcast.errors import DestinationError, UsageError
+from packcast.errors import DestinationError
 
 SCHEMA = 2
 
@@ -132,38 +132,6 @@ _FORMATS: dict[str, Callable[[Results], str]] = {
     "--export-csv": to_csv,
     "--export-markdown": to_markdown,
 }
-
-
-def check_exports(options: Mapping[str, str | None]) -> Exports:
-    """The files of `--export-json` and the others; raises UsageError. Writes nothing.
-
-    `-` is standard output, for at most one of them.
-    """
-    exports: dict[str, Path | None] = {}
-    for option, text in options.items():
-        if text is None:
-            continue
-        path = None if text == "-" else writable_file(option, text)
-        for other, same in exports.items():
-            if same == path:
-                target = text if path else "to -"
-                raise UsageError(f"{other} and {option} would both write {target}")
-        exports[option] = path
-    return exports
-
-
-def writable_file(option: str, text: str) -> Path:
-    """A file that can be written, as far as is known without writing it; raises UsageError."""
-    if not text:
-        raise UsageError(f"{option}: the path is empty")
-    path = Path(os.path.abspath(os.path.expanduser(text)))
-    if path.is_dir():
-        raise UsageError(f"{option}: {text} is a directory")
-    if not path.parent.is_dir():
-        raise UsageError(f"{option}: the directory {path.parent} does not exist")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"{option}: {text} is not writable")
-    return path
 
 
 def write_exports(exports: Exports, results: Results) -> None:

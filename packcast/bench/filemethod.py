@@ -20,7 +20,7 @@ from packcast.io.sinks.verify import VerifySink
 from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
 from packcast.packed.chain import Chain
-from packcast.packed.plan import check_buffers, check_staging
+from packcast.packed.plan import check_staging
 from packcast.transfer.data_plane import DataPlane
 
 FileSink = DiscardSink | VerifySink | WriteSink | TensorSink
@@ -36,7 +36,6 @@ class FileMethod(MethodRun):
 
     def prepare(self) -> None:
         case = self.case
-        check_buffers(case.buffer_size, case.num_buffers)
         offer = offer_of_case(self.data, case, self.ranks)
         check_staging(case.buffer_size, offer.staging)
         reads = self.ranks.rank in self.readers

@@ -35,7 +35,6 @@ from packcast.launch.processgroup import begin_close, open_process_group
 from packcast.launch.store import join_served_store, serve_store
 from packcast.packed.chain import Chain
 from packcast.packed.chain_order import chain_order
-from packcast.packed.plan import check_buffers
 from packcast.transfer.session import Session, open_session
 from packcast.transfer.stall import StallWatch
 from packcast.units import MIB
@@ -81,9 +80,6 @@ def run(settings: BenchSettings, view: BenchView, exit_handler: ProcessExit) -> 
     stall ends the process through `exit_handler`. Files that it made are always removed. Only the
     sender's view is called.
     """
-    for buffer_size in settings.buffer_sizes:
-        for num_buffers in settings.num_buffers:
-            check_buffers(buffer_size, num_buffers)
     if detect_launch(os.environ).kind == "none":
         raise UsageError(
             "a bench needs at least two ranks", hint="start them with --nproc 2, torchrun or srun"

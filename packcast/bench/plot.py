@@ -5,32 +5,14 @@ Draws on a figure of its own: no display, no window, no state of pyplot.
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
-from packcast.bench.export import writable_file
 from packcast.bench.model import OURS, Results
 from packcast.bench.stats import shown
-from packcast.errors import DestinationError, UsageError
+from packcast.errors import DestinationError
 from packcast.units import MIB
 
-SUFFIXES = (".png", ".svg")
 _MARKERS = "os^DvPX"
-
-
-def check_plot(option: str, text: str) -> Path:
-    """The file to draw into; raises UsageError. Imports matplotlib."""
-    path = writable_file(option, text)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{option}: {text} must end in {' or '.join(SUFFIXES)}")
-    try:
-        # Now, not at the end: after a signal only a few seconds are left to draw.
-        importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise UsageError(
-            f"{option} needs matplotlib: {error}", hint="pip install 'packcast[plot]'"
-        ) from error
-    return path
 
 
 def write_plot(path: Path, results: Results) -> None:

@@ -15,7 +15,7 @@ from packcast.io.manifest import DigestKind, hash_files, refuse_inside, write_ma
 from packcast.launch.devices import host_name
 from packcast.launch.launchers import Launch
 from packcast.report import Report
-from packcast.settings import Settings, check_template, fill_in
+from packcast.settings import Settings, check_template, fill_in, named
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Afterwards:
     def check(self, settings: Settings, ranks_here: int) -> None:
         """Raise UsageError where this cannot be had; `ranks_here` of this host may write it."""
         if self.manifest is not None:
-            check_template("--manifest", self.manifest)
+            named("--manifest", check_template, self.manifest)
             if settings.sink != "write" or settings.target is None:
                 raise UsageError(
                     "--manifest needs --out",
@@ -37,7 +37,7 @@ class Afterwards:
                 )
             refuse_inside(path(self.manifest), path(settings.target))
         if self.report is not None:
-            check_template("--report", self.report)
+            named("--report", check_template, self.report)
             if settings.sink != "verify":
                 raise UsageError(
                     "--report needs --verify", hint="it lists what the comparison has found"

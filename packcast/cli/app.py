@@ -155,35 +155,11 @@ def send(
 ) -> int:
     outcome = begin(context, "send", json=json, verbose=verbose)
     log = given.log_target(log_json)
-    sink, target = given.destination(out, verify)
     path = checkpoint_path(
         checkpoint, download=download and outcome.launch.rank == 0, say=None if quiet else say
     )
-    outcome.settings = Settings(
-        command="send",
-        checkpoint=path,
-        sink=sink,
-        target=target,
-        force=force,
-        in_place=given.in_place(in_place, sink),
-        sidecars=not no_sidecars,
-        all_files=all_files,
-        follow_links=follow_links,
-        exclude_files=tuple(exclude_files or ()),
-        include=tuple(include or ()),
-        exclude=tuple(exclude or ()),
-        readers=given.readers(readers),
-        max_rate=given.max_rate(max_rate),
-        **given.buffers(buffer_size, num_buffers, staging),
-        backend=backend,
-        device=given.device(device),
-        workers=workers,
-        address=given.address("--listen", listen) if listen else None,
-        port=port,
-        port_range=given.port_range(port_range),
-        token=given.token(token_file, os.environ, warner(outcome, quiet=quiet)),
-        **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
-    )
+    warn = warner(outcome, quiet=quiet)
+    outcome.settings = given.settings("send", context.params, warn, checkpoint=path)
     if dry_run:
         from packcast.cli.dryrun import dry_run as dry_run_of
 
@@ -194,7 +170,7 @@ def send(
     given.refuse_unused(
         typed_options(context),
         without_launcher=workers is not None,
-        writes=sink == "write",
+        writes=out is not None,
         has_manifest=manifest is not None,
     )
     wanted = Afterwards(manifest, digest, report)
@@ -235,25 +211,13 @@ def recv(
 ) -> int:
     outcome = begin(context, "recv", json=json, verbose=verbose)
     log = given.log_target(log_json)
-    sink, target = given.destination(out, verify, discard=discard, required=True)
-    outcome.settings = Settings(
-        command="recv",
-        sink=sink,
-        target=target,
-        force=force,
-        in_place=given.in_place(in_place, sink),
-        device=given.device(device),
-        address=given.address("HOST:PORT", address) if address else None,
-        port=port,
-        token=given.token(token_file, os.environ, warner(outcome, quiet=quiet)),
-        rank=rank,
-        **given.limits(join_timeout, heartbeat_timeout, stall_timeout),
-    )
+    warn = warner(outcome, quiet=quiet)
+    outcome.settings = given.settings("recv", context.params, warn)
     given.check_recv(outcome.settings, outcome.launch, json=json, log=log)
     given.refuse_unused(
         typed_options(context),
         without_launcher=False,
-        writes=sink == "write",
+        writes=out is not None,
         has_manifest=manifest is not None,
     )
     wanted = Afterwards(manifest, digest, report)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import typer
 
 from packcast import bench as ranks
-from packcast.bench.export import Exports, check_exports
+from packcast.bench.export import Exports
 from packcast.bench.model import OURS, BenchSettings, Results, Row
 from packcast.bench.stats import best_rows, grouped, shown
 from packcast.cli import benchoptions as bo
@@ -26,13 +25,11 @@ from packcast.cli.start import be_a_rank, begin, start_ranks
 from packcast.errors import (
     PackcastError,
     TransferError,
-    UsageError,
     VerificationError,
     error_from_code,
 )
-from packcast.launch.validation import check_port
-from packcast.packed.plan import check_staging
-from packcast.settings import Settings
+from packcast.launch.validation import check_nproc, check_port
+from packcast.settings import named
 from packcast.units import format_rate, parse_rate
 
 
@@ -76,7 +73,7 @@ def bench(
     outcome = begin(context, "bench", json=None, verbose=verbose)
     least = None
     if min_bandwidth is not None:
-        least = parsing.parsed("--min-bandwidth", min_bandwidth, parse_rate)
+        least = named("--min-bandwidth", parse_rate, min_bandwidth)
     alone = outcome.launch.kind == "none"
     nbytes = read.size_of_weights(size, backend, device)
     sources = read.choices("--source", source, read.SOURCES)
@@ -95,25 +92,24 @@ def bench(
         folder = read.default_directory(
             nbytes, write_too="write" in sinks, num_ranks=num_ranks(), cold=cold
         )
+    sizes = read.buffer_sizes("--buffer-size", buffer_size)
+    counts = read.buffer_counts("--num-buffers", num_buffers)
     settings = BenchSettings(
-        transfer=Settings(
-            command="send",
-            checkpoint=Path(checkpoint) if checkpoint is not None else None,
-            staging=parsing.size("--staging", staging),
-            backend=backend,
-            device=parsing.device(device),
-            port=port,
-            port_range=parsing.port_range(port_range),
-            token=parsing.token(token_file, os.environ),
-            **parsing.limits(join_timeout, heartbeat_timeout, stall_timeout),
+        transfer=parsing.settings(
+            "send",
+            context.params,
+            checkpoint=checkpoint,
+            buffer_size=max(sizes),
+            num_buffers=max(counts),
+            readers=1,  # in each case its own
         ),
         shapes=() if checkpoint else read.choices("--shape", shape or "dense", read.SHAPES),
         size=nbytes,
         sources=sources,
         sinks=sinks,
         readers=read.readers(readers),
-        buffer_sizes=read.buffer_sizes("--buffer-size", buffer_size),
-        num_buffers=read.buffer_counts("--num-buffers", num_buffers),
+        buffer_sizes=sizes,
+        num_buffers=counts,
         runs=runs,
         warmup=warmup,
         directory=folder,
@@ -126,12 +122,10 @@ def bench(
         check=not no_check,
     )
     read.check_what(settings, shape=shape, size=size)
-    for one in settings.buffer_sizes:
-        check_staging(one, settings.transfer.staging)
     exports: Exports = {}
     draw = None
     if outcome.launch.rank == 0:  # other hosts need not have the directories
-        exports = check_exports(
+        exports = read.exports(
             {
                 "--export-json": export_json,
                 "--export-csv": export_csv,
@@ -142,12 +136,7 @@ def bench(
     if alone:
         read.pin_defaults(settings, os.environ)
         return start_ranks(outcome, num_ranks())
-    if nproc is not None:
-        raise UsageError(
-            f"--nproc is for use without a launcher; this process was started by "
-            f"{outcome.launch.kind}, which sets the number of ranks",
-            hint="leave out --nproc",
-        )
+    check_nproc(nproc, outcome.launch, parsing.option)
     from packcast.cli.benchview import make_bench_display  # rich, which --help does without
 
     display = make_bench_display(progress, _command_line(outcome), exports, draw, quiet=quiet)
@@ -197,9 +186,9 @@ def verdict(rows: Sequence[Row], least: float | None) -> PackcastError | None:
 
 
 def _plotter(text: str) -> Callable[[Results], None]:
-    from packcast.bench.plot import check_plot, write_plot
+    from packcast.bench.plot import write_plot
 
-    path = check_plot("--plot", text)
+    path = read.plot("--plot", text)
     return lambda results: write_plot(path, results)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TypeVar, get_args
 
@@ -15,7 +16,7 @@ from packcast.errors import UsageError
 from packcast.io.memory import available_nbytes
 from packcast.launch.devices import has_gpu_driver
 from packcast.packed.plan import BLOCK, check_buffers
-from packcast.settings import Backend
+from packcast.settings import Backend, check_readers, check_size, named
 from packcast.units import GIB, MIB, format_exact_size, parse_size
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ SHAPES: tuple[ShapeKind, ...] = get_args(ShapeKind)
 SOURCES: tuple[SourceKind, ...] = get_args(SourceKind)
 SINKS: tuple[BenchSink, ...] = get_args(BenchSink)
 _RESIDENT_SINKS: tuple[BenchSink, ...] = ("discard", "land")
+_PLOT_SUFFIXES = (".png", ".svg")
 _MEMORY = Path("/dev/shm")
 _RANGE = re.compile(r"(.+?)\.\.([^:]+):(?:x([0-9]{1,6})|\+(.+))")
 
@@ -55,7 +57,7 @@ def buffer_counts(option: str, text: str) -> tuple[int, ...]:
 
 def readers(text: str) -> tuple[int | None, ...]:
     """`1,2,all`; `all` is None. Raises UsageError."""
-    return _distinct(parsing.readers(part) for part in _parts("--readers", text))
+    return _distinct(named("--readers", check_readers, part) for part in _parts("--readers", text))
 
 
 def _count(text: str) -> int:
@@ -75,7 +77,7 @@ def _points(
         return value
 
     def number(word: str) -> int:
-        return parsing.parsed(option, word.strip(), parse)
+        return named(option, parse, word.strip())
 
     points: list[int] = []
     for part in _parts(option, text):
@@ -138,7 +140,7 @@ def check_what(settings: BenchSettings, *, shape: str | None, size: str | None) 
 def size_of_weights(text: str | None, backend: Backend, device: str) -> int:
     """Bytes of generated weights; without `--size` fewer where there is no GPU."""
     if text is not None:
-        nbytes = parsing.size("--size", text)
+        nbytes = named("--size", check_size, text)
         if nbytes > MAX_SIZE:
             raise UsageError(f"--size: {text} is more than {format_exact_size(MAX_SIZE)}")
         return nbytes
@@ -148,12 +150,46 @@ def size_of_weights(text: str | None, backend: Backend, device: str) -> int:
 
 def directory(option: str, text: str) -> Path:
     """A directory that is writable."""
-    path = Path(os.path.abspath(os.path.expanduser(text)))
+    path = _absolute(parsing.path(text))
     if not path.is_dir():
         raise UsageError(f"{option}: {text} is not a directory")
     if not os.access(path, os.W_OK | os.X_OK):
         raise UsageError(f"{option}: {text} is not writable")
     return path
+
+
+def exports(options: Mapping[str, str | None]) -> dict[str, Path | None]:
+    """The files of `--export-json` and the others; None is standard output, for one of them."""
+    found: dict[str, Path | None] = {}
+    for option, text in options.items():
+        if text is None:
+            continue
+        path = None if text == "-" else _absolute(parsing.writable(option, text))
+        for other, same in found.items():
+            if same == path:
+                target = text if path else "to -"
+                raise UsageError(f"{other} and {option} would both write {target}")
+        found[option] = path
+    return found
+
+
+def plot(option: str, text: str) -> Path:
+    """The file to draw into. Imports matplotlib."""
+    path = _absolute(parsing.writable(option, text))
+    if path.suffix.lower() not in _PLOT_SUFFIXES:
+        raise UsageError(f"{option}: {text} must end in {' or '.join(_PLOT_SUFFIXES)}")
+    try:
+        # Now, not at the end: after a signal only a few seconds are left to draw.
+        importlib.import_module("matplotlib.figure")
+    except ImportError as error:
+        raise UsageError(
+            f"{option} needs matplotlib: {error}", hint="pip install 'packcast[plot]'"
+        ) from error
+    return path
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
 
 
 def default_directory(nbytes: int, *, write_too: bool, num_ranks: int, cold: bool) -> Path:

@@ -104,7 +104,7 @@ def dry_run(settings: Settings, nproc: int | None) -> Listing:
 
 
 def _fitted(settings: Settings, nbytes: int, num_ranks: int) -> tuple[Fitted, Memory]:
-    """The buffers for so many ranks on this host, and what each takes. On a CPU the ring is the
+    """The buffers for `num_ranks` ranks on this host, and what each takes. On a CPU the ring is the
     staging too."""
     on_cpu = settings.device == "cpu" or settings.backend == "gloo" or not has_gpu_driver()
     device = "cpu" if on_cpu else "cuda"

@@ -17,6 +17,7 @@ from packcast.cli.start import begin
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError
+from packcast.settings import check_address, named
 
 
 def inspect(
@@ -106,7 +107,9 @@ def doctor(
     told = json != "-" and not quiet
     listing, failure = examined(
         [given.path(folder) for folder in folders or ["."]],
-        reach=given.address("--reach", reach) if reach else None,
+        reach=named("--reach", lambda text: check_address(given.address(text)), reach)
+        if reach
+        else None,
         tests=not no_test,
         tell=print if told else lambda line: None,
     )

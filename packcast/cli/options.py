@@ -167,7 +167,7 @@ Nproc = Annotated[
     option("--nproc", LAUNCH, "N", "Start N ranks here: the sender and N-1 workers.", min=2),
 ]
 Workers = Annotated[
-    int | None, option("--workers", LAUNCH, "N", "No launcher: wait for N `packcast recv`.", min=1)
+    int | None, option("--workers", LAUNCH, "N", "No launcher: wait for N `packcast recv`.")
 ]
 Listen = Annotated[
     str | None,
@@ -182,8 +182,6 @@ Port = Annotated[
         LAUNCH,
         "PORT",
         "Slurm, mpirun: rank 0's port, instead of one derived from the job.",
-        min=1,
-        max=65535,
     ),
 ]
 PortRange = Annotated[
@@ -204,7 +202,6 @@ Rank = Annotated[
         LAUNCH,
         "N",
         "No launcher: be this rank. Otherwise ranks go by host name, then arrival.",
-        min=1,
     ),
 ]
 TokenFile = Annotated[

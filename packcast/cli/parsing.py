@@ -1,4 +1,4 @@
-"""Parses and checks the values of options: from text to the fields of `packcast.settings`.
+"""From options to settings, and the checks of what is no setting: files, and their combinations.
 
 Every error is a UsageError that names the option. Imports no torch; has no side effects.
 """
@@ -8,50 +8,38 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TypedDict, TypeVar
+from typing import Any
 
 from packcast.errors import UsageError
 from packcast.launch import validation
 from packcast.launch.launchers import Launch
-from packcast.packed.plan import check_ring
+from packcast.launch.secret import token_of
 from packcast.settings import (
     MAX_TOKEN_NBYTES,
     PLACEHOLDERS,
+    Command,
     Settings,
-    SinkKind,
-    check_destinations,
-    check_device,
-    check_port_range,
-    check_rate,
-    check_seconds,
-    check_size,
+    check_path,
     check_template,
-    check_token,
-    is_host,
+    named,
 )
-from packcast.units import parse_duration, parse_size
-
-T = TypeVar("T")
 
 _ADDRESS = "for example node1:29400, or [::1]:29400"
 _WORKERS_OWN = ("out", "verify", "force", "in_place", "manifest", "report")
 
+_SAME_AS_OPTION = {field.name for field in fields(Settings)} - {
+    *("command", "checkpoint", "sink", "target", "sidecars"),
+    *("address", "port_range", "token", "token_file"),
+}
 _WRITABLE = "check the permissions, or choose another file"
 LISTENING_SENDER = "`packcast send --workers N --listen HOST:PORT` prints the line to run"
 
 
-def parsed(option: str, text: str, parse: Callable[[str], T]) -> T:
-    """`parse(text)`; a UsageError gets the name of the option."""
-    try:
-        return parse(text)
-    except UsageError as error:
-        raise UsageError(f"{option}: {error.message}", hint=error.hint) from None
-
-
 def option(name: str) -> str:
     """The option of a setting."""
-    return "HOST:PORT" if name == "address" else f"--{name.replace('_', '-')}"
+    return "HOST:PORT" if name == "address" else f"--{name.removesuffix('_s').replace('_', '-')}"
 
 
 def path(text: str) -> Path:
@@ -59,162 +47,101 @@ def path(text: str) -> Path:
     return Path(text).expanduser() if text.startswith("~") else Path(text)
 
 
-def size(option: str, text: str) -> int:
-    """Bytes; at least one block of digests, 1 MiB."""
-    return check_size(option, parsed(option, text, parse_size), text)
+def settings(
+    command: Command,
+    options: Mapping[str, Any],
+    warn: Callable[[str], None] = lambda _text: None,
+    **fixed: object,
+) -> Settings:
+    """The settings by the options of a command, as typer has parsed them, but for the `fixed` ones.
 
-
-def seconds(option: str, text: str) -> float:
-    """A time limit; more than nothing."""
-    return check_seconds(option, parsed(option, text, parse_duration), text)
-
-
-class BufferOptions(TypedDict):
-    """Fields of Settings, in bytes."""
-
-    buffer_size: int | None
-    num_buffers: int
-    staging: int
-
-
-class TimeLimits(TypedDict):
-    """Fields of Settings, in seconds."""
-
-    join_timeout_s: float
-    heartbeat_timeout_s: float
-    stall_timeout_s: float
-
-
-def buffers(buffer_size: str | None, num_buffers: int, staging: str) -> BufferOptions:
-    """The sizes of ring and staging; raises UsageError if no such ring can be built."""
-    nbytes = None if buffer_size is None else size("--buffer-size", buffer_size)
-    pinned = size("--staging", staging)
-    check_ring(nbytes, num_buffers, pinned)
-    return BufferOptions(buffer_size=nbytes, num_buffers=num_buffers, staging=pinned)
-
-
-def limits(join: str, heartbeat: str, stall: str) -> TimeLimits:
-    """The three time limits."""
-    return TimeLimits(
-        join_timeout_s=seconds("--join-timeout", join),
-        heartbeat_timeout_s=seconds("--heartbeat-timeout", heartbeat),
-        stall_timeout_s=seconds("--stall-timeout", stall),
-    )
-
-
-def max_rate(text: str | None) -> float | None:
-    """In bytes per second."""
-    return None if text is None else check_rate("--max-rate", text)
-
-
-def readers(text: str) -> int | None:
-    """`all` is None."""
-    if text == "all":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(
-            f"--readers: must be a whole number of at least 1, or `all`, not {text!r}",
-            hint="the default is 1, the sender",
+    Sizes, rates and times are still texts.
+    """
+    given: dict[str, object] = {
+        name: options[name.removesuffix("_s")]
+        for name in _SAME_AS_OPTION
+        if options.get(name.removesuffix("_s")) is not None
+    }
+    given["sidecars"] = not options.get("no_sidecars")
+    for name in ("listen", "address"):
+        if options.get(name):
+            given["address"] = named(option(name), address, options[name])
+    if options.get("port_range"):
+        given["port_range"] = named("--port-range", port_range, options["port_range"])
+    given["token"] = token(options.get("token_file"), warn)
+    out, verify = options.get("out"), options.get("verify")
+    try:
+        return validation.settings_of(
+            command,
+            option,
+            out=out and os.path.expanduser(out),
+            verify=verify and os.path.expanduser(verify),
+            other_destinations={"discard": options["discard"]} if "discard" in options else None,
+            **given | fixed,
         )
-    return int(text)
+    except UsageError as error:
+        error.hint = error.hint or "--help describes each option"
+        raise
 
 
-def device(text: str) -> str:
-    """Whether the device exists is checked later, on its host."""
-    return check_device("--device", text)
-
-
-def address(option: str, text: str) -> tuple[str, int]:
+def address(text: str) -> tuple[str, int]:
     """`host:29400`, `10.0.0.1:29400`, `[::1]:29400`."""
     host, colon, port = text.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    if bracketed:
-        host = host[1:-1]
     if not host or not colon or (":" in host) != bracketed:
-        raise UsageError(f"{option}: {text!r} is not HOST:PORT", hint=_ADDRESS)
-    if not is_host(host):
-        raise UsageError(f"{option}: {host!r} is not a host name or address", hint=_ADDRESS)
-    if not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{option}: {port!r} is not a port", hint="a port is at most 65535")
-    return host, int(port)
+        raise UsageError(f"{text!r} is not HOST:PORT", hint=_ADDRESS)
+    if not port.isdecimal():
+        raise UsageError(f"{port!r} is not a port", hint="a port is at most 65535")
+    return host[1:-1] if bracketed else host, int(port)
 
 
-def port_range(text: str | None) -> range | None:
+def port_range(text: str) -> tuple[int, int]:
     """`29400-29409`, both included."""
-    if text is None:
-        return None
     first, dash, last = text.partition("-")
     if not dash or not first.isdecimal() or not last.isdecimal():
-        raise UsageError(f"--port-range: {text!r} is not A-B", hint="as in 29400-29409")
-    return check_port_range("--port-range", int(first), int(last))
+        raise UsageError(f"{text!r} is not A-B", hint="as in 29400-29409")
+    return int(first), int(last)
 
 
-def destination(
-    out: str | None, verify: str | None, *, discard: bool = False, required: bool = False
-) -> tuple[SinkKind, str | None]:
-    """At most one of the three, exactly one where `required`; without any the bytes are dropped."""
-    asked = {"--out": out is not None, "--verify": verify is not None, "--discard": discard}
-    given = [name for name, is_given in asked.items() if is_given]
-    choices = list(asked) if required else ["--out", "--verify"]
-    check_destinations(given, choices, required=required, hint="--help describes each")
-    if out is not None:
-        return "write", str(path(check_template("--out", out)))
-    if verify is not None:
-        return "verify", str(path(check_template("--verify", verify)))
-    return "discard", None
-
-
-def in_place(wanted: bool, sink: SinkKind) -> bool:
-    """--in-place needs a sink that writes."""
-    if wanted and sink != "write":
-        raise UsageError("--in-place needs --out", hint="it keeps the directory --out DIR")
-    return wanted
-
-
-def token(
-    file: str | None,
-    environ: Mapping[str, str],
-    warn: Callable[[str], None] = lambda _text: None,
-) -> bytes | None:
+def token(file: str | None, warn: Callable[[str], None] = lambda _text: None) -> bytes | None:
     """The shared secret: of --token-file, else of PACKCAST_TOKEN, else none."""
-    where = "PACKCAST_TOKEN" if file is None else f"--token-file: {file}"
-    secret = os.fsencode(environ.get("PACKCAST_TOKEN", ""))
-    if file is None and not secret:
-        return None
-    if file is not None:
-        try:
-            with path(file).open("rb") as stream:
-                secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
-                may_all_read = os.fstat(stream.fileno()).st_mode & stat.S_IROTH
-        except OSError as error:
-            raise UsageError(
-                f"{where}: {error.strerror}",
-                hint=f"make one with `openssl rand -hex 16 > {file}`",
-            ) from None
-        if not secret:
-            raise UsageError(f"{where} is empty", hint="`openssl rand -hex 16` makes a token")
-        if may_all_read:
-            warn(f"{where}: every user of this host can read the token; `chmod 600` prevents that")
-    warning = check_token(where, secret)
-    if warning:
-        warn(warning)
-    return secret
+    if file is None:
+        return token_of(None, os.environ, warn)
+    where = f"--token-file: {file}"
+    try:
+        with path(file).open("rb") as stream:
+            secret = stream.read(MAX_TOKEN_NBYTES + 1).strip()
+            may_all_read = os.fstat(stream.fileno()).st_mode & stat.S_IROTH
+    except OSError as error:
+        raise UsageError(
+            f"{where}: {error.strerror}", hint=f"make one with `openssl rand -hex 16 > {file}`"
+        ) from None
+    if not secret:
+        raise UsageError(f"{where} is empty", hint="`openssl rand -hex 16` makes a token")
+    if may_all_read:
+        warn(f"{where}: every user of this host can read the token; `chmod 600` prevents that")
+    return token_of(secret, os.environ, warn, where)
 
 
 def json_target(text: str | None) -> str | None:
     """The file of --json, checked before the transfer."""
-    return text if text is None or text == "-" else _writable("--json", text)
+    return text if text is None or text == "-" else _template("--json", text)
 
 
 def log_target(text: str | None) -> str | None:
     """Where --log-json writes."""
     if text == "-":
         raise UsageError("--log-json: standard output is for the result", hint="name a file")
-    return None if text is None else _writable("--log-json", text)
+    return None if text is None else _template("--log-json", text)
 
 
-def _writable(option: str, text: str) -> str:
-    file = path(check_template(option, text))
+def _template(option: str, text: str) -> str:
+    return str(writable(option, named(option, check_template, text)))
+
+
+def writable(option: str, text: str) -> Path:
+    """A file that can be written, as far as is known without writing it."""
+    file = path(named(option, check_path, text))
     if file.is_dir():
         raise UsageError(f"{option}: {text} is a directory", hint="give a file's name")
     if not any(name in str(file.parent) for name in PLACEHOLDERS):
@@ -224,7 +151,7 @@ def _writable(option: str, text: str) -> str:
             )
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise UsageError(f"{option}: {text} is not writable", hint=_WRITABLE)
-    return str(file)
+    return file
 
 
 def check_send(settings: Settings, launch: Launch, *, nproc: int | None) -> None:

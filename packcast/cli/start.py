@@ -18,11 +18,11 @@ from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError
 from packcast.io.sinks.partial import partials_of, remove_if_unused
+from packcast.launch import validation
 from packcast.launch.devices import host_name
 from packcast.launch.exit import ProcessExit, die_with_parent, watch_signals
 from packcast.launch.handover import received
 from packcast.launch.nproc import run_nproc
-from packcast.launch.validation import launch_of
 from packcast.settings import Settings, fill_in
 
 _BY_ADDRESS = ("workers", "listen", "address")  # options that choose the ranks
@@ -30,11 +30,6 @@ _PLAIN = [
     (re.compile(pattern), words)
     for pattern, words in (
         (r"Invalid value for '([^']+)': ", r"\1: "),
-        (r"Value error, ", ""),
-        (r"Input should be a valid integer.*", "must be a whole number"),
-        (r"Input should be a valid boolean.*", "must be true or false"),
-        (r"Input should be greater than or equal to (\S+)", r"must be at least \1"),
-        (r"Input should be less than or equal to (\S+)", r"must be at most \1"),
         (r"No such (option|command):? '?([^' ]+?)'?(?= |\.|$)", r"there is no \1 \2"),
         (r" \(Possible options: (.*)\)", r"; near names are \1"),
         (r"\. Did you mean '?([^']*)'?\?", r"; a near name is \1"),
@@ -54,7 +49,7 @@ def begin(context: typer.Context, command: str, *, json: str | None, verbose: bo
     outcome.command, outcome.verbose = command, verbose
     if command in ("send", "recv", "bench"):
         by_address = any(context.params.get(name) for name in _BY_ADDRESS)
-        outcome.launch = launch_of(os.environ, by_address=by_address)
+        outcome.launch = validation.launch_of(os.environ, by_address=by_address)
     outcome.json = given.json_target(json)
     return outcome
 
@@ -83,7 +78,7 @@ def plain_words(message: str) -> str:
     """The option parser's message in plain words."""
     for pattern, words in _PLAIN:
         message = pattern.sub(words, message)
-    return message
+    return validation.plain_words(message)
 
 
 def typed_options(context: typer.Context) -> set[str]:

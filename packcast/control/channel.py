@@ -12,12 +12,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from packcast.control.clock import AwakeClock
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import Progress, heartbeat_frame, heartbeat_interval_s
+from packcast.control.heartbeat import Heartbeat
 from packcast.control.messages import Abort, Bye, Message, decode
 from packcast.control.waiters import Waiters
 from packcast.errors import PackcastError, TransferError
@@ -48,7 +48,7 @@ class Channel:
     ) -> None:
         self.transfer_id = transfer_id
         self._heartbeat_timeout_s = heartbeat_timeout_s
-        self._interval_s = heartbeat_interval_s(heartbeat_timeout_s, 1)
+        self._heartbeat = Heartbeat(heartbeat_interval_s(heartbeat_timeout_s, 1), self._log)
         self._on_failure = on_failure
         self._say_to_user = log
         self._loop = asyncio.SelectorEventLoop()
@@ -67,11 +67,6 @@ class Channel:
         self._is_closing = False
         self._calls_on_failure = False
         self._farewell: asyncio.Task[None] | None = None
-        self._next_beat = 0.0
-        self._position: Callable[[], str] = str
-        self._progress: Callable[[], Progress] = Progress
-        self._patience_s = 0.0
-        self._has_progress_failed = False
 
     # For any thread.
 
@@ -96,7 +91,7 @@ class Channel:
 
         `position` is for the message about a lost rank, `progress` for the heartbeats.
         """
-        self._position, self._progress = position, progress
+        self._heartbeat.position, self._heartbeat.progress = position, progress
 
     def moved_elsewhere(self) -> int:
         """A number that grows while bytes move on other ranks of the group."""
@@ -107,7 +102,7 @@ class Channel:
 
         For calls that hold the interpreter, such as the start of a device.
         """
-        self._patience_s = patience_s
+        self._heartbeat.patience_s = patience_s
         self._post(self._beat)
 
     def commit(self) -> None:
@@ -201,7 +196,7 @@ class Channel:
 
     def _loss_of(self, connection: Connection, why: str | None) -> PackcastError:
         try:
-            where = self._position()
+            where = self._heartbeat.position()
         except Exception as error:
             self._log(f"the position is not known: {error!r}")
             where = ""
@@ -238,26 +233,18 @@ class Channel:
         self._part(Incident(connection, error, is_loss=True))
 
     def _beat_if_due(self) -> None:
-        now = self._clock.read()
-        if now >= self._next_beat:
-            self._next_beat = now + self._interval_s
+        if self._heartbeat.is_due(self._clock.read()):
             self._beat()
 
     def _beat(self) -> None:
-        frame = heartbeat_frame(replace(self._progress_now(), patience_s=self._patience_s))
+        frame = heartbeat_frame(self._progress_now())
         for connection in list(self._connections):
             # Behind a large message heartbeats would pile up, and its bytes are a sign of life too.
             if not connection.has_unsent:
                 connection.send(frame)
 
     def _progress_now(self) -> Progress:
-        try:
-            return self._progress()
-        except Exception as error:
-            if not self._has_progress_failed:
-                self._log(f"heartbeats carry no progress: {error!r}")
-            self._has_progress_failed = True
-            return Progress()
+        return self._heartbeat.content()
 
     # For the control thread: the end.
 
@@ -346,8 +333,7 @@ class Channel:
             self._loop.run_until_complete(asyncio.sleep(0))  # run what was posted before
             self._loop.close()
             self._waiters.end(self._failure or TransferError(_CLOSED))
-            # Drop the callbacks, whose object has large buffers: a channel is a reference cycle.
-            self._position, self._progress = str, Progress
+            self._heartbeat.forget()
             self._told.set()
         if self._calls_on_failure and self._failure is not None:
             try:

@@ -40,10 +40,10 @@ class ControlClient(Channel):
         )
         self.sender = entered.welcome.sender
         self.lost: str | None = None
-        self._interval_s = entered.welcome.heartbeat_interval_s
+        self._heartbeat.interval_s = entered.welcome.heartbeat_interval_s
         self._me = entered.me
         self._world_size: int | None = None
-        self._status: JoinStatus | None = None  # that nobody has taken yet
+        self._status: JoinStatus | None = None  # not yet taken by a waiting thread
         self._is_gone = False
         self._received: dict[int, deque[Message]] = {}
         local_address = text_of(entered.sock.getsockname())

@@ -71,8 +71,9 @@ class ControlServer(Channel):
             on_failure=on_failure,
             log=log,
         )
-        self._interval_s = heartbeat_interval_s(heartbeat_timeout_s, self._membership.wanted)
-        welcome = Welcome(sender=self._membership.me, heartbeat_interval_s=self._interval_s)
+        interval_s = heartbeat_interval_s(heartbeat_timeout_s, self._membership.wanted)
+        self._heartbeat.interval_s = interval_s
+        welcome = Welcome(sender=self._membership.me, heartbeat_interval_s=interval_s)
         self._welcome = welcome.encode()
         self._from_worker = limits_by("worker")
         self._arrivals: list[tuple[RankInfo, int]] = []
@@ -193,7 +194,7 @@ class ControlServer(Channel):
         connection.send(self._welcome)
         # Its limit may be shorter than mine, so my heartbeats must be as frequent as it needs.
         mine = heartbeat_interval_s(hello.heartbeat_timeout_s, self._membership.wanted)
-        self._interval_s = min(self._interval_s, mine)
+        self._heartbeat.interval_s = min(self._heartbeat.interval_s, mine)
         self._arrivals.append((hello.info, len(self._membership)))
         self._has_news = True
         if self._membership.is_complete:
@@ -241,7 +242,7 @@ class ControlServer(Channel):
                 left_s=min(max(0.0, self._join_until - self._loop.time()), MAX_SECONDS),
             )
             self._send_frame(list(self._connections), status.encode())
-        self._loop.call_later(max(_STATUS_EVERY_S, self._interval_s), self._tell_joined)
+        self._loop.call_later(max(_STATUS_EVERY_S, self._heartbeat.interval_s), self._tell_joined)
 
     def _join_news(
         self,

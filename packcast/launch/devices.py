@@ -142,7 +142,7 @@ def _why_none(member: RankInfo, owners: dict[tuple[str, str], RankInfo]) -> str:
             return f"{member.label} asks for --device {member.device}, but sees {_gpus(member)}"
         owner = owners[member.boot_id, member.gpus[index]]
         return f"{member.label} and {owner.label} ask for the same GPU, {member.gpus[index]}"
-    # It asks for no certain GPU, so all that it sees are assigned, and no owner can move.
+    # It accepts any GPU, so all that it sees are assigned, and no owner can move.
     return f"{member.label} sees {_gpus(member)}, all given to other ranks of its host"
 
 

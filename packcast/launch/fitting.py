@@ -1,7 +1,6 @@
-"""Which buffers every rank has room for: those that were asked for, or, where nobody asked for
-any, smaller ones.
+"""The buffer sizes to offer: as requested, or defaults that fit into every rank's memory.
 
-Pure functions over what the ranks said of their memory when they joined. Knows no torch.
+Pure functions over the free memory that the ranks reported when they joined. Knows no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ NEARLY_FULL_GPU = "let others take less of that GPU; with NCCL_MAX_NCHANNELS=4 N
 
 @dataclass(frozen=True, slots=True)
 class BufferSizes:
-    """What the offer says of buffers, in bytes; and how that is said to people."""
+    """The sizes in an offer, in bytes; the count; and the ring as text."""
 
     buffer_size: int
     num_buffers: int
@@ -43,20 +42,20 @@ class BufferSizes:
 
     @property
     def ring_nbytes(self) -> int:
-        """Of a rank, on its device."""
+        """The ring's memory on each rank's device."""
         return ring_nbytes(self.buffer_size, self.num_buffers)
 
     @property
     def pinned_nbytes(self) -> int:
-        """Of a rank with a GPU, at most."""
+        """The most pinned memory of a rank with a GPU."""
         return pinned_nbytes(self.buffer_size, self.staging)
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Memory of which so many ranks want the same each: a GPU's, or what a limit leaves a host's.
+class FreeMemory:
+    """`free` bytes of a GPU, or below a limit of a host, that `num_ranks` ranks share equally.
 
-    `whose` says for people which ranks these are. `beside` is what else each of them will take.
+    `whose` names the ranks in messages. `beside` is what each of them will allocate besides.
     """
 
     whose: str
@@ -70,16 +69,16 @@ class Room:
         return self.beside > 0
 
     def is_tight(self, nbytes: int) -> bool:
-        """Whether so many bytes for each leave too little to the rest: on a host, half of it."""
+        """Whether `nbytes` for each rank leave too little: on a host, less than half of it."""
         share = self.free if self.is_gpu else self.free // 2
         return self.num_ranks * (nbytes + self.beside) > share
 
     def is_short(self, nbytes: int) -> bool:
-        """Whether there are not so many bytes for each."""
+        """Whether there is less than `nbytes` for each rank."""
         return self.num_ranks * nbytes > self.free
 
     def described(self, what: str, nbytes: int) -> str:
-        """In words: how much `what` needs, and how much there is."""
+        """For a message: how much `what` needs, and how much is free."""
         needed = f"{self.whose} needs {format_size(nbytes)} for {what}"
         if self.num_ranks > 1:
             needed = f"{self.whose} need {format_size(self.num_ranks * nbytes)} for {what}"
@@ -91,8 +90,10 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """The sizes to offer; `is_low` where they are smaller than they would be with more memory.
-    `notes` say why, or what may still fail."""
+    """The sizes to offer. `is_low`: memory is short, so they are smaller than the defaults.
+
+    `notes` are warnings: why, or what may fail later.
+    """
 
     sizes: BufferSizes
     is_low: bool
@@ -102,16 +103,16 @@ class Fitted:
 def fit_buffers(
     settings: Settings, nbytes: int, infos: Sequence[RankInfo], devices: Mapping[int, str]
 ) -> Fitted:
-    """The buffers for a checkpoint of `nbytes` on these ranks, each with its device.
+    """The buffers for a checkpoint of `nbytes` on these ranks, whose devices are `devices`.
 
-    Sizes that nobody asked for are made smaller where memory is short. Raises TransferError where
-    some rank has no room for what is left then. What it goes by is what was free when the ranks
-    joined: what another process takes meanwhile is met by the rank itself.
+    If memory is short, defaults are replaced by smaller sizes; sizes that the user gave are kept.
+    Raises TransferError if a rank has too little memory even so. Memory that other processes
+    allocate after the ranks have joined is not seen here: see `transfer.host_share`.
     """
     size = settings.buffer_size or fitting_buffer_size(nbytes)
     sizes = BufferSizes(size, settings.num_buffers, settings.staging)
-    hosts = list(_rooms_on_hosts(infos))
-    gpus = list(_rooms_on_gpus(infos, devices))
+    hosts = list(_memory_of_hosts(infos))
+    gpus = list(_memory_of_gpus(infos, devices))
     on_gpus = any(device != "cpu" for device in devices.values())
     is_default = settings.buffer_size is None and settings.num_buffers == DEFAULT_NUM_BUFFERS
     notes: list[str] = []
@@ -121,8 +122,8 @@ def fit_buffers(
         low=replace(sizes, buffer_size=LOW_BUFFER_SIZE, num_buffers=LOW_NUM_BUFFERS)
         if is_default
         else None,
-        need=lambda them: them.ring_nbytes,
-        say=lambda them: them.ring,
+        need=lambda sizes: sizes.ring_nbytes,
+        say=lambda sizes: sizes.ring,
         lower="--buffer-size and --num-buffers",
         notes=notes,
     )
@@ -133,8 +134,8 @@ def fit_buffers(
             low=replace(sizes, staging=LOW_STAGING)
             if settings.staging == DEFAULT_STAGING
             else None,
-            need=lambda them: them.pinned_nbytes,
-            say=lambda them: f"staging of {format_exact_size(them.staging)}",
+            need=lambda sizes: sizes.pinned_nbytes,
+            say=lambda sizes: f"staging of {format_exact_size(sizes.staging)}",
             lower="--staging",
             notes=notes,
         )
@@ -143,7 +144,7 @@ def fit_buffers(
 
 
 def _settle(
-    rooms: Sequence[Room],
+    memories: Sequence[FreeMemory],
     wanted: BufferSizes,
     *,
     low: BufferSizes | None,
@@ -152,16 +153,16 @@ def _settle(
     lower: str,
     notes: list[str],
 ) -> BufferSizes:
-    """`wanted`, or `low` where some room is too tight for that, and there is such a one."""
+    """`wanted`; or `low`, if that is given and some memory is too tight for `wanted`."""
     sizes = wanted
-    tight = next((room for room in rooms if room.is_tight(need(wanted))), None)
+    tight = next((each for each in memories if each.is_tight(need(wanted))), None)
     if tight and low and need(low) < need(wanted):
         sizes = low
         notes.append(
             f"low on memory: {say(low)} instead of {say(wanted)}, which is slower, since"
             f" {tight.described(say(wanted), need(wanted))}"
         )
-    short = next((room for room in rooms if room.is_short(need(sizes))), None)
+    short = next((each for each in memories if each.is_short(need(sizes))), None)
     if short:
         raise TransferError(
             f"not enough memory: {short.described(say(sizes), need(sizes))}",
@@ -174,30 +175,30 @@ def _settle(
     return sizes
 
 
-def _hint(room: Room, lower: str) -> str:
-    more = NEARLY_FULL_GPU if room.is_gpu else "start fewer ranks there, or raise that limit"
+def _hint(memory: FreeMemory, lower: str) -> str:
+    more = NEARLY_FULL_GPU if memory.is_gpu else "start fewer ranks there, or raise that limit"
     return f"reduce {lower} on the sender, or {more}"
 
 
-def _rooms_on_hosts(infos: Sequence[RankInfo]) -> Iterator[Room]:
-    """Each limit with those who share it: containers of one host have some of their own."""
+def _memory_of_hosts(infos: Sequence[RankInfo]) -> Iterator[FreeMemory]:
+    """Each memory limit with the ranks below it: each container of a host may have its own."""
     sharing: dict[tuple[str, str], list[RankInfo]] = {}
     for info in infos:
         for limit in info.memory:
             sharing.setdefault((info.boot_id, limit.key), []).append(info)
-    for (_, key), them in sharing.items():
-        limits = [limit for info in them for limit in info.memory if limit.key == key]
+    for (_, key), ranks in sharing.items():
+        limits = [limit for info in ranks for limit in info.memory if limit.key == key]
         least = min(limits, key=lambda limit: limit.free)
-        others = len(them) - 1
+        others = len(ranks) - 1
         more = f" and {others} other rank{'s' * (others > 1)} there" if others else ""
-        yield Room(them[0].label + more, len(them), least.name, least.free)
+        yield FreeMemory(ranks[0].label + more, len(ranks), least.name, least.free)
 
 
-def _rooms_on_gpus(infos: Sequence[RankInfo], devices: Mapping[int, str]) -> Iterator[Room]:
+def _memory_of_gpus(infos: Sequence[RankInfo], devices: Mapping[int, str]) -> Iterator[FreeMemory]:
     for info in infos:
         assert info.rank is not None, "all have joined"
         device = devices[info.rank]
         index = int(device.partition(":")[2] or -1)
         free = info.gpu_free[index] if 0 <= index < len(info.gpu_free) else None
         if free is not None:
-            yield Room(info.label, 1, device, free, CUDA_AND_NCCL_NBYTES)
+            yield FreeMemory(info.label, 1, device, free, CUDA_AND_NCCL_NBYTES)

@@ -1,4 +1,4 @@
-"""How much memory is free on GPUs, by NVML: CUDA would make a context on each for the answer."""
+"""Free GPU memory, from NVML: asking CUDA would create a context on each GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _LIBRARY = "libnvidia-ml.so.1"  # comes with the driver
-_PREFIXES = ("GPU-", "MIG-", "")  # torch leaves them out of a UUID, NVML wants them
+_PREFIXES = ("GPU-", "MIG-", "")  # of UUIDs in NVML; torch omits them
 
 
 class _Memory(ctypes.Structure):  # nvmlMemory_t
@@ -20,16 +20,16 @@ class _Memory(ctypes.Structure):  # nvmlMemory_t
 
 
 def free_nbytes(uuids: Sequence[str]) -> tuple[int | None, ...]:
-    """What this process could still be given of each GPU, in the order of `uuids`.
+    """Bytes that this process can still allocate on each GPU, in the order of `uuids`.
 
-    None where nobody knows, as without NVIDIA's driver.
+    None for a GPU that NVML does not know, and for all without NVIDIA's driver.
     """
     with _nvml() as nvml:
         if nvml is None:
             return (None,) * len(uuids)
         found = [_free(nvml, uuid) for uuid in uuids]
     return tuple(
-        None if free is None else free + _kept_by_torch(index) for index, free in enumerate(found)
+        None if free is None else free + _cached_by_torch(index) for index, free in enumerate(found)
     )
 
 
@@ -59,8 +59,8 @@ def _free(nvml: ctypes.CDLL, uuid: str) -> int | None:
     return None
 
 
-def _kept_by_torch(index: int) -> int:
-    """What this process's torch has of it, and would give to the next who asks."""
+def _cached_by_torch(index: int) -> int:
+    """Bytes that torch's allocator in this process holds, and would reuse for new tensors."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return 0

@@ -193,7 +193,7 @@ def _gloo_group(
 
 
 def gloo_options(timeout: timedelta, interface: str | None, connections: int = 1) -> Any:
-    """The options of a gloo group, with so many connections to a peer for each interface.
+    """The options of a gloo group, with `connections` to a peer for each interface.
 
     Collectives take turns on the connections, each of which has its own threads.
     """
@@ -273,7 +273,7 @@ def environment_with(wanted: Mapping[str, str]) -> Iterator[None]:
                 _holders[name] -= 1
                 if not _holders[name]:
                     del _holders[name]
-                    if name not in os.environ:  # or somebody has set it meanwhile
+                    if name not in os.environ:  # else it was set meanwhile
                         os.unsetenv(name)
 
 

@@ -1,6 +1,6 @@
 """Whether ranks reach each other: they wait for their neighbours, and try a connection to them.
 
-NCCL tries to connect for minutes, names nobody and cannot be stopped. A plain connection to each
+NCCL tries to connect for minutes, names no rank and cannot be stopped. A plain connection to each
 rank's next, over the same interface and to a port of the same range, says within seconds what a
 firewall would stop.
 """
@@ -109,13 +109,13 @@ def meet(
     check: Callable[[], object],
     own: str,
 ) -> str:
-    """Wait until the neighbour is about to connect, too; what it says of itself, as `own` does.
+    """Wait until the neighbour is about to connect, too; returns its text, as `own` is this rank's.
 
-    Who waits for it in gloo's or NCCL's constructor cannot be told that it has died, or that
-    another has; and torch writes to standard error where a wait in a store takes longer than
-    allowed. Anybody may have written what is returned.
+    A rank that waits in gloo's or NCCL's constructor cannot be told that a rank has died; and torch
+    writes to standard error if a wait in a store exceeds its limit. The returned text is not
+    authenticated.
     """
-    check()  # or a neighbour who does not know of it yet would connect, and wait
+    check()  # after a failure do not let a neighbour connect and wait
     store.set(f"here-{rank}", own)
     _await(store, f"here-{neighbour}", f"rank {neighbour}", timeout_s, check)
     return store.get(f"here-{neighbour}").decode(errors="replace")
@@ -137,7 +137,7 @@ def _await(
 
 
 def ephemeral_ports() -> str:
-    """The ports of which the kernel chooses for who asks for none, as gloo and NCCL do."""
+    """The range from which the kernel chooses ports, as it does for gloo and NCCL."""
     try:
         return "-".join(_PORT_RANGE.read_text().split())
     except OSError:

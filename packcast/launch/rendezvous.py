@@ -217,7 +217,7 @@ def _of_this_call(store: Store, environ: Mapping[str, str], call: int) -> Store:
 
 
 def _agents_store(launch: Launch, address: tuple[str, int], timeout_s: float) -> Store:
-    """torchrun's own store, by way of torch's rendezvous, which knows the agent's habits."""
+    """torchrun's own store, opened by torch's rendezvous as the agent expects it."""
     from torch.distributed.rendezvous import rendezvous
 
     def meet() -> Store:

@@ -11,12 +11,13 @@ import os
 import secrets
 import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from packcast.errors import RendezvousError, UsageError
 from packcast.launch.launchers import MPI_JOB_VARIABLE, Launch
+from packcast.settings import SAFE_TOKEN_NBYTES, check_token, named
 
 _NBYTES = 32
 _FILE = "launch-secret"
@@ -118,6 +119,26 @@ def launch_context(launch: Launch, environ: Mapping[str, str], call: int) -> str
         names = (MPI_JOB_VARIABLE, "MASTER_PORT")
     values = [environ.get(name, "") for name in names]
     return " ".join(map(repr, (launch.kind, launch.world_size, *values, call)))
+
+
+def token_of(
+    given: str | bytes | None,
+    environ: Mapping[str, str],
+    warn: Callable[[str], None] | None,
+    name: str = "token",
+) -> bytes | None:
+    """The token that was given by this name, else that of PACKCAST_TOKEN, else None."""
+    if given is None:
+        name, given = "PACKCAST_TOKEN", os.fsencode(environ.get("PACKCAST_TOKEN", "")) or None
+    if given is None:
+        return None
+    token = named(name, check_token, given.encode() if isinstance(given, str) else given)
+    if len(token) < SAFE_TOKEN_NBYTES and warn is not None:
+        warn(
+            f"{name}: a token of fewer than {SAFE_TOKEN_NBYTES} bytes can be guessed;"
+            " `openssl rand -hex 16` makes a better one"
+        )
+    return token
 
 
 def launch_secret(

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from packcast.checkpoint.checkpoint import Checkpoint
 from packcast.checkpoint.outgoing import FileSpec, OutgoingFile, outgoing_files
+from packcast.control.channel import Channel
 from packcast.control.client import ControlClient
 from packcast.control.frames import ProtocolError
 from packcast.control.messages import OfferMessage
@@ -28,6 +29,7 @@ from packcast.transfer.offer import Offer, Sample, amount_fault, fault_of
 from packcast.transfer.protocol import RankAssignment, Ready
 
 NUM_SAMPLES = 16
+_DEVICE_START_S = 30.0  # until the first broadcast CUDA and NCCL may hold the interpreter
 
 
 def check_one_checkpoint(infos: Sequence[RankInfo], sender: RankInfo) -> None:
@@ -143,6 +145,7 @@ def send_offers(server: ControlServer, offers: Mapping[int, Offer], sender: int)
     workers = [rank for rank in offers if rank != sender]
     for rank in workers:
         server.send(rank, offers[rank].assignment)
+    _allow_device_start(server, offers[sender])
     return workers
 
 
@@ -160,7 +163,13 @@ def await_offer(
     if (offer.rank, offer.world_size) != (rank, world_size):
         raise TransferError("the sender's offer is for another rank or group")
     check_device(offer)
+    _allow_device_start(client, offer)
     return offer
+
+
+def _allow_device_start(channel: Channel, offer: Offer) -> None:
+    if offer.backend == "nccl":
+        channel.be_patient(_DEVICE_START_S)
 
 
 def await_ready(server: ControlServer, offer: Offer, timeout_s: float) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from packcast.errors import UsageError, error_from_code
 from packcast.io.sinks.tensor_destination import GivenTensors, NewTensors, TensorDestination
 from packcast.launch import validation
-from packcast.packed.plan import check_ring
+from packcast.launch.secret import token_of
 from packcast.report import Report
 from packcast.settings import (
     DEFAULT_JOIN_TIMEOUT_S,
@@ -27,19 +26,10 @@ from packcast.settings import (
     DEFAULT_STALL_TIMEOUT_S,
     Backend,
     Settings,
-    SinkKind,
-    check_destinations,
-    check_device,
-    check_port_range,
-    check_rate,
-    check_seconds,
-    check_size,
-    check_template,
-    check_token,
-    is_host,
 )
 from packcast.transfer.background import BackgroundTransfer, TensorQueue
-from packcast.transfer.transfer import MakeDestination, run
+from packcast.transfer.ends import MakeDestination
+from packcast.transfer.transfer import run
 from packcast.view import View
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"
@@ -119,49 +109,35 @@ def send_checkpoint(
     transfers work all the same.
     """
     call = next(_calls)
-    _check_destinations(required=False, out=out is not None, verify=verify is not None)
-    sink, target = _file_target(out, verify)
-    if buffer_size is not None:
-        check_size("buffer_size", buffer_size)
-    check_ring(buffer_size, num_buffers, check_size("staging", staging))
-    if not (readers == "all" or (isinstance(readers, int) and readers > 0)):
-        raise UsageError(f"readers: {readers!r} is neither a count nor 'all'")
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers: must be at least 1, not {workers}")
-    if backend not in ("auto", "nccl", "gloo"):
-        raise UsageError(f"backend: {backend!r} is not one of auto, nccl, gloo")
-    all_globs = {"exclude_files": exclude_files, "include": include, "exclude": exclude}
-    for name, globs in all_globs.items():
-        if isinstance(globs, str):
-            raise UsageError(f"{name}: give a list of globs, not one text")
-    settings = Settings(
-        command="send",
-        checkpoint=Path(checkpoint),
-        sink=sink,
-        target=target,
+    settings = validation.settings_of(
+        "send",
+        str,
+        checkpoint=checkpoint,
+        out=_text(out),
+        verify=_text(verify),
         force=force,
-        in_place=_in_place(in_place, out),
+        in_place=in_place,
         sidecars=sidecars,
         all_files=all_files,
         follow_links=follow_links,
-        exclude_files=tuple(exclude_files),
-        include=tuple(include),
-        exclude=tuple(exclude),
-        readers=None if readers == "all" else readers,
-        max_rate=None if max_rate is None else check_rate("max_rate", max_rate),
+        exclude_files=exclude_files,
+        include=include,
+        exclude=exclude,
+        readers=readers,
+        max_rate=max_rate,
         buffer_size=buffer_size,
         num_buffers=num_buffers,
         staging=staging,
         backend=backend,
-        device=check_device("device", device),
+        device=device,
         workers=workers,
-        address=_address("listen", listen),
+        address=listen,
         port=port,
-        port_range=_port_range(port_range),
-        token=_token(token, view),
-        join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
-        heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
-        stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
+        port_range=port_range,
+        token=token_of(token, os.environ, view.warn if view else None),
+        join_timeout_s=join_timeout_s,
+        heartbeat_timeout_s=heartbeat_timeout_s,
+        stall_timeout_s=stall_timeout_s,
     )
     launch = validation.launch_of(os.environ, by_address=settings.by_address)
     validation.check_send(settings, launch, "{}=".format, nproc=None, hint=_WAYS)
@@ -206,7 +182,7 @@ def receive_checkpoint(
     - `into`: tensors by name, to receive in place, as a model's `state_dict()`. Shapes, dtypes and
       devices are compared before a byte moves, and names: `strict=False` takes those that are on
       both sides. A failure in mid-transfer leaves them partly overwritten.
-    - `on_tensor(name, tensor)`: called once for every tensor of every shard, in no certain order,
+    - `on_tensor(name, tensor)`: called once for every tensor of every shard, in any order,
       with the whole tensor on this rank's device (a GPU, or the CPU over gloo), of the header's
       dtype and shape. It is the caller's own from then on.
     - `discard`: what comes is checked and dropped.
@@ -232,31 +208,24 @@ def receive_checkpoint(
     also on the sender, where a tensor cannot be received (torch has no F4 and F6 of such shapes).
     """
     call = next(_calls)
-    _check_destinations(
-        required=True,
-        out=out is not None,
-        verify=verify is not None,
-        into=into is not None,
-        on_tensor=on_tensor is not None,
-        discard=discard,
-    )
-    sink, target = _file_target(out, verify)
     if device == "auto" and into is not None:
         device = _device_of(into)
-    settings = Settings(
-        command="recv",
-        sink=sink,
-        target=target,
+    settings = validation.settings_of(
+        "recv",
+        str,
+        out=_text(out),
+        verify=_text(verify),
+        other_destinations={"into": into, "on_tensor": on_tensor, "discard": discard},
         force=force,
-        in_place=_in_place(in_place, out),
-        device=check_device("device", device),
-        address=_address("address", address),
+        in_place=in_place,
+        device=device,
+        address=address,
         port=port,
-        token=_token(token, view),
+        token=token_of(token, os.environ, view.warn if view else None),
         rank=rank,
-        join_timeout_s=check_seconds("join_timeout_s", join_timeout_s),
-        heartbeat_timeout_s=check_seconds("heartbeat_timeout_s", heartbeat_timeout_s),
-        stall_timeout_s=check_seconds("stall_timeout_s", stall_timeout_s),
+        join_timeout_s=join_timeout_s,
+        heartbeat_timeout_s=heartbeat_timeout_s,
+        stall_timeout_s=stall_timeout_s,
     )
     launch = validation.launch_of(os.environ, by_address=settings.by_address)
     validation.check_recv(settings, launch, "{}=".format, hint=_WHERE)
@@ -296,55 +265,8 @@ def _transfer(
     return report
 
 
-def _check_destinations(*, required: bool, **is_given: bool) -> None:
-    given = [name for name in is_given if is_given[name]]
-    check_destinations(given, list(is_given), required=required)
-
-
-def _file_target(out: AnyPath | None, verify: AnyPath | None) -> tuple[SinkKind, str | None]:
-    if out is not None:
-        return "write", check_template("out", os.fspath(out))
-    if verify is not None:
-        return "verify", check_template("verify", os.fspath(verify))
-    return "discard", None
-
-
-def _in_place(wanted: bool, out: AnyPath | None) -> bool:
-    if wanted and out is None:
-        raise UsageError("in_place needs out")
-    return wanted
-
-
-def _address(where: str, address: tuple[str, int] | None) -> tuple[str, int] | None:
-    if address is None:
-        return None
-    if not isinstance(address, tuple) or [type(part) for part in address] != [str, int]:
-        raise UsageError(f"{where}: {address!r} is not (host, port)", hint="as ('node1', 29400)")
-    host, port = address
-    if not is_host(host) or not 0 <= port <= 65535:
-        raise UsageError(f"{where}: {address!r} names no host, or no port")
-    return host, port
-
-
-def _port_range(ports: tuple[int, int] | None) -> range | None:
-    if ports is None:
-        return None
-    if not isinstance(ports, tuple) or [type(port) for port in ports] != [int, int]:
-        raise UsageError(f"port_range: {ports!r} is not (first, last)", hint="as (29400, 29409)")
-    return check_port_range("port_range", *ports)
-
-
-def _token(token: str | bytes | None, view: View | None) -> bytes | None:
-    where = "token"
-    if token is None:
-        where, token = "PACKCAST_TOKEN", os.fsencode(os.environ.get("PACKCAST_TOKEN", ""))
-        if not token:
-            return None
-    secret = token.encode() if isinstance(token, str) else token
-    warning = check_token(where, secret)
-    if warning and view is not None:
-        view.warn(warning)
-    return secret
+def _text(path: AnyPath | None) -> str | None:
+    return None if path is None else os.fspath(path)
 
 
 def _device_of(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -95,7 +95,7 @@ def broadcast_of(group: Group | Chain, channel: Channel, *, survives: bool) -> B
 def limited(
     broadcast: Broadcast, bytes_per_second: float, channel: Channel, counters: Counters
 ) -> Broadcast:
-    """Every chunk waits until the rate allows it, on the sender, whoever its root is.
+    """Every chunk waits on the sender until the rate allows it, also one of another root.
 
     The broadcasts come in one order on all ranks, so other readers wait for the sender here.
     """

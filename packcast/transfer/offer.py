@@ -35,7 +35,7 @@ from packcast.transfer.protocol import NumRanks, RankAssignment
 from packcast.units import format_exact_size
 
 MAX_NBYTES = 1 << 46
-# A plan of so many takes about one second and 70 MB to make.
+# Making a plan of this size takes about one second and 70 MB.
 MAX_CHUNKS = 1 << 18  # 16 TiB in buffers of 64 MiB, 256 GiB in the smallest
 MAX_TURNS = 1 << 20  # of files, within chunks: 4 TiB
 MAX_LISTED_RANKS = 1 << 16
@@ -174,7 +174,7 @@ class Offer(_Terms):
 
 
 def amount_fault(nbytes: int, buffer_size: int) -> str | None:
-    """Why a plan of so many bytes would be too large; None if it is not."""
+    """Why a plan for `nbytes` would be too large; None if it is not."""
     num_chunks, num_turns = nbytes // buffer_size, nbytes // TURN
     if num_chunks <= MAX_CHUNKS and num_turns <= MAX_TURNS:
         return None

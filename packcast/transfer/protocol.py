@@ -51,7 +51,7 @@ class WritingShare(Message, kind=34, by="sender"):
 
     @model_validator(mode="after")
     def _check_index(self) -> Self:
-        if self.index >= self.count:  # whose bytes nobody would write
+        if self.index >= self.count:  # no rank would write its bytes
             raise ValueError(f"there is no share {self.index} of {self.count}")
         return self
 

@@ -80,6 +80,15 @@ def published_by(sink: Sink, fault: PackcastError | None) -> Published:
     )
 
 
+def publish_copy(sink: Sink) -> Published:
+    """After COMMIT a failure is this rank's own: it is reported, and stops no other rank."""
+    try:
+        sink.publish()
+    except PackcastError as error:
+        return published_by(sink, error)
+    return published_by(sink, None)
+
+
 def _as_json(value: object) -> JsonValue:
     """A sink's result as it travels; a path's bytes that are no text are escaped."""
     if isinstance(value, str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shlex
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,14 +14,6 @@ from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
 from packcast.control.addresses import (
     addresses_here,
-    host_and_port,
-    is_everywhere,
-    is_literal,
-    is_loopback,
-    resolve,
-    says_loopback,
-    source_towards,
-    text_of,
 )
 from packcast.control.client import ControlClient
 from packcast.control.handshake import enter
@@ -36,7 +27,6 @@ from packcast.launch.exit import ExitHandler
 from packcast.launch.find_sender import (
     SenderAddress,
     await_address,
-    await_routes,
     hosts_of,
     leave_failed_join,
     post_route,
@@ -51,9 +41,14 @@ from packcast.launch.rendezvous import Rendezvous, open_rendezvous
 from packcast.launch.secret import OPEN_LAUNCH, launch_context, launch_secret
 from packcast.launch.validation import launch_of
 from packcast.settings import Settings
+from packcast.transfer.listening import (
+    address_for_others,
+    host_in_launch,
+    hosts_to_reach,
+    recv_line,
+)
 from packcast.view import View
 
-_RESOLVE_AGAIN_S = 1.0
 _GRACE_S = 5.0  # for the others to read why a join has failed
 
 
@@ -65,6 +60,9 @@ class Session:
     `rendezvous` is set under torchrun, Slurm and mpirun.
     """
 
+    settings: Settings
+    view: View
+    exit_handler: ExitHandler
     launch: Launch
     channel: ControlServer | ControlClient
     checkpoint: Checkpoint | None
@@ -138,11 +136,11 @@ class _Joining:
             return self._connect([host], port, settings.token)
         assert settings.workers is not None, "the launch has been validated"
         token = settings.token or secrets.token_urlsafe(18).encode()
-        host = _address_for_others(host, settings.join_timeout_s, view)
+        host = address_for_others(host, settings.join_timeout_s, view)
         server = self._listen(settings.workers, host, port, token)
-        where, *more = _hosts_to_reach(server.address[0])
+        where, *more = hosts_to_reach(server.address[0])
         shown = None if settings.token else token.decode()
-        view.listening(_recv_line(where, server.address[1], shown, settings.token_file))
+        view.listening(recv_line(where, server.address[1], shown, settings.token_file))
         if more:
             view.note(f"or by another address of this host: {', '.join(more)}")
         return self._session(server)
@@ -199,7 +197,7 @@ class _Joining:
         try:
             if self._fault is not None:
                 raise self._fault
-            host = self._host_to_listen_on(rendezvous)
+            host = host_in_launch(rendezvous, launch, limit_s, self._view.note)
             server = self._listen(frozenset(range(launch.world_size)), host, 0, secret)
         except PackcastError as error:
             publish_failure(rendezvous, error)
@@ -207,31 +205,6 @@ class _Joining:
         hosts = (host,) if host else tuple(addresses_here())
         publish_address(rendezvous, SenderAddress(hosts, server.address[1], beside_store=not host))
         return self._session(server)
-
-    def _host_to_listen_on(self, rendezvous: Rendezvous) -> str:
-        """The address of this host at which the others reach it; "", every one, for several.
-
-        The others have reached the launcher's store. If that is on another host, this host's
-        source address on the way there will do. If it is here, the address by which they reached
-        it counts: an address is the same on every host, but a name can resolve to another address
-        on its own host, even to loopback.
-        """
-        if self._launch.is_one_host:
-            return LOOPBACK
-        if not rendezvous.is_here and rendezvous.here is not None:
-            return rendezvous.here
-        host = rendezvous.host
-        if is_literal(host) and source_towards(host) == host:
-            return host
-        routes = await_routes(rendezvous, self._launch, self._settings.join_timeout_s)
-        others = [route for route in routes if is_literal(route) and not is_loopback(route)]
-        here = [route for route in others if source_towards(route) == route]
-        if len(here) > 1:
-            hosts = ", ".join(sorted(here))
-            self._view.note(f"ranks reach this host at {hosts}: listening on all addresses")
-        if not others:
-            return LOOPBACK
-        return here[0] if len(here) == 1 else ""
 
     def _listen(
         self, expected: Expected, host: str, port: int, token: bytes | None
@@ -265,6 +238,9 @@ class _Joining:
 
     def _session(self, channel: ControlServer | ControlClient) -> Session:
         return Session(
+            settings=self._settings,
+            view=self._view,
+            exit_handler=self._exit_handler,
             launch=self._launch,
             channel=channel,
             checkpoint=self._checkpoint,
@@ -303,52 +279,3 @@ def _introduction(settings: Settings, launch: Launch, checkpoint: Checkpoint | N
         checkpoint=printable(str(Path(path).resolve()))[:MAX_PATH_LENGTH] if path else None,
         fingerprint=checkpoint.fingerprint() if checkpoint else None,
     )
-
-
-def _address_for_others(host: str, limit_s: float, view: View) -> str:
-    """The address to listen on if the workers call this host `host`; "" is every address.
-
-    The name may not resolve yet. And many systems resolve a host's own name to a loopback address
-    (127.0.1.1 in /etc/hosts), which other hosts cannot reach: then it is every address.
-    """
-    if is_everywhere(host) or is_literal(host) or says_loopback(host):
-        return host
-    deadline = time.monotonic() + limit_s
-    waiting = False
-    while True:
-        try:
-            addresses = [text_of(address) for *_, address in resolve(host, 0)]
-            break
-        except OSError as error:
-            if time.monotonic() + _RESOLVE_AGAIN_S > deadline:
-                raise RendezvousError(
-                    f"cannot listen on {host}: {error.strerror}",
-                    hint="--listen takes a name or an address of this host",
-                ) from error
-            if not waiting:
-                view.note(f"waiting until {host} resolves to an address ({error.strerror})")
-        waiting = True
-        time.sleep(_RESOLVE_AGAIN_S)
-    if not all(map(is_loopback, addresses)) or not addresses_here():
-        return host
-    view.note(
-        f"{host} resolves to {addresses[0]} here, which other hosts cannot reach:"
-        " listening on all addresses"
-    )
-    return ""
-
-
-def _hosts_to_reach(listening: str) -> list[str]:
-    """The addresses by which other ranks reach a listener, the likeliest first."""
-    if not is_everywhere(listening):
-        return [listening]
-    families = (4, 6) if listening == "::" else (4,)
-    here = [host for host in addresses_here() if (6 if ":" in host else 4) in families]
-    return here or ["127.0.0.1"]
-
-
-def _recv_line(host: str, port: int, token: str | None, token_file: Path | None) -> str:
-    line = f"packcast recv {shlex.quote(host_and_port(host, port))} --out DIR"
-    if token_file is not None:
-        line += f" --token-file {shlex.quote(str(token_file))}"
-    return f"PACKCAST_TOKEN={shlex.quote(token)} {line}" if token else line

@@ -43,8 +43,9 @@ def take_share(sink: Sink, client: ControlClient, timeout_s: float) -> None:
 def shares_of(infos: Sequence[RankInfo], prepared: Mapping[int, Prepared]) -> dict[int, Share]:
     """Each worker's share: of what its owner and the other ranks of the same host have open.
 
-    The owner's is the first. Who has no such directory, or sees it from another host or through
-    another mount, is alone: what one of them took for the owner's by mistake would have holes.
+    The owner's is the first. A worker without such a directory, or one that sees it from another
+    host or through another mount, writes alone: if it took another directory for the owner's, the
+    copy would have holes.
     """
     hosts = {info.known_rank: info.boot_id for info in infos}
     sharing: dict[tuple[str, str, tuple[int, int]], list[int]] = {}
@@ -59,7 +60,7 @@ def shares_of(infos: Sequence[RankInfo], prepared: Mapping[int, Prepared]) -> di
 
 
 def owners_of(prepared: Mapping[int, Prepared]) -> dict[int, int]:
-    """Who publishes the copy of each worker that has not made its directory itself."""
+    """The rank that publishes, for each worker whose directory another rank has made."""
     owners = {it.copy_id: rank for rank, it in prepared.items() if it.owns}
     return {
         rank: owners[it.copy_id]
@@ -69,7 +70,7 @@ def owners_of(prepared: Mapping[int, Prepared]) -> dict[int, int]:
 
 
 def state_of_copy(sink: Sink) -> str:
-    """For a sentence: what this rank knows at the end, where nobody tells it of the others."""
+    """For a message: what this rank knows of its copy after the sender was lost."""
     if isinstance(sink, WriteSink) and not sink.wrote:
         return f"so look whether {sink.result()['target']} is there: another rank publishes it"
     return "after this rank had published"

@@ -6,37 +6,29 @@ Each step is one call; its details are where it is defined.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
 from packcast.control.addresses import interface_of, interface_towards
 from packcast.control.client import ControlClient
 from packcast.control.messages import Commit
-from packcast.control.rank_info import RankInfo
 from packcast.control.server import ControlServer
 from packcast.errors import PackcastError, TransferError
 from packcast.io.landing import Sink
-from packcast.io.sinks.discard import DiscardSink
-from packcast.io.sinks.localcopy import local_copy
-from packcast.io.sinks.tensor_destination import TensorDestination
-from packcast.io.sinks.tensors import TensorSink
 from packcast.io.sinks.verify import VerifySink
 from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
 from packcast.launch.exit import ExitHandler
 from packcast.launch.store import join_served_store, serve_store
-from packcast.packed.plan import Chunks, check_ring
 from packcast.report import Report
-from packcast.settings import Settings, fill_in
+from packcast.settings import Settings
 from packcast.transfer.agreement import (
     await_offer,
     await_ready,
     make_offers,
-    same_files_as_offered,
     send_offers,
 )
 from packcast.transfer.data_plane import DataPlane
+from packcast.transfer.ends import MakeDestination, make_sink, own_reader, undone_on_error
 from packcast.transfer.offer import Offer
 from packcast.transfer.protocol import Close, Done, Go, Moved, Proved, Published, Ready
 from packcast.transfer.results import (
@@ -47,6 +39,7 @@ from packcast.transfer.results import (
     failures_of,
     make_report,
     proof_of,
+    publish_copy,
     published_by,
     rank_reports,
 )
@@ -56,11 +49,7 @@ from packcast.transfer.stall import StallWatch
 from packcast.transfer.view_state import joining_updates, start_of, told_by_sender, worker_states
 from packcast.view import View
 
-# Takes a device and how many bytes of finished tensors may wait; for receiving tensors.
-MakeDestination = Callable[[str, int], TensorDestination]
-
 _SLOWEST_DISK = 5e6  # bytes per second
-_DEVICE_START_S = 30.0  # how long CUDA and NCCL may hold the interpreter
 _PATIENCE_S = 30.0  # for the others' last messages, once their work is done
 
 
@@ -80,8 +69,6 @@ def run(
     transfers of one launch, the same on all ranks. A worker with `make_destination` receives
     tensors.
     """
-    if settings.command == "send":
-        check_ring(settings.buffer_size, settings.num_buffers, settings.staging)
     view.phase("join")
     session = open_session(settings, view, exit_handler, call=call)
     channel = session.channel
@@ -90,8 +77,8 @@ def run(
     )
     try:
         if isinstance(channel, ControlServer):
-            return send(settings, session, channel, view, exit_handler)
-        return receive(settings, session, channel, view, exit_handler, make_destination)
+            return send(session, channel)
+        return receive(session, channel, make_destination)
     except PackcastError as error:
         channel.fail(error)
         raise
@@ -99,14 +86,9 @@ def run(
         session.leave()
 
 
-def send(
-    settings: Settings,
-    session: Session,
-    server: ControlServer,
-    view: View,
-    exit_handler: ExitHandler,
-) -> Report:
+def send(session: Session, server: ControlServer) -> Report:
     """The sender's side."""
+    settings, view, exit_handler = session.settings, session.view, session.exit_handler
     checkpoint, files = session.checkpoint, session.files
     assert checkpoint is not None, "the sender has a checkpoint"
     for warning in checkpoint.warnings:
@@ -120,9 +102,8 @@ def send(
 
     view.phase("offer")
     workers = send_offers(server, offers, offer.rank)
-    _allow_device_start(server, offer)
     reader = FileReader(files, checkpoint.files)
-    data_plane = _start_data_plane(server, exit_handler, offer, offer.chunks(), reader, sink=None)
+    data_plane = _start_data_plane(session, offer, reader, sink=None)
     owners = hand_out_shares(server, infos, settings.join_timeout_s)
     sums = await_ready(server, offer, settings.join_timeout_s)
 
@@ -184,14 +165,10 @@ def send(
 
 
 def receive(
-    settings: Settings,
-    session: Session,
-    client: ControlClient,
-    view: View,
-    exit_handler: ExitHandler,
-    make_destination: MakeDestination | None,
+    session: Session, client: ControlClient, make_destination: MakeDestination | None
 ) -> Report:
     """A worker's side; it may be a reader too."""
+    settings, view, exit_handler = session.settings, session.view, session.exit_handler
     patience_s = settings.join_timeout_s + _PATIENCE_S
     view.note(f"joined {client.sender.label}, waiting for the other workers")
     me, world_size = client.await_joined(patience_s, told_by_sender(view))
@@ -199,15 +176,13 @@ def receive(
 
     view.phase("offer")
     offer = await_offer(client, me.known_rank, world_size, patience_s)
-    _allow_device_start(client, offer)
-    chunks = offer.chunks()
-    sink = _make_sink(settings, session, offer, me, make_destination)
+    sink = make_sink(session, offer, me, make_destination)
     exit_handler.on_leave(sink.abort, sink.left if isinstance(sink, WriteSink) else None)
-    with _undone_on_error(sink, client):
+    with undone_on_error(sink, client):
         sink.prepare()
         take_share(sink, client, patience_s)
-        reader = _own_reader(session, offer)
-        data_plane = _start_data_plane(client, exit_handler, offer, chunks, reader, sink)
+        reader = own_reader(session, offer)
+        data_plane = _start_data_plane(session, offer, reader, sink)
         client.send(Ready(plan=offer.plan, sums=data_plane.needs_sums))
 
         go = client.expect(Go, patience_s)
@@ -228,12 +203,7 @@ def receive(
 
         view.phase("finish")
         close = data_plane.begin_close()
-        data_plane.counters.standing = "sync"
-        synced_from = time.perf_counter()
-        sink.finish()
-        data_plane.counters.standing = None
-        # Not the time of waiting for the others.
-        seconds = moved.ended - moved.began + time.perf_counter() - synced_from
+        seconds = moved.ended - moved.began + _finish(sink, data_plane)
         proof = proof_of(offer, moved, sink, seconds)
         client.send(proof)
         ends_cleanly = close()
@@ -242,15 +212,9 @@ def receive(
         view.phase("publish")
         exit_handler.shield()
         client.commit()
-        published = _publish(sink)
+        published = publish_copy(sink)
         client.send(published)
-    patience_s = _PATIENCE_S
-    if isinstance(sink, WriteSink) and not sink.wrote:
-        patience_s += _finish_limit_s(settings, offer)  # for the rank that publishes it
-    with suppress(TransferError):  # published is published, even if the sender is lost
-        done = client.expect(Done, patience_s)
-        if done.code and not published.code:
-            published = published_by(sink, failure_told_by(done))
+    published = _await_last_word(client, sink, published, _finish_limit_s(settings, offer))
     if client.lost:
         view.warn(f"{client.lost}, {state_of_copy(sink)}")
     client.close()
@@ -275,16 +239,13 @@ def receive(
 
 
 def _start_data_plane(
-    channel: ControlServer | ControlClient,
-    exit_handler: ExitHandler,
-    offer: Offer,
-    chunks: Chunks,
-    reader: FileReader | None,
-    sink: Sink | None,
+    session: Session, offer: Offer, reader: FileReader | None, sink: Sink | None
 ) -> DataPlane:
+    """It reads ahead from now on, and the heartbeats carry its progress."""
+    channel, exit_handler = session.channel, session.exit_handler
     data_plane = DataPlane(
         offer,
-        chunks,
+        offer.chunks(),
         channel,
         channel.transfer_id,
         reader=reader,
@@ -297,52 +258,27 @@ def _start_data_plane(
     return data_plane
 
 
-def _make_sink(
-    settings: Settings,
-    session: Session,
-    offer: Offer,
-    me: RankInfo,
-    make_destination: MakeDestination | None,
-) -> Sink:
-    if make_destination is not None:
-        return TensorSink(offer.files, make_destination(offer.device, offer.staging))
-    if settings.target is None:
-        return DiscardSink()
-    target = Path(
-        fill_in(
-            settings.target, rank=offer.rank, local_rank=session.launch.local_rank, host=me.host
-        )
-    )
-    if settings.sink == "verify":
-        is_selection = bool(offer.include or offer.exclude)
-        return VerifySink(local_copy(target, offer.files), offer.files, selection=is_selection)
-    return WriteSink(
-        target,
-        offer.files,
-        transfer_id=session.channel.transfer_id,
-        force=settings.force,
-        in_place=settings.in_place,
-    )
+def _finish(sink: Sink, data_plane: DataPlane) -> float:
+    """Make the copy durable; how long that took, without waiting for the other ranks."""
+    data_plane.counters.standing = "sync"
+    began = time.perf_counter()
+    sink.finish()
+    data_plane.counters.standing = None
+    return time.perf_counter() - began
 
 
-def _own_reader(session: Session, offer: Offer) -> FileReader | None:
-    """For a worker that the sender chose as a reader."""
-    if offer.rank not in offer.readers:
-        return None
-    if session.checkpoint is None:
-        raise TransferError("the sender chose this rank as a reader, but it has no checkpoint")
-    return FileReader(same_files_as_offered(session.checkpoint, offer), session.checkpoint.files)
-
-
-@contextmanager
-def _undone_on_error(sink: Sink, client: ControlClient) -> Iterator[None]:
-    """After any error: notify the others first, then remove what the sink has made."""
-    try:
-        yield
-    except BaseException as error:
-        client.fail(error if isinstance(error, PackcastError) else PackcastError(repr(error)))
-        sink.abort()
-        raise
+def _await_last_word(
+    client: ControlClient, sink: Sink, published: Published, limit_s: float
+) -> Published:
+    """What this rank has in the end: another rank may have to publish its copy, within a limit."""
+    patience_s = _PATIENCE_S
+    if isinstance(sink, WriteSink) and not sink.wrote:
+        patience_s += limit_s
+    with suppress(TransferError):  # published is published, even if the sender is lost
+        done = client.expect(Done, patience_s)
+        if done.code and not published.code:
+            return published_by(sink, failure_told_by(done))
+    return published
 
 
 def _finish_limit_s(settings: Settings, offer: Offer) -> float:
@@ -351,18 +287,3 @@ def _finish_limit_s(settings: Settings, offer: Offer) -> float:
     No byte moves meanwhile, so this grows with the checkpoint instead.
     """
     return settings.stall_timeout_s + offer.nbytes / _SLOWEST_DISK
-
-
-def _publish(sink: Sink) -> Published:
-    """After COMMIT a failure is this rank's own: it is reported, and stops no other rank."""
-    try:
-        sink.publish()
-    except PackcastError as error:
-        return published_by(sink, error)
-    return published_by(sink, None)
-
-
-def _allow_device_start(channel: ControlServer | ControlClient, offer: Offer) -> None:
-    """Until the first broadcast CUDA and NCCL may hold the interpreter: no missed heartbeat."""
-    if offer.backend == "nccl":
-        channel.be_patient(_DEVICE_START_S)

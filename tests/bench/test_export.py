@@ -12,8 +12,9 @@ import pytest
 
 from packcast.bench.export import to_csv, to_json, to_markdown, write_file
 from packcast.bench.model import Results
-from packcast.bench.plot import check_plot, write_plot
+from packcast.bench.plot import write_plot
 from packcast.bench.table import closing_lines, row_cells
+from packcast.cli import benchsettings
 from packcast.units import GIB, MIB
 from tests.bench.samples import a_bench, case, row
 
@@ -131,7 +132,7 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
 def test_a_plot_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for suffix, magic in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
-        path = check_plot("--plot", str(tmp_path / f"p{suffix}"))
+        path = benchsettings.plot("--plot", str(tmp_path / f"p{suffix}"))
         write_plot(path, a_bench())
         assert path.read_bytes().startswith(magic)
     write_plot(path, Results())

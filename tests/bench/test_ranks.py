@@ -94,7 +94,7 @@ def test_a_damaged_byte_is_reported_as_wrong_in_every_sink(bench: Bench) -> None
             assert 8 <= wrong[1] <= 10
 
 
-def test_what_is_not_checked_is_said_to_be_neither_right_nor_wrong(bench: Bench) -> None:
+def test_an_unchecked_row_is_neither_right_nor_wrong(bench: Bench) -> None:
     fault = {"kind": "damage", "with": {"rank": 1}}
     found = bench.run(**EVERYTHING, check=False, fault=fault)
     assert {label(row) for row in rows_of(found)} == EVERY_WAY | OVER_GLOO

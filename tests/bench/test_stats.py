@@ -132,7 +132,7 @@ def test_the_defaults_are_told_against_the_best_row() -> None:
     assert list(default_lines([row(case(is_default=True), [4.0])])) == []  # there was no choice
 
 
-def test_waiting_for_a_collective_is_nobodys_alone() -> None:
+def test_a_wait_for_a_collective_counts_only_as_far_as_all_ranks_wait() -> None:
     late = row(case(), [1.0], waiting="read")
     assert waiting_on(late) == ("read, rank 1", pytest.approx(0.5))
     together = Row(case=case(), nbytes=1, runs=(run(1.0, 1.0, broadcast=0.4),))

@@ -350,7 +350,7 @@ def test_a_directory_that_may_not_be_read_is_an_error(
     assert refused(tmp_path).message == "sub/: cannot be read: permission denied"
 
 
-def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
+def test_a_path_that_is_no_checkpoint_is_explained(tmp_path: Path) -> None:
     assert "no such file or directory" in refused(tmp_path / "absent").message
     assert "no .safetensors file" in refused(tmp_path).message
     write(tmp_path / "pytorch_model.bin")

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import packcast.bench
-from packcast.bench.export import check_exports
 from packcast.bench.model import BenchSettings, BenchView, Results
 from packcast.cli import benchsettings, start
 from packcast.cli.app import run
@@ -84,6 +83,7 @@ def test_options_reach_the_ranks(ranks: FakeBench, tmp_path: Path) -> None:
         BenchSettings(
             transfer=Settings(
                 command="send",
+                buffer_size=4 * MIB,
                 staging=64 * MIB,
                 backend="gloo",
                 device="cpu",
@@ -435,7 +435,9 @@ def test_a_failed_export_does_not_hide_why_the_bench_ended(
 
 def test_a_late_row_changes_nothing_once_the_end_was_told(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "r.json"
-    display = BenchDisplay("plain", "packcast bench", check_exports({"--export-json": str(path)}))
+    display = BenchDisplay(
+        "plain", "packcast bench", benchsettings.exports({"--export-json": str(path)})
+    )
     show(display, replace(GOOD, rows=GOOD.rows[:1]))
     display.end(TransferError("lost rank 3"))
     capsys.readouterr()
@@ -490,7 +492,7 @@ def test_sizes_are_lists_ranges_and_mixes_without_doubles(
         ("32GiB", "is not a multiple of 1MiB up to 16GiB"),
     ],
 )
-def test_what_is_no_sweep_of_sizes_is_said_with_the_option(text: str, said: str) -> None:
+def test_an_invalid_sweep_of_sizes_is_reported_with_the_option(text: str, said: str) -> None:
     with pytest.raises(UsageError) as caught:
         benchsettings.buffer_sizes("--buffer-size", text)
     assert caught.value.message.startswith("--buffer-size: ")

@@ -45,7 +45,7 @@ def test_at_the_end_the_one_that_makes_its_copy_durable_is_named() -> None:
     assert culprit_of(snapshot_of(100, workers={1: 100, 2: 100})) is None
 
 
-def test_what_it_waits_on_is_said_once_it_lasts_and_for_how_long() -> None:
+def test_a_long_wait_is_shown_with_its_stage_and_duration() -> None:
     said = said_of([WRITES] * 13, {1: "hostb"})
     assert said[:2] == [None, None]
     assert said[12] == "waiting on rank 1 (hostb): write, 12 s"

@@ -64,7 +64,7 @@ def test_clean_lists_partial_copies_and_removes_nothing(local: Path, capsys: Cap
     assert names(local) == before
 
 
-def test_clean_with_yes_removes_what_nobody_uses(local: Path, capsys: Capture) -> None:
+def test_clean_with_yes_removes_unused_partial_copies(local: Path, capsys: Capture) -> None:
     assert run(["clean", str(local), "--yes"]) == 0
     assert "1 partial copy removed" in capsys.readouterr().out
     assert names(local) == [".three.packcast-3", ".two.packcast-2"]

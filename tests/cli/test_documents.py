@@ -12,12 +12,12 @@ import pytest
 from pydantic import ValidationError
 
 from packcast.cli.app import run
-from packcast.cli.documents import AnyResult, schema
 from packcast.comparison import ComparedFile, Comparison
 from packcast.errors import TransferError
 from packcast.report import Report
 from packcast.settings import Settings
 from packcast.view import View
+from tests.documents import AnyResult, schema
 
 from .conftest import FakeTransfer
 from .test_summary import FULL
@@ -30,7 +30,7 @@ def kind_of(path: Path) -> str:
 
 def test_the_schema_in_the_package_is_the_models() -> None:
     text = resources.files("packcast").joinpath("result.schema.json").read_text()
-    assert json.loads(text) == schema(), "python -m packcast.cli.documents makes it"
+    assert json.loads(text) == schema(), "python -m tests.documents makes it"
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_a_path_that_exists_is_no_models_name(cache: Path, checkpoint: Path) -> 
         ("org/name@v9", f"the cache has org/name@{COMMIT} only"),
     ],
 )
-def test_what_is_not_in_the_cache_is_said_with_what_brings_it_there(
+def test_a_model_missing_from_the_cache_is_reported_with_the_command_that_gets_it(
     name: str, hint: str, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(["inspect", name]) == 3

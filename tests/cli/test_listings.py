@@ -96,7 +96,7 @@ def test_without_sidecars_they_are_what_is_not_sent(checkpoint: Path, capsys: Ca
     assert "not sent:\n  --no-sidecars: config.json" in capsys.readouterr().out
 
 
-def test_a_dry_run_needs_nobody_and_states_the_memory(
+def test_a_dry_run_needs_no_other_rank_and_states_the_memory(
     checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = ["send", str(checkpoint), "--dry-run", "--buffer-size", "2MiB", "--num-buffers", "3"]

@@ -19,51 +19,80 @@ RECV = Settings(command="recv")
 
 
 def test_a_range_of_ports_includes_both_ends() -> None:
-    assert given.port_range("29400-29401") == range(29400, 29402)
-    assert given.port_range(None) is None
+    settings = given.settings("send", {"port_range": "29400-29401"})
+    assert settings.port_range == range(29400, 29402)
 
 
 @pytest.mark.parametrize("text", ["29400", "29400-", "a-b", "29400-29400", "5-4", "0-9", "1-65536"])
 def test_a_range_of_ports_that_is_none_is_reported(text: str) -> None:
     with pytest.raises(UsageError, match=f"--port-range: .*{text}.* is not"):
-        given.port_range(text)
+        given.settings("send", {"port_range": text})
 
 
 @pytest.mark.parametrize(
-    "text", ["node1", ":29400", "node1:", "node1:http", "h:70000", "::1:29400", "[h]:29400"]
+    "text", ["node1", ":29400", "node1:", "node1:http", "h:70000", "::1:29400", "[h_]..:29400"]
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--listen"):
-        given.address("--listen", text)
+        given.settings("send", {"listen": text})
 
 
-@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cuda0", "cpu "])
-def test_a_device_that_cannot_be_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--device"):
-        given.device(text)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--device", value) for value in ("gpu", "cuda:", "cuda:x", "cuda0", "cpu ")),
+        *(("--readers", value) for value in ("0", "-1", "1.5", "every")),
+        *(("--staging", value) for value in ("64MB", "1023KiB", "-5", "0")),
+        *(("--join-timeout", value) for value in ("0", "-1s", "5 years")),
+        *(("--max-rate", value) for value in ("0GB/s", "5GiB", "fast")),
+        *(("--workers", value) for value in (0, -1)),
+        *(("--rank", value) for value in (0, -1)),
+        *(("--port", value) for value in (0, 65536)),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_a_next_step(option: str, value: object) -> None:
+    name = option.removeprefix("--").replace("-", "_")
+    with pytest.raises(UsageError, match=f"^{option}: ") as caught:
+        given.settings("send", {name: value})
+    assert caught.value.hint
 
 
-def test_the_token_file_wins_over_the_variable(tmp_path: Path) -> None:
+def test_the_settings_of_a_text_are_those_of_the_number() -> None:
+    texts = {"buffer_size": "16MiB", "staging": "1GiB", "join_timeout": "5min", "readers": "all"}
+    assert given.settings("send", texts) == Settings(
+        command="send", buffer_size=16 << 20, staging=1 << 30, join_timeout_s=300.0, readers=None
+    )
+
+
+def test_the_token_file_wins_over_the_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "token"
     file.write_text(" of the file \n")
-    assert given.token(str(file), {"PACKCAST_TOKEN": "of the variable"}) == b"of the file"
-    assert given.token(None, {"PACKCAST_TOKEN": "of the variable"}) == b"of the variable"
-    assert given.token(None, {}) is None
-    assert given.token(None, {"PACKCAST_TOKEN": ""}) is None
+    monkeypatch.setenv("PACKCAST_TOKEN", "of the variable")
+    assert given.token(str(file)) == b"of the file"
+    assert given.token(None) == b"of the variable"
+    monkeypatch.setenv("PACKCAST_TOKEN", "")
+    assert given.token(None) is None
+    monkeypatch.delenv("PACKCAST_TOKEN")
+    assert given.token(None) is None
 
 
-def test_a_token_that_can_be_guessed_is_warned_about(tmp_path: Path) -> None:
+def test_a_token_that_can_be_guessed_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "token"
     file.touch(0o600)
     for length, code in ((1, 0), (15, 0), (16, None), (4096, None), (4097, 2)):
         warnings: list[str] = []
         file.write_text("x" * length)
-        for path, environ in ((str(file), {}), (None, {"PACKCAST_TOKEN": "x" * length})):
+        monkeypatch.setenv("PACKCAST_TOKEN", "x" * length)
+        for path in (str(file), None):
             if code == 2:
                 with pytest.raises(UsageError, match="must have 1 to 4096 bytes"):
-                    given.token(path, environ, warnings.append)
+                    given.token(path, warnings.append)
             else:
-                assert given.token(path, environ, warnings.append) == b"x" * length
+                assert given.token(path, warnings.append) == b"x" * length
         assert len(warnings) == (2 if code == 0 else 0)
 
 
@@ -73,19 +102,19 @@ def test_a_token_file_that_all_may_read_is_warned_about(tmp_path: Path) -> None:
     for mode, count in ((0o644, 1), (0o604, 1), (0o640, 0), (0o600, 0)):
         warnings: list[str] = []
         file.chmod(mode)
-        given.token(str(file), {}, warnings.append)
+        given.token(str(file), warnings.append)
         assert len(warnings) == count
         assert all("every user of this host can read" in warning for warning in warnings)
 
 
-def test_a_send_to_nobody_names_the_ways_to_launch() -> None:
+def test_a_send_without_workers_names_the_ways_to_launch() -> None:
     with pytest.raises(UsageError, match="no workers to send to") as caught:
         given.check_send(SEND, NOBODY, nproc=None)
     for way in ("--nproc", "--workers", "torchrun", "srun"):
         assert way in str(caught.value.hint)
 
 
-def test_who_takes_part_is_said_once() -> None:
+def test_the_ranks_are_chosen_once() -> None:
     given.check_send(SEND, TORCHRUN, nproc=None)
     given.check_send(replace(SEND, workers=2, address=("h", 0)), NOBODY, nproc=None)
     given.check_send(SEND, NOBODY, nproc=3)

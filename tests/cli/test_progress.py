@@ -230,7 +230,7 @@ def test_into_a_file_one_rank_of_a_launch_speaks(
     assert "\x1b" not in err
 
 
-def test_gpus_that_are_not_used_are_said_loudly(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_gpus_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     Display(SEND, ALONE).started(start_of(loud=True), lambda: snapshot_of(0))
     assert "packcast: warning: no GPU is used: no GPU on host-a" in capsys.readouterr().err
 
@@ -349,7 +349,7 @@ def test_a_log_names_few_workers_as_they_come_and_counts_many() -> None:
     )
 
 
-def test_without_a_launcher_it_is_said_how_many_are_missing() -> None:
+def test_without_a_launcher_the_number_of_missing_workers_is_shown() -> None:
     assert joining_line(Joining(0, 1, (), None, 65.0), 5.0) == (
         "0 of 1 worker has joined; waits up to 1:00"
     )

@@ -58,7 +58,7 @@ def test_a_reader_who_has_seen_enough_is_no_error(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("redirect", ["2>/dev/full", "2>&-", "2>&- <&-", "2>/dev/full <&- >&-"])
-def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(redirect: str) -> None:
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code(redirect: str) -> None:
     ended = in_shell("inspect", "/nowhere", redirect=redirect)
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", "")
 

@@ -64,7 +64,7 @@ def test_two_ranks_say_one_error_but_where_each_has_a_traceback(
     assert said.count("packcast: error: gone\n  look elsewhere\n") == times
 
 
-def test_an_error_and_the_same_one_with_its_rank_are_said_once(
+def test_an_error_and_the_same_one_with_its_rank_are_printed_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for named in ("", "rank 1 (host-a, pid 7): ", "ranks 1-8: "):
@@ -123,7 +123,7 @@ def run_tasks(tasks: list[dict[str, str]], *argv: str) -> list[str]:
 
 
 @pytest.mark.parametrize("launcher", ["slurm", "mpirun"])
-def test_a_wrong_command_line_is_said_once_for_all_tasks_of_a_step(
+def test_a_wrong_command_line_is_printed_once_for_all_tasks_of_a_step(
     launcher: str, temporary: Path
 ) -> None:
     of_rank = slurm_task if launcher == "slurm" else open_mpi_rank
@@ -136,7 +136,7 @@ def test_a_wrong_command_line_is_said_once_for_all_tasks_of_a_step(
     assert (temporary / f"packcast-{os.geteuid()}").stat().st_mode & 0o077 == 0
 
 
-def test_what_an_earlier_try_in_the_same_step_has_said_is_said_again(
+def test_an_error_of_an_earlier_try_in_the_same_step_is_printed_again(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in slurm_task("71", 0, 2).items():

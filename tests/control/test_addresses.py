@@ -40,7 +40,7 @@ def test_the_ipv6_loopback_too() -> None:
     assert interface_towards("::1") == "lo"
 
 
-def test_an_address_of_somebody_else_is_on_no_interface() -> None:
+def test_the_address_of_another_host_is_on_no_interface() -> None:
     assert interface_of("203.0.113.7") is None
     assert interface_of("2001:db8::7") is None
 
@@ -75,7 +75,7 @@ def test_a_sockets_address_is_one_that_can_be_connected_to(
     assert text_of(address) == text
 
 
-def test_a_link_local_address_has_the_interface_of_whoever_uses_it() -> None:
+def test_a_link_local_address_gets_this_hosts_interface() -> None:
     assert with_interface("fe80::1%eth7", "lo") == "fe80::1%lo"
     assert with_interface("fe80::1", "lo") == "fe80::1%lo"
     assert with_interface("fe80::1%eth7", None) == "fe80::1%eth7"

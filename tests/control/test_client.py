@@ -144,7 +144,7 @@ def test_a_worker_tries_every_address_that_may_be_the_senders(group: Group) -> N
         assert server.host_met() == "127.0.0.1"
 
 
-def test_where_nobody_is_every_address_is_named_and_why(group: Group) -> None:
+def test_if_no_address_answers_each_is_named_with_its_reason(group: Group) -> None:
     hosts = ["no-such-host.invalid", "127.0.0.3"]
     with pytest.raises(RendezvousError) as caught:
         group.client(("", free_port()), info(1), hosts=hosts, join_timeout_s=0.1)
@@ -171,13 +171,13 @@ def test_a_worker_may_start_before_its_sender(group: Group) -> None:
     assert line.startswith(f"waiting for the sender at 127.0.0.1:{port} (connection refused")
 
 
-def test_nobody_there_until_the_join_timeout_is_one_sentence(group: Group) -> None:
+def test_no_sender_until_the_join_timeout_is_one_sentence(group: Group) -> None:
     port = free_port()
     with pytest.raises(RendezvousError, match=f"no sender at 127.0.0.1:{port} within 0.30 s: conn"):
         group.client(("127.0.0.1", port), info(), join_timeout_s=0.3)
 
 
-def test_a_host_that_does_not_exist_is_said_at_once(group: Group) -> None:
+def test_a_host_that_does_not_exist_is_reported_at_once(group: Group) -> None:
     with pytest.raises(RendezvousError, match="no-such-host"):
         group.client(("no-such-host.invalid", 1), info(), join_timeout_s=0.3)
 
@@ -212,7 +212,7 @@ def test_a_socket_that_met_itself_is_no_sender(
         b"\xff\xff\xff\xff\xff",
     ],
 )
-def test_another_program_at_that_address_is_said_to_be_one(group: Group, words: bytes) -> None:
+def test_another_program_at_the_address_is_reported(group: Group, words: bytes) -> None:
     def act(sender: FakeSender) -> None:
         sender.sock.sendall(words)
         sender.stay()
@@ -450,7 +450,7 @@ def test_giving_up_beats_a_commit_that_comes_later(group: Group) -> None:
         server.commit()
 
 
-def test_failing_takes_no_longer_than_a_second_whoever_does_not_answer(group: Group) -> None:
+def test_failing_takes_at_most_a_second_if_a_peer_does_not_answer(group: Group) -> None:
     def act(sender: FakeSender) -> None:
         sender.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sender.let_in()

@@ -85,7 +85,7 @@ def test_workers_may_come_before_the_join_begins(group: Group) -> None:
     assert alive(server, [client])
 
 
-def test_a_sender_alone_has_nobody_to_wait_for(group: Group) -> None:
+def test_a_sender_alone_waits_for_no_rank(group: Group) -> None:
     server = group.server(0)
     assert [i.rank for i in server.join(1.0, lambda *_: None)] == [0]
     assert server.gather(Pong, 1.0) == {}
@@ -97,7 +97,7 @@ def test_a_busy_port_is_one_sentence(group: Group) -> None:
         group.server(port=port)
 
 
-def test_one_too_many_is_told_so_and_harms_nobody(group: Group) -> None:
+def test_a_surplus_worker_is_refused_without_harm_to_others(group: Group) -> None:
     server, clients, _ = group.joined(2)
     with pytest.raises(RendezvousError, match="one too many: 2 workers have joined already"):
         group.client(server, info())
@@ -167,7 +167,7 @@ def test_missing_ranks_are_named_at_the_deadline_and_those_who_came_are_told(gro
     assert group.seen.failures == [], "whoever joins has raised it"
 
 
-def test_missing_workers_are_counted_where_nobody_has_a_rank(group: Group) -> None:
+def test_missing_workers_are_counted_if_no_rank_is_fixed(group: Group) -> None:
     with pytest.raises(RendezvousError, match=r"3 of 3 workers have not joined within 0\.10 s"):
         group.server(3).join(0.1, lambda *_: None)
 
@@ -237,7 +237,7 @@ def test_a_late_arrival_is_sent_away(group: Group) -> None:
     ],
 )
 @pytest.mark.parametrize("token", [None, b"secret"])
-def test_garbage_is_dropped_with_a_line_and_harms_nobody(
+def test_garbage_is_dropped_with_one_line_and_without_harm(
     group: Group, rubbish: bytes, token: bytes | None
 ) -> None:
     server = group.server(token=token)
@@ -267,7 +267,7 @@ def test_a_slow_stranger_is_sent_away_in_time(
 
 
 @pytest.mark.parametrize("token", [None, b"secret"])
-def test_a_crowd_of_silent_strangers_delays_nobody_and_is_one_line(
+def test_many_silent_strangers_delay_no_rank_and_make_one_line(
     group: Group, token: bytes | None
 ) -> None:
     server = group.server(token=token)
@@ -325,7 +325,7 @@ def test_a_worker_that_was_evicted_tries_again_until_it_is_in(
         (None, b"secret", "this worker has a token and the sender at .* asks for none"),
     ],
 )
-def test_tokens_that_do_not_match_are_said_by_side(
+def test_the_error_for_tokens_that_differ_names_the_side(
     group: Group, of_sender: bytes | None, of_worker: bytes | None, sentence: str
 ) -> None:
     server = group.server(token=of_sender)
@@ -591,7 +591,7 @@ def test_on_failure_is_called_once_on_the_control_thread_when_all_is_told(group:
     assert group.seen.threads[0].name == "packcast-control"
 
 
-def test_a_failure_from_before_anybody_waits_is_raised_by_whoever_comes(group: Group) -> None:
+def test_a_failure_before_any_wait_is_raised_by_later_calls(group: Group) -> None:
     server, clients, _ = group.joined(1)
     clients[0].send(Pong())
     clients[0].fail(TransferError("gone"))
@@ -606,7 +606,7 @@ def test_a_failure_from_before_anybody_waits_is_raised_by_whoever_comes(group: G
         assert raised.value is error
 
 
-def test_the_senders_own_failure_reaches_all_and_is_raised_but_calls_nobody(group: Group) -> None:
+def test_the_senders_own_failure_reaches_all_without_a_callback(group: Group) -> None:
     server, clients, seen = group.joined(2)
     error = CheckpointError("model.safetensors changed")
     server.fail(error)
@@ -651,7 +651,7 @@ def test_a_worker_that_floods_us_is_lost(group: Group, monkeypatch: pytest.Monke
     assert "too many messages that no thread fetches" in group.seen.wait_failure().message
 
 
-def test_a_worker_that_reads_nothing_stalls_nobody_and_is_lost(
+def test_a_worker_that_reads_nothing_is_lost_and_stalls_no_other(
     group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "MAX_UNSENT_NBYTES", 16 << 20)

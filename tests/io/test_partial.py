@@ -220,7 +220,7 @@ def test_only_directories_named_as_ours_are_found(tmp_path: Path) -> None:
     assert len(partial.partials_of(str(tmp_path / long))) == 1
 
 
-def test_several_ranks_that_find_one_leftover_remove_it_once_and_name_nobody(
+def test_several_ranks_that_find_one_leftover_remove_it_once(
     tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed(start, tmp_path / "out")

@@ -129,7 +129,7 @@ def test_a_symlink_above_the_target_is_part_of_the_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [None, {}, {"config.json": b"by hand", "nested/deeper/vocab.txt": b""}]
 )
-def test_force_replaces_files_of_the_offer_whoever_wrote_them(
+def test_force_replaces_files_with_offered_names_of_any_writer(
     tmp_path: Path, content: dict[str, bytes] | None
 ) -> None:
     if content is not None:

@@ -112,7 +112,9 @@ def test_a_directory_of_another_owner_is_filled_where_it_could_not_be_given_away
     assert names_in(tmp_path) == ["out"]
 
 
-def test_what_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attributes_that_cannot_be_kept_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "out").mkdir()
     os.setxattr(tmp_path / "out", "user.kept", b"as it was")
 

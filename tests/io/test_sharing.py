@@ -99,7 +99,7 @@ def test_each_writes_its_share_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_whoever_stops_first_nothing_is_left(first: int, tmp_path: Path) -> None:
+def test_nothing_is_left_in_whatever_order_the_ranks_stop(first: int, tmp_path: Path) -> None:
     sinks = shared(tmp_path / "above" / "out", 2)
     put_all(sinks[0], MANY, TURN)
     threads = [threading.Thread(target=sinks[i].abort) for i in (first, 1 - first)]

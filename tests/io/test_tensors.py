@@ -81,7 +81,7 @@ def test_the_callers_tensors_are_filled_in_place_also_those_that_are_not_contigu
         assert into[name].data_ptr() == where[name]
 
 
-def test_tensors_that_nobody_wants_are_dropped_and_the_others_whole(
+def test_unwanted_tensors_are_dropped_and_the_others_are_whole(
     checkpoint: Checkpoint,
 ) -> None:
     wanted = expected(checkpoint)

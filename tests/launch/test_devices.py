@@ -73,7 +73,7 @@ def test_without_local_ranks_any_free_gpu_will_do() -> None:
     assert set(assign_devices(members, "auto").devices.values()) == {"cuda:0", "cuda:1", "cuda:2"}
 
 
-def test_an_explicit_gpu_goes_before_somebody_elses_preference() -> None:
+def test_an_explicit_gpu_goes_before_another_ranks_preference() -> None:
     members = [member(0, "A", "B", local_rank=0), member(1, "A", "B", device="cuda:0")]
     assert assign_devices(members, "auto").devices == {0: "cuda:1", 1: "cuda:0"}
 

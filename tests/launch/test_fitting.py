@@ -56,7 +56,7 @@ def on_gpus(*ranks: RankInfo) -> dict[int, str]:
     return dict.fromkeys(range(len(ranks)), "cuda:0")
 
 
-def test_with_enough_memory_or_where_nobody_knows_the_usual_sizes_are_taken() -> None:
+def test_the_default_sizes_are_used_if_memory_is_sufficient_or_unknown() -> None:
     plenty, unknown = rank(0, ("host", 9000), gpu_free=40 * GIB), rank(1)
     for devices in (on_cpus, on_gpus):
         fitted = fit_buffers(SETTINGS, LARGE, [plenty, unknown], devices(plenty, unknown))
@@ -65,7 +65,7 @@ def test_with_enough_memory_or_where_nobody_knows_the_usual_sizes_are_taken() ->
     assert (small.sizes.buffer_size, small.is_low) == (LOW_BUFFER_SIZE, False)
 
 
-def test_ranks_that_share_a_limit_add_up_and_those_of_other_containers_do_not() -> None:
+def test_ranks_below_one_limit_add_up_but_ranks_of_other_containers_do_not() -> None:
     # Four rings are 1 GiB: too much of 1.5, though not of what each container has.
     apart = [rank(i, (f"box-{i}", 600), ("host", 9000)) for i in range(4)]
     assert fit_buffers(SETTINGS, LARGE, apart, on_cpus(*apart)).sizes == USUAL
@@ -81,7 +81,7 @@ def test_ranks_that_share_a_limit_add_up_and_those_of_other_containers_do_not() 
     )
 
 
-def test_where_not_even_little_fits_it_is_said_what_is_needed_and_what_is_there() -> None:
+def test_the_error_for_too_little_memory_says_what_is_needed_and_what_is_free() -> None:
     ranks = [rank(i, ("box", 60)) for i in range(2)]
     with pytest.raises(TransferError) as caught:
         fit_buffers(SETTINGS, LARGE, ranks, on_cpus(*ranks))
@@ -92,7 +92,7 @@ def test_where_not_even_little_fits_it_is_said_what_is_needed_and_what_is_there(
     assert "reduce --buffer-size and --num-buffers on the sender" in str(caught.value.hint)
 
 
-def test_sizes_that_were_asked_for_stay_or_are_refused() -> None:
+def test_sizes_that_the_user_gave_are_kept_or_refused() -> None:
     asked = replace(SETTINGS, buffer_size=128 * MIB, num_buffers=2)
     one = rank(1, ("box", 300))
     fitted = fit_buffers(asked, LARGE, [rank(0), one], on_cpus(one, one))
@@ -103,7 +103,7 @@ def test_sizes_that_were_asked_for_stay_or_are_refused() -> None:
         fit_buffers(asked, LARGE, [rank(0), less], on_cpus(less, less))
 
 
-def test_a_nearly_full_gpu_makes_the_ring_small_on_all_ranks_and_says_what_nccl_takes() -> None:
+def test_a_nearly_full_gpu_makes_the_ring_small_on_all_ranks() -> None:
     ranks = [rank(0, gpu_free=40 * GIB), rank(1, gpu_free=900 * MIB)]
     fitted = fit_buffers(SETTINGS, LARGE, ranks, on_gpus(*ranks))
     assert (fitted.sizes, fitted.is_low) == (LOW_RING, True)
@@ -116,7 +116,7 @@ def test_a_nearly_full_gpu_makes_the_ring_small_on_all_ranks_and_says_what_nccl_
     assert fit_buffers(SETTINGS, LARGE, ranks, on_cpus(*ranks)).sizes == USUAL
 
 
-def test_what_cannot_be_on_a_gpu_is_refused_and_what_may_be_is_tried_with_a_warning() -> None:
+def test_a_ring_that_exceeds_the_gpu_is_refused_and_a_tight_one_warns() -> None:
     asked = replace(SETTINGS, buffer_size=64 * MIB, num_buffers=4)
     nearly = rank(0, gpu_free=300 * MIB)
     fitted = fit_buffers(asked, LARGE, [nearly], on_gpus(nearly))
@@ -135,7 +135,7 @@ def test_what_cannot_be_on_a_gpu_is_refused_and_what_may_be_is_tried_with_a_warn
     assert fit_buffers(asked, LARGE, [enough], on_gpus(enough)).notes == ()
 
 
-def test_beside_gpus_it_is_the_staging_that_the_hosts_memory_limits() -> None:
+def test_with_gpus_the_hosts_memory_limits_the_staging() -> None:
     ranks = [rank(i, ("box", 1200), gpu_free=40 * GIB) for i in range(4)]
     fitted = fit_buffers(SETTINGS, LARGE, ranks, on_gpus(*ranks))
     assert (fitted.sizes, fitted.is_low) == (replace(USUAL, staging=LOW_STAGING), True)

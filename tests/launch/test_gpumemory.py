@@ -33,7 +33,7 @@ def test_each_gpu_is_found_by_its_uuid_as_torch_writes_it(nvml: ctypes.CDLL) -> 
     assert nvml.left_open() == 0
 
 
-def test_what_torch_keeps_for_itself_is_free_for_the_next_who_asks(
+def test_memory_in_torchs_cache_counts_as_free(
     nvml: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -42,7 +42,7 @@ def test_what_torch_keeps_for_itself_is_free_for_the_next_who_asks(
     assert free_nbytes(["aa", "bb"]) == (10 * GIB + 3, 20 * GIB)
 
 
-def test_without_a_driver_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_driver_free_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpumemory, "_LIBRARY", "libthere-is-none.so.1")
     assert free_nbytes(["aa", "bb"]) == (None, None)
     monkeypatch.setattr(gpumemory, "_LIBRARY", "libc.so.6")  # another library
@@ -51,7 +51,7 @@ def test_without_a_driver_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_it_is_what_cuda_says_too() -> None:
+def test_cuda_reports_the_same_free_memory() -> None:
     uuid = str(torch.cuda.get_device_properties(0).uuid)
     (free,) = free_nbytes([uuid])
     assert free is not None

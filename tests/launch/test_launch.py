@@ -342,7 +342,7 @@ def test_an_exception_that_is_kept_does_not_keep_the_port() -> None:
         assert kept.value.__traceback__
 
 
-def test_after_a_join_that_failed_nobody_leaves_before_the_port_is_free() -> None:
+def test_after_a_failed_join_no_rank_leaves_before_the_port_is_free() -> None:
     environ, host, client = two_ranks_by_hand()
     with open_both(environ, host, client) as (first, second):
         left = threading.Event()
@@ -427,7 +427,7 @@ def test_the_address_where_ranks_of_mpirun_meet() -> None:
         ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000, not a port"),
     ],
 )
-def test_an_address_that_is_none_is_said_of_the_variable_that_has_it(
+def test_an_invalid_address_is_reported_with_its_variable(
     variables: dict[str, str], sentence: str
 ) -> None:
     with pytest.raises(RendezvousError, match=sentence):

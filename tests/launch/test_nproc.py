@@ -260,7 +260,7 @@ def test_a_rank_that_is_terminated_ends_the_run_as_143_though_others_call_it_los
     assert run.exit_code() == 143
 
 
-def test_rank_0_tells_the_others_its_port_and_all_have_a_secret_that_nobody_sees(
+def test_rank_0_tells_its_port_and_the_secret_is_not_visible(
     launch: Callable[..., Launch],
 ) -> None:
     run = launch("tell", "tell", "tell", "look")

@@ -95,7 +95,7 @@ def test_a_way_down_that_hangs_can_be_given_up(
     assert ended.wait(10)
 
 
-def test_whoever_has_waited_for_the_way_down_leaves_no_group_to_another_thread() -> None:
+def test_after_waiting_for_the_shutdown_no_thread_holds_the_group() -> None:
     import torch
 
     group = Hangs()

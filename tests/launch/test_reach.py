@@ -82,7 +82,7 @@ def test_a_rejected_connection_is_an_error_at_once() -> None:
             check_as(0, store)
 
 
-def test_a_rank_that_nobody_reaches_hears_why() -> None:
+def test_a_rank_that_cannot_be_reached_is_told_why() -> None:
     """The rank before it has raised, and tells the others over the control channel."""
     store = dist.HashStore()
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -65,7 +65,7 @@ def test_questions_are_answered_in_the_calling_thread() -> None:
     assert caller.run(lambda: caller.ask(threading.get_ident)) == threading.get_ident()
 
 
-def test_a_question_that_nobody_will_answer_ends() -> None:
+def test_a_question_that_will_not_be_answered_ends() -> None:
     caller = BackgroundTransfer()
     caller.leave(TransferError("lost rank 3"))
     with pytest.raises(TransferError, match="rank 3"):

@@ -353,7 +353,7 @@ def errors_in(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if "packcast: error: " in line]
 
 
-def test_under_nproc_a_killed_worker_is_named_and_nobody_is_left(
+def test_under_nproc_a_killed_worker_is_named_and_no_rank_is_left(
     commands: Commands, large: Path, tmp_path: Path
 ) -> None:
     launched = start_launched(commands, large, tmp_path)

@@ -7,8 +7,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from packcast.cli.documents import AnyResult, Transferred
 from packcast.io.manifest import read_manifest
+from tests.documents import AnyResult, Transferred
 from tests.helpers.commands import Commands, free_port, rank_environment
 
 WATCHING_SENDER = """

@@ -259,7 +259,7 @@ def test_a_target_that_appears_meanwhile_is_kept_and_the_others_publish(
     same_tree(large, tmp_path / kept)
 
 
-def test_a_busy_port_is_said_by_name(commands: Commands, checkpoint: Path) -> None:
+def test_a_port_in_use_is_named(commands: Commands, checkpoint: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         listening = commands.packcast(
@@ -347,7 +347,7 @@ def test_without_a_launcher_the_deadline_says_how_many_are_missing_and_who_is_th
     assert f"pid {worker.pid}" in error
 
 
-def test_strangers_and_one_too_many_are_told_so_and_stop_nobody(
+def test_strangers_and_a_surplus_worker_are_refused_without_harm(
     commands: Commands, large: Path, tmp_path: Path
 ) -> None:
     disk = commands.held_disk()
@@ -485,7 +485,7 @@ def test_nproc_returns_the_true_exit_code_and_no_error_twice(
 
 
 @pytest.mark.parametrize("command", ["send", "bench"])
-def test_what_all_ranks_of_nproc_meet_is_said_once(
+def test_an_error_of_all_ranks_of_nproc_is_printed_once(
     commands: Commands, tmp_path: Path, command: str
 ) -> None:
     end = commands.packcast(command, tmp_path / "none", "--nproc", "3").wait()

@@ -175,7 +175,7 @@ def test_link_local_addresses_work_with_each_hosts_own_interface(
     assert_arrived(checkpoint, tmp_path / "copy", send, recv)
 
 
-def test_a_worker_waits_for_a_name_that_nobody_knows_yet(
+def test_a_worker_waits_for_a_name_that_does_not_resolve_yet(
     two: Two, checkpoint: Path, tmp_path: Path
 ) -> None:
     recv = two.start(

@@ -46,7 +46,7 @@ def left(monkeypatch: pytest.MonkeyPatch, mib: int) -> None:
     monkeypatch.setattr(session, "memory_limits", lambda: limits)
 
 
-def test_where_memory_is_short_the_buffers_are_few_and_small_and_that_is_said(
+def test_if_memory_is_short_buffers_are_few_and_small_with_a_warning(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left(monkeypatch, 200)

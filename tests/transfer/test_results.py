@@ -206,7 +206,7 @@ def test_the_report_lists_who_failed_and_why() -> None:
     assert error == "rank 1: b differs; rank 2: full"
 
 
-def test_what_many_ranks_say_is_said_once() -> None:
+def test_the_same_error_of_many_ranks_is_one_sentence() -> None:
     same = {rank: VerificationError("b differs at byte 7") for rank in range(1, 9)}
     assert report_of(same).error == "ranks 1-8: b differs at byte 7"
     each = {rank: VerificationError(f"b differs at byte {rank}") for rank in range(1, 600)}

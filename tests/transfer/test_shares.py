@@ -155,7 +155,7 @@ def having_open(folder: Path, ranks: Sequence[Command]) -> list[Command]:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("is_killed", [False, True])
-def test_when_the_owner_does_not_publish_nobody_says_that_there_is_a_copy(
+def test_if_the_owner_does_not_publish_no_rank_reports_a_copy(
     commands: Commands, large: Path, tmp_path: Path, is_killed: bool
 ) -> None:
     out, report = tmp_path / "out", tmp_path / "report.json"

@@ -42,7 +42,7 @@ class Share:
             offset = stop
 
     def has_part_of(self, file: int, nbytes: int) -> bool:
-        """Whether some byte of a file of so many is to be written."""
+        """Whether this share has a byte of a file of `nbytes`."""
         return (self.index - file) % self.count < -(-nbytes // TURN)
 
 

@@ -148,6 +148,6 @@ def _notes(
         number = "1 tensor is" if len(twice) == 1 else f"{len(twice)} tensors are"
         notes.append(
             f"{number} in several shards, as {shown(twice[0])}, and no index says which one counts:"
-            " each is handed out, in no certain order"
+            " each is handed out, in any order"
         )
     return notes

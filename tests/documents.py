@@ -1,9 +1,9 @@
 """Models of all JSON results except the bench's.
 
-`python -m packcast.cli.documents` prints `packcast/result.schema.json` from them.
+`python -m tests.documents` prints `packcast/result.schema.json` from them, which is installed.
 
-Sizes are bytes, times are seconds, rates bytes per second. No command imports this; tests compare
-the results of the commands with it.
+Sizes are bytes, times are seconds, rates bytes per second. Tests compare the results of the
+commands with the models.
 """
 
 from __future__ import annotations
