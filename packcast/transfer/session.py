@@ -14,6 +14,7 @@ from pathlib import Path
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
 from packcast.control.addresses import (
+    LOOK_UP_LIMIT_S,
     addresses_here,
     host_and_port,
     is_everywhere,
@@ -317,7 +318,9 @@ def _address_for_others(host: str, limit_s: float, view: View) -> str:
     waiting = False
     while True:
         try:
-            addresses = [text_of(address) for *_, address in resolve(host, 0)]
+            left_s = max(deadline - time.monotonic(), 0.1)
+            found = resolve(host, 0, limit_s=min(left_s, LOOK_UP_LIMIT_S))
+            addresses = [text_of(address) for *_, address in found]
             break
         except OSError as error:
             if time.monotonic() + _RESOLVE_AGAIN_S > deadline:
