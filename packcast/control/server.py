@@ -5,12 +5,13 @@ Knows no torch, and no meaning of messages.
 
 from __future__ import annotations
 
+import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar, cast
 
-from packcast.control.acceptor import Acceptor, listen, raise_descriptor_limit
+from packcast.control.acceptor import Acceptor, raise_descriptor_limit
 from packcast.control.addresses import is_loopback, text_of
 from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
@@ -42,16 +43,15 @@ class ControlServer(Channel):
     `expected` is the number of workers, or the ranks a launcher started (with or without mine).
     `on_failure(error)` is called once, on the control thread, when a worker is lost or gives up,
     after the others were notified; `gather` and `join` raise the same error. Without a launcher
-    `me.rank` may be None: the sender is rank 0. Raises RendezvousError if it cannot listen on
-    `host:port`; port 0 takes a free one, and a range its first free one.
+    `me.rank` may be None: the sender is rank 0. `listener` is a socket of `listen`, which the
+    server closes; workers may have connected to it already.
     """
 
     def __init__(
         self,
         expected: Expected,
         *,
-        host: str,
-        port: int | range,
+        listener: socket.socket,
         me: RankInfo,
         transfer_id: str,
         token: bytes | None,
@@ -62,7 +62,6 @@ class ControlServer(Channel):
         self._membership = Membership(expected, me)
         self._is_guarded = token is not None
         raise_descriptor_limit()
-        listener = listen(host, port)
         address = listener.getsockname()
         self.address: tuple[str, int] = (text_of(address), address[1])
         super().__init__(

@@ -39,7 +39,8 @@ from packcast.settings import (
     is_host,
 )
 from packcast.transfer.background import BackgroundTransfer, TensorQueue
-from packcast.transfer.transfer import MakeDestination, run
+from packcast.transfer.run import run
+from packcast.transfer.transfer import MakeDestination
 from packcast.view import View
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"

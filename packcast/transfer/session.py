@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
+from packcast.control.acceptor import listen
 from packcast.control.addresses import (
     LOOK_UP_LIMIT_S,
     addresses_here,
@@ -84,12 +86,19 @@ class Session:
 
 
 def open_session(
-    settings: Settings, view: View, exit_handler: ExitHandler, *, call: int
+    settings: Settings,
+    view: View,
+    exit_handler: ExitHandler,
+    *,
+    call: int,
+    load: Callable[[], object] = lambda: None,
 ) -> Session:
     """Find the other ranks and open the control channel; every rank calls this first.
 
-    `call` counts the transfers of one launch. Raises CheckpointError on a sender without a valid
-    checkpoint (the others receive the reason), RendezvousError if the group cannot be formed.
+    `call` counts the transfers of one launch. `load` imports torch and the rest of the transfer: it
+    is called before the control thread starts, which could send no heartbeat for those seconds.
+    Raises CheckpointError on a sender without a valid checkpoint (the others receive the reason),
+    RendezvousError if the group cannot be formed.
     """
     launch = launch_of(os.environ, by_address=settings.by_address)
     if launch.kind != "none" and launch.world_size < 2:
@@ -98,7 +107,8 @@ def open_session(
             hint="start at least two, for example with torchrun --nproc-per-node 2",
         )
     if launch.kind == "none":
-        return _Joining(settings, launch, view, exit_handler).without_launcher()
+        return _Joining(settings, launch, view, exit_handler).without_launcher(load)
+    load()
     if launch.kind == "nproc":
         return _Joining(settings, launch, view, exit_handler).with_nproc()
     context = launch_context(launch, os.environ, call)
@@ -129,24 +139,27 @@ class _Joining:
                 self._fault = fault
         self._me = _introduction(settings, launch, self._checkpoint)
 
-    def without_launcher(self) -> Session:
+    def without_launcher(self, load: Callable[[], object]) -> Session:
         if self._fault is not None:
             raise self._fault
         settings, view = self._settings, self._view
         assert settings.address is not None, "the launch has been validated"
         host, port = settings.address
         if settings.command == "recv":
+            load()
             return self._connect([host], port, settings.token)
         assert settings.workers is not None, "the launch has been validated"
         token = settings.token or secrets.token_urlsafe(18).encode()
         host = _address_for_others(host, settings.join_timeout_s, view)
-        server = self._listen(settings.workers, host, port, token)
-        where, *more = _hosts_to_reach(server.address[0])
+        listener = listen(host, port or settings.port_range or 0)
+        address = listener.getsockname()
+        where, *more = _hosts_to_reach(text_of(address))
         shown = None if settings.token else token.decode()
-        view.listening(_recv_line(where, server.address[1], shown, settings.token_file))
+        view.listening(_recv_line(where, address[1], shown, settings.token_file))
         if more:
             view.note(f"or by another address of this host: {', '.join(more)}")
-        return self._session(server)
+        load()
+        return self._session(self._serve(settings.workers, listener, token))
 
     def with_nproc(self) -> Session:
         """No store is needed: `--nproc` has handed over what the ranks must know of each other."""
@@ -163,7 +176,7 @@ class _Joining:
             return self._connect([LOOPBACK], port, token)
         if self._fault is not None:
             raise self._fault
-        server = self._listen(frozenset(range(launch.world_size)), LOOPBACK, 0, token)
+        server = self._listen(LOOPBACK, token)
         handover.publish_port(server.address[1], launch.world_size - 1)
         return self._session(server)
 
@@ -201,7 +214,7 @@ class _Joining:
             if self._fault is not None:
                 raise self._fault
             host = self._host_to_listen_on(rendezvous)
-            server = self._listen(frozenset(range(launch.world_size)), host, 0, secret)
+            server = self._listen(host, secret)
         except PackcastError as error:
             publish_failure(rendezvous, error)
             raise
@@ -234,13 +247,17 @@ class _Joining:
             return LOOPBACK
         return here[0] if len(here) == 1 else ""
 
-    def _listen(
-        self, expected: Expected, host: str, port: int, token: bytes | None
+    def _listen(self, host: str, token: bytes | None) -> ControlServer:
+        """For the ranks of a launch."""
+        listener = listen(host, self._settings.port_range or 0)
+        return self._serve(frozenset(range(self._launch.world_size)), listener, token)
+
+    def _serve(
+        self, expected: Expected, listener: socket.socket, token: bytes | None
     ) -> ControlServer:
         return ControlServer(
             expected,
-            host=host,
-            port=port or self._settings.port_range or 0,
+            listener=listener,
             me=self._me,
             transfer_id=uuid.uuid4().hex,
             token=token,
@@ -317,8 +334,8 @@ def _address_for_others(host: str, limit_s: float, view: View) -> str:
     deadline = time.monotonic() + limit_s
     waiting = False
     while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
         try:
-            left_s = max(deadline - time.monotonic(), 0.1)
             found = resolve(host, 0, limit_s=min(left_s, LOOK_UP_LIMIT_S))
             addresses = [text_of(address) for *_, address in found]
             break
