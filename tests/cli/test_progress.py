@@ -345,11 +345,15 @@ def test_a_log_names_few_workers_as_they_come_and_counts_many() -> None:
     said = [many.next_line(float(second)) for second in range(11)]
     assert said[:10] == [None] * 10
     assert said[10] == (
-        "2 of 600 workers have joined, not ranks 3, 4, 5, 6 and 594 more; waits up to 4:50"
+        "2 of 600 workers joined; waiting for ranks 3, 4, 5, 6 and 594 more, up to 4:50"
     )
 
 
-def test_without_a_launcher_it_is_said_how_many_are_missing() -> None:
+def test_without_a_launcher_the_host_that_joined_last_is_named() -> None:
     assert joining_line(Joining(0, 1, (), None, 65.0), 5.0) == (
-        "0 of 1 worker has joined; waits up to 1:00"
+        "0 of 1 worker joined; waiting up to 1:00"
+    )
+    newest = Joining(1, 3, (), "a worker (node2, pid 7)", 65.0, "node2")
+    assert (
+        joining_line(newest, 5.0) == "1 of 3 workers joined, the last on node2; waiting up to 1:00"
     )
