@@ -106,7 +106,7 @@ def doctor(
     told = json != "-" and not quiet
     listing, failure = examined(
         [given.path(folder) for folder in folders or ["."]],
-        reach=given.address("--reach", reach) if reach else None,
+        reach=given.address_to_reach("--reach", reach) if reach else None,
         tests=not no_test,
         tell=print if told else lambda line: None,
     )

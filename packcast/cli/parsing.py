@@ -139,6 +139,14 @@ def address(option: str, text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def address_to_reach(option: str, text: str) -> tuple[str, int]:
+    """The same, but of a process that listens already: with a port."""
+    host, port = address(option, text)
+    if port == 0:
+        raise UsageError(f"{option}: port 0 cannot be connected to", hint=_ADDRESS)
+    return host, port
+
+
 def port_range(text: str | None) -> range | None:
     """`29400-29409`, both included."""
     if text is None:

@@ -37,7 +37,14 @@ def test_what_is_no_address_is_refused(text: str) -> None:
         given.address("--listen", text)
 
 
-@pytest.mark.parametrize("text", ["gpu", "cuda:", "cuda:x", "cuda0", "cpu "])
+def test_a_listener_may_take_any_free_port_which_nobody_could_reach() -> None:
+    assert given.address("--listen", "10.0.0.1:0") == ("10.0.0.1", 0)
+    assert given.address("--listen", "[::1]:29400") == ("::1", 29400)
+    with pytest.raises(UsageError, match="--reach: port 0"):
+        given.address_to_reach("--reach", "10.0.0.1:0")
+
+
+@pytest.mark.parametrize("text", ["gpu", "tpu", "cuda:", "cuda:x", "cuda0", "cpu "])
 def test_a_device_that_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--device"):
         given.device(text)
@@ -81,7 +88,7 @@ def test_a_token_file_that_all_may_read_is_warned_about(tmp_path: Path) -> None:
 def test_a_send_to_nobody_names_the_ways_to_launch() -> None:
     with pytest.raises(UsageError, match="no workers to send to") as caught:
         given.check_send(SEND, NOBODY, nproc=None)
-    for way in ("--nproc", "--workers", "torchrun", "srun"):
+    for way in ("--nproc", "--workers", "torchrun", "srun", "mpirun"):
         assert way in str(caught.value.hint)
 
 

@@ -483,6 +483,17 @@ def test_nproc_returns_the_true_exit_code_and_no_error_twice(
     assert os.listdir(tmp_path) == ["out-2"]
 
 
+@pytest.mark.parametrize("command", [("send",), ("recv", "--discard")], ids=["send", "recv"])
+def test_a_launch_of_one_rank_has_nobody_to_send_to(
+    commands: Commands, checkpoint: Path, command: Sequence[str]
+) -> None:
+    what = [checkpoint] if command[0] == "send" else []
+    (end,) = commands.run_ranks([command[0], *what, *command[1:]])
+    assert end.returncode == 4
+    assert end.sentence == "the group has one rank, so there are no workers to send to"
+    assert "torchrun --nproc-per-node 2" in end.error
+
+
 @pytest.mark.parametrize("command", ["send", "bench"])
 def test_what_all_ranks_of_nproc_meet_is_said_once(
     commands: Commands, tmp_path: Path, command: str
