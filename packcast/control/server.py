@@ -253,7 +253,7 @@ class ControlServer(Channel):
             error = self._membership.missing(limit_s)
             if address := self._acceptor.without_token:
                 error.hint = (
-                    f"a process at {address} came with another token:"
+                    f"a process at {address} came without this token:"
                     " set the same PACKCAST_TOKEN on both sides"
                 )
             elif is_loopback(self.address[0]):

@@ -93,12 +93,13 @@ class Group:
         expected: int | frozenset[int] = 1,
         *,
         port: int = 0,
+        listener: socket.socket | None = None,
         token: bytes | None = None,
         heartbeat_timeout_s: float = 3.0,
     ) -> ControlServer:
         server = ControlServer(
             expected,
-            listener=listen("127.0.0.1", port),
+            listener=listener or listen("127.0.0.1", port),
             me=SENDER,
             transfer_id="transfer-1",
             token=token,
