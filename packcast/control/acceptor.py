@@ -81,7 +81,8 @@ class _Visitor:
 
 
 class Acceptor:
-    """Accepts connections until `close`. `without_token` is the last who had another or none.
+    """Accepts connections until `close`. `without_token` is the last who had another or none;
+    `was_reached`: something has connected.
 
     `on_hello(connection, hello)` gets each worker with the right token: the server serves it, or
     answers with `refuse`. `on_mismatch(error)` gets the error for one with another protocol.
@@ -112,6 +113,7 @@ class Acceptor:
         self._num_visitors = 0
         self._num_strangers = 0
         self.without_token: str | None = None
+        self.was_reached = False
         self._quiet_until = 0.0
         loop.add_reader(listener, self._accept)
 
@@ -148,6 +150,7 @@ class Acceptor:
                 self._loop.remove_reader(self._listener)
                 self._loop.call_later(PAUSE_S, self._accept_again)
                 return
+            self.was_reached = True
             try:
                 if _has_left(sock):
                     sock.close()

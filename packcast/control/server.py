@@ -12,7 +12,12 @@ from dataclasses import replace
 from typing import TypeVar, cast
 
 from packcast.control.acceptor import Acceptor, raise_descriptor_limit
-from packcast.control.addresses import is_loopback, text_of
+from packcast.control.addresses import (
+    host_and_port,
+    is_everywhere,
+    is_loopback,
+    text_of,
+)
 from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import Progress, heartbeat_interval_s
@@ -260,6 +265,13 @@ class ControlServer(Channel):
                 error.hint = (
                     f"this listens on {self.address[0]}, where only ranks of this host reach it: "
                     "the others need another address (--listen, MASTER_ADDR)"
+                )
+            elif not self._acceptor.was_reached:
+                host, port = self.address
+                where = host_and_port("HOST" if is_everywhere(host) else host, port)
+                error.hint = (
+                    f"nothing has connected to port {port}: start the workers sooner, or try"
+                    f" `packcast doctor --reach {where}` on their hosts"
                 )
             self._give_up(error)  # `join` raises it
 

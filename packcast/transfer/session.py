@@ -205,7 +205,8 @@ class _Joining:
         launch, limit_s = self._launch, self._settings.join_timeout_s
         if not launch.is_one_host:
             post_route(rendezvous, launch)
-        sender = settle_sender(rendezvous, launch, self._settings.command, limit_s)
+        command, log = self._settings.command, self._view.note
+        sender = settle_sender(rendezvous, launch, command, limit_s, log)
         self._view.placed(launch.rank, is_sender=sender == launch.rank)
         if sender != launch.rank:
             address = await_address(rendezvous, limit_s)
@@ -237,7 +238,8 @@ class _Joining:
         host = rendezvous.host
         if is_literal(host) and source_towards(host) == host:
             return host
-        routes = await_routes(rendezvous, self._launch, self._settings.join_timeout_s)
+        limit_s, log = self._settings.join_timeout_s, self._view.note
+        routes = await_routes(rendezvous, self._launch, limit_s, log)
         others = [route for route in routes if is_literal(route) and not is_loopback(route)]
         here = [route for route in others if source_towards(route) == route]
         if len(here) > 1:

@@ -243,6 +243,7 @@ def test_garbage_is_dropped_with_a_line_and_harms_nobody(
 ) -> None:
     server = group.server(token=token)
     with Joining(server) as joining, Raw(server.address) as raw:
+        raw.hear(CHALLENGE)
         raw.sock.sendall(rubbish)
         raw.sock.shutdown(socket.SHUT_WR)
         assert raw.is_closed_by_peer()
@@ -352,6 +353,16 @@ def test_a_worker_without_the_token_is_remembered_where_one_is_missing(
     assert "1 of 1 worker has not joined" in str(joining.error)
     hint = getattr(joining.error, "hint", "")
     assert hint.startswith("a process at 127.0.0.1 came without this token: set the same")
+
+
+def test_where_nobody_has_connected_it_is_said_how_to_try_that(group: Group) -> None:
+    server = group.server(1, token=b"secret", listener=listen("", 0))
+    with Joining(server, limit_s=0.1) as joining:
+        pass
+    port = server.address[1]
+    hint = getattr(joining.error, "hint", "")
+    assert hint.startswith(f"nothing has connected to port {port}: start the workers sooner")
+    assert f"`packcast doctor --reach HOST:{port}`" in hint
 
 
 def test_who_left_before_there_was_a_server_is_no_stranger(group: Group) -> None:

@@ -421,6 +421,7 @@ def test_ranks_of_a_launch_with_different_tokens_are_told_so(
         r"rank 0 has not joined within 2.\d* s, or not with the same token as this rank",
         worker.sentence,
     )
+    assert "set the same PACKCAST_TOKEN on all hosts" in worker.error
 
 
 @pytest.mark.parametrize(

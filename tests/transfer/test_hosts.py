@@ -117,6 +117,22 @@ def test_in_a_launch_one_address_is_listened_on_and_an_open_one_is_warned_about(
     assert ("warning: this launch has no token" in ranks[0].stderr) == (not token)
 
 
+def test_different_tokens_are_named_while_the_ranks_wait(two: Two, checkpoint: Path) -> None:
+    port = free_port()
+    ranks = [
+        two.start(
+            host,
+            *command,
+            environment=rank_environment(rank, 2, port)
+            | {"MASTER_ADDR": "10.77.0.1", "LOCAL_RANK": "0", "PACKCAST_TOKEN": f"of rank {rank}"},
+        )
+        for rank, (host, command) in enumerate(
+            [(two.node1, ("send", checkpoint)), (two.node2, ("recv", "--discard"))]
+        )
+    ]
+    ranks[1].read_until("rank 0 is there, but not with the same token as this rank: set the same")
+
+
 def test_a_slurm_step_on_several_hosts_needs_a_token(commands: Commands, checkpoint: Path) -> None:
     task = slurm_task("1", 0, 2) | TWO_NODES
     end = commands.packcast("send", checkpoint, environment=task).wait()
