@@ -89,6 +89,7 @@ TABLE = [
             "mpirun -n 4 packcast send CKPT --out",
         )
     ),
+    Mistake("send ckpt --nproc 2 --out cut", 7, "{desk}/cut exists and is not empty", "--force"),
     Mistake("send ckpt --nproc 1", 2, "--nproc: must be at least 2", "see `packcast send --help`"),
     Mistake("send ckpt --nproc abc", 2, "--nproc: must be a whole number", "send --help"),
     Mistake("bench --nproc 1", 2, "--nproc: must be at least 2", "see `packcast bench --help`"),
@@ -249,7 +250,7 @@ def test_a_mistake_is_met_with_what_where_and_the_next_step(
     assert run(mistake.line.split(" ")) == mistake.code
     captured = capsys.readouterr()
     what, step = message(captured.err)
-    assert what.startswith(mistake.what)
+    assert what.startswith(mistake.what.replace("{desk}", str(desk)))
     assert mistake.step in step
     assert captured.out == ""
     assert not transfer.settings, "nothing was begun"
