@@ -325,6 +325,21 @@ def test_the_bars_leave_standard_output_alone(
     assert "[bold]odd" in captured.err
 
 
+def test_bars_begin_at_once_and_follow_without_a_blank(
+    terminal: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # captured, and drawn on all the same
+    view = RichView(SEND, ALONE)
+    view.joining(Joining(0, 300, (), None, 300.0))
+    assert "0 of 300 workers" in capsys.readouterr().err
+    for joined in range(1, 300):
+        view.joining(Joining(joined, 300, (), None, 300.0))
+    # Nothing is erased: at most, the thread that refreshes has drawn meanwhile.
+    assert capsys.readouterr().err.count("of 300 workers") < 100
+    view.close()
+
+
 def test_a_display_closes_from_any_thread() -> None:
     view = PlainView(SEND, ALONE)
     view.started(start_of(), lambda: snapshot_of(1))
