@@ -47,6 +47,7 @@ class Joining:
     missing: tuple[int, ...]  # ranks, if a launcher has assigned them; on a worker the first 8
     newest: str | None  # label of the last one to come; on the sender
     deadline: float
+    newest_host: str | None = None  # likewise
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,19 +38,22 @@ _ON_OTHERS = {  # on a worker
 
 
 def joining_line(joining: Joining, now: float) -> str:
-    """`2 of 11 workers have joined, not ranks 3, 7, 8, 9 and 5 more; waits up to 4:50`."""
-    have = "has" if joining.wanted == 1 else "have"
-    line = f"{joining.joined} of {count(joining.wanted, 'worker')} {have} joined"
+    """`2 of 11 workers joined; waiting for ranks 3, 7, 8, 9 and 5 more, up to 4:50`.
+
+    Where ranks are not known yet: `2 of 11 workers joined, the last on node7; waiting up to 4:50`.
+    """
+    line = f"{joining.joined} of {count(joining.wanted, 'worker')} joined"
     if joining.joined >= joining.wanted:
         return f"{line}, preparing"
-    limit = f"waits up to {format_countdown(joining.deadline - now)}"
+    limit = f"up to {format_countdown(joining.deadline - now)}"
     if not joining.missing:
-        return f"{line}; {limit}"
+        newest = f", the last on {joining.newest_host}" if joining.newest_host else ""
+        return f"{line}{newest}; waiting {limit}"
     num_missing = joining.wanted - joining.joined
     ranks = ", ".join(map(str, joining.missing[:MAX_NAMED]))
     if num_missing > MAX_NAMED:
         ranks += f" and {num_missing - MAX_NAMED} more"
-    return f"{line}, not rank{'s' * (num_missing > 1)} {ranks}; {limit}"
+    return f"{line}; waiting for rank{'s' * (num_missing > 1)} {ranks}, {limit}"
 
 
 def is_done(worker: WorkerState, total: int) -> bool:

@@ -6,6 +6,7 @@ Imports no torch. Never removes a copy that may be in use, or that has no record
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -70,6 +71,10 @@ def _text(
         lines.append(f"{count(len(gone), 'partial copy', 'partial copies')} removed")
     elif unused:
         lines.append(f"{len(unused)} unused, {nbytes}: remove with --yes")
-    if any(partial.state == "unknown" for partial in partials):
-        lines.append("unknown: packcast cannot tell whether it is used; remove it yourself")
+    unknown = [shlex.quote(partial.path) for partial in partials if partial.state == "unknown"]
+    if unknown:
+        lines += [
+            "unknown: packcast cannot tell whether it is used; it may be a complete copy, whose",
+            f"process was killed before the last step. Unless a transfer runs: rm -r {unknown[0]}",
+        ]
     return "\n".join(lines)

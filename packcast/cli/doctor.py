@@ -24,6 +24,7 @@ from packcast.cli.tables import Listing
 from packcast.cli.terminal import printable
 from packcast.control.addresses import (
     addresses_here,
+    connect,
     host_and_port,
     interface_of,
     interface_towards,
@@ -225,10 +226,10 @@ def reachable(host: str, port: int) -> Iterator[Diagnosis]:
         fix = "use the address, or correct the name service (/etc/hosts, DNS)"
         yield Diagnosis("reach", "problem", f"{host} has no address: {error.strerror}", fix)
         return
-    over = interface_towards(host)
+    over = interface_towards(found[0])
     yield Diagnosis("reach", "ok", f"{host} is {', '.join(found)}, by way of {over or 'nothing'}")
     try:
-        socket.create_connection((host, port), _REACH_LIMIT_S).close()
+        connect(host, port, _REACH_LIMIT_S).close()
     except ConnectionRefusedError:
         text = f"{where} is reachable; no process listens there now"
         yield Diagnosis("reach", "ok", text)

@@ -17,7 +17,7 @@ from packcast.cli.start import begin
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError
-from packcast.settings import check_address, named
+from packcast.settings import check_address_to_reach, named
 
 
 def inspect(
@@ -107,7 +107,7 @@ def doctor(
     told = json != "-" and not quiet
     listing, failure = examined(
         [given.path(folder) for folder in folders or ["."]],
-        reach=named("--reach", lambda text: check_address(given.address(text)), reach)
+        reach=named("--reach", lambda text: check_address_to_reach(given.address(text)), reach)
         if reach
         else None,
         tests=not no_test,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 
 import typer
 
@@ -18,6 +19,7 @@ from packcast.cli.outcome import Outcome
 from packcast.cli.terminal import say
 from packcast.errors import PackcastError
 from packcast.io.sinks.partial import partials_of, remove_if_unused
+from packcast.io.sinks.target import check_replaceable, locate
 from packcast.launch import validation
 from packcast.launch.devices import host_name
 from packcast.launch.exit import ProcessExit, die_with_parent, watch_signals
@@ -89,6 +91,7 @@ def typed_options(context: typer.Context) -> set[str]:
 
 def start_ranks(outcome: Outcome, nproc: int) -> int:
     """Start `nproc` ranks that run the same command; returns the exit code of the launch."""
+    _check_targets(outcome.settings, nproc)
     os.environ.pop("PACKCAST_NPROC", None)  # or every rank would start ranks of its own
     argv = given.without_nproc(outcome.argv)
 
@@ -98,17 +101,24 @@ def start_ranks(outcome: Outcome, nproc: int) -> int:
     return run_nproc(argv, nproc, say=say, look_after=look_after)
 
 
+def _check_targets(settings: Settings | None, nproc: int) -> None:
+    """Find a copy that is there already before the ranks spend seconds on importing torch."""
+    if settings is not None and not settings.force and not settings.in_place:
+        for target in _targets_of(settings, range(1, nproc)):
+            check_replaceable(locate(Path(target), "0" * 32), (), force=False)
+
+
+def _targets_of(settings: Settings | None, ranks: Iterable[int]) -> list[str]:
+    if settings is None or settings.sink != "write" or settings.target is None:
+        return []
+    target, host = settings.target, host_name()
+    return sorted({fill_in(target, rank=rank, local_rank=rank, host=host) for rank in ranks})
+
+
 def _clear_leftovers(settings: Settings | None, nproc: int, *, remove: bool) -> None:
     """Remove, or only name, the partial directories of ranks that were killed."""
-    if settings is None or settings.sink != "write" or settings.target is None:
-        return
-    host = host_name()
-    targets = {
-        os.path.realpath(fill_in(settings.target, rank=rank, local_rank=rank, host=host))
-        for rank in range(nproc)
-    }
-    for target in sorted(targets):
-        for partial in partials_of(target):
+    for target in _targets_of(settings, range(nproc)):
+        for partial in partials_of(os.path.realpath(target)):
             if partial.state == "unknown":
                 continue
             if remove and partial.state == "unused" and remove_if_unused(partial):

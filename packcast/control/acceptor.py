@@ -81,7 +81,8 @@ class _Visitor:
 
 
 class Acceptor:
-    """Accepts connections until `close`. `without_token` is the last who had another token.
+    """Accepts connections until `close`. `without_token` is the last who had another or none;
+    `was_reached`: something has connected.
 
     `on_hello(connection, hello)` gets each worker with the right token: the server serves it, or
     answers with `refuse`. `on_mismatch(error)` gets the error for one with another protocol.
@@ -112,6 +113,7 @@ class Acceptor:
         self._num_visitors = 0
         self._num_strangers = 0
         self.without_token: str | None = None
+        self.was_reached = False
         self._quiet_until = 0.0
         loop.add_reader(listener, self._accept)
 
@@ -148,7 +150,11 @@ class Acceptor:
                 self._loop.remove_reader(self._listener)
                 self._loop.call_later(PAUSE_S, self._accept_again)
                 return
+            self.was_reached = True
             try:
+                if _has_left(sock):
+                    sock.close()
+                    continue
                 tune(sock)
                 self._greet(sock, text_of(address), text_of(sock.getsockname()))
             except OSError:
@@ -200,7 +206,10 @@ class Acceptor:
         self._remove(visitor)
         self._on_hello(connection, hello)
 
-    def _on_end(self, visitor: _Visitor, _: Connection, why: str | None) -> None:
+    def _on_end(self, visitor: _Visitor, connection: Connection, why: str | None) -> None:
+        if why is None and self._token is not None and not visitor.is_refused:
+            self.without_token = connection.address
+            why = "it left without a proof of the token; is PACKCAST_TOKEN set there?"
         self._forget(visitor, why or "it left without a proof")
 
     def _linger(self, connection: Connection) -> None:
@@ -248,6 +257,14 @@ class Acceptor:
         self._quiet_until = now + LOG_INTERVAL_S
         so_far = f" ({self._num_strangers} so far)" if self._num_strangers > 1 else ""
         self._log(f"dropped {connection.label}: {why}{so_far}")
+
+
+def _has_left(sock: socket.socket) -> bool:
+    """It came before the control thread, and tries again: it is no stranger."""
+    try:
+        return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
 
 
 def _network_of(address: str) -> str:

@@ -8,12 +8,15 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
+from packcast.control.time_limit import within
+
 BACKLOG = 1024
+LOOK_UP_LIMIT_S = 15.0  # a resolver asks its second name server after 5 s
 
 _SIOCGIFCONF = 0x8912
 _IFREQ = struct.Struct("16s H 2x 4s 16x")  # name, address family, port, IPv4 address
@@ -23,16 +26,39 @@ _MAX_INTERFACES = 1024
 # the source address that it would use towards the world. No packet is sent.
 _SOMEWHERE_ELSE = ("192.0.2.1", "2001:db8::1")
 _ANY_PORT = 9
+NO_NAME_SERVER = "no name server has answered"
+NAME_HINT = "give the address instead of the name, or check /etc/resolv.conf and /etc/hosts"
 
 Found = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
 
 
-def resolve(host: str, port: int, kind: socket.SocketKind = socket.SOCK_STREAM) -> Found:
-    """The addresses of `host`, a name or a literal address. Raises OSError if there are none."""
-    try:
-        return socket.getaddrinfo(host, port, type=kind)
-    except UnicodeError as error:  # Python's own encoding of names, before anybody is asked
-        raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is not a host name") from error
+def resolve(
+    host: str,
+    port: int,
+    kind: socket.SocketKind = socket.SOCK_STREAM,
+    *,
+    limit_s: float = LOOK_UP_LIMIT_S,
+    check: Callable[[], object] | None = None,
+) -> Found:
+    """The addresses of `host`, a name or a literal address.
+
+    Raises OSError if there are none, or if no name server answers within `limit_s`: the resolver's
+    own limit is half a minute or more, and its call cannot be stopped. Also raises what `check`
+    raises during the wait.
+    """
+
+    def look_up() -> Found:
+        try:
+            return socket.getaddrinfo(host, port, type=kind)
+        except UnicodeError as error:  # Python's own encoding of names, before anybody is asked
+            raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is not a host name") from error
+
+    if is_literal(host):
+        return look_up()
+    found = within(limit_s, "packcast-look-up", look_up, check=check)
+    if found is None:
+        raise socket.gaierror(socket.EAI_AGAIN, NO_NAME_SERVER)
+    return found[0]
 
 
 def text_of(address: Any) -> str:
@@ -172,16 +198,34 @@ def _listening_socket(host: str, port: int) -> socket.socket:
     raise reason
 
 
-def connect(host: str, port: int, timeout_s: float) -> socket.socket:
-    """A connection to `host:port`. Raises OSError.
+def connect(
+    host: str,
+    port: int,
+    timeout_s: float,
+    *,
+    look_up_s: float = LOOK_UP_LIMIT_S,
+    check: Callable[[], object] | None = None,
+) -> socket.socket:
+    """A connection to `host:port`, at the first address that accepts. Raises OSError.
+
+    Each address gets `timeout_s`; the look-up before, `look_up_s` and `check`, as in `resolve`.
+    """
+    reason = OSError("no such address")
+    for *_, address in resolve(host, port, limit_s=look_up_s, check=check):
+        try:
+            return _connect(text_of(address), port, timeout_s)
+        except OSError as error:
+            reason = error
+    raise reason
+
+
+def _connect(address: str, port: int, timeout_s: float) -> socket.socket:
+    """A connection to this port of a literal address.
 
     After many attempts at an unused port of this host the kernel connects a socket to itself, and
     the server of that port could not bind it, nor for a minute after an orderly close.
     """
-    try:
-        sock = socket.create_connection((host, port), timeout_s)
-    except UnicodeError as error:
-        raise socket.gaierror(socket.EAI_NONAME, f"{host!r} is not a host name") from error
+    sock = socket.create_connection((address, port), timeout_s)
     if sock.getsockname() == sock.getpeername():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         sock.close()

@@ -32,6 +32,11 @@ TELL_LIMIT_S = 0.7
 FAIL_LIMIT_S = 1.0
 CLOSE_LIMIT_S = 2.0
 
+# The next step after a rank that closed its connection without a word: most were killed.
+DIED_HINT = (
+    "its own output says why, or the kernel's log if memory ran out; the same command again removes"
+    " what it left of a copy, as `packcast clean` does"
+)
 _CLOSED = "the control channel is closed"
 
 
@@ -201,7 +206,9 @@ class Channel:
             self._log(f"the position is not known: {error!r}")
             where = ""
         sentence = f"lost {self._name_of(connection)}" + (f" at {where}" if where else "")
-        return TransferError(f"{sentence}: {why}" if why else sentence)
+        if why:
+            return TransferError(f"{sentence}: {why}")
+        return TransferError(sentence, hint=DIED_HINT)
 
     def _name_of(self, connection: Connection) -> str:
         return connection.label

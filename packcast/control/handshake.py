@@ -12,7 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from packcast.control import auth
-from packcast.control.addresses import connect, host_and_port, says_loopback
+from packcast.control.addresses import (
+    NAME_HINT,
+    NO_NAME_SERVER,
+    connect,
+    host_and_port,
+    says_loopback,
+)
 from packcast.control.connection import tune
 from packcast.control.frames import (
     ACCEPTED,
@@ -33,6 +39,7 @@ RETRY_S = 0.2
 LONGEST_RETRY_S = 1.0  # many workers wait for one sender
 RESOLVE_AGAIN_S = 1.0
 CONNECT_LIMIT_S = 5.0
+LOOK_UP_PATIENCE_S = 3.0  # without a line about it
 ANSWER_LIMIT_S = 10.0
 MISMATCH_LIMIT_S = 2.0
 
@@ -55,6 +62,10 @@ class _NotYet(Exception):
     def __init__(self, why: str, pause_s: float = RETRY_S) -> None:
         super().__init__(why)
         self.pause_s = pause_s
+
+
+class _NoName(_NotYet):
+    """The host's name cannot be resolved, for now."""
 
 
 class _Stranger(RendezvousError):
@@ -81,13 +92,13 @@ def enter(
     where = " or ".join(host_and_port(host, port) for host in hosts)
     hello = Hello(info=me, heartbeat_timeout_s=min(heartbeat_timeout_s, MAX_SECONDS))
     deadline = time.monotonic() + join_timeout_s
-    slower, num_tries = 1.0, 0
-    limit = format_countdown(join_timeout_s)
+    slower = 1.0
+    waiting = _Waiting(where, join_timeout_s, log, still_wanted)
     while True:
         whys = []
         for host in hosts:
             try:
-                return _try(host, port, hello, token, deadline)
+                return _try(host, port, hello, token, deadline, waiting.look_up_hangs)
             except _NotYet as error:
                 whys.append(error)
             except _Stranger:
@@ -97,28 +108,67 @@ def enter(
         why = ", ".join(dict.fromkeys(map(str, whys)))
         pause_s = min(LONGEST_RETRY_S, slower * max(error.pause_s for error in whys))
         slower *= 1.2
-        if not still_wanted():
-            raise RendezvousError(f"the sender at {where} is waited for no longer")
+        waiting.check()
         if time.monotonic() + pause_s > deadline:
             raise RendezvousError(
                 f"no sender at {where} within {format_duration(join_timeout_s)}: {why}",
-                hint=_only_here(hosts)
-                or "start `packcast send` there, or check the address and the firewall",
+                hint=_hint(hosts, whys),
             )
-        if not num_tries:
-            log(f"waiting for the sender at {where} ({why}); waits up to {limit}")
-        num_tries += 1
+        waiting.say(why)
         time.sleep(pause_s * random.uniform(0.75, 1.0))
 
 
-def _only_here(hosts: Sequence[str]) -> str | None:
+class _Waiting:
+    """Says once what is waited for, and ends the wait if it is not wanted any more."""
+
+    def __init__(
+        self,
+        where: str,
+        limit_s: float,
+        log: Callable[[str], None],
+        still_wanted: Callable[[], bool],
+    ) -> None:
+        self._where = where
+        self._limit = format_countdown(limit_s)
+        self._log = log
+        self._still_wanted = still_wanted
+        self._has_said = False
+        self._say_at = time.monotonic() + LOOK_UP_PATIENCE_S
+
+    def check(self) -> None:
+        if not self._still_wanted():
+            raise RendezvousError(f"the sender at {self._where} is waited for no longer")
+
+    def look_up_hangs(self) -> None:
+        """Called again and again while a name is looked up."""
+        self.check()
+        if time.monotonic() > self._say_at:
+            self.say(NO_NAME_SERVER)
+
+    def say(self, why: str) -> None:
+        if not self._has_said:
+            where, limit = self._where, self._limit
+            self._log(f"waiting for the sender at {where} ({why}); waits up to {limit}")
+        self._has_said = True
+
+
+def _hint(hosts: Sequence[str], whys: Sequence[_NotYet]) -> str:
     if all(map(says_loopback, hosts)):
         return f"{hosts[0]} is this host itself: a sender on another host has another address"
-    return None
+    if all(isinstance(why, _NoName) for why in whys):
+        return NAME_HINT
+    return "start `packcast send` there, or check the address and the firewall"
 
 
-def _try(host: str, port: int, hello: Hello, token: bytes | None, deadline: float) -> Entered:
-    sock = _connect(host, port, deadline)
+def _try(
+    host: str,
+    port: int,
+    hello: Hello,
+    token: bytes | None,
+    deadline: float,
+    check: Callable[[], None],
+) -> Entered:
+    sock = _connect(host, port, deadline, check)
     where = host_and_port(host, port)
     try:
         talk = _Exchange(sock, where, deadline)
@@ -137,15 +187,16 @@ def _try(host: str, port: int, hello: Hello, token: bytes | None, deadline: floa
         raise
 
 
-def _connect(host: str, port: int, deadline: float) -> socket.socket:
+def _connect(host: str, port: int, deadline: float, check: Callable[[], None]) -> socket.socket:
     left_s = max(0.1, deadline - time.monotonic())
     try:
-        sock = connect(host, port, min(left_s, CONNECT_LIMIT_S))
+        timeout_s = min(left_s, CONNECT_LIMIT_S)
+        sock = connect(host, port, timeout_s, look_up_s=left_s, check=check)
         tune(sock)
     except socket.gaierror as error:
         # A service's name comes after its pods. Resolvers are shared, so they are asked less often.
         why = f"its name cannot be resolved: {(error.strerror or str(error)).lower()}"
-        raise _NotYet(why, min(RESOLVE_AGAIN_S, max(left_s / 4, RETRY_S))) from None
+        raise _NoName(why, min(RESOLVE_AGAIN_S, max(left_s / 4, RETRY_S))) from None
     except TimeoutError:
         raise _NotYet("no answer: the host is down, or a firewall blocks that port") from None
     except OSError as error:

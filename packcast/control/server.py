@@ -5,13 +5,19 @@ Knows no torch, and no meaning of messages.
 
 from __future__ import annotations
 
+import socket
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar, cast
 
-from packcast.control.acceptor import Acceptor, listen, raise_descriptor_limit
-from packcast.control.addresses import is_loopback, text_of
+from packcast.control.acceptor import Acceptor, raise_descriptor_limit
+from packcast.control.addresses import (
+    host_and_port,
+    is_everywhere,
+    is_loopback,
+    text_of,
+)
 from packcast.control.channel import Channel, Log, OnFailure
 from packcast.control.connection import Connection, Incident
 from packcast.control.frames import Progress, heartbeat_interval_s
@@ -42,16 +48,15 @@ class ControlServer(Channel):
     `expected` is the number of workers, or the ranks a launcher started (with or without mine).
     `on_failure(error)` is called once, on the control thread, when a worker is lost or gives up,
     after the others were notified; `gather` and `join` raise the same error. Without a launcher
-    `me.rank` may be None: the sender is rank 0. Raises RendezvousError if it cannot listen on
-    `host:port`; port 0 takes a free one, and a range its first free one.
+    `me.rank` may be None: the sender is rank 0. `listener` is a socket of `listen`, which the
+    server closes; workers may have connected to it already.
     """
 
     def __init__(
         self,
         expected: Expected,
         *,
-        host: str,
-        port: int | range,
+        listener: socket.socket,
         me: RankInfo,
         transfer_id: str,
         token: bytes | None,
@@ -62,7 +67,6 @@ class ControlServer(Channel):
         self._membership = Membership(expected, me)
         self._is_guarded = token is not None
         raise_descriptor_limit()
-        listener = listen(host, port)
         address = listener.getsockname()
         self.address: tuple[str, int] = (text_of(address), address[1])
         super().__init__(
@@ -255,13 +259,20 @@ class ControlServer(Channel):
             error = self._membership.missing(limit_s)
             if address := self._acceptor.without_token:
                 error.hint = (
-                    f"a process at {address} came with another token:"
+                    f"a process at {address} came without this token:"
                     " set the same PACKCAST_TOKEN on both sides"
                 )
             elif is_loopback(self.address[0]):
                 error.hint = (
                     f"this listens on {self.address[0]}, where only ranks of this host reach it: "
                     "the others need another address (--listen, MASTER_ADDR)"
+                )
+            elif not self._acceptor.was_reached:
+                host, port = self.address
+                where = host_and_port("HOST" if is_everywhere(host) else host, port)
+                error.hint = (
+                    f"nothing has connected to port {port}: start the workers sooner, or try"
+                    f" `packcast doctor --reach {where}` on their hosts"
                 )
             self._give_up(error)  # `join` raises it
 

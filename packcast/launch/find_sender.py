@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _SLOWEST_POLL_S = 0.2
 _NO_ANSWER = "the launcher's store does not answer"
+_FOREIGN_AFTER_S = 2.0  # a rank sets its role at once
+_TOKEN = "set the same PACKCAST_TOKEN on all hosts"
 _ADDRESS_KEY = "address"
 _FAILURE_KEY = "failure"
 
@@ -67,18 +69,24 @@ def hosts_of(address: SenderAddress, rendezvous: Rendezvous) -> list[str]:
 
 
 def settle_sender(
-    store: Keys, launch: Launch, role: Literal["send", "recv"], timeout_s: float
+    store: Keys,
+    launch: Launch,
+    role: Literal["send", "recv"],
+    timeout_s: float,
+    log: Callable[[str], object] = lambda _text: None,
 ) -> int:
     """The lowest rank that ran `send`; every rank calls this with its own role.
 
     Returns as soon as that is certain: ranks above the sender need not have come. Raises
     RendezvousError if no rank sends, or naming those still missing at the deadline; or the
-    failure that another rank published.
+    failure that another rank published. `log` gets a line if one seems to have another token.
     """
+    foreign = _Foreign(store, log)
 
     def lowest_sender() -> int | None:
         for rank in range(launch.world_size):
             if not store.check([_role_key(rank)]):
+                foreign.note(rank)
                 return None
             if store.get(_role_key(rank)) == b"send":
                 return rank
@@ -96,14 +104,40 @@ def settle_sender(
     return _poll(store, lowest_sender, lambda: _missing(store, launch, timeout_s), timeout_s)
 
 
-def _missing(store: Keys, launch: Launch, timeout_s: float) -> str:
-    """The sentence that names the ranks which have not joined in time."""
+class _Foreign:
+    """Notes, once, a rank that has come although its role is not there: signed with another token.
+
+    Anybody can pretend that of a rank, so the others go on waiting.
+    """
+
+    def __init__(self, store: Keys, log: Callable[[str], object]) -> None:
+        self._store = store
+        self._log = log
+        self._since: dict[int, float] = {}
+        self._has_noted = False
+
+    def note(self, rank: int) -> None:
+        if self._has_noted or not _is_announced(self._store, rank):
+            return
+        now = time.monotonic()
+        if now - self._since.setdefault(rank, now) > _FOREIGN_AFTER_S:
+            self._has_noted = True
+            self._log(f"rank {rank} is there, but not with the same token as this rank: {_TOKEN}")
+
+
+def _is_announced(store: Keys, rank: int) -> bool:
+    return isinstance(store, Rendezvous) and store.is_announced(rank)
+
+
+def _missing(store: Keys, launch: Launch, timeout_s: float) -> RendezvousError:
+    """The error that names the ranks which have not joined in time."""
     missing = [rank for rank in range(launch.world_size) if not store.check([_role_key(rank)])]
-    is_foreign = isinstance(store, Rendezvous) and any(map(store.is_announced, missing))
-    return (
+    is_foreign = any(_is_announced(store, rank) for rank in missing)
+    return RendezvousError(
         f"{'rank' if len(missing) == 1 else 'ranks'} {listed([str(rank) for rank in missing])}"
         f" {'has' if len(missing) == 1 else 'have'} not joined within {format_duration(timeout_s)}"
-        f"{', or not with the same token as this rank' if is_foreign else ''}"
+        f"{', or not with the same token as this rank' if is_foreign else ''}",
+        hint=_TOKEN if is_foreign else "start the missing ones, or give a longer --join-timeout",
     )
 
 
@@ -113,12 +147,16 @@ def post_route(rendezvous: Rendezvous, launch: Launch) -> None:
     answer_in(GRACE_S, _NO_ANSWER, lambda: rendezvous.set(_route_key(launch.rank), route))
 
 
-def await_routes(store: Keys, launch: Launch, timeout_s: float) -> set[str]:
-    """By which addresses the ranks have reached the store, once all have come."""
+def await_routes(
+    store: Keys, launch: Launch, timeout_s: float, log: Callable[[str], object]
+) -> set[str]:
+    """By which addresses the ranks have reached the store, once all have come; `log` as above."""
     keys = [_route_key(rank) for rank in range(launch.world_size)]
+    foreign = _Foreign(store, log)
 
     def routes() -> set[str] | None:
         if not store.check(keys):
+            foreign.note(next(rank for rank, key in enumerate(keys) if not store.check([key])))
             return None
         return {store.get(key).decode(errors="replace") for key in keys}
 
@@ -143,8 +181,11 @@ def await_address(store: Keys, timeout_s: float) -> SenderAddress:
                 return _SENDER_ADDRESS.validate_json(store.get(_ADDRESS_KEY))
         return None
 
-    def silence() -> str:
-        return f"the sender published no address within {format_duration(timeout_s)}"
+    def silence() -> RendezvousError:
+        return RendezvousError(
+            f"the sender published no address within {format_duration(timeout_s)}",
+            hint="its own output says what it waits for",
+        )
 
     return _poll(store, published, silence, timeout_s)
 
@@ -165,7 +206,10 @@ def _failure(store: Keys) -> PackcastError | None:
 
 
 def _poll(
-    store: Keys, look: Callable[[], T | None], silence: Callable[[], str], timeout_s: float
+    store: Keys,
+    look: Callable[[], T | None],
+    silence: Callable[[], RendezvousError],
+    timeout_s: float,
 ) -> T:
     """`look()` once it is not None; raises another rank's failure, or `silence()` in the end."""
 
@@ -178,7 +222,7 @@ def _poll(
             if (value := look()) is not None:
                 return value
             if time.monotonic() > deadline:
-                raise RendezvousError(silence())
+                raise silence()
             time.sleep(pause_s)
             pause_s = min(1.5 * pause_s, _SLOWEST_POLL_S)
 

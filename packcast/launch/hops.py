@@ -8,11 +8,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from packcast.control.rank_info import MAX_NAME_LENGTH, printable
+from packcast.control.time_limit import within
 from packcast.errors import RendezvousError
 from packcast.launch.devices import host_name
 from packcast.launch.processgroup import gloo_options
 from packcast.launch.reach import ephemeral_ports, meet
-from packcast.launch.time_limit import within
 from packcast.packed.unfinished import release_ended
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from packcast.control.time_limit import within
 from packcast.errors import PackcastError, RendezvousError
 from packcast.launch.reach import check_ring, ephemeral_ports
-from packcast.launch.time_limit import within
 from packcast.packed.unfinished import keep, release_ended
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from packcast.control.addresses import (
+    LOOK_UP_LIMIT_S,
     host_and_port,
     is_literal,
     is_loopback,
@@ -159,7 +160,8 @@ def open_rendezvous(
     import torch.distributed as dist
 
     option = "--master-port (MASTER_PORT)" if launch.kind == "torchrun" else "--port"
-    on = _address_here(address[0])
+    # The others look for this store meanwhile.
+    on = _address_here(address[0], min(timeout_s / 2, LOOK_UP_LIMIT_S))
     try:
         # Its own way there: its name may not be known yet, or be another host's.
         store, _ = host_store(on, on or LOOPBACK, address[1], timeout_s, option=option)
@@ -171,15 +173,15 @@ def open_rendezvous(
     return Rendezvous(signed(store), address, None)
 
 
-def _address_here(host: str) -> str:
+def _address_here(host: str, limit_s: float) -> str:
     """This host's address by that name, or "", every address, if others may not reach that.
 
-    Many systems resolve a host's own name to a loopback address.
+    Many systems resolve a host's own name to a loopback address, and a name server may be dead.
     """
     if is_literal(host):
         return host if source_towards(host) == host else ""
     try:
-        addresses = {text_of(address) for *_, address in resolve(host, 0)}
+        addresses = {text_of(address) for *_, address in resolve(host, 0, limit_s=limit_s)}
     except OSError:
         return ""
     here = [each for each in addresses if not is_loopback(each) and source_towards(each) == each]

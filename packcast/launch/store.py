@@ -15,13 +15,15 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from packcast.control.addresses import (
+    NAME_HINT,
+    NO_NAME_SERVER,
     connect,
     host_and_port,
     listening_socket,
     says_loopback,
 )
+from packcast.control.time_limit import within
 from packcast.errors import RendezvousError
-from packcast.launch.time_limit import within
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -119,21 +121,29 @@ def await_listener(
     where = host_and_port(host, port)
     pause_s = 0.02
     log_at = time.monotonic() + _TRY_LIMIT_S - 1.0
-    while True:
-        left_s = max(deadline - time.monotonic(), 0.1)
-        try:
-            return connect(host, port, min(left_s, _TRY_LIMIT_S) if log else left_s)
-        except TimeoutError:
-            reason = "no answer: the host is down, or a firewall blocks that port"
-        except OSError as error:
-            reason = error.strerror or str(error)
+
+    def say(reason: str) -> None:
+        nonlocal log
         if log is not None and time.monotonic() > log_at:
             log(f"waiting for the launcher's store at {where} ({reason[0].lower()}{reason[1:]})")
             log = None
+
+    while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
+        limit_s = min(left_s, _TRY_LIMIT_S) if log else left_s
+        hint = _only_here(host)
+        try:
+            return connect(host, port, limit_s, look_up_s=left_s, check=lambda: say(NO_NAME_SERVER))
+        except TimeoutError:
+            reason = "no answer: the host is down, or a firewall blocks that port"
+        except socket.gaierror as error:
+            reason = f"its name cannot be resolved: {(error.strerror or str(error)).lower()}"
+            hint = hint or NAME_HINT
+        except OSError as error:
+            reason = error.strerror or str(error)
+        say(reason)
         if time.monotonic() + pause_s > deadline:
-            raise RendezvousError(
-                f"cannot reach the store at {where}: {reason}", hint=_only_here(host)
-            )
+            raise RendezvousError(f"cannot reach the store at {where}: {reason}", hint=hint)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 1.0)
 

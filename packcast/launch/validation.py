@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 from packcast.errors import RendezvousError, UsageError
 from packcast.launch.launchers import ALONE, Launch, detect_launch
 from packcast.packed.plan import check_ring
-from packcast.settings import Command, Settings, SinkKind, check_template, named
+from packcast.settings import (
+    Command,
+    Settings,
+    SinkKind,
+    check_address_to_reach,
+    check_template,
+    named,
+)
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -162,8 +169,8 @@ def check_recv(settings: Settings, launch: Launch, name_of: NameOf, *, hint: str
             f"no address of the sender: {name_of('address')} is missing, and there is no launcher",
             hint=hint,
         )
-    if settings.address is not None and settings.address[1] == 0:
-        raise UsageError("port 0 cannot be connected to", hint="give the port that `send` shows")
+    if settings.address is not None:
+        check_address_to_reach(settings.address)
     check_port(settings.port, launch, name_of, without_launcher="listen")
 
 

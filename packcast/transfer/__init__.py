@@ -1,5 +1,5 @@
-"""A whole transfer on one rank: `run`. Imported late, since it needs torch."""
+"""A whole transfer on one rank: `run`, which imports torch when it is called."""
 
-from packcast.transfer.transfer import run
+from packcast.transfer.run import run
 
 __all__ = ["run"]

@@ -29,7 +29,7 @@ from packcast.settings import (
 )
 from packcast.transfer.background import BackgroundTransfer, TensorQueue
 from packcast.transfer.ends import MakeDestination
-from packcast.transfer.transfer import run
+from packcast.transfer.run import run
 from packcast.view import View
 
 AnyPath: TypeAlias = "str | os.PathLike[str]"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from packcast.control.addresses import (
+    LOOK_UP_LIMIT_S,
     addresses_here,
     host_and_port,
     is_everywhere,
@@ -45,7 +46,7 @@ def host_in_launch(
     host = rendezvous.host
     if is_literal(host) and source_towards(host) == host:
         return host
-    routes = await_routes(rendezvous, launch, timeout_s)
+    routes = await_routes(rendezvous, launch, timeout_s, log)
     others = [route for route in routes if is_literal(route) and not is_loopback(route)]
     here = [route for route in others if source_towards(route) == route]
     if len(here) > 1:
@@ -67,8 +68,10 @@ def address_for_others(host: str, limit_s: float, view: View) -> str:
     deadline = time.monotonic() + limit_s
     waiting = False
     while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
         try:
-            addresses = [text_of(address) for *_, address in resolve(host, 0)]
+            found = resolve(host, 0, limit_s=min(left_s, LOOK_UP_LIMIT_S))
+            addresses = [text_of(address) for *_, address in found]
             break
         except OSError as error:
             if time.monotonic() + _RESOLVE_AGAIN_S > deadline:

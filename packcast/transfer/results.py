@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pydantic import JsonValue
 
 from packcast.comparison import Comparison
+from packcast.control.channel import DIED_HINT
 from packcast.control.rank_info import RankInfo
 from packcast.errors import PackcastError, TransferError, VerificationError, error_from_code
 from packcast.io.landing import Sink
@@ -116,7 +117,8 @@ def failures_of(
     for rank in workers:
         last = published.get(rank)
         if last is None:
-            failures[rank] = TransferError(lost.get(rank, "it disconnected before it published"))
+            sentence = lost.get(rank, "it disconnected before it published")
+            failures[rank] = TransferError(sentence, hint=DIED_HINT if rank in lost else None)
         elif last.error or last.code:
             sentence = last.error or "it gave no reason"
             failures[rank] = error_from_code(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from packcast.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from packcast.checkpoint.outgoing import OutgoingFile, outgoing_files
-from packcast.control.addresses import (
-    addresses_here,
-)
+from packcast.control.acceptor import listen
+from packcast.control.addresses import addresses_here, text_of
 from packcast.control.client import ControlClient
 from packcast.control.handshake import enter
 from packcast.control.membership import Expected
@@ -81,12 +81,19 @@ class Session:
 
 
 def open_session(
-    settings: Settings, view: View, exit_handler: ExitHandler, *, call: int
+    settings: Settings,
+    view: View,
+    exit_handler: ExitHandler,
+    *,
+    call: int,
+    load: Callable[[], object] = lambda: None,
 ) -> Session:
     """Find the other ranks and open the control channel; every rank calls this first.
 
-    `call` counts the transfers of one launch. Raises CheckpointError on a sender without a valid
-    checkpoint (the others receive the reason), RendezvousError if the group cannot be formed.
+    `call` counts the transfers of one launch. `load` imports torch and the rest of the transfer: it
+    is called before the control thread starts, which could send no heartbeat for those seconds.
+    Raises CheckpointError on a sender without a valid checkpoint (the others receive the reason),
+    RendezvousError if the group cannot be formed.
     """
     launch = launch_of(os.environ, by_address=settings.by_address)
     if launch.kind != "none" and launch.world_size < 2:
@@ -95,7 +102,8 @@ def open_session(
             hint="start at least two, for example with torchrun --nproc-per-node 2",
         )
     if launch.kind == "none":
-        return _Joining(settings, launch, view, exit_handler).without_launcher()
+        return _Joining(settings, launch, view, exit_handler).without_launcher(load)
+    load()
     if launch.kind == "nproc":
         return _Joining(settings, launch, view, exit_handler).with_nproc()
     context = launch_context(launch, os.environ, call)
@@ -126,24 +134,27 @@ class _Joining:
                 self._fault = fault
         self._me = _introduction(settings, launch, self._checkpoint)
 
-    def without_launcher(self) -> Session:
+    def without_launcher(self, load: Callable[[], object]) -> Session:
         if self._fault is not None:
             raise self._fault
         settings, view = self._settings, self._view
         assert settings.address is not None, "the launch has been validated"
         host, port = settings.address
         if settings.command == "recv":
+            load()
             return self._connect([host], port, settings.token)
         assert settings.workers is not None, "the launch has been validated"
         token = settings.token or secrets.token_urlsafe(18).encode()
         host = address_for_others(host, settings.join_timeout_s, view)
-        server = self._listen(settings.workers, host, port, token)
-        where, *more = hosts_to_reach(server.address[0])
+        listener = listen(host, port or settings.port_range or 0)
+        address = listener.getsockname()
+        where, *more = hosts_to_reach(text_of(address))
         shown = None if settings.token else token.decode()
-        view.listening(recv_line(where, server.address[1], shown, settings.token_file))
+        view.listening(recv_line(where, address[1], shown, settings.token_file))
         if more:
             view.note(f"or by another address of this host: {', '.join(more)}")
-        return self._session(server)
+        load()
+        return self._session(self._serve(settings.workers, listener, token))
 
     def with_nproc(self) -> Session:
         """No store is needed: `--nproc` has handed over what the ranks must know of each other."""
@@ -160,7 +171,7 @@ class _Joining:
             return self._connect([LOOPBACK], port, token)
         if self._fault is not None:
             raise self._fault
-        server = self._listen(frozenset(range(launch.world_size)), LOOPBACK, 0, token)
+        server = self._listen(LOOPBACK, token)
         handover.publish_port(server.address[1], launch.world_size - 1)
         return self._session(server)
 
@@ -189,7 +200,8 @@ class _Joining:
         launch, limit_s = self._launch, self._settings.join_timeout_s
         if not launch.is_one_host:
             post_route(rendezvous, launch)
-        sender = settle_sender(rendezvous, launch, self._settings.command, limit_s)
+        command, log = self._settings.command, self._view.note
+        sender = settle_sender(rendezvous, launch, command, limit_s, log)
         self._view.placed(launch.rank, is_sender=sender == launch.rank)
         if sender != launch.rank:
             address = await_address(rendezvous, limit_s)
@@ -198,7 +210,7 @@ class _Joining:
             if self._fault is not None:
                 raise self._fault
             host = host_in_launch(rendezvous, launch, limit_s, self._view.note)
-            server = self._listen(frozenset(range(launch.world_size)), host, 0, secret)
+            server = self._listen(host, secret)
         except PackcastError as error:
             publish_failure(rendezvous, error)
             raise
@@ -206,13 +218,17 @@ class _Joining:
         publish_address(rendezvous, SenderAddress(hosts, server.address[1], beside_store=not host))
         return self._session(server)
 
-    def _listen(
-        self, expected: Expected, host: str, port: int, token: bytes | None
+    def _listen(self, host: str, token: bytes | None) -> ControlServer:
+        """For the ranks of a launch."""
+        listener = listen(host, self._settings.port_range or 0)
+        return self._serve(frozenset(range(self._launch.world_size)), listener, token)
+
+    def _serve(
+        self, expected: Expected, listener: socket.socket, token: bytes | None
     ) -> ControlServer:
         return ControlServer(
             expected,
-            host=host,
-            port=port or self._settings.port_range or 0,
+            listener=listener,
             me=self._me,
             transfer_id=uuid.uuid4().hex,
             token=token,

@@ -1,6 +1,6 @@
 """A whole transfer in the order in which it happens: `send` beside `receive`.
 
-Each step is one call; its details are where it is defined.
+Each step is one call; its details are where it is defined. What comes before is in `run.py`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from packcast.control.addresses import interface_of, interface_towards
 from packcast.control.client import ControlClient
 from packcast.control.messages import Commit
 from packcast.control.server import ControlServer
-from packcast.errors import PackcastError, TransferError
+from packcast.errors import TransferError
 from packcast.io.landing import Sink
 from packcast.io.sinks.verify import VerifySink
 from packcast.io.sinks.write import WriteSink
 from packcast.io.source import FileReader
-from packcast.launch.exit import ExitHandler
 from packcast.launch.store import join_served_store, serve_store
 from packcast.report import Report
 from packcast.settings import Settings
@@ -43,47 +42,13 @@ from packcast.transfer.results import (
     published_by,
     rank_reports,
 )
-from packcast.transfer.session import Session, open_session
+from packcast.transfer.session import Session
 from packcast.transfer.shares import hand_out_shares, state_of_copy, take_share
 from packcast.transfer.stall import StallWatch
 from packcast.transfer.view_state import joining_updates, start_of, told_by_sender, worker_states
-from packcast.view import View
 
 _SLOWEST_DISK = 5e6  # bytes per second
 _PATIENCE_S = 30.0  # for the others' last messages, once their work is done
-
-
-def run(
-    settings: Settings,
-    view: View,
-    exit_handler: ExitHandler,
-    *,
-    call: int = 0,
-    make_destination: MakeDestination | None = None,
-) -> Report:
-    """Take part in one transfer, as `packcast send` or `packcast recv` does. Every rank calls it.
-
-    Returns this rank's report, whose exit code is 6 if a comparison found a difference. Raises
-    PackcastError after notifying the other ranks. A failure of another rank, a lost rank or a
-    stall goes to `exit_handler` on another thread, since a collective may hang. `call` counts the
-    transfers of one launch, the same on all ranks. A worker with `make_destination` receives
-    tensors.
-    """
-    view.phase("join")
-    session = open_session(settings, view, exit_handler, call=call)
-    channel = session.channel
-    exit_handler.on_leave(
-        lambda: channel.fail(exit_handler.error or TransferError("it disconnected"))
-    )
-    try:
-        if isinstance(channel, ControlServer):
-            return send(session, channel)
-        return receive(session, channel, make_destination)
-    except PackcastError as error:
-        channel.fail(error)
-        raise
-    finally:
-        session.leave()
 
 
 def send(session: Session, server: ControlServer) -> Report:

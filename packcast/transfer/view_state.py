@@ -23,7 +23,8 @@ def joining_updates(settings: Settings, server: ControlServer, view: View) -> On
     def has_joined(worker: RankInfo, joined: int, wanted: int) -> None:
         if worker.rank is not None:
             left.discard(worker.rank)
-        view.joining(Joining(joined, wanted, tuple(sorted(left)), worker.label, deadline))
+        missing = tuple(sorted(left))
+        view.joining(Joining(joined, wanted, missing, worker.label, deadline, worker.host))
 
     return has_joined
 

@@ -54,7 +54,7 @@ def test_clean_lists_partial_copies_and_removes_nothing(local: Path, capsys: Cap
     before = names(local)
     assert run(["clean", str(local)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert "unused" in lines[1]
     assert ".one.packcast-1" in lines[1]
     assert f"pid {os.getpid()} on " in lines[1]

@@ -15,6 +15,7 @@ import pytest
 
 from packcast.cli.app import run
 from tests.cli.conftest import FakeTransfer
+from tests.helpers.commands import hydra_rank, open_mpi_rank, slurm_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,23 @@ TABLE = [
     Mistake("send ckpt --dry-run --exclude-files *", 2, "ckpt: no .safetensors file is left in this"
             " directory by --exclude-files", "--dry-run shows"),
     # -- who takes part ---------------------------------------------------------------------------
-    Mistake("send ckpt", 2, "no workers to send to", "packcast send CKPT --workers 3 --listen"),
+    *(
+        Mistake("send ckpt", 2, "no workers to send to: no launcher started", way, environ)
+        for environ in (
+            {},
+            slurm_task("7", 0, 1),  # a shell of `srun --pty`
+            open_mpi_rank("7", 0, 1),
+            hydra_rank(0, 1),
+        )
+        for way in (
+            "packcast send CKPT --out 'DIR-{rank}' --nproc 3",
+            "packcast send CKPT --workers 3 --listen HOST:29400",
+            "torchrun --no-python --nproc-per-node 4 packcast send CKPT",
+            "srun packcast send CKPT --out",
+            "mpirun -n 4 packcast send CKPT --out",
+        )
+    ),
+    Mistake("send ckpt --nproc 2 --out cut", 7, "{desk}/cut exists and is not empty", "--force"),
     Mistake("send ckpt --nproc 1", 2, "--nproc: must be at least 2", "see `packcast send --help`"),
     Mistake("send ckpt --nproc abc", 2, "--nproc: must be a whole number", "send --help"),
     Mistake("bench --nproc 1", 2, "--nproc: must be at least 2", "see `packcast bench --help`"),
@@ -90,9 +107,11 @@ TABLE = [
             "give it to the workers: `packcast recv HOST:PORT --out ...`"),
     Mistake("recv node1 --discard", 2, "HOST:PORT: 'node1' is not HOST:PORT", "node1:29400"),
     Mistake("recv node1:0 --discard", 2, "port 0 cannot be connected to", "that `send` shows"),
+    Mistake("recv 10.0.0.1:0 --discard", 2, "port 0 cannot be connected to", "that `send` shows"),
     Mistake("recv --discard", 2, "no address of the sender: HOST:PORT is missing",
             "`packcast send --workers N --listen HOST:PORT` prints the line to run"),
     Mistake("recv h:1 --discard --port 5", 2, "--port is only for Slurm", "--master-port"),
+    Mistake("doctor --reach 10.0.0.1:0", 2, "--reach: port 0 cannot be conn", "node1:29400"),
     Mistake("doctor --reach node1", 2, "--reach: 'node1' is not HOST:PORT", "node1:29400"),
     Mistake("doctor --reach node1:70000", 2, "--reach: 70000 is not a port", "at most 65535"),
     Mistake("recv node1:70000 --discard", 2, "HOST:PORT: 70000 is not a port", "at most 65535"),
@@ -118,6 +137,10 @@ TABLE = [
             "see `packcast send --help`"),
     Mistake("send ckpt --nproc 2 --device gpu", 2, "--device: 'gpu' is not one of auto, cpu, cuda",
             "N counts from 0"),
+    Mistake("send ckpt --nproc 2 --device tpu", 2, "--device: 'tpu' is not one of auto, cpu, cuda",
+            "N counts from 0"),
+    Mistake("recv h:1 --discard --device tpu", 2, "--device: 'tpu' is not one of", "from 0"),
+    Mistake("bench --nproc 2 --device tpu", 2, "--device: 'tpu' is not one of", "from 0"),
     Mistake("send ckpt --nproc 2 --buffer-size 3MB", 2, "--buffer-size: '3MB' is not a size",
             "sizes are binary: write 64MiB or 1GiB"),
     Mistake("send ckpt --nproc 2 --buffer-size 0", 2, "--buffer-size: 0 is too small", "is 1MiB"),
@@ -231,7 +254,7 @@ def test_a_mistake_is_met_with_what_where_and_the_next_step(
     assert run(mistake.line.split(" ")) == mistake.code
     captured = capsys.readouterr()
     what, step = message(captured.err)
-    assert what.startswith(mistake.what)
+    assert what.startswith(mistake.what.replace("{desk}", str(desk)))
     assert mistake.step in step
     assert captured.out == ""
     assert not transfer.settings, "nothing was begun"

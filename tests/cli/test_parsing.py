@@ -40,7 +40,7 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        *(("--device", value) for value in ("gpu", "cuda:", "cuda:x", "cuda0", "cpu ")),
+        *(("--device", value) for value in ("gpu", "tpu", "cuda:", "cuda:x", "cuda0", "cpu ")),
         *(("--readers", value) for value in ("0", "-1", "1.5", "every")),
         *(("--staging", value) for value in ("64MB", "1023KiB", "-5", "0")),
         *(("--join-timeout", value) for value in ("0", "-1s", "5 years")),
@@ -110,7 +110,7 @@ def test_a_token_file_that_all_may_read_is_warned_about(tmp_path: Path) -> None:
 def test_a_send_without_workers_names_the_ways_to_launch() -> None:
     with pytest.raises(UsageError, match="no workers to send to") as caught:
         given.check_send(SEND, NOBODY, nproc=None)
-    for way in ("--nproc", "--workers", "torchrun", "srun"):
+    for way in ("--nproc", "--workers", "torchrun", "srun", "mpirun"):
         assert way in str(caught.value.hint)
 
 

@@ -325,6 +325,21 @@ def test_the_bars_leave_standard_output_alone(
     assert "[bold]odd" in captured.err
 
 
+def test_bars_begin_at_once_and_follow_without_a_blank(
+    terminal: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # captured, and drawn on all the same
+    view = RichView(SEND, ALONE)
+    view.joining(Joining(0, 300, (), None, 300.0))
+    assert "0 of 300 workers" in capsys.readouterr().err
+    for joined in range(1, 300):
+        view.joining(Joining(joined, 300, (), None, 300.0))
+    # Nothing is erased: at most, the thread that refreshes has drawn meanwhile.
+    assert capsys.readouterr().err.count("of 300 workers") < 100
+    view.close()
+
+
 def test_a_display_closes_from_any_thread() -> None:
     view = PlainView(SEND, ALONE)
     view.started(start_of(), lambda: snapshot_of(1))
@@ -345,11 +360,15 @@ def test_a_log_names_few_workers_as_they_come_and_counts_many() -> None:
     said = [many.next_line(float(second)) for second in range(11)]
     assert said[:10] == [None] * 10
     assert said[10] == (
-        "2 of 600 workers have joined, not ranks 3, 4, 5, 6 and 594 more; waits up to 4:50"
+        "2 of 600 workers joined; waiting for ranks 3, 4, 5, 6 and 594 more, up to 4:50"
     )
 
 
-def test_without_a_launcher_the_number_of_missing_workers_is_shown() -> None:
+def test_without_a_launcher_the_host_that_joined_last_is_named() -> None:
     assert joining_line(Joining(0, 1, (), None, 65.0), 5.0) == (
-        "0 of 1 worker has joined; waits up to 1:00"
+        "0 of 1 worker joined; waiting up to 1:00"
+    )
+    newest = Joining(1, 3, (), "a worker (node2, pid 7)", 65.0, "node2")
+    assert (
+        joining_line(newest, 5.0) == "1 of 3 workers joined, the last on node2; waiting up to 1:00"
     )

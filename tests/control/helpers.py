@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from packcast.control import auth
+from packcast.control.acceptor import listen
 from packcast.control.client import ControlClient
 from packcast.control.frames import ACCEPTED, CHALLENGE, PROOF, PROTOCOL, FrameReader, frame_of
 from packcast.control.handshake import enter
@@ -92,13 +93,13 @@ class Group:
         expected: int | frozenset[int] = 1,
         *,
         port: int = 0,
+        listener: socket.socket | None = None,
         token: bytes | None = None,
         heartbeat_timeout_s: float = 3.0,
     ) -> ControlServer:
         server = ControlServer(
             expected,
-            host="127.0.0.1",
-            port=port,
+            listener=listener or listen("127.0.0.1", port),
             me=SENDER,
             transfer_id="transfer-1",
             token=token,
@@ -234,6 +235,7 @@ class Raw:
 
 _CHILD = """
 import os, sys, threading
+from packcast.control.acceptor import listen
 from packcast.control.client import ControlClient
 from packcast.control.handshake import enter
 from packcast.control.server import ControlServer
@@ -255,8 +257,8 @@ def client(port, rank, heartbeat_timeout_s):
     return ControlClient(entered, on_failure=on_failure, log=lambda text: None)
 
 def server(expected, heartbeat_timeout_s):
-    return ControlServer(expected, host="127.0.0.1", port=0, me=me(0, "send"), transfer_id="t",
-        token=None, heartbeat_timeout_s=heartbeat_timeout_s, on_failure=on_failure,
+    return ControlServer(expected, listener=listen("127.0.0.1", 0), me=me(0, "send"),
+        transfer_id="t", token=None, heartbeat_timeout_s=heartbeat_timeout_s, on_failure=on_failure,
         log=lambda text: None)
 """
 

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from packcast.control.acceptor import raise_descriptor_limit
+from packcast.control.acceptor import listen, raise_descriptor_limit
 from packcast.control.messages import OfferMessage
 from packcast.control.rank_info import RankInfo
 from packcast.control.server import ControlServer
@@ -121,8 +121,7 @@ def simulate(
     with ExitStack() as stack:
         server = ControlServer(
             frozenset(range(num_workers + 1)),
-            host="127.0.0.1",
-            port=0,
+            listener=listen("127.0.0.1", 0),
             me=RankInfo(role="send", rank=0, host="sender", boot_id="sender", pid=1),
             transfer_id="simulation",
             token=TOKEN,

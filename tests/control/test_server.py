@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 
 from packcast.control import acceptor, channel, connection
+from packcast.control.acceptor import listen
 from packcast.control.client import ControlClient
 from packcast.control.frames import ACCEPTED, CHALLENGE, PROTOCOL, REJECTED, Progress, frame_of
 from packcast.control.messages import Abort, Commit, Hello
@@ -242,6 +243,7 @@ def test_garbage_is_dropped_with_one_line_and_without_harm(
 ) -> None:
     server = group.server(token=token)
     with Joining(server) as joining, Raw(server.address) as raw:
+        raw.hear(CHALLENGE)
         raw.sock.sendall(rubbish)
         raw.sock.shutdown(socket.SHUT_WR)
         assert raw.is_closed_by_peer()
@@ -337,16 +339,40 @@ def test_the_error_for_tokens_that_differ_names_the_side(
     assert group.seen.failures == []
 
 
-def test_a_worker_with_another_token_is_remembered_where_one_is_missing(group: Group) -> None:
+@pytest.mark.parametrize("token", [b"other", None])
+def test_a_worker_without_the_token_is_remembered_where_one_is_missing(
+    group: Group, token: bytes | None
+) -> None:
     server = group.server(1, token=b"secret")
-    with pytest.raises(RendezvousError, match="token is not the sender's"):
-        group.client(server, info(), token=b"other")
+    with pytest.raises(RendezvousError, match=r"token is not|has none"):
+        group.client(server, info(), token=token)
+    eventually(lambda: any("token" in line for line in group.seen.log))
     with Joining(server, limit_s=0.1) as joining:
         pass
     assert joining.error is not None
     assert "1 of 1 worker has not joined" in str(joining.error)
     hint = getattr(joining.error, "hint", "")
-    assert hint.startswith("a process at 127.0.0.1 came with another token: set the same")
+    assert hint.startswith("a process at 127.0.0.1 came without this token: set the same")
+
+
+def test_where_nobody_has_connected_it_is_said_how_to_try_that(group: Group) -> None:
+    server = group.server(1, token=b"secret", listener=listen("", 0))
+    with Joining(server, limit_s=0.1) as joining:
+        pass
+    port = server.address[1]
+    hint = getattr(joining.error, "hint", "")
+    assert hint.startswith(f"nothing has connected to port {port}: start the workers sooner")
+    assert f"`packcast doctor --reach HOST:{port}`" in hint
+
+
+def test_who_left_before_there_was_a_server_is_no_stranger(group: Group) -> None:
+    listener = listen("127.0.0.1", 0)
+    socket.create_connection(listener.getsockname(), PATIENCE_S).close()
+    server = group.server(1, token=b"secret", listener=listener)
+    with Joining(server) as joining:
+        group.client(server, info(), token=b"secret")
+    assert joining.error is None
+    assert group.seen.log == []
 
 
 def test_nothing_is_read_of_a_worker_without_proof(group: Group) -> None:

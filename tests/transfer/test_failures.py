@@ -422,6 +422,7 @@ def test_ranks_of_a_launch_with_different_tokens_are_told_so(
         r"rank 0 has not joined within 2.\d* s, or not with the same token as this rank",
         worker.sentence,
     )
+    assert "set the same PACKCAST_TOKEN on all hosts" in worker.error
 
 
 @pytest.mark.parametrize(
@@ -482,6 +483,17 @@ def test_nproc_returns_the_true_exit_code_and_no_error_twice(
     assert len(set(errors)) == len(errors), end.stderr  # rank 2's own, and what the others heard
     assert all(f"{old} exists and is not empty" in error for error in errors)
     assert os.listdir(tmp_path) == ["out-2"]
+
+
+@pytest.mark.parametrize("command", [("send",), ("recv", "--discard")], ids=["send", "recv"])
+def test_a_launch_of_one_rank_has_nobody_to_send_to(
+    commands: Commands, checkpoint: Path, command: Sequence[str]
+) -> None:
+    what = [checkpoint] if command[0] == "send" else []
+    (end,) = commands.run_ranks([command[0], *what, *command[1:]])
+    assert end.returncode == 4
+    assert end.sentence == "the group has one rank, so there are no workers to send to"
+    assert "torchrun --nproc-per-node 2" in end.error
 
 
 @pytest.mark.parametrize("command", ["send", "bench"])

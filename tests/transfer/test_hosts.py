@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -26,6 +27,13 @@ pytestmark = needs_hosts
 
 TOKEN = {"PACKCAST_TOKEN": "between us"}
 TWO_NODES = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+SILENT_NAME_SERVER = """
+import socket, sys, time
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+print("listens", file=sys.stderr, flush=True)
+time.sleep(600)
+"""
 # Debian and Ubuntu give a host's own name this address, on the host itself.
 OWN_NAME, OTHER_NAME = {"node1": "127.0.1.1"}, {"node1": "10.77.0.1"}
 
@@ -107,6 +115,22 @@ def test_in_a_launch_one_address_is_listened_on_and_an_open_one_is_warned_about(
     disk.release()
     assert_arrived(large, tmp_path / "copy", *ranks)
     assert ("warning: this launch has no token" in ranks[0].stderr) == (not token)
+
+
+def test_different_tokens_are_named_while_the_ranks_wait(two: Two, checkpoint: Path) -> None:
+    port = free_port()
+    ranks = [
+        two.start(
+            host,
+            *command,
+            environment=rank_environment(rank, 2, port)
+            | {"MASTER_ADDR": "10.77.0.1", "LOCAL_RANK": "0", "PACKCAST_TOKEN": f"of rank {rank}"},
+        )
+        for rank, (host, command) in enumerate(
+            [(two.node1, ("send", checkpoint)), (two.node2, ("recv", "--discard"))]
+        )
+    ]
+    ranks[1].read_until("rank 0 is there, but not with the same token as this rank: set the same")
 
 
 def test_a_slurm_step_on_several_hosts_needs_a_token(commands: Commands, checkpoint: Path) -> None:
@@ -194,6 +218,48 @@ def test_a_worker_waits_for_a_name_that_does_not_resolve_yet(
     assert host_said(send) == "10.77.0.1"
     two.node2.know(OTHER_NAME | {"sender-0.svc": "10.77.0.1"})
     assert_arrived(checkpoint, tmp_path / "copy", send, recv)
+
+
+@pytest.mark.parametrize("launch", ["none", "torchrun"])
+def test_a_name_server_that_never_answers_is_named_at_the_join_limit(
+    two: Two, commands: Commands, tmp_path: Path, launch: str
+) -> None:
+    # Longer than a test may last: neither the look-up's end is waited for, nor its thread's.
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:5\n")
+    silent = commands.start([*two.node2.inside(sys.executable, "-c", SILENT_NAME_SERVER)])
+    silent.read_until("listens")
+    name, address = "sender-0.svc", ["sender-0.svc:29416"]
+    environment = TOKEN
+    if launch == "torchrun":
+        environment = TOKEN | rank_environment(1, 2, 29416) | {"MASTER_ADDR": name}
+        address = []
+    recv = two.start(
+        two.node2,
+        *("recv", *address, "--out", tmp_path / "copy", "--join-timeout", "5s"),
+        environment=environment,
+    )
+    ended = recv.wait()
+    assert ended.returncode == 4
+    if launch == "none":
+        assert f"sender at {name}:29416 (no name server has answered); waits up" in ended.stderr
+    where = f"no sender at {name}:29416 within 5" if address else f"the store at {name}:29416"
+    assert where in ended.sentence
+    assert "its name cannot be resolved: no name server has answered" in ended.sentence
+    assert "give the address instead of the name" in ended.error
+
+
+def test_doctor_names_a_name_server_that_never_answers(
+    two: Two, commands: Commands, tmp_path: Path
+) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:5\n")
+    silent = commands.start([*two.node2.inside(sys.executable, "-c", SILENT_NAME_SERVER)])
+    silent.read_until("listens")
+    doctor = two.start(
+        two.node2, *("doctor", "--no-test", "--reach", "sender-0.svc:29416"), environment={}
+    )
+    ended = doctor.wait()
+    assert "sender-0.svc has no address: no name server has answered" in ended.stdout
+    assert ended.returncode == 4
 
 
 def test_a_loopback_address_for_another_host_is_an_error_that_says_so_on_both(

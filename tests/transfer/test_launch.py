@@ -9,6 +9,7 @@ import random
 import re
 import shlex
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 
 from tests.helpers.checkpoints import same_tree, sharded
 from tests.helpers.commands import (
+    PACKCAST,
+    TIMEOUT_S,
     Commands,
     free_port,
     hydra_rank,
@@ -192,6 +195,19 @@ def test_explicit_workers_win_over_mpirun(
         result = rank.wait()
         assert result.returncode == 0, result.stderr
     assert_identical(real_checkpoint, [tmp_path / "copy"])
+
+
+def test_the_line_for_the_workers_comes_before_torch(commands: Commands, tmp_path: Path) -> None:
+    checkpoint = sharded(tmp_path / "model", 1, 1000)
+    endless = tmp_path / "modules" / "torch.py"
+    endless.parent.mkdir()
+    endless.write_text("import time\ntime.sleep(3600)\n")
+    sender = commands.start(
+        [*PACKCAST, "send", checkpoint, "--workers", "1", "--listen", "127.0.0.1:0"],
+        {"PYTHONPATH": str(endless.parent)},
+    )
+    port = sender.read_until(r"packcast recv 127\.0\.0\.1:(\d+) --out DIR")[1]
+    socket.create_connection(("127.0.0.1", int(port)), TIMEOUT_S).close()
 
 
 def test_a_quiet_sender_shows_the_file_of_the_token_and_not_the_token(

@@ -120,6 +120,7 @@ def test_a_lost_worker_failed_for_the_reason_it_was_lost() -> None:
     assert list(failures) == [2]
     assert type(failures[2]) is TransferError
     assert failures[2].message == "lost rank 2 (b, pid 7)"
+    assert "`packcast clean`" in str(failures[2].hint)
 
 
 def test_a_worker_that_said_no_last_word_failed() -> None:

@@ -188,6 +188,13 @@ def test_if_the_owner_does_not_publish_no_rank_reports_a_copy(
     told = {each["rank"]: each["ok"] for each in json.loads(report.read_text())["group"]["ranks"]}
     assert told == {0: True, 1: False, 2: False, 3: True}
     assert "complete on rank 3" in ends[0].sentence
+    if is_killed:
+        assert "`packcast clean`" in ends[0].error
+        cleaned = commands.packcast("clean", tmp_path, "--yes").wait()
+        assert f"Unless a transfer runs: rm -r {partial}\n" in cleaned.stdout
+        again = commands.start_ranks(("send", large), recv)
+        assert [end.returncode for end in wait_all(again)] == [0, 0]
+        same_tree(large, out)
 
 
 @pytest.mark.chaos
