@@ -126,7 +126,10 @@ def check_address_to_reach(address: object) -> tuple[str, int]:
     """The same of a process that listens already: not port 0, by which a listener takes any."""
     host, port = check_address(address)
     if port == 0:
-        raise UsageError("port 0 cannot be connected to", hint="give the port that `send` shows, as in node1:29400")
+        raise UsageError(
+            "port 0 cannot be connected to",
+            hint="give the port that `send` shows, as in node1:29400",
+        )
     return host, port
 
 

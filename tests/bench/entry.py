@@ -144,13 +144,13 @@ def full_disk(rank: int) -> None:
 
 def no_memory(rank: int) -> None:
     """On one rank there is no memory for a ring."""
-    from packcast.transfer import data_plane
+    from packcast.transfer import device_memory
 
     def refuse(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     if os.environ["RANK"] == str(rank):
-        patched: Any = data_plane
+        patched: Any = device_memory
         patched.Ring = refuse
 
 
