@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from packcast.errors import DestinationError, TransferError
 from packcast.io.schedule import Span
+from packcast.io.sinks import open_partial, record
 from packcast.io.sinks.sharing import Share
 from packcast.io.sinks.write import WriteSink
 from packcast.packed.plan import TURN, Extent
@@ -190,3 +191,21 @@ def test_a_file_that_was_cut_meanwhile_is_not_published(tmp_path: Path) -> None:
     with pytest.raises(DestinationError, match=r"m1\.safetensors was changed by another process"):
         owner.publish()
     assert names_in(tmp_path) == []
+
+
+def test_a_sink_that_comes_while_the_owner_gives_up_makes_a_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "copy"
+    owner, later = sink_for(target, CONTENT), sink_for(target, CONTENT)
+    owner.prepare()
+
+    def look_too_late(holder_fd: int, name: str, path: str) -> str | None:
+        owner.abort()
+        return record.check_in_use(holder_fd, name, path)
+
+    monkeypatch.setattr(open_partial, "check_in_use", look_too_late)
+    later.prepare()
+    assert later.wrote
+    later.abort()
+    assert not os.listdir(tmp_path)

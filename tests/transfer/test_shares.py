@@ -141,7 +141,9 @@ def test_what_one_of_them_cannot_write_ends_all(
     ]
     ends = wait_all(ranks, 60)
     assert [end.returncode for end in ends] == [7, 7, 7], [end.stderr for end in ends]
-    assert all("larger than the file system or a limit allows" in end.sentence for end in ends)
+    assert all("larger than the file system or a limit allows" in end.sentence for end in ends), [
+        end.stderr for end in ends
+    ]
     assert not os.listdir(tmp_path)
 
 

@@ -15,13 +15,14 @@ from packcast.io.sinks.attributes import take_over_attributes
 from packcast.io.sinks.ownership import folder_open, open_folder
 from packcast.io.sinks.partial import is_there, remove_partial
 from packcast.io.sinks.publish import publish, seal, sync_folder, sync_parents_of
-from packcast.io.sinks.record import check_in_use, claim, nonce_of
+from packcast.io.sinks.record import check_in_use, claim, in_the_way, nonce_of
 from packcast.io.sinks.sharing import remove_after_owner
 from packcast.io.sinks.target import Target, destination_error, make_parents
 
 FILE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WAIT_FOR_WRITERS_S = 1.0
+_MAX_ATTEMPTS = 8
 
 
 class OpenPartial:
@@ -64,15 +65,10 @@ class OpenPartial:
         make_parents(target.holder, self._made_parents, self._while_wanted)
         with self._while_wanted():
             self._holder_fd = os.open(target.holder, _HOLDER_FLAGS)
-            try:
-                os.mkdir(target.partial, self._folders[""], dir_fd=self._holder_fd)
-            except FileExistsError:
-                self.copy_id = check_in_use(self._holder_fd, target.partial, target.partial_path)
+            self.is_owner = self._make_or_find()
+            if not self.is_owner:
                 self._open_others()
                 return
-            except OSError as error:
-                raise destination_error(error, f"write into {target.holder}") from error
-            self.is_owner = True
             self.fd = open_folder(self._holder_fd, target.partial)
             try:
                 self._claim_fd = claim(self.fd)
@@ -81,6 +77,22 @@ class OpenPartial:
                 raise destination_error(error, f"write into {target.holder}") from error
             if target.mode is not None:
                 self._notes += take_over_attributes(target.path, self.fd)
+
+    def _make_or_find(self) -> bool:
+        """Whether this sink made it; else another sink of this transfer holds it."""
+        target = self.target
+        for _ in range(_MAX_ATTEMPTS):
+            try:
+                os.mkdir(target.partial, self._folders[""], dir_fd=self._holder_fd)
+                return True
+            except FileExistsError:
+                pass
+            except OSError as error:
+                raise destination_error(error, f"write into {target.holder}") from error
+            with suppress(FileNotFoundError):  # its owner has just failed, and removed it
+                self.copy_id = check_in_use(self._holder_fd, target.partial, target.partial_path)
+                return False
+        raise in_the_way(target.partial_path)
 
     def _open_others(self) -> None:
         """To write into it, where that is this user's."""

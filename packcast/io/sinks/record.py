@@ -90,23 +90,27 @@ def check_in_use(holder_fd: int, name: str, path: str) -> str | None:
     """The directory's nonce; DestinationError unless another rank of this transfer holds it.
 
     Otherwise this rank would drop its bytes although no rank writes them. A directory that was made
-    just now gets its record within the limit.
+    just now gets its record within the limit. FileNotFoundError if it is there no more: the rank
+    that made it has failed, or is about to say so.
     """
     deadline = time.monotonic() + _RECORD_LIMIT_S
     while True:
         try:
             with folder_open(holder_fd, name) as folder_fd, look(folder_fd) as (state, owner):
                 nonce = _nonce_in(folder_fd)
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            raise _in_the_way(path) from error
+            raise in_the_way(path) from error
         if state != "unused" and owner is not None:
             return nonce
         if state == "unused" or time.monotonic() > deadline:
-            raise _in_the_way(path)
+            raise in_the_way(path)
         time.sleep(_LOOK_S)
 
 
-def _in_the_way(path: str) -> DestinationError:
+def in_the_way(path: str) -> DestinationError:
+    """The partial directory of this transfer exists, but is none of its ranks'."""
     return DestinationError(
         f"{path} already exists, and no rank of this transfer created it",
         hint="find out which process created it, and remove it",
