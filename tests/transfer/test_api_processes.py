@@ -5,6 +5,7 @@ A failure is raised in a process that lives on and transfers again.
 
 from __future__ import annotations
 
+import inspect
 import re
 import signal
 import sys
@@ -221,7 +222,8 @@ def test_the_launchers_port_is_left_to_the_trainers_own_group(
 
 def example_of(function: object) -> str:
     """The example in a docstring, as it stands there."""
-    lines = re.search(r"\n\n((?:        .*\n|\n)+)", str(function.__doc__))
+    # Without the function's indentation, which Python 3.13 leaves out by itself.
+    lines = re.search(r"\n\n((?:    .*\n|\n)+)", inspect.cleandoc(str(function.__doc__)))
     assert lines is not None
     return textwrap.dedent(lines[1])
 
