@@ -167,9 +167,6 @@ class LimitMethod(MethodRun):
             stage: torch.cuda.Stream(ranks.device, priority=-(stage == "broadcast"))
             for stage in stages
         }
-        # Not where the I/O threads are at this moment: that would slow both down.
-        places = deque(self._host.split(unit_nbytes(case.buffer_size)))
-        places.rotate(len(places) // 2)
         in_flight: deque[torch.cuda.Event] = deque()
         landed = 0
         for slot, root in self._calls():
@@ -184,8 +181,7 @@ class LimitMethod(MethodRun):
                         landed += slot.numel()
                     elif stage == "d2h" or root == ranks.rank:
                         for part in slot.split(unit_nbytes(case.buffer_size)):
-                            host = places[0][: part.numel()]
-                            places.rotate(-1)
+                            host = self._host[: part.numel()]
                             if stage == "h2d" and self._reads is not None:
                                 self._reads.copy(part, stream)
                             elif stage == "h2d":

@@ -16,6 +16,7 @@ from typing import Any
 from packcast.control.time_limit import within
 
 BACKLOG = 1024
+REACH_LIMIT_S = 10.0  # a lost SYN is sent again after 1, 3 and 7 s
 LOOK_UP_LIMIT_S = 15.0  # a resolver asks its second name server after 5 s
 
 _SIOCGIFCONF = 0x8912

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from packcast.control.addresses import (
+    REACH_LIMIT_S,
     connect,
     host_and_port,
     interfaces,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LONGEST_PAUSE_S = 0.1
-_REACH_LIMIT_S = 10.0  # a lost SYN is sent again after 1, 3 and 7 s
 _NCCL_DEFAULTS = ("ib", "^docker,lo,virbr", "docker", "lo")  # what NCCL tries, one after the other
 
 
@@ -87,10 +87,10 @@ def _try(rank: int, after: int, other: _Listener, name: str | None) -> None:
         return
     address = with_interface(other.address, name)
     try:
-        connect(address, other.port, _REACH_LIMIT_S).close()
+        connect(address, other.port, REACH_LIMIT_S).close()
     except OSError as error:
         no_answer = isinstance(error, TimeoutError)
-        reason = f"no answer within {_REACH_LIMIT_S:g} s" if no_answer else error.strerror or error
+        reason = f"no answer within {REACH_LIMIT_S:g} s" if no_answer else error.strerror or error
         on = f" on {name}" if name else ""
         raise RendezvousError(
             f"rank {rank} ({_own_name()}) cannot connect to rank {after} ({printable(other.host)})"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from packcast.control.addresses import (
     NAME_HINT,
     NO_NAME_SERVER,
+    REACH_LIMIT_S,
     connect,
     host_and_port,
     listening_socket,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _TRY_LIMIT_S = 5.0
-_REACH_LIMIT_S = 10.0  # a lost SYN is sent again after 1, 3 and 7 s
 GRACE_S = 5.0  # a store call so long after its own deadline is stuck
 
 
@@ -49,10 +49,10 @@ def join_served_store(host: str, port: int, timeout_s: float) -> Store:
     So RendezvousError is raised soon if nothing answers.
     """
     try:
-        await_listener(host, port, time.monotonic() + _REACH_LIMIT_S).close()
+        await_listener(host, port, time.monotonic() + REACH_LIMIT_S).close()
     except RendezvousError as error:
         raise RendezvousError(
-            f"{error.message}, after {_REACH_LIMIT_S:g} s; the sender listens there, and its"
+            f"{error.message}, after {REACH_LIMIT_S:g} s; the sender listens there, and its"
             " control port was reached",
             hint="does a firewall block that port? --port-range chooses ports that may pass",
         ) from None

@@ -21,7 +21,7 @@ from packcast.packed.pipeline import run_pipeline
 from packcast.packed.ring import NOBODY, Ring, Slot
 from packcast.packed.streams import StreamEvent, make_caller_wait, record_caller_stream
 from packcast.packed.tensor_bytes import from_bytes, nbytes_of
-from packcast.packed.wire import Entry, Pack, PostIter, packs_to_receive, packs_to_send
+from packcast.packed.wire import ExpectedTensor, Pack, PostIter, packs_to_receive, packs_to_send
 
 DEFAULT_PACKED_BUFFER_SIZE_BYTES = 1 << 30
 DEFAULT_PACKED_NUM_BUFFERS = 2
@@ -264,7 +264,7 @@ def _copy_out(tensors: Sequence[torch.Tensor], memory: torch.Tensor) -> None:
         torch._foreach_copy_(data, memory[: sum(sizes)].split(sizes))
 
 
-def _views(entries: Sequence[Entry], memory: torch.Tensor) -> list[torch.Tensor]:
+def _views(entries: Sequence[ExpectedTensor], memory: torch.Tensor) -> list[torch.Tensor]:
     """The tensors one after the other in the memory: views of it, copies of unaligned ones.
 
     Views of consecutive tensors of one shape and dtype, which models have many of, are made at

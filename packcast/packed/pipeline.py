@@ -67,36 +67,25 @@ def run_pipeline(
             if end is not None:
                 closing.callback(end.close)
         try:
-            return _run(chunks, rank, ring, broadcast, source, drain, begin)
+            cpu_begin = time.thread_time()
+            stage: Stage = drain.stage if drain else "broadcast"
+            for chunk, slot in _with_slots(chunks, ring, stage, begin):
+                if chunk.root == rank and source is not None:
+                    source.fill(chunk, slot)
+                ring.broadcast(chunk, slot, broadcast)
+                if drain is not None:
+                    drain.drain(chunk, slot)
+            # Where the host runs ahead of the streams, it waits here for the rest of their work.
+            with ring.counters.waiting_on("broadcast"):
+                ring.synchronize()
+            if drain is not None:
+                drain.finish()
+            ring.counters.loop_seconds = time.thread_time() - cpu_begin
+            return time.perf_counter()
         except BaseException as error:
             if on_failure is not None:
                 on_failure(error)
             raise
-
-
-def _run(
-    chunks: Iterable[C],
-    rank: int,
-    ring: Ring,
-    broadcast: Broadcast,
-    source: Source[C] | None,
-    drain: Drain[C] | None,
-    begin: Callable[[C, Slot], object] | None,
-) -> float:
-    cpu_begin = time.thread_time()
-    for chunk, slot in _with_slots(chunks, ring, drain.stage if drain else "broadcast", begin):
-        if chunk.root == rank and source is not None:
-            source.fill(chunk, slot)
-        ring.broadcast(chunk, slot, broadcast)
-        if drain is not None:
-            drain.drain(chunk, slot)
-    # Where the host runs ahead of the streams, it waits here for the rest of their work.
-    with ring.counters.waiting_on("broadcast"):
-        ring.synchronize()
-    if drain is not None:
-        drain.finish()
-    ring.counters.loop_seconds = time.thread_time() - cpu_begin
-    return time.perf_counter()
 
 
 def _with_slots(

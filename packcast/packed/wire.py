@@ -15,7 +15,7 @@ T = TypeVar("T")
 PostIter = Callable[[tuple[str, torch.Tensor]], torch.Tensor]
 
 
-class Entry(NamedTuple):
+class ExpectedTensor(NamedTuple):
     """What a receiver knows of a tensor."""
 
     name: str
@@ -30,7 +30,7 @@ class Pack:
     index: int
     root: int
     nbytes: int
-    entries: tuple[Entry, ...] = ()  # on the consumer
+    entries: tuple[ExpectedTensor, ...] = ()  # on the consumer
     parts: tuple[torch.Tensor, ...] = ()  # on the producer, contiguous on the device
     own: None = None
 
@@ -68,9 +68,9 @@ def packs_to_send(
 def packs_to_receive(
     pairs: Iterator[tuple[str, tuple[Sequence[int], torch.dtype]]], limit: int, root: int
 ) -> Iterator[Pack]:
-    def entries() -> Iterator[tuple[int, Entry]]:
+    def entries() -> Iterator[tuple[int, ExpectedTensor]]:
         for name, (shape, dtype) in pairs:
-            yield nbytes_of(shape, dtype), Entry(name, tuple(shape), dtype)
+            yield nbytes_of(shape, dtype), ExpectedTensor(name, tuple(shape), dtype)
 
     for index, (nbytes, items) in enumerate(_closed_after_exceeding(entries(), limit)):
         yield Pack(index, root, nbytes, entries=tuple(items))

@@ -493,7 +493,7 @@ def test_an_unreachable_store_is_one_line_and_no_stack(capfd: pytest.CaptureFixt
 def test_a_store_that_listens_but_cannot_be_reached_is_soon_said_to_be_behind_a_firewall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(stores, "_REACH_LIMIT_S", 0.3)
+    monkeypatch.setattr(stores, "REACH_LIMIT_S", 0.3)
     started = time.monotonic()
     with full_listener() as port, pytest.raises(RendezvousError) as caught:
         join_served_store("127.0.0.1", port, 300.0)

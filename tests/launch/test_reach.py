@@ -60,7 +60,7 @@ def test_ranks_that_reach_each_other_go_on(num_ranks: int) -> None:
 def test_a_rank_behind_a_firewall_is_named_with_host_port_interface_and_range(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reach, "_REACH_LIMIT_S", 0.3)
+    monkeypatch.setattr(reach, "REACH_LIMIT_S", 0.3)
     monkeypatch.setattr(reach, "ephemeral_ports", lambda: "29420-29999")
     store = dist.HashStore()
     with full_listener() as port:
