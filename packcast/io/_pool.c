@@ -1,7 +1,8 @@
 /* The loop of the I/O threads: read, write or compare the pieces of a schedule, hash every block.
 
-   Knows descriptors, memory and counters; no Python, no plan, no GPU. The schedule is fixed before
-   the first thread starts. A grain, some blocks of a piece, is what a thread does at a time; the
+   Knows descriptors, memory and counters; no Python and no plan, and of a GPU only the functions of
+   its driver that are given to `packcast_pool_copy`. The schedule is fixed before the first thread
+   starts. A grain, some blocks of a piece, is what a thread does at a time; the
    threads take the grains in order. Three things pass between the threads and the caller: how many
    units the threads may work on (`allowed`), how many grains of each unit are left, and one cell
    for the first failure.
@@ -26,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { POOL_ABI = 2 };
+enum { POOL_ABI = 3 };
 enum { BLOCK = 1 << 20, DIGEST = 16, STACK_NBYTES = 256 << 10 };
 enum task { TASK_READ = 0, TASK_WRITE = 1, TASK_COMPARE = 2 };
 enum flag { FLAG_TOLERANT = 1, FLAG_WRITEBACK = 2, FLAG_UNHASHED = 4 };
@@ -52,6 +53,25 @@ struct config {
     int64_t grain_nbytes; /* a multiple of BLOCK */
 };
 
+/* Copies of units to a device, in order, by one thread at a time. Functions and handles are of
+   CUDA's driver: cuMemcpyHtoDAsync, cuEventRecord, cuEventQuery. */
+struct copies {
+    int32_t (*copy)(uint64_t into, const void *from, size_t nbytes, void *stream);
+    int32_t (*record)(void *event, void *stream);
+    int32_t (*query)(void *event);
+    void *stream;
+    void **events;                  /* by place: after the last copy out of it */
+    const struct unit_copy *copies; /* by unit */
+    int64_t num_places;             /* unit u lies in the place of unit u - num_places */
+    int64_t num_ready;              /* units whose files are open */
+    int64_t num_begun, num_over;
+    void *begin;  /* an event to record before the next copy, or NULL */
+    int64_t code; /* what the driver said, where it failed */
+};
+struct unit_copy { int64_t memory, nbytes, slot_offset; };
+enum { CUDA_NOT_READY = 600 };
+enum { LOOK_SOON_NS = 100 * 1000, LOOK_NS = 500 * 1000 };
+
 struct pool;
 
 struct thread {
@@ -73,7 +93,7 @@ struct pool {
     _Atomic int64_t nbytes, busy_ns, first_ns, last_ns;
     pthread_mutex_t mutex;
     pthread_cond_t changed; /* a unit is done, a thread has failed or ended, or stop */
-    int64_t num_alive, num_started;
+    int64_t num_alive, num_started, num_copying;
     struct failure failure;
     struct thread *threads;
 };
@@ -397,17 +417,92 @@ void packcast_pool_stop(struct pool *pool)
     pthread_mutex_unlock(&pool->mutex);
 }
 
-/* How many threads have not ended within `timeout_ns`: then nothing may be freed. Any thread, any
-   number of times: joined once, under the mutex, which a thread that has counted itself out does
-   not take again. */
+static int copy_next(struct pool *pool, struct copies *copies, uint64_t slot)
+{
+    int64_t unit = copies->num_begun;
+    const struct unit_copy *it = &copies->copies[unit];
+    pthread_mutex_lock(&pool->mutex);
+    int is_stopped = atomic_load_explicit(&pool->stop, memory_order_relaxed);
+    pool->num_copying += !is_stopped;
+    pthread_mutex_unlock(&pool->mutex);
+    if (is_stopped)
+        return -1;
+    jitter(unit);
+    if (copies->begin != NULL)
+        copies->code = copies->record(copies->begin, copies->stream);
+    copies->begin = NULL;
+    if (copies->code == 0)
+        copies->code = copies->copy(slot + (uint64_t)it->slot_offset,
+                                    pool->config.memory + it->memory, (size_t)it->nbytes,
+                                    copies->stream);
+    if (copies->code == 0)
+        copies->code = copies->record(copies->events[unit % copies->num_places], copies->stream);
+    copies->num_begun++;
+    pthread_mutex_lock(&pool->mutex);
+    pool->num_copying--;
+    pthread_cond_broadcast(&pool->changed);
+    pthread_mutex_unlock(&pool->mutex);
+    return copies->code == 0 ? 1 : -2;
+}
+
+/* Allow as many units as have their files open and the place of a unit whose copy is over. */
+static int reuse_places(struct pool *pool, struct copies *copies)
+{
+    while (copies->num_over < copies->num_begun && copies->code == 0) {
+        int32_t code = copies->query(copies->events[copies->num_over % copies->num_places]);
+        if (code == CUDA_NOT_READY)
+            break;
+        copies->code = code;
+        copies->num_over++;
+    }
+    int64_t units = copies->num_over + copies->num_places;
+    if (units > copies->num_ready)
+        units = copies->num_ready;
+    if (units > atomic_load_explicit(&pool->allowed, memory_order_relaxed))
+        packcast_pool_allow(pool, units);
+    return copies->code == 0;
+}
+
+/* Begin the copies of all units below `end` into the slot, each as soon as it is done, and wait for
+   unit `until`, which is not copied if it is `end`. 1: so it is. 0: not within `timeout_ns`, or not
+   with `num_ready` units; call again. -1: failed or stopped. -2: the driver failed. After a stop no copy begins, and
+   `packcast_pool_join` waits for one that is about to. */
+int packcast_pool_copy(struct pool *pool, struct copies *copies, int64_t end, int64_t until,
+                       uint64_t slot, int64_t timeout_ns)
+{
+    int64_t deadline = now_ns() + timeout_ns;
+    while (reuse_places(pool, copies)) {
+        int64_t unit = copies->num_begun < end ? copies->num_begun : until;
+        int64_t left = deadline - now_ns();
+        int64_t ahead = atomic_load_explicit(&pool->allowed, memory_order_relaxed) - unit;
+        /* With half of the places ahead, the threads have work. */
+        int64_t pause = ahead > copies->num_places / 2 ? LOOK_NS : LOOK_SOON_NS;
+        int result = packcast_pool_wait(pool, unit, unit >= copies->num_ready ? 0
+                                                    : pause < left          ? pause
+                                                                            : left);
+        if (result == 1 && copies->num_begun >= end)
+            return 1;
+        if (result == 1)
+            result = copy_next(pool, copies, slot);
+        if (result < 0)
+            return result;
+        if (result == 0 && (unit >= copies->num_ready || now_ns() >= deadline))
+            return 0;
+    }
+    return -2;
+}
+
+/* How many threads have not ended within `timeout_ns`, or may be about to begin a copy: then
+   nothing may be freed. Any thread, any number of times: joined once, under the mutex, which a
+   thread that has counted itself out does not take again. */
 int64_t packcast_pool_join(struct pool *pool, int64_t timeout_ns)
 {
     struct timespec deadline = deadline_of(timeout_ns);
     pthread_mutex_lock(&pool->mutex);
-    while (pool->num_alive > 0)
+    while (pool->num_alive + pool->num_copying > 0)
         if (pthread_cond_timedwait(&pool->changed, &pool->mutex, &deadline) == ETIMEDOUT)
             break;
-    int64_t num_alive = pool->num_alive;
+    int64_t num_alive = pool->num_alive + pool->num_copying;
     while (num_alive == 0 && pool->num_started > 0)
         pthread_join(pool->threads[--pool->num_started].id, NULL);
     pthread_mutex_unlock(&pool->mutex);

@@ -1,6 +1,7 @@
 """The compiled pool: finds it and the hash function that it calls, and drives it through ctypes.
 
-Its threads are no Python threads: nothing of the interpreter is in the way of a byte.
+Its threads are no Python threads: nothing of the interpreter is in the way of a byte. Knows no
+torch.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import sys
 import sysconfig
 import weakref
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
+from packcast.io.schedule import Schedule
 from packcast.io.work import Failure, FailureKind, PoolStopped, Task, Totals, Work
 
-_ABI = 2
+_ABI = 3
 _TOLERANT, _WRITEBACK, _UNHASHED = 1, 2, 4
 _END_LIMIT_S = 1.0
+_DEVICE_FAILED = -2
 
 
 class _Hash128(ctypes.Structure):
@@ -49,6 +52,51 @@ class _Config(ctypes.Structure):
     )
 
 
+class _Copies(ctypes.Structure):
+    _fields_ = (
+        ("copy", ctypes.c_void_p),
+        ("record", ctypes.c_void_p),
+        ("query", ctypes.c_void_p),
+        ("stream", ctypes.c_void_p),
+        ("events", ctypes.c_void_p),
+        ("copies", ctypes.c_void_p),
+        ("num_places", ctypes.c_int64),
+        ("num_ready", ctypes.c_int64),
+        ("num_begun", ctypes.c_int64),
+        ("num_over", ctypes.c_int64),
+        ("begin", ctypes.c_void_p),
+        ("code", ctypes.c_int64),
+    )
+
+
+class DeviceFailed(Exception):
+    """A copy, or an event, that the device's driver refused with `code`."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class CopyDriver:
+    """Addresses of functions as CUDA's cuMemcpyHtoDAsync, cuEventRecord and cuEventQuery."""
+
+    copy: int
+    record: int
+    query: int
+
+
+@functools.cache
+def cuda_driver() -> CopyDriver | None:
+    """CUDA's own, where it is installed."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        found = (driver.cuMemcpyHtoDAsync_v2, driver.cuEventRecord, driver.cuEventQuery)
+    except (OSError, AttributeError):
+        return None
+    return CopyDriver(*(ctypes.cast(it, ctypes.c_void_p).value or 0 for it in found))
+
+
 @dataclass(frozen=True, slots=True)
 class Library:
     """The compiled pool and the address of a function as XXH3_128bits."""
@@ -66,6 +114,10 @@ def open_library(path: Path) -> Library:
         "start": ([ctypes.POINTER(_Config), ctypes.POINTER(pool)], ctypes.c_int),
         "allow": ([pool, count], None),
         "wait": ([pool, count, count], ctypes.c_int),
+        "copy": (
+            [pool, ctypes.POINTER(_Copies), count, count, ctypes.c_uint64, count],
+            ctypes.c_int,
+        ),
         "stop": ([pool], None),
         "join": ([pool, count], count),
         "free": ([pool], None),
@@ -165,6 +217,18 @@ class NativePool:
             raise PoolStopped(self._failure())
         return bool(result)
 
+    def copy(self, state: _Copies, end: int, until: int, slot: int, timeout_s: float) -> bool:
+        """See NativeCopies."""
+        timeout_ns = int(timeout_s * 1e9)
+        result = self._functions.packcast_pool_copy(
+            self._handle, ctypes.byref(state), end, until, slot, timeout_ns
+        )
+        if result == _DEVICE_FAILED:
+            raise DeviceFailed(state.code)
+        if result < 0:
+            raise PoolStopped(self._failure())
+        return bool(result)
+
     def stop(self) -> None:
         self._functions.packcast_pool_stop(self._handle)
 
@@ -184,6 +248,61 @@ class NativePool:
         self._functions.packcast_pool_failure(self._handle, values)
         kind, *where = values
         return Failure(FailureKind(kind), *where) if kind else None
+
+
+class NativeCopies:
+    """Copies of a pool's units to a device, begun in order by `copy`, in one thread.
+
+    Unit u lies in place u modulo the number of `events`, handles of the device, which are recorded
+    after each copy out of a place. The caller keeps stream and events.
+    """
+
+    def __init__(
+        self,
+        pool: NativePool,
+        schedule: Schedule,
+        driver: CopyDriver,
+        stream: int,
+        events: Sequence[int],
+    ) -> None:
+        self._pool = pool
+        self._events = array("Q", events)
+        self._copies = array("q")
+        for unit in schedule.units:
+            self._copies.extend((unit.memory_offset, unit.nbytes, unit.slot_offset))
+        self._state = _Copies(
+            copy=driver.copy,
+            record=driver.record,
+            query=driver.query,
+            stream=stream,
+            events=_address(self._events),
+            copies=_address(self._copies),
+            num_places=len(events),
+        )
+
+    @property
+    def num_begun(self) -> int:
+        """How many units have been given to the stream; they are done."""
+        return int(self._state.num_begun)
+
+    @property
+    def num_free(self) -> int:
+        """How many units have, or have had, a place."""
+        return int(self._state.num_over + self._state.num_places)
+
+    def record_before_next(self, event: int) -> None:
+        """Record the event right before the next copy."""
+        self._state.begin = event
+
+    def copy(self, end: int, until: int, slot: int, timeout_s: float, *, num_ready: int) -> bool:
+        """Begin the copies of the units below `end` into the slot at that address, each as soon as
+        it is done, and wait until unit `until` is.
+
+        False: call again, after `timeout_s`, or with more than `num_ready` units whose files are
+        open. Raises PoolStopped, and DeviceFailed.
+        """
+        self._state.num_ready = num_ready
+        return self._pool.copy(self._state, end, until, slot, timeout_s)
 
 
 def _end(

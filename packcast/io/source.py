@@ -10,29 +10,27 @@ import os
 import time
 from array import array
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import accumulate
 
 from packcast.checkpoint.outgoing import Literal, OutgoingFile, SourceRun
 from packcast.checkpoint.reading import open_without_links, read_exactly
 from packcast.checkpoint.sourcefile import SourceFile
 from packcast.errors import CheckpointError, PackcastError, out_of_descriptors
+from packcast.io.copies import LOOK_EVERY_S, Copies, make_copies
 from packcast.io.digests import BlockDigests
 from packcast.io.files import FileTable
 from packcast.io.schedule import IN_MEMORY, ScheduledUnit, Span
 from packcast.io.staging import Buffers, Staging
-from packcast.io.unit_runner import LOOK_AFTER_S, UnitRunner
+from packcast.io.unit_runner import UnitRunner
 from packcast.io.work import Failure, FailureKind, Task
 from packcast.packed.counters import Stage
 from packcast.packed.plan import DIGEST_NBYTES, Chunk, Extent
 from packcast.packed.ring import Slot
-from packcast.packed.streams import Completion
 from packcast.packed.trailer import write_trailer
 
-_LOOK_EVERY_S = 0.02
-_ENOUGH_FOR_S = 0.0006  # half the default staging, at 50 GB/s three times as long
 _CHANGED_HINT = "nothing was published; send it again when no process writes to the checkpoint"
 
 
@@ -168,8 +166,9 @@ class FileSource:
             num_threads=num_threads,
             counters=self._counters,
         )
-        self._copies: deque[Completion] = deque()  # out of staging, under way
-        self._num_copied = 0
+        self._copies: Copies | None = None
+        if not self._staging.is_slots:
+            self._copies = make_copies(self._runner, self._staging, self._ring, self._look)
         self._look_at = 0.0
         self._is_sending = False
 
@@ -186,21 +185,18 @@ class FileSource:
 
     def fill(self, chunk: Chunk, slot: Slot) -> None:
         """Give the chunk and its trailer to the fill stream, each unit as soon as it was read."""
-        ring, begin = self._ring, None
-        units = self._runner.units[chunk.index]
+        ring, units = self._ring, self._runner.units[chunk.index]
         with ring.fill:
-            for unit in units:
-                self._wait(unit)
-                if unit.is_last:
-                    self._write_trailer(chunk, units)
-                begin = begin or ring.fill.record()
-                self._staging.copy_to(slot, unit)
+            if self._copies is None:
+                self._wait(chunk)
+                self._write_trailer(chunk, units)
                 slot.filled = ring.fill.record()
-                if not self._staging.is_slots:
-                    self._copies.append(slot.filled)
+            else:
+                trailer = partial(self._write_trailer, chunk, units)
+                begin = self._copies.copy(units, slot, trailer)
+                slot.filled = ring.fill.record()
+                ring.clock.span("h2d", chunk.index, chunk.nbytes, begin, slot.filled)
         self._counters.newest = chunk.extents[-1]
-        if not ring.is_host and begin and slot.filled:
-            ring.clock.span("h2d", chunk.index, chunk.nbytes, begin, slot.filled)
 
     def digests(self) -> BlockDigests:
         """Of every block of its chunks, once all are through."""
@@ -213,46 +209,23 @@ class FileSource:
         self._runner.close(self._ring)
         self._files.close()
 
-    def _wait(self, unit: ScheduledUnit) -> None:
-        if self._staging.is_slots:
-            self.begin(unit.chunk)
-            with self._counters.waiting_on("read"):
-                self._look("read")
-                self._runner.wait(unit.index, lambda: self._look("read"), every_s=_LOOK_EVERY_S)
-            return
-        self._reuse_staging()
-        if self._runner.passes(unit.index):
-            return
-        # Units that are not allowed yet wait for staging: all slots wait for a copy to the device.
-        stage: Stage = "read" if unit.index < self._runner.num_allowed else "h2d"
-
-        def meanwhile() -> None:
-            self._reuse_staging()
-            self._look(stage)
-
-        # With half the staging ahead the I/O threads have work; looking costs the loop time.
-        has_enough = self._runner.num_allowed - unit.index > self._staging.num_units // 2
-        every_s = _ENOUGH_FOR_S if has_enough else LOOK_AFTER_S
-        with self._counters.waiting_on(stage):
-            self._look(stage)
-            self._runner.wait(unit.index, meanwhile, every_s=every_s)
+    def _wait(self, chunk: Chunk) -> None:
+        """On a CPU, until the chunk's only unit was read into its slot."""
+        self.begin(chunk)
+        with self._counters.waiting_on("read"):
+            self._look("read")
+            unit = self._runner.units[chunk.index][-1].index
+            self._runner.wait(unit, lambda: self._look("read"), every_s=LOOK_EVERY_S)
 
     def _look(self, stage: Stage) -> None:
         """While the loop waits for `stage`: that is not what holds it up as long as the network
         is busy with earlier chunks."""
         now = time.perf_counter()
         if now >= self._look_at:
-            self._look_at = now + _LOOK_EVERY_S
+            self._look_at = now + LOOK_EVERY_S
             self._ring.clock.collect()  # or nothing sent would be counted until the wait is over
             self._is_sending = self._ring.is_sending()
         self._counters.standing = "broadcast" if self._is_sending else stage
-
-    def _reuse_staging(self) -> None:
-        """Have more units read in the place of those whose copies are over."""
-        while self._copies and self._copies[0].passed():
-            self._copies.popleft()
-            self._num_copied += 1
-        self._runner.allow(self._num_copied + self._staging.num_units)
 
     def _write_trailer(self, chunk: Chunk, units: Sequence[ScheduledUnit]) -> None:
         first, last = units[0], units[-1]

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 from packcast.errors import PackcastError, TransferError
 from packcast.io.files import Resources
+from packcast.io.native import NativePool
 from packcast.io.pool import CLOSE_LIMIT_S, start_pool
 from packcast.io.schedule import Schedule, SpansOf, make_schedule
 from packcast.io.staging import Staging, becomes_idle
@@ -53,7 +54,7 @@ class UnitRunner:
         counters: Counters,
         tolerant: bool = False,
     ) -> None:
-        self.num_allowed = self.num_done = 0
+        self.num_ready = self.num_done = 0  # units whose files are open; units that are done
         self._staging = staging
         self._stage = stage
         self._counters = counters
@@ -86,10 +87,27 @@ class UnitRunner:
             undoing.pop_all()
         counters.follow(stage, self._pool.totals)
 
+    @property
+    def native_pool(self) -> NativePool | None:
+        """The pool, if it is the compiled one."""
+        return self._pool if isinstance(self._pool, NativePool) else None
+
     def allow(self, num_units: int) -> None:
         """Let the I/O threads at the first `num_units` units, as far as their files can be open."""
+        before = self.num_ready
+        if self.open_files(num_units) > before:
+            self._pool.allow(self.num_ready)
+
+    def open_files(self, num_units: int) -> int:
+        """Open the files of the first `num_units` units, as far as they can be open at the same
+        time; returns of how many units they are."""
         self._wanted = max(self._wanted, min(num_units, len(self.schedule.units)))
-        self._admit()
+        for index in range(self.num_ready, self._wanted):
+            is_next = index == self.num_done
+            if not self._resources.admit(self.schedule.units[index], is_next=is_next):
+                break
+            self.num_ready = index + 1
+        return self.num_ready
 
     def wait(
         self,
@@ -105,14 +123,14 @@ class UnitRunner:
             while not self._ends_within(self.num_done, limit_s):
                 if meanwhile is not None:
                     meanwhile()
-            self._retire()
+            self._retire_next()
 
     def passes(self, unit: int) -> bool:
         """Whether the units up to this one are done, as `wait` but without blocking."""
         while self.num_done <= unit:
             if not self._ends_within(self.num_done, 0):
                 return False
-            self._retire()
+            self._retire_next()
         return True
 
     def is_done(self, unit: int) -> bool:
@@ -131,26 +149,25 @@ class UnitRunner:
             self._closed = self._closed or has_ended
             self._staging.free(is_idle=has_ended and becomes_idle(ring))
 
-    def _retire(self) -> None:
-        self._resources.retire(self.schedule.units[self.num_done])
-        self.num_done += 1
-        if self.num_allowed < self._wanted:
-            self._admit()
+    def retire(self, num_units: int) -> None:
+        """The first `num_units` units are done, as its caller knows: their files may be closed."""
+        while self.num_done < num_units:
+            self._resources.retire(self.schedule.units[self.num_done])
+            self.num_done += 1
+
+    def error_of(self, stopped: PoolStopped) -> PackcastError:
+        """Why a unit will not be done."""
+        if stopped.failure is None:
+            return TransferError("the transfer is over")
+        return self._error_of(self.schedule, stopped.failure)
 
     def _ends_within(self, unit: int, limit_s: float) -> bool:
         try:
             return self._pool.wait(unit, limit_s)
         except PoolStopped as stopped:
-            if stopped.failure is None:
-                raise TransferError("the transfer is over") from None
-            raise self._error_of(self.schedule, stopped.failure) from None
+            raise self.error_of(stopped) from None
 
-    def _admit(self) -> None:
-        begin = self.num_allowed
-        for index in range(begin, self._wanted):
-            is_next = index == self.num_done
-            if not self._resources.admit(self.schedule.units[index], is_next=is_next):
-                break
-            self.num_allowed = index + 1
-        if self.num_allowed > begin:
-            self._pool.allow(self.num_allowed)
+    def _retire_next(self) -> None:
+        self.retire(self.num_done + 1)
+        if self.num_ready < self._wanted:
+            self.allow(self._wanted)

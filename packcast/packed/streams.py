@@ -69,6 +69,12 @@ class StreamEvent:
         return self._event
 
     @property
+    def handle(self) -> int:
+        """CUDA's own, for functions of its driver."""
+        assert self._event is not None, "an event of a CPU has no handle"
+        return int(self._event.cuda_event)
+
+    @property
     def passed_at(self) -> float:
         return self._passed_at
 
@@ -124,9 +130,19 @@ class Stream:
             if device != self._stream.device_index:
                 torch._C._cuda_setDevice(device)
 
+    @property
+    def handle(self) -> int:
+        """CUDA's own, for functions of its driver."""
+        assert self._stream is not None, "a CPU has no streams"
+        return int(self._stream.cuda_stream)
+
     def record(self) -> StreamEvent:
         """Record an event after the work enqueued so far."""
         return StreamEvent(self._stream, timed=self.timed, spare=self._spare[self.timed])
+
+    def untimed(self) -> StreamEvent:
+        """The same, for an event that is only asked whether it has been passed."""
+        return StreamEvent(self._stream, timed=False)
 
     def begin(self) -> StreamEvent | None:
         """Record the begin of a span if the stream is timed."""

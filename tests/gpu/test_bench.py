@@ -102,7 +102,7 @@ def test_a_ring_larger_than_the_gpu_is_a_marked_row(gpus: Gpus, made: Path, tmp_
     )
     failures = [row["failure"] for row in found["rows"]]
     assert sum(failure is None for failure in failures) == 3  # one is without options
-    assert sum("no room for 64 buffers of 16GiB" in (failure or "") for failure in failures) == 2
+    assert sum("no memory for 64 buffers of 16GiB" in (failure or "") for failure in failures) == 2
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from packcast.io import native, pinned
+from packcast.io import copies, native, pinned
 from packcast.io.threads import ThreadPool
+from packcast.packed.streams import Stream, StreamEvent
 from tests.helpers.disks import small_tmpfs
 from tests.helpers.held_disk.sitecustomize import hold_reads
 from tests.helpers.native import HELD_READS, built
+from tests.io.cuda import Cudart
 from tests.io.pools import Gate, Opened
 
 JITTER_NS = 300_000
@@ -108,26 +110,23 @@ def opened() -> Iterator[Opened]:
         yield open_file
 
 
-class Cudart:
-    """Pins and unpins, as CUDA's runtime; knows what is pinned."""
-
-    def __init__(self) -> None:
-        self.pinned: list[int] = []
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        self.pinned.append(address)
-        return 0
-
-    def cudaHostUnregister(self, address: int) -> int:
-        self.pinned.remove(address)
-        return 0
-
-
 @pytest.fixture
 def cudart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cudart]:
-    """Memory that counts as pinned, without CUDA; none of it is kept from one test to the next."""
+    """Memory that counts as pinned, and copies that the native pool begins, without CUDA; no memory
+    is kept from one test to the next."""
     made = Cudart()
+    device = made.device
     monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(copies, "cuda_driver", lambda: device.driver)
+    monkeypatch.setattr(Stream, "handle", property(id))
+    monkeypatch.setattr(StreamEvent, "handle", property(id))
+    really_record = Stream.record
+
+    def record(stream: Stream) -> StreamEvent:
+        device.pass_all(id(stream))
+        return really_record(stream)
+
+    monkeypatch.setattr(Stream, "record", record)
     kept = dict(pinned._abandoned)
     yield made
     pinned._abandoned.clear()

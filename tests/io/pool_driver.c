@@ -248,6 +248,135 @@ static int run(struct round *round, int is_stopped)
     return result;
 }
 
+/* A device whose copies happen late: some of them whenever somebody asks how far they are. */
+enum { MAX_QUEUED = 3 * MAX_UNITS + 1 };
+static struct {
+    struct queued { void *into; const void *from; size_t nbytes; int64_t *event; } queue[MAX_QUEUED];
+    int num_queued, num_passed, fails_at;
+    _Atomic int closed; /* the pool says that no copy can begin */
+} device;
+
+static void queue_up(struct queued it)
+{
+    EXPECT(!device.closed && device.num_queued < MAX_QUEUED);
+    device.queue[device.num_queued++] = it;
+}
+
+static int32_t copy_later(uint64_t into, const void *from, size_t nbytes, void *stream)
+{
+    EXPECT(stream == &device);
+    if (device.fails_at-- == 0)
+        return 700;
+    queue_up((struct queued){(void *)(intptr_t)into, from, nbytes, NULL});
+    return 0;
+}
+
+static int32_t record_later(void *event, void *stream)
+{
+    EXPECT(stream == &device);
+    *(int64_t *)event = 0;
+    queue_up((struct queued){NULL, NULL, 0, event});
+    return 0;
+}
+
+static void pass_some(int count)
+{
+    for (; count > 0 && device.num_passed < device.num_queued; count--) {
+        struct queued *it = &device.queue[device.num_passed++];
+        if (it->event != NULL)
+            *it->event = 1;
+        else
+            memcpy(it->into, it->from, it->nbytes);
+    }
+}
+
+static int32_t query_late(void *event)
+{
+    pass_some((int)(dice() % 3));
+    return *(int64_t *)event ? 0 : CUDA_NOT_READY;
+}
+
+static void *close_later(void *argument)
+{
+    struct stopping *it = argument;
+    stop_later(it);
+    while (packcast_pool_join(it->pool, 1000) != 0)
+        ;
+    device.closed = 1;
+    return NULL;
+}
+
+/* Read into fewer places than units, and copied out of them: 1, or why not. */
+static int run_copies(struct round *round, int is_stopped)
+{
+    struct pool *pool = NULL;
+    pthread_t stopper;
+    struct stopping stopping;
+    struct unit_copy copies_of[MAX_UNITS];
+    int64_t begun = -1, events[MAX_UNITS], num_units = round->config.num_units;
+    void *handles[MAX_UNITS];
+    int64_t num_places = 1 + (int64_t)(dice() % (uint64_t)num_units);
+    for (int64_t u = 0; u < num_units; u++) {
+        round->pieces[u].memory = u % num_places * UNIT;
+        copies_of[u] = (struct unit_copy){u % num_places * UNIT, round->pieces[u].nbytes, u * UNIT};
+        handles[u] = &events[u];
+    }
+    uint8_t *slot = calloc(1, (size_t)round->nbytes);
+    struct copies copies = {copy_later, record_later, query_late, &device, handles, copies_of,
+                            num_places, 0,            0,          0,       &begun,  0};
+    device.num_queued = device.num_passed = device.closed = 0;
+    EXPECT(packcast_pool_start(&round->config, &pool) == 0);
+    if (is_stopped) {
+        stopping = (struct stopping){pool, (long)(dice() % 400000)};
+        EXPECT(pthread_create(&stopper, NULL, close_later, &stopping) == 0);
+    }
+    int result = 1;
+    uint64_t address = (uint64_t)(intptr_t)slot;
+    for (int64_t end = 0; end < num_units && result == 1;) {
+        end += 1 + (int64_t)(dice() % (uint64_t)(num_units - end));
+        int64_t until = dice() % 2 && end < num_units ? end : end - 1;
+        while ((result = packcast_pool_copy(pool, &copies, end, until, address,
+                                            (int64_t)(dice() % 300000))) == 0)
+            copies.num_ready += copies.num_ready <= until;
+    }
+    if (is_stopped)
+        pthread_join(stopper, NULL);
+    packcast_pool_stop(pool);
+    EXPECT(packcast_pool_join(pool, 60 * (int64_t)SECOND_NS) == 0);
+    pass_some(MAX_QUEUED);
+    if (result == 1) {
+        EXPECT(copies.num_begun == num_units && begun == 1 && copies.begin == NULL);
+        EXPECT(memcmp(slot, round->expected, (size_t)round->nbytes) == 0);
+    }
+    packcast_pool_free(pool);
+    free(slot);
+    return result;
+}
+
+static void copying_rounds(struct round *round)
+{
+    device.fails_at = -1;
+    begin_round(round, TASK_READ);
+    EXPECT(run_copies(round, 0) == 1);
+    end_round(round);
+
+    begin_round(round, TASK_READ); /* a pool that is closed meanwhile */
+    int result = run_copies(round, 1);
+    EXPECT(result == 1 || result == -1);
+    end_round(round);
+
+    begin_round(round, TASK_READ); /* a device that fails */
+    device.fails_at = (int)(dice() % (uint64_t)round->config.num_units);
+    EXPECT(run_copies(round, 0) == -2);
+    end_round(round);
+
+    begin_round(round, TASK_READ); /* a file that ends early */
+    device.fails_at = -1;
+    EXPECT(ftruncate(round->descriptors[0], 1) == 0);
+    EXPECT(run_copies(round, 0) == -1);
+    end_round(round);
+}
+
 static void right_round(struct round *round, enum task task)
 {
     begin_round(round, task);
@@ -309,6 +438,7 @@ int main(int argc, char **argv)
             stopped_round(&round, task);
         }
         failing_rounds(&round);
+        copying_rounds(&round);
     }
     EXPECT(packcast_pool_abi() == POOL_ABI);
     printf("%ld rounds were right\n", num_rounds);

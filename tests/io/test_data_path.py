@@ -28,7 +28,7 @@ from tests.helpers.processes import num_descriptors
 from tests.helpers.ranks import run_ranks
 from tests.helpers.sinks import MemorySink
 from tests.io.alone import make_buffers
-from tests.io.conftest import Cudart
+from tests.io.cuda import Cudart
 from tests.io.pools import no_thread_left
 
 MIB = 1 << 20
@@ -186,6 +186,7 @@ def test_a_selection_arrives_as_the_segments_say(
 def test_chunks_of_many_units_go_through_however_little_staging_there_is(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    pool: str,
     cudart: Cudart,
     workers: int,
     readers: int,
@@ -197,6 +198,7 @@ def test_chunks_of_many_units_go_through_however_little_staging_there_is(
     staging = num_units * plan.staged_nbytes(9 * MIB)
     arrives(checkpoint, Setup(workers, readers, 9 * MIB, staging_nbytes=staging))
     assert cudart.pinned == []  # given back
+    assert (cudart.device.num_copies > 0) == (pool == "native")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -270,7 +272,7 @@ def test_a_read_is_not_waited_for_while_the_network_is_busy(
 
     really_wait = UnitRunner.wait
     monkeypatch.setattr(UnitRunner, "wait", wait)
-    monkeypatch.setattr(source_module, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(source_module, "LOOK_EVERY_S", 0.0)
     write_safetensors(tmp_path / "m.safetensors", {"t": ("U8", (3 * MIB,))})
     checkpoint = open_checkpoint(tmp_path)
     files = outgoing_files(checkpoint)

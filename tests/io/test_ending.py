@@ -25,7 +25,7 @@ from tests.helpers.processes import num_descriptors
 from tests.helpers.sinks import MemorySink
 from tests.helpers.waiting import Waiter
 from tests.io.alone import make_buffers, specs_of
-from tests.io.conftest import Cudart
+from tests.io.cuda import Cudart
 from tests.io.pools import Gate, no_thread_left
 
 pytestmark = pytest.mark.usefixtures("pool")

@@ -26,7 +26,7 @@ from tests.helpers.checkpoints import sharded, write_safetensors
 from tests.helpers.processes import num_descriptors
 from tests.helpers.sinks import MemorySink
 from tests.io.alone import run_alone, specs_of
-from tests.io.conftest import Cudart
+from tests.io.cuda import Cudart
 from tests.io.pools import no_thread_left
 from tests.io.sinks import digests_of, failing, names_in, tree
 
@@ -70,9 +70,9 @@ def test_a_copy_is_written_to_the_byte(
     assert cudart.pinned == []
 
 
-@pytest.mark.parametrize("limit", [1, 5])
+@pytest.mark.parametrize(("limit", "staging_mib"), [(1, 0), (5, 0), (1, 5)])
 def test_many_more_files_than_may_be_open_are_sent_written_and_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cudart: Cudart, limit: int, staging_mib: int
 ) -> None:
     monkeypatch.setattr(open_files, "MAX_OPEN_FILES", limit)
     checkpoint = open_checkpoint(sharded(tmp_path / "c", 40, 20_000, seed=1))
@@ -83,7 +83,7 @@ def test_many_more_files_than_may_be_open_are_sent_written_and_compared(
         most.append(num_descriptors() - num_before)
 
     sink = writing(checkpoint, tmp_path / "out")
-    run_alone(checkpoint, sink, spoil=watch)
+    run_alone(checkpoint, sink, spoil=watch, staging_nbytes=staging_mib * MIB)
     sink.finish()
     sink.publish()
     assert tree(tmp_path / "out") == tree(checkpoint.path)
@@ -142,11 +142,13 @@ def fails(
     kind: type[PackcastError],
     says: str,
     spoil: Callable[[torch.Tensor], object] = lambda _: None,
+    *,
+    staging_nbytes: int = 0,
 ) -> PackcastError:
     """Send it, expect that error, and nothing left but what the sink removes."""
     num_before = num_descriptors()
     with no_thread_left(), pytest.raises(kind, match=says) as caught:
-        run_alone(checkpoint, sink, spoil=spoil)
+        run_alone(checkpoint, sink, spoil=spoil, staging_nbytes=staging_nbytes)
     sink.abort()
     assert num_descriptors() <= num_before
     return caught.value
@@ -166,9 +168,9 @@ def test_a_disk_that_fills_up_meanwhile_names_the_file(
 
 
 @pytest.mark.parametrize("change", ["shrinks", "is touched", "is replaced", "goes"])
-@pytest.mark.parametrize("at_chunk", [0, 3])
+@pytest.mark.parametrize(("at_chunk", "staging_mib"), [(0, 0), (3, 0), (3, 3)])
 def test_a_source_that_changes_is_named_and_no_death(
-    single: Checkpoint, change: str, at_chunk: int
+    single: Checkpoint, cudart: Cudart, change: str, at_chunk: int, staging_mib: int
 ) -> None:
     path = single.path / "m.safetensors"
 
@@ -185,7 +187,9 @@ def test_a_source_that_changes_is_named_and_no_death(
 
     sink = MemorySink(specs_of(single))
     says = r"^m\.safetensors (ended at byte \d+|changed) while it was being sent"
-    fails(single, sink, CheckpointError, says, at(at_chunk, spoil))
+    staging_nbytes = staging_mib * MIB
+    fails(single, sink, CheckpointError, says, at(at_chunk, spoil), staging_nbytes=staging_nbytes)
+    assert cudart.pinned == []
 
 
 def test_a_source_that_has_shrunk_before_is_named_before_any_byte_is_read(

@@ -21,7 +21,7 @@ from packcast.packed.plan import BLOCK, PAGE, plan_chunks
 from tests.helpers.checkpoints import write_safetensors
 from tests.helpers.commands import eventually
 from tests.io.alone import make_buffers
-from tests.io.conftest import Cudart
+from tests.io.cuda import Cudart
 from tests.io.pools import Gate, no_thread_left
 
 
