@@ -70,7 +70,7 @@ struct copies {
 };
 struct unit_copy { int64_t memory, nbytes, slot_offset; };
 enum { CUDA_NOT_READY = 600 };
-enum { LOOK_SOON_NS = 100 * 1000, LOOK_NS = 500 * 1000 };
+enum { LOOK_SOON_NS = 100 * 1000, LOOK_NS = 500 * 1000, LOOK_LATE_NS = 1000 * 1000 };
 
 struct pool;
 
@@ -470,23 +470,24 @@ static int reuse_places(struct pool *pool, struct copies *copies)
 int packcast_pool_copy(struct pool *pool, struct copies *copies, int64_t end, int64_t until,
                        uint64_t slot, int64_t timeout_ns)
 {
-    int64_t deadline = now_ns() + timeout_ns;
+    int64_t deadline = now_ns() + timeout_ns, seen = -1, pause = 0;
     while (reuse_places(pool, copies)) {
         int64_t unit = copies->num_begun < end ? copies->num_begun : until;
-        int64_t left = deadline - now_ns();
+        int64_t left = unit < copies->num_ready ? deadline - now_ns() : 0;
+        /* With half of the places ahead, the threads have work; where nothing moves, look less. */
         int64_t ahead = atomic_load_explicit(&pool->allowed, memory_order_relaxed) - unit;
-        /* With half of the places ahead, the threads have work. */
-        int64_t pause = ahead > copies->num_places / 2 ? LOOK_NS : LOOK_SOON_NS;
-        int result = packcast_pool_wait(pool, unit, unit >= copies->num_ready ? 0
-                                                    : pause < left          ? pause
-                                                                            : left);
+        int64_t soon = ahead > copies->num_places / 2 ? LOOK_NS : LOOK_SOON_NS;
+        pause = seen == copies->num_over ? 2 * pause : soon;
+        pause = pause < LOOK_LATE_NS ? pause : LOOK_LATE_NS;
+        seen = copies->num_over;
+        int result = packcast_pool_wait(pool, unit, pause < left ? pause : left);
         if (result == 1 && copies->num_begun >= end)
             return 1;
         if (result == 1)
             result = copy_next(pool, copies, slot);
         if (result < 0)
             return result;
-        if (result == 0 && (unit >= copies->num_ready || now_ns() >= deadline))
+        if (result == 0 && left <= pause)
             return 0;
     }
     return -2;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -82,20 +83,45 @@ def _add_up(
     tl.atomic_add(total, tl.sum(sums, axis=0) * tl.load(of_groups + group), sem="relaxed")
 
 
+class _Launcher:
+    """Launches a kernel that was compiled once, without Triton's look-up of what to compile, which
+    takes longer than the launch."""
+
+    def __init__(self, jitted: Any) -> None:
+        self._jitted = jitted
+        self._compiled: dict[Hashable, Any] = {}
+        self._knows_how = True
+
+    def __call__(self, key: Hashable, programs: int, *arguments: object) -> None:
+        """Arguments of the same `key` are the same to the compiler."""
+        compiled = self._compiled.get(key)
+        if compiled is not None:
+            try:
+                compiled[(programs, 1, 1)](*arguments)
+                return
+            except TypeError:  # Triton before 3.3 does not take the constants
+                self._compiled.clear()
+                self._knows_how = False
+        compiled = self._jitted[(programs,)](*arguments, num_warps=_NUM_WARPS)
+        if self._knows_how:
+            self._compiled[key] = compiled
+
+
 # Not specialized: each combination of sizes and alignments would be compiled again.
-_compiled: Any = triton.jit(do_not_specialize=["table", "count", "slot"])(_copy_pieces)
-_compiled_sum: Any = triton.jit(do_not_specialize=["num_words", "words_each"])(_add_up)
+_copy = _Launcher(triton.jit(do_not_specialize=["table", "count", "slot"])(_copy_pieces))
+_sum = _Launcher(triton.jit(do_not_specialize=["num_words", "words_each"])(_add_up))
 
 
 def launch(table: torch.Tensor, slot: torch.Tensor, *, into_slot: bool, programs: int) -> None:
     """Copy the table's pieces, on the current stream of their device.
 
-    `table` is int64 of shape (pieces, 3), contiguous: address, offset in the slot, bytes.
+    `table` is int64 of shape (pieces, 3), contiguous: address, offset in the slot, bytes. `slot`
+    is uint8.
     """
     count = table.shape[0]
-    _compiled[(min(triton.cdiv(count, _PIECES), programs),)](
-        table, count, slot, into_slot, PIECES=_PIECES, BLOCK=_BLOCK, num_warps=_NUM_WARPS
-    )
+    programs = min(-(-count // _PIECES), programs)
+    key = (table.get_device(), into_slot)
+    _copy(key, programs, table, count, slot, into_slot, _PIECES, _BLOCK)
 
 
 def add_up(
@@ -109,16 +135,12 @@ def add_up(
     A group has `len(of_words)` words, a multiple of SPAN. `of_words`, `of_groups` and `total`, of
     one element, are int64.
     """
-    _compiled_sum[(triton.cdiv(words.numel(), SPAN),)](
-        words,
-        words.numel(),
-        of_words,
-        of_groups,
-        of_words.numel(),
-        total,
-        SPAN=SPAN,
-        BLOCK=_BLOCK,
-        num_warps=_NUM_WARPS,
+    tensors, num_words = (words, of_words, of_groups, total), words.numel()
+    # The compiler knows which addresses are multiples of 16, and whether a size has 32 bits.
+    key = (words.get_device(), *(it.data_ptr() % 16 for it in tensors), num_words >> 31)
+    programs = -(-num_words // SPAN)
+    _sum(
+        key, programs, words, num_words, of_words, of_groups, of_words.numel(), total, SPAN, _BLOCK
     )
 
 
