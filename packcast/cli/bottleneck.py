@@ -30,7 +30,7 @@ _STATES = {
 
 HERE = -1  # instead of a rank: this process
 Culprit = tuple[int | None, str]  # rank and stage; the rank is None for these stages:
-_LIMITS = {"limit": "--max-rate", "network": "the network"}
+_LIMITS = {"limit": "--max-rate", "broadcast": "the broadcast between ranks"}
 _ON_OTHERS = {  # on a worker
     "bytes": "waiting for bytes from the other ranks",
     "others": "complete here, waiting for the other workers",
@@ -82,7 +82,7 @@ def culprit_of(snapshot: Snapshot) -> Culprit | None:
     """The bottleneck in one snapshot; None if there is none or it is unknown.
 
     In this order: --max-rate; the slowest worker that waits for its own disk or device; this
-    process; on the sender the network; on a complete worker the other workers.
+    process; on the sender the broadcast; on a complete worker the other workers.
     """
     total = snapshot.nbytes_total
     if snapshot.stage == "limit":
@@ -98,7 +98,7 @@ def culprit_of(snapshot: Snapshot) -> Culprit | None:
     if snapshot.stage not in ("", "broadcast"):
         return HERE, snapshot.stage
     if snapshot.workers:
-        return (None, "network") if snapshot.nbytes_done < total else None
+        return (None, "broadcast") if snapshot.nbytes_done < total else None
     return (None, "others") if snapshot.stages and snapshot.nbytes_done >= total else None
 
 

