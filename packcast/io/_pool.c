@@ -465,8 +465,8 @@ static int reuse_places(struct pool *pool, struct copies *copies)
 
 /* Begin the copies of all units below `end` into the slot, each as soon as it is done, and wait for
    unit `until`, which is not copied if it is `end`. 1: so it is. 0: not within `timeout_ns`, or not
-   with `num_ready` units; call again. -1: failed or stopped. -2: the driver failed. After a stop no copy begins, and
-   `packcast_pool_join` waits for one that is about to. */
+   with `num_ready` units; call again. -1: failed or stopped. -2: the driver failed. After a stop no
+   copy begins, and `packcast_pool_join` waits for one that is about to. */
 int packcast_pool_copy(struct pool *pool, struct copies *copies, int64_t end, int64_t until,
                        uint64_t slot, int64_t timeout_ns)
 {

@@ -32,18 +32,22 @@ class Copies(Protocol):
     """Gives the units of chunks to the ring's fill stream, which is the current one, in order."""
 
     def copy(
-        self, units: Sequence[ScheduledUnit], slot: Slot, before_last: Callable[[], object]
+        self,
+        units: Sequence[ScheduledUnit],
+        slot: Slot,
+        before_last: Callable[[], object],
+        look: Look,
     ) -> StreamEvent:
         """All units of the next chunk; `before_last` is called between the time when the last one
-        was read and its copy. Returns an event before the first copy."""
+        was read and its copy, `look` while it waits. Returns an event before the first copy."""
 
 
-def make_copies(runner: UnitRunner, staging: Staging, ring: Ring, look: Look) -> Copies:
+def make_copies(runner: UnitRunner, staging: Staging, ring: Ring) -> Copies:
     """The fastest there is for the runner's pool and the ring's device."""
     pool, driver = runner.native_pool, cuda_driver()
     if pool is None or driver is None:
-        return LoopCopies(runner, staging, ring, look)
-    return PoolCopies(pool, driver, runner, staging, ring, look)
+        return LoopCopies(runner, staging, ring)
+    return PoolCopies(pool, driver, runner, staging, ring)
 
 
 class PoolCopies:
@@ -56,11 +60,9 @@ class PoolCopies:
         runner: UnitRunner,
         staging: Staging,
         ring: Ring,
-        look: Look,
     ) -> None:
         self._runner = runner
         self._ring = ring
-        self._look = look
         self._num_places = staging.num_units
         # Kept: they are recorded again and again.
         self._events = [ring.fill.untimed() for _ in range(staging.num_units)]
@@ -68,28 +70,32 @@ class PoolCopies:
         self._native = NativeCopies(pool, runner.schedule, driver, ring.fill.handle, handles)
 
     def copy(
-        self, units: Sequence[ScheduledUnit], slot: Slot, before_last: Callable[[], object]
+        self,
+        units: Sequence[ScheduledUnit],
+        slot: Slot,
+        before_last: Callable[[], object],
+        look: Look,
     ) -> StreamEvent:
         last, address = units[-1].index, slot.memory.data_ptr()
         # Torch's own call: from here on the device's context is this thread's.
         begin = self._ring.fill.record()
         self._native.record_before_next(begin.handle)
-        self._copy(last, last, address)
+        self._copy(last, last, address, look)
         before_last()
-        self._copy(last + 1, last, address)
+        self._copy(last + 1, last, address, look)
         self._runner.retire(self._native.num_begun)
         return begin
 
-    def _copy(self, end: int, until: int, slot: int) -> None:
+    def _copy(self, end: int, until: int, slot: int, look: Look) -> None:
         if self._passes(end, until, slot, 0):
             return
         is_placed = self._native.num_begun < self._native.num_free
         # A unit without a place waits for staging: all slots wait for a copy to the device.
         stage: Stage = "read" if is_placed else "h2d"
         with self._ring.counters.waiting_on(stage):
-            self._look(stage)
+            look(stage)
             while not self._passes(end, until, slot, LOOK_EVERY_S):
-                self._look(stage)
+                look(stage)
 
     def _passes(self, end: int, until: int, slot: int, timeout_s: float) -> bool:
         runner, native = self._runner, self._native
@@ -107,20 +113,23 @@ class PoolCopies:
 class LoopCopies:
     """Begun by torch, with any pool."""
 
-    def __init__(self, runner: UnitRunner, staging: Staging, ring: Ring, look: Look) -> None:
+    def __init__(self, runner: UnitRunner, staging: Staging, ring: Ring) -> None:
         self._runner = runner
         self._staging = staging
         self._ring = ring
-        self._look = look
         self._under_way: deque[StreamEvent] = deque()
         self._num_over = 0
 
     def copy(
-        self, units: Sequence[ScheduledUnit], slot: Slot, before_last: Callable[[], object]
+        self,
+        units: Sequence[ScheduledUnit],
+        slot: Slot,
+        before_last: Callable[[], object],
+        look: Look,
     ) -> StreamEvent:
         begin: StreamEvent | None = None
         for unit in units:
-            self._wait(unit)
+            self._wait(unit, look)
             if unit.is_last:
                 before_last()
             begin = begin or self._ring.fill.record()
@@ -129,22 +138,22 @@ class LoopCopies:
         assert begin is not None, "a chunk has units"
         return begin
 
-    def _wait(self, unit: ScheduledUnit) -> None:
+    def _wait(self, unit: ScheduledUnit, look: Look) -> None:
         self._reuse_staging()
         if self._runner.passes(unit.index):
             return
         # As in PoolCopies.
-        stage: Stage = "read" if unit.index < self._runner.num_ready else "h2d"
+        stage: Stage = "read" if unit.index < self._runner.num_allowed else "h2d"
 
         def meanwhile() -> None:
             self._reuse_staging()
-            self._look(stage)
+            look(stage)
 
         # With half the staging ahead the I/O threads have work; looking costs the loop time.
-        has_enough = self._runner.num_ready - unit.index > self._staging.num_units // 2
+        has_enough = self._runner.num_allowed - unit.index > self._staging.num_units // 2
         every_s = _ENOUGH_FOR_S if has_enough else LOOK_AFTER_S
         with self._ring.counters.waiting_on(stage):
-            self._look(stage)
+            look(stage)
             self._runner.wait(unit.index, meanwhile, every_s=every_s)
 
     def _reuse_staging(self) -> None:

@@ -177,13 +177,13 @@ class Landing:
             return
         self._pass_on()
         # Units that are not allowed yet wait for their copy; the sink may be idle.
-        stage: Stage = self.stage if before < self._runner.num_ready else "d2h"
+        stage: Stage = self.stage if before < self._runner.num_allowed else "d2h"
         with self._counters.waiting_on(stage):
             self._runner.wait(before, self._pass_on)
 
     def _pass_on(self) -> None:
         """Let the I/O threads at the units whose copies are over."""
-        num_copied = self._runner.num_ready
+        num_copied = self._runner.num_allowed
         while self._copies and self._copies[0][1].passed():
             unit, _ = self._copies.popleft()
             if unit.slot_offset == 0:

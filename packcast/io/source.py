@@ -168,7 +168,11 @@ class FileSource:
         )
         self._copies: Copies | None = None
         if not self._staging.is_slots:
-            self._copies = make_copies(self._runner, self._staging, self._ring, self._look)
+            try:
+                self._copies = make_copies(self._runner, self._staging, self._ring)
+            except BaseException:
+                self.close()
+                raise
         self._look_at = 0.0
         self._is_sending = False
 
@@ -193,7 +197,7 @@ class FileSource:
                 slot.filled = ring.fill.record()
             else:
                 trailer = partial(self._write_trailer, chunk, units)
-                begin = self._copies.copy(units, slot, trailer)
+                begin = self._copies.copy(units, slot, trailer, self._look)
                 slot.filled = ring.fill.record()
                 ring.clock.span("h2d", chunk.index, chunk.nbytes, begin, slot.filled)
         self._counters.newest = chunk.extents[-1]

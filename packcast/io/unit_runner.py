@@ -54,7 +54,8 @@ class UnitRunner:
         counters: Counters,
         tolerant: bool = False,
     ) -> None:
-        self.num_ready = self.num_done = 0  # units whose files are open; units that are done
+        self.num_allowed = self.num_done = 0
+        self._num_open = 0  # units whose files are open
         self._staging = staging
         self._stage = stage
         self._counters = counters
@@ -94,20 +95,20 @@ class UnitRunner:
 
     def allow(self, num_units: int) -> None:
         """Let the I/O threads at the first `num_units` units, as far as their files can be open."""
-        before = self.num_ready
-        if self.open_files(num_units) > before:
-            self._pool.allow(self.num_ready)
+        self._wanted = max(self._wanted, min(num_units, len(self.schedule.units)))
+        num_allowed = min(self._wanted, self.open_files(self._wanted))
+        if num_allowed > self.num_allowed:
+            self.num_allowed = num_allowed
+            self._pool.allow(num_allowed)
 
     def open_files(self, num_units: int) -> int:
         """Open the files of the first `num_units` units, as far as they can be open at the same
         time; returns of how many units they are."""
-        self._wanted = max(self._wanted, min(num_units, len(self.schedule.units)))
-        for index in range(self.num_ready, self._wanted):
-            is_next = index == self.num_done
-            if not self._resources.admit(self.schedule.units[index], is_next=is_next):
+        for unit in self.schedule.units[self._num_open : num_units]:
+            if not self._resources.admit(unit, is_next=unit.index == self.num_done):
                 break
-            self.num_ready = index + 1
-        return self.num_ready
+            self._num_open += 1
+        return self._num_open
 
     def wait(
         self,
@@ -169,5 +170,5 @@ class UnitRunner:
 
     def _retire_next(self) -> None:
         self.retire(self.num_done + 1)
-        if self.num_ready < self._wanted:
+        if self.num_allowed < self._wanted:
             self.allow(self._wanted)

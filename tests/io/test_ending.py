@@ -5,8 +5,10 @@ So it is where a library's caller gives up a transfer whose thread is stuck.
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -67,6 +69,26 @@ def test_who_waits_for_what_is_read_next_goes_on_when_the_source_is_closed(
         filling.result()
     gate.open()
     reading.close()
+
+
+@pytest.mark.parametrize("staging_blocks", [0, 3])
+def test_memory_of_a_transfer_does_not_wait_for_the_garbage_collector(
+    checkpoint: Checkpoint, cudart: Cudart, staging_blocks: int
+) -> None:
+    buffers = make_buffers(BLOCK, 2, staging_nbytes=staging_blocks * BLOCK)
+    chunks = plan_chunks([spec.nbytes for spec in specs_of(checkpoint)], BLOCK, [0])
+    reader = FileReader(outgoing_files(checkpoint), checkpoint.files)
+    source = FileSource(chunks, reader, buffers, num_threads=2)
+    for chunk in chunks:
+        source.fill(chunk, buffers.ring.take(chunk))
+    source.close()
+    memory = weakref.ref(buffers.ring.memory)
+    gc.disable()
+    try:
+        del source, buffers, reader
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("seed", range(20))

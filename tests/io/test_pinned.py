@@ -15,6 +15,7 @@ from packcast.checkpoint.checkpoint import open_checkpoint
 from packcast.checkpoint.outgoing import outgoing_files
 from packcast.errors import TransferError
 from packcast.io import pinned, unit_runner
+from packcast.io import source as source_module
 from packcast.io.pinned import PinnedMemory
 from packcast.io.source import FileReader, FileSource
 from packcast.packed.plan import BLOCK, PAGE, plan_chunks
@@ -110,7 +111,7 @@ def test_staging_stays_pinned_while_an_io_thread_is_stuck_in_a_read_into_it(
         eventually(lambda: source.close() or not cudart.pinned, "the end of the stuck read")
 
 
-@pytest.mark.parametrize("what", ["spans", "start_pool"])
+@pytest.mark.parametrize("what", ["spans", "start_pool", "make_copies"])
 def test_staging_of_an_end_that_cannot_be_made_is_unpinned(
     tmp_path: Path, cudart: Cudart, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -124,8 +125,9 @@ def test_staging_of_an_end_that_cannot_be_made_is_unpinned(
         assert len(cudart.pinned) == 1
         raise TransferError("no room")
 
-    monkeypatch.setattr(unit_runner if what == "start_pool" else reader, what, fail)
-    with pytest.raises(TransferError, match="no room"):
+    owner = {"spans": reader, "start_pool": unit_runner, "make_copies": source_module}[what]
+    monkeypatch.setattr(owner, what, fail)
+    with no_thread_left(), pytest.raises(TransferError, match="no room"):
         FileSource(chunks, reader, make_buffers(BLOCK, 2, staging_nbytes=4 * BLOCK), num_threads=2)
     assert cudart.pinned == []
 
