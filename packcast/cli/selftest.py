@@ -17,7 +17,7 @@ _NBYTES = 8 << 20
 _LIMIT_S = 120.0
 # What would make it another transfer, or another launch.
 _FOREIGN = ("PACKCAST_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_")
-_KEPT = ("PACKCAST_POOL",)
+_KEPT = ("PACKCAST_POOL", "PACKCAST_HOPS")
 
 
 def self_test(backend: str) -> tuple[str, PackcastError | None]:

@@ -1,18 +1,24 @@
-"""Connects a chain of ranks hop by hop: a gloo group of two ranks for each."""
+"""Connects a chain of ranks hop by hop: two of one host by their memory, others by a gloo group."""
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from packcast.control.rank_info import MAX_NAME_LENGTH, printable
 from packcast.control.time_limit import within
-from packcast.errors import RendezvousError
-from packcast.launch.devices import host_name
+from packcast.errors import RendezvousError, UsageError
+from packcast.launch.devices import boot_id, host_name
 from packcast.launch.processgroup import gloo_options
-from packcast.launch.reach import ephemeral_ports, meet
+from packcast.launch.reach import await_key, ephemeral_ports, meet
+from packcast.packed import memory_hop
 from packcast.packed.unfinished import release_ended
 
 if TYPE_CHECKING:
@@ -20,6 +26,9 @@ if TYPE_CHECKING:
 
     from packcast.packed.chain import Hop
 
+_CHOICE = "PACKCAST_HOPS"
+_SHARED = "shared"
+_ANSWER_LIMIT_S = 5.0
 _CONNECT_LIMIT_S = 15.0  # once both are about to connect, which takes milliseconds
 
 
@@ -36,6 +45,7 @@ def open_hops(
 ) -> tuple[Hop | None, Hop | None]:
     """Connect this rank to its neighbours in the chains from `roots`.
 
+    Two ranks of one host share memory unless the kernel forbids it, or PACKCAST_HOPS is `gloo`.
     Returns the hop towards this rank and the one from it; None where no chunk passes. All ranks
     call this with the same arguments and store, and it waits for the neighbours. `connections` is
     1 in every transfer: two are not faster on loopback. Raises RendezvousError if they do not
@@ -44,7 +54,7 @@ def open_hops(
     import torch.distributed as dist
     from torch._C._distributed_c10d import PrefixStore
 
-    from packcast.packed.chain import Hop
+    from packcast.packed.chain import GlooHop
     from packcast.packed.chain_order import hops_of
 
     release_ended()
@@ -57,8 +67,10 @@ def open_hops(
         neighbour = downstream if is_upstream else upstream
         own = PrefixStore(f"hop-{upstream}-{downstream}", store)
         try:
-            said = meet(own, rank, neighbour, timeout_s, check, printable(host_name()))
-            host = printable(said)[:MAX_NAME_LENGTH]
+            host, shared = _meet(own, rank, neighbour, is_upstream, timeout_s, check)
+            if shared is not None:
+                ends[is_upstream] = shared
+                continue
             options = gloo_options(timedelta(seconds=timeout_s), interface, connections)
             connect = partial(gloo, own, int(not is_upstream), 2, options)
             # gloo itself would try to connect for as long as a collective may take.
@@ -71,8 +83,92 @@ def open_hops(
             ) from error
         if group is None:
             raise _blocked({rank: host_name(), neighbour: host}, interface)
-        ends[is_upstream] = Hop(group[0], len(options._devices), is_upstream)
+        ends[is_upstream] = GlooHop(group[0], len(options._devices), is_upstream)
     return ends.get(False), ends.get(True)
+
+
+class _Introduction(BaseModel):
+    """What a rank tells its neighbour; `socket` is where the one upstream listens."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    host: Annotated[str, Field(max_length=MAX_NAME_LENGTH)]
+    boot_id: Annotated[str, Field(max_length=MAX_NAME_LENGTH)] = ""
+    socket: Annotated[str, Field(max_length=64)] = ""
+
+
+def _meet(
+    store: Store,
+    rank: int,
+    neighbour: int,
+    is_upstream: bool,
+    timeout_s: float,
+    check: Callable[[], object],
+) -> tuple[str, Hop | None]:
+    """The neighbour's host, and the hop to it if it shares this one's memory."""
+    listener, name = None, ""
+    wanted = hop_kind() != "gloo"
+    with suppress(OSError):
+        if wanted and is_upstream:
+            listener, name = memory_hop.listen()
+    here = boot_id() if wanted and (name or not is_upstream) else ""
+    own = _Introduction(host=printable(host_name())[:MAX_NAME_LENGTH], boot_id=here, socket=name)
+    try:
+        said = meet(store, rank, neighbour, timeout_s, check, own.model_dump_json())
+        try:
+            other = _Introduction.model_validate_json(said)
+        except ValidationError:
+            other = _Introduction(host=said[:MAX_NAME_LENGTH])
+        hop: Hop | None = None
+        if here and other.boot_id == here:
+            hop = (
+                _accepted(store, listener, timeout_s, check)
+                if listener is not None
+                else _connected(store, other.socket)
+            )
+        return printable(other.host), hop
+    finally:
+        if listener is not None:
+            listener.close()
+
+
+def _connected(store: Store, name: str) -> Hop | None:
+    """Downstream: try, and say whether it works."""
+    hop = memory_hop.connect(name, _ANSWER_LIMIT_S)
+    store.set(_SHARED, "no" if hop is None else "yes")
+    return hop
+
+
+def _accepted(
+    store: Store, listener: socket.socket, timeout_s: float, check: Callable[[], object]
+) -> Hop | None:
+    """Upstream: let the neighbour try, and wait for what it says."""
+    hop: memory_hop.GivingHop | None = None
+
+    def answer() -> None:
+        nonlocal hop
+        check()
+        hop = hop or memory_hop.accept(listener)
+
+    try:
+        await_key(store, _SHARED, "the neighbour", timeout_s, answer)
+        is_shared = store.get(_SHARED) == b"yes"
+    except BaseException:
+        if hop is not None:
+            hop.close()
+        raise
+    if hop is not None and not is_shared:
+        hop.close()
+        hop = None
+    return hop
+
+
+def hop_kind() -> str:
+    """`auto`, or `gloo` where PACKCAST_HOPS says so; raises UsageError for another word."""
+    kind = os.environ.get(_CHOICE, "auto")
+    if kind not in ("auto", "gloo"):
+        raise UsageError(f"{_CHOICE} is {kind!r}", hint="say gloo or auto")
+    return kind
 
 
 def _blocked(hosts: dict[int, str], interface: str | None) -> RendezvousError:

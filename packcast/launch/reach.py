@@ -76,7 +76,7 @@ def check_ring(
             raise RendezvousError(f"rank {after} does not say where it listens") from None
         _try(rank, after, other, name)
         store.set(f"reached-{after}", "")
-        _await(store, f"reached-{rank}", f"rank {before}", timeout_s, check)
+        await_key(store, f"reached-{rank}", f"rank {before}", timeout_s, check)
     finally:
         if listener is not None:
             listener.close()
@@ -117,13 +117,15 @@ def meet(
     """
     check()  # after a failure do not let a neighbour connect and wait
     store.set(f"here-{rank}", own)
-    _await(store, f"here-{neighbour}", f"rank {neighbour}", timeout_s, check)
+    await_key(store, f"here-{neighbour}", f"rank {neighbour}", timeout_s, check)
     return store.get(f"here-{neighbour}").decode(errors="replace")
 
 
-def _await(
+def await_key(
     store: Store, key: str, whom: str, timeout_s: float, check: Callable[[], object]
 ) -> None:
+    """Wait until `whom` has set the key, calling `check` meanwhile, which may raise; RuntimeError
+    at the limit."""
     deadline = time.monotonic() + timeout_s
     pause_s = 0.002
     while True:

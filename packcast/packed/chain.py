@@ -1,9 +1,10 @@
 """A broadcast over CPUs along a chain of ranks: each rank passes on what it receives.
 
 gloo's own broadcast is a tree whose root sends everything log2(N) times. In a chain no rank sends
-anything twice, and it passes on one piece while it receives the next. A hop of the chain is a
-process group of two ranks and uses broadcasts: the works of point-to-point `send` and `recv` cannot
-be polled, and a `wait` on one that times out closes all connections of the group.
+anything twice, and it passes on one piece while it receives the next. A hop of the chain between
+hosts is a process group of two ranks and uses broadcasts: the works of point-to-point `send` and
+`recv` cannot be polled, and a `wait` on one that times out closes all connections of the group.
+Between ranks of one host see `memory_hop`.
 """
 
 from __future__ import annotations
@@ -41,16 +42,36 @@ class PairGroup(Protocol):
     def recv(self, tensors: list[torch.Tensor], srcRank: int, tag: int) -> Work: ...
 
 
+class PieceWork(Protocol):
+    """A piece that is sent or received, as torch's Work."""
+
+    def is_completed(self) -> bool: ...
+    def wait(self, timeout: timedelta = ..., /) -> object: ...
+
+
+class Hop(Protocol):
+    """One rank's end of a hop."""
+
+    def start(self, piece: torch.Tensor) -> PieceWork:
+        """Begin to send or to receive the piece, in order; returns at once."""
+
+    def cut(self) -> None:
+        """End what is under way, so that nothing uses its tensors any more."""
+
+    def close(self) -> None:
+        """Nothing is under way any more."""
+
+
 @dataclass(frozen=True, slots=True)
-class Hop:
-    """One rank's end of a hop: a gloo group of two, with one or more connections."""
+class GlooHop:
+    """A hop over gloo: a group of two, with one or more connections."""
 
     group: PairGroup
     connections: int
     is_upstream: bool
 
     def start(self, piece: torch.Tensor) -> Work:
-        """Enqueue the piece, to send or to receive; returns at once."""
+        """Enqueue the piece."""
         options = BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         return self.group.broadcast([piece], options)
@@ -65,13 +86,16 @@ class Hop:
                 work = self.group.recv([torch.empty(1)], int(self.is_upstream), tag)
                 work.wait(timedelta(milliseconds=1))
 
+    def close(self) -> None:
+        """The connections close with the last reference to the group."""
+
 
 class ChunkSent:
     """The event of a chunk on its way to the next rank; once passed, the memory may be reused."""
 
     cuda_event = None
 
-    def __init__(self, works: list[Work], wait: Callable[[Work, float], bool]) -> None:
+    def __init__(self, works: list[PieceWork], wait: Callable[[PieceWork, float], bool]) -> None:
         self._works = works
         self.passed_at = time.perf_counter()
         self._wait = wait
@@ -117,8 +141,8 @@ class Chain:
         self._order = order
         self._check = check
         self._piece_nbytes = piece_nbytes
-        self._arriving: deque[tuple[torch.Tensor, list[Work]]] = deque()
-        self._under_way: deque[tuple[Work, Hop, torch.Tensor]] = deque()
+        self._arriving: deque[tuple[torch.Tensor, list[PieceWork]]] = deque()
+        self._under_way: deque[tuple[PieceWork, Hop, torch.Tensor]] = deque()
         self._starting = threading.Lock()  # so that nothing starts after `close`
         self._is_closed = False
         self.sent_nbytes = 0
@@ -142,11 +166,11 @@ class Chain:
         self._check()
         before, after = neighbours(self._order, root, self._rank)
         pieces = self._pieces(memory)
-        arriving: list[Work] = []
+        arriving: list[PieceWork] = []
         if before is not None:
             begun, arriving = self._arriving.popleft()
             assert begun.data_ptr() == memory.data_ptr(), "not in the order of `begin`"
-        leaving: list[Work] = []
+        leaving: list[PieceWork] = []
         for i, piece in enumerate(pieces):
             if before is not None:
                 self._await(arriving[i])
@@ -176,12 +200,15 @@ class Chain:
             self._have_ended(_CUT_LIMIT_S)
         for work, hop, piece in self._left():
             keep(work, hop, piece)
+        for hop in (self._before, self._after):
+            if hop is not None:
+                hop.close()
         # A slot may keep an event of this chain, which must not keep the connections.
         self._under_way.clear()
         self._arriving.clear()
         self._before = self._after = None
 
-    def _left(self) -> list[tuple[Work, Hop, torch.Tensor]]:
+    def _left(self) -> list[tuple[PieceWork, Hop, torch.Tensor]]:
         return [entry for entry in list(self._under_way) if not entry[0].is_completed()]
 
     def _have_ended(self, limit_s: float) -> bool:
@@ -199,7 +226,7 @@ class Chain:
         pieces: Sequence[torch.Tensor] = memory.split(size)
         return pieces
 
-    def _start(self, hop: Hop | None, piece: torch.Tensor) -> Work:
+    def _start(self, hop: Hop | None, piece: torch.Tensor) -> PieceWork:
         with self._starting:
             self._check_closed()
             assert hop is not None, "the hop is not connected"
@@ -213,11 +240,11 @@ class Chain:
         if self._is_closed:
             raise RuntimeError("the chain has been closed")
 
-    def _await(self, work: Work) -> None:
+    def _await(self, work: PieceWork) -> None:
         while not self._ends_within(work, _LOOK_UP_EVERY_S):
             pass
 
-    def _ends_within(self, work: Work, limit_s: float) -> bool:
+    def _ends_within(self, work: PieceWork, limit_s: float) -> bool:
         """Wait at most `limit_s`; whether the work has ended. Raises the transfer's failure, or
         the work's error."""
         if not work.is_completed():

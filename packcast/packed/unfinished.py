@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Work
 
-_kept: list[tuple[Work, tuple[object, ...]]] = []
+    from packcast.packed.chain import PieceWork
+
+_kept: list[tuple[Work | PieceWork, tuple[object, ...]]] = []
 
 
-def keep(work: Work, *used: object) -> None:
+def keep(work: Work | PieceWork, *used: object) -> None:
     """Keep the work and what it uses until it completes, times out or its peer goes."""
     _kept.append((work, used))
 

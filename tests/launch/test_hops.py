@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from packcast.errors import RendezvousError, TransferError
+from packcast.errors import RendezvousError, TransferError, UsageError
 from packcast.launch import hops
 from packcast.launch.hops import open_hops
-from tests.helpers.hops import open_all
+from packcast.packed import memory_hop
+from tests.helpers.commands import eventually
+from tests.helpers.hops import Ends, open_all
+from tests.helpers.processes import num_descriptors
+
+
+@pytest.fixture(params=["auto", "gloo"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Hops through memory, and as between hosts."""
+    monkeypatch.setenv("PACKCAST_HOPS", request.param)
+    return str(request.param)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
@@ -32,17 +46,17 @@ def test_alone_there_is_no_hop() -> None:
     assert open_all([0], [0]) == [(None, None)]
 
 
-def test_pieces_pass_in_order_over_several_connections_and_a_cut_ends_both_sides() -> None:
+def test_pieces_pass_in_order_and_a_cut_ends_both_sides(kind: str) -> None:
     (_, after), (before, _) = open_all([0, 1], [0], connections=3)
     assert after is not None
     assert before is not None
     sent = [torch.full((100,), i) for i in range(10)]
     received = [torch.zeros_like(tensor) for tensor in sent]
-    works = [
-        hop.start(tensor) for hop, data in ((after, sent), (before, received)) for tensor in data
-    ]
-    for work in works:
+    leaving = [after.start(tensor) for tensor in sent]
+    arriving = [before.start(tensor) for tensor in received]
+    for work in (*arriving, *leaving):  # through memory, whoever waits for a piece copies it
         work.wait()
+        assert work.is_completed()
     assert torch.stack(received).equal(torch.stack(sent))
 
     left = [before.start(tensor) for tensor in received]
@@ -92,3 +106,91 @@ def test_a_failure_ends_the_wait_for_a_neighbour(store: Callable[[], dist.Store]
 
     with pytest.raises(TransferError, match="lost rank 1"):
         open_own(store(), timeout_s=60.0, check=check)
+
+
+# -- hops through memory -------------------------------------------------------------------------
+
+
+def kinds_of(ends: list[Ends]) -> list[str]:
+    return [type(hop).__name__ for pair in ends for hop in pair if hop is not None]
+
+
+def test_ranks_of_one_host_share_memory_unless_they_are_told_not_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert kinds_of(open_all([0, 1], [0])) == ["GivingHop", "TakingHop"]
+    monkeypatch.setenv("PACKCAST_HOPS", "gloo")
+    assert kinds_of(open_all([0, 1], [0])) == ["GlooHop", "GlooHop"]
+    monkeypatch.setenv("PACKCAST_HOPS", "tcp")
+    with pytest.raises(UsageError, match="PACKCAST_HOPS is 'tcp'"):
+        open_own(dist.HashStore(), timeout_s=0.5)
+
+
+@pytest.mark.parametrize("what", ["forbidden", "another network namespace", "other bytes"])
+def test_where_memory_cannot_be_read_gloo_connects(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    if what == "forbidden":
+        monkeypatch.setattr(memory_hop, "read_memory", forbidden)
+    elif what == "other bytes":  # another process that happens to have that pid here
+        monkeypatch.setattr(memory_hop, "read_memory", lambda *_: None)
+    else:
+        listen = memory_hop.listen
+        monkeypatch.setattr(memory_hop, "listen", lambda: (listen()[0], "packcast-elsewhere"))
+    num_before = num_descriptors()
+    ends = open_all([0, 1], [0])
+    assert kinds_of(ends) == ["GlooHop", "GlooHop"]
+    (_, after), (before, _) = ends
+    assert after is not None
+    assert before is not None
+    sent, received = torch.arange(100), torch.zeros(100, dtype=torch.int64)
+    works = [after.start(sent), before.start(received)]
+    for work in works:
+        work.wait()
+    assert received.equal(sent)
+    del works, work, after, before, ends, _
+    eventually(lambda: num_descriptors() <= num_before, "the connections' end")
+
+
+def test_a_neighbour_on_another_host_is_connected_over_gloo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = iter(["one", "other"])
+    monkeypatch.setattr(hops, "boot_id", lambda: next(ids))
+    assert kinds_of(open_all([0, 1], [0])) == ["GlooHop", "GlooHop"]
+
+
+def test_a_piece_of_another_size_is_an_error_on_both_sides() -> None:
+    (_, after), (before, _) = open_all([0, 1], [0])
+    assert after is not None
+    assert before is not None
+    leaving, arriving = after.start(torch.zeros(100)), before.start(torch.zeros(99))
+    with pytest.raises(RuntimeError, match="it sends 400 bytes"):
+        arriving.wait()
+    before.close()
+    with pytest.raises(RuntimeError, match="closed the connection"):
+        leaving.wait()
+    assert leaving.is_completed()
+
+
+def test_many_more_pieces_than_a_socket_holds_messages_pass() -> None:
+    (_, after), (before, _) = open_all([0, 1], [0])
+    assert after is not None
+    assert before is not None
+    sent = torch.arange(2000)
+    received = torch.zeros_like(sent)
+    arriving = [before.start(piece) for piece in received.split(1)]
+
+    def receive() -> None:
+        for work in arriving:
+            work.wait()
+
+    receiving = threading.Thread(target=receive)
+    receiving.start()
+    for work in [after.start(piece) for piece in sent.split(1)]:
+        work.wait(timedelta(seconds=20))
+    receiving.join(20)
+    assert received.equal(sent)

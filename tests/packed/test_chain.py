@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from packcast.packed.chain import Chain
+from packcast.packed.chain import Chain, GlooHop
 from packcast.packed.chain_order import (
     chain_order,
     hops_of,
@@ -63,6 +63,13 @@ class Ranks:
         """The control channel of these ranks."""
         (self._folder / "partial").write_text(verdict)
         (self._folder / "partial").rename(self._folder / "verdict")
+
+
+@pytest.fixture(params=["auto", "gloo"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Hops through memory, and as between hosts."""
+    monkeypatch.setenv("PACKCAST_HOPS", request.param)
+    return str(request.param)
 
 
 @pytest.fixture
@@ -207,17 +214,18 @@ def test_closing_a_chain_wakes_whoever_waits_in_it() -> None:
 
 def test_the_connections_end_with_the_chain_though_a_slot_keeps_an_event_of_it() -> None:
     ends = open_all([0, 1], [0])
-    groups = [weakref.ref(hop.group) for pair in ends for hop in pair if hop is not None]
+    hops = [hop for pair in ends for hop in pair if hop is not None]
+    shared = [weakref.ref(hop.group if isinstance(hop, GlooHop) else hop) for hop in hops]
     memory = torch.arange(1000)
     chains = [Chain(*ends[rank], rank=rank, order=[0, 1], check=lambda: None) for rank in (0, 1)]
-    del ends
+    del ends, hops
     chains[1].begin(memory, 0)
     events = [chain.carry(memory, 0) for chain in chains]
     for event in events:
         event.synchronize()
     for chain in chains:
         chain.close()
-    assert [group() for group in groups] == [None, None]
+    assert [it() for it in shared] == [None, None]
     assert all(event.passed() for event in events)
 
 
