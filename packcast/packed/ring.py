@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from packcast.packed.counters import Counters
-from packcast.packed.plan import align_up
+from packcast.packed.plan import PAGE, align_up
 from packcast.packed.streams import Completion, Stream, StreamEvent, StreamTimer
 
 # broadcast(tensor, root rank): in place, on the current stream, blocking on a CPU. If it returns an
@@ -24,6 +24,9 @@ Broadcast = Callable[[torch.Tensor, int], Completion | None]
 MAX_VIEWS = 64
 _MAX_DRY = 16  # broadcasts under way
 
+_libc = ctypes.CDLL(None)
+_MADV_HUGEPAGE = 14  # asm-generic/mman-common.h
+
 NOBODY = -1  # the rank of a process that is no chunk's root
 
 
@@ -31,6 +34,17 @@ def host_view(tensor: torch.Tensor) -> memoryview:
     """A view of a contiguous CPU tensor's bytes, without NumPy; the caller keeps the tensor."""
     array = (ctypes.c_ubyte * tensor.numel()).from_address(tensor.data_ptr())
     return memoryview(array).cast("B")
+
+
+def _ask_for_huge_pages(memory: torch.Tensor) -> None:
+    """Where the kernel gives them: large copies, above all from another process, then take a half
+    to two thirds of the time."""
+    begin = align_up(memory.data_ptr(), PAGE)
+    nbytes = memory.data_ptr() + memory.nbytes - begin
+    if nbytes > 0:
+        _libc.madvise(
+            ctypes.c_void_p(begin), ctypes.c_size_t(nbytes // PAGE * PAGE), _MADV_HUGEPAGE
+        )
 
 
 class Carried(Protocol):
@@ -124,6 +138,8 @@ class Ring:
         self.comm = Stream(device, urgent=True)
         self._count(counters)
         self.memory = torch.empty(num_buffers * slot_nbytes, dtype=torch.uint8, device=device)
+        if self.is_host:
+            _ask_for_huge_pages(self.memory)
         self._after_caller()
         self._slots = [
             Slot(self.memory[i * slot_nbytes : (i + 1) * slot_nbytes]) for i in range(num_buffers)
