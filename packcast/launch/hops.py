@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,30 +60,33 @@ def open_hops(
     release_ended()
     gloo: Any = dist.ProcessGroupGloo
     ends: dict[bool, Hop] = {}
-    for upstream, downstream in hops_of(order, roots):
-        if rank not in (upstream, downstream):
-            continue
-        is_upstream = rank == upstream
-        neighbour = downstream if is_upstream else upstream
-        own = PrefixStore(f"hop-{upstream}-{downstream}", store)
-        try:
-            host, shared = _meet(own, rank, neighbour, is_upstream, timeout_s, check)
-            if shared is not None:
-                ends[is_upstream] = shared
+    with ExitStack() as undoing:
+        for upstream, downstream in hops_of(order, roots):
+            if rank not in (upstream, downstream):
                 continue
-            options = gloo_options(timedelta(seconds=timeout_s), interface, connections)
-            connect = partial(gloo, own, int(not is_upstream), 2, options)
-            # gloo itself would try to connect for as long as a collective may take.
-            group = within(_CONNECT_LIMIT_S, "packcast-hop", connect, check=check)
-        except RuntimeError as error:  # torch's DistError and its kin
-            raise RendezvousError(
-                f"rank {upstream} and rank {downstream} could not be connected over gloo:"
-                f" {str(error).splitlines()[0]}",
-                hint="choose another network interface with GLOO_SOCKET_IFNAME",
-            ) from error
-        if group is None:
-            raise _blocked({rank: host_name(), neighbour: host}, interface)
-        ends[is_upstream] = GlooHop(group[0], len(options._devices), is_upstream)
+            is_upstream = rank == upstream
+            neighbour = downstream if is_upstream else upstream
+            own = PrefixStore(f"hop-{upstream}-{downstream}", store)
+            try:
+                host, hop = _meet(own, rank, neighbour, is_upstream, timeout_s, check)
+                if hop is None:
+                    options = gloo_options(timedelta(seconds=timeout_s), interface, connections)
+                    connect = partial(gloo, own, int(not is_upstream), 2, options)
+                    # gloo itself would try to connect for as long as a collective may take.
+                    group = within(_CONNECT_LIMIT_S, "packcast-hop", connect, check=check)
+                    if group is not None:
+                        hop = GlooHop(group[0], len(options._devices), is_upstream)
+            except RuntimeError as error:  # torch's DistError and its kin
+                raise RendezvousError(
+                    f"rank {upstream} and rank {downstream} could not be connected over gloo:"
+                    f" {str(error).splitlines()[0]}",
+                    hint="choose another network interface with GLOO_SOCKET_IFNAME",
+                ) from error
+            if hop is None:
+                raise _blocked({rank: host_name(), neighbour: host}, interface)
+            ends[is_upstream] = hop
+            undoing.callback(hop.close)
+        undoing.pop_all()
     return ends.get(False), ends.get(True)
 
 
@@ -124,7 +127,7 @@ def _meet(
             hop = (
                 _accepted(store, listener, timeout_s, check)
                 if listener is not None
-                else _connected(store, other.socket)
+                else _connected(store, other.socket, check)
             )
         return printable(other.host), hop
     finally:
@@ -132,9 +135,9 @@ def _meet(
             listener.close()
 
 
-def _connected(store: Store, name: str) -> Hop | None:
+def _connected(store: Store, name: str, check: Callable[[], object]) -> Hop | None:
     """Downstream: try, and say whether it works."""
-    hop = memory_hop.connect(name, _ANSWER_LIMIT_S)
+    hop = memory_hop.connect(name, _ANSWER_LIMIT_S, check)
     store.set(_SHARED, "no" if hop is None else "yes")
     return hop
 

@@ -215,8 +215,9 @@ class Chain:
         """Wait at most `limit_s` for all works; whether all have ended, well or not."""
         deadline = time.monotonic() + limit_s
         for work, _, _ in self._left():
-            with suppress(RuntimeError):
-                work.wait(timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            if (left_s := deadline - time.monotonic()) > 0:
+                with suppress(RuntimeError):
+                    work.wait(timedelta(seconds=max(0.001, left_s)))
         return not self._left()
 
     def _pieces(self, memory: torch.Tensor) -> Sequence[torch.Tensor]:

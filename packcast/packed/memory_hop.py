@@ -2,7 +2,8 @@
 
 One copy by the kernel (process_vm_readv, as MPI does it) instead of a connection over loopback,
 which copies twice and takes three times the processor. A socket carries a message for each piece,
-where it lies, and one back once it was copied; it ends with the process at its other end.
+where it lies, and one back once it was copied; it ends with the process at its other end. The
+kernel decides who may read whose memory: nothing here widens that.
 """
 
 from __future__ import annotations
@@ -15,19 +16,23 @@ import struct
 import threading
 import time
 import weakref
+from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 
 import torch
 
-_PIECE = struct.Struct("<QQ")  # address and bytes
+_PIECE = struct.Struct("<QQQ")  # which one it is, its address and bytes
 _PROBE = struct.Struct("<Q16s")  # the address of a secret, and the secret
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _COPIED = b"\1"
-_PR_SET_PTRACER = 0x59616D61  # of the Yama security module, where there is one
+_MAX_OFFERED = 64  # pieces that are not copied yet: a socket holds at least 200 messages
+_LOOK_EVERY_S = 0.1
 _FOREVER = timedelta(days=1)
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 
 class _Vector(ctypes.Structure):  # struct iovec
@@ -49,11 +54,8 @@ def read_memory(pid: int, address: int, into: int, nbytes: int) -> None:
         done += count
 
 
-_libc.process_vm_readv.restype = ctypes.c_ssize_t
-
-
 def listen() -> tuple[socket.socket, str]:
-    """A socket for the rank downstream, and the name at which it listens, which nobody can guess.
+    """A socket for the rank downstream, and the name at which it listens.
 
     It is in no file system, and seen from this network namespace only.
     """
@@ -70,44 +72,54 @@ def listen() -> tuple[socket.socket, str]:
 
 
 def accept(listener: socket.socket) -> GivingHop | None:
-    """Upstream: the hop to whoever has connected, if it is this user; tell it how to try."""
+    """Upstream: the hop to whoever has connected, if it is this user, who is told how to try."""
     try:
         connection, _ = listener.accept()
     except OSError:  # nobody yet
         return None
-    connection.setblocking(True)
-    pid, uid, _ = _peer(connection)
+    pid, uid = _peer(connection)
     if uid != os.geteuid():
         connection.close()
         return None
-    hop = GivingHop(connection, pid)
-    hop.offer()
-    return hop
+    return GivingHop(connection, pid)
 
 
-def connect(name: str, limit_s: float) -> TakingHop | None:
-    """Downstream: the hop from the rank that listens there, if its memory can be read."""
+def connect(name: str, limit_s: float, check: Callable[[], object]) -> TakingHop | None:
+    """Downstream: the hop from the rank that listens there, if its memory can be read.
+
+    Raises what `check` raises during the wait."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    hop = None
     try:
-        connection.settimeout(limit_s)
+        connection.settimeout(_LOOK_EVERY_S)
         connection.connect(f"\0{name}")
-        pid, uid, _ = _peer(connection)
-        address, secret = _PROBE.unpack(connection.recv(_PROBE.size))
+        pid, uid = _peer(connection)
+        address, secret = _PROBE.unpack(_probe_of(connection, limit_s, check))
         found = ctypes.create_string_buffer(len(secret))
         read_memory(pid, address, ctypes.addressof(found), len(secret))
         if uid == os.geteuid() and found.raw == secret:
-            connection.setblocking(True)
-            return TakingHop(connection, pid)
+            hop = TakingHop(connection, pid)
     except (OSError, struct.error):
         pass  # not one host after all, or it is forbidden here
-    connection.close()
-    return None
+    finally:
+        if hop is None:
+            connection.close()
+    return hop
 
 
-def _peer(connection: socket.socket) -> tuple[int, int, int]:
+def _probe_of(connection: socket.socket, limit_s: float, check: Callable[[], object]) -> bytes:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        with suppress(TimeoutError):
+            return connection.recv(_PROBE.size)
+        check()
+    return b""
+
+
+def _peer(connection: socket.socket) -> tuple[int, int]:
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, gid = _CREDENTIALS.unpack(packed)
-    return pid, uid, gid
+    pid, uid, _ = _CREDENTIALS.unpack(packed)
+    return pid, uid
 
 
 class PieceWork:
@@ -132,6 +144,7 @@ class _MemoryHop:
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
         self._connection = connection
+        connection.setblocking(True)
         weakref.finalize(self, connection.close)  # as gloo's connections go with their group
         self._pid = pid
         self._lock = threading.Lock()  # of whoever receives from the connection
@@ -152,22 +165,25 @@ class _MemoryHop:
                 is_left = self._error is None and self._num_done <= index
                 if is_left and not self._step(deadline):
                     raise RuntimeError("timed out")
-            except OSError as error:
-                self._error = self._error or f"the next process on this host: {error.strerror}"
+            except (OSError, struct.error, KeyError) as error:
+                self._fail(f"the next process on this host: {getattr(error, 'strerror', error)}")
             finally:
                 self._lock.release()
 
     def cut(self) -> None:
         """End what is under way, on both sides."""
-        self._error = self._error or "the connection was closed"
-        with suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+        self._fail("the connection was closed")
 
     def close(self) -> None:
         """After the last piece; what is under way ends as by `cut`."""
         self.cut()
         with self._lock:
             self._connection.close()
+
+    def _fail(self, reason: str) -> None:
+        self._error = self._error or reason
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
 
     def _step(self, deadline: float) -> bool:
         """Receive one message and do what it asks for; False at the deadline."""
@@ -188,23 +204,23 @@ class _MemoryHop:
 class GivingHop(_MemoryHop):
     """The end upstream, whose memory is read."""
 
-    def offer(self) -> None:
-        """Let the other end read this process's memory, and have it try."""
+    def __init__(self, connection: socket.socket, pid: int) -> None:
+        super().__init__(connection, pid)
+        self._pieces: deque[bytes] = deque()  # that are not offered yet
+        self._num_offered = 0
         self._secret = ctypes.create_string_buffer(os.urandom(16), 16)
-        # Without Yama nothing is asked for, and this fails.
-        _libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(self._pid), 0, 0, 0)
         probe = _PROBE.pack(ctypes.addressof(self._secret), self._secret.raw)
         with suppress(OSError):  # it has gone, and says so by not answering
-            self._connection.send(probe, socket.MSG_NOSIGNAL)
+            connection.send(probe, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
     def start(self, piece: torch.Tensor) -> PieceWork:
         """Offer the piece; it must stay as it is until the work is over."""
-        self.is_over(self._num_started)  # read the answers that are there: they must not pile up
-        with suppress(OSError):  # known by the time it is waited for
-            message = _PIECE.pack(piece.data_ptr(), piece.numel() * piece.itemsize)
-            self._connection.send(message, socket.MSG_NOSIGNAL)
+        nbytes = piece.numel() * piece.itemsize
+        self._pieces.append(_PIECE.pack(self._num_started, piece.data_ptr(), nbytes))
         self._num_started += 1
-        return PieceWork(self, self._num_started - 1)
+        work = PieceWork(self, self._num_started - 1)
+        work.is_completed()  # offers it, if it is its turn
+        return work
 
     def is_over(self, index: int) -> bool:
         if self._num_done <= index and self._error is None:
@@ -212,11 +228,12 @@ class GivingHop(_MemoryHop):
                 self.await_piece(index, 0.0)
         return super().is_over(index)
 
-    def close(self) -> None:
-        super().close()
-        _libc.prctl(_PR_SET_PTRACER, 0, 0, 0, 0)
-
     def _step(self, deadline: float) -> bool:
+        # Few at a time, so that neither end ever blocks in a send.
+        while self._pieces and self._num_offered < self._num_done + _MAX_OFFERED:
+            self._connection.send(self._pieces[0], socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            self._pieces.popleft()
+            self._num_offered += 1
         message = self._receive(len(_COPIED), deadline)
         self._num_done += message is not None
         return message is not None
@@ -243,11 +260,15 @@ class TakingHop(_MemoryHop):
         message = self._receive(_PIECE.size, deadline)
         if message is None:
             return False
-        address, nbytes = _PIECE.unpack(message)
+        index, address, nbytes = _PIECE.unpack(message)
         piece = self._pieces.pop(self._num_done)
-        if nbytes != piece.numel() * piece.itemsize:
-            raise OSError(0, f"it sends {nbytes} bytes where others were expected")
+        expected = self._num_done, piece.numel() * piece.itemsize
+        if (index, nbytes) != expected:
+            text = f"it sends piece {index} of {nbytes} bytes where {expected} was expected"
+            raise OSError(0, text)
         read_memory(self._pid, address, piece.data_ptr(), nbytes)
+        # An answer that can be sent proves that the memory was still lent: the other end cuts the
+        # connection before it uses it again.
+        self._connection.send(_COPIED, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
         self._num_done += 1
-        self._connection.send(_COPIED, socket.MSG_NOSIGNAL)
         return True

@@ -110,7 +110,7 @@ def test_a_nearly_full_gpu_makes_the_ring_small_on_all_ranks() -> None:
     (note,) = fitted.notes
     assert (
         "rank 1 (host-a, pid 1001) needs 256 MiB for 4 buffers of 64MiB, CUDA and NCCL take about"
-        " 1.0 GiB more, and cuda:0 has 900 MiB free" in note
+        " 1.5 GiB more, and cuda:0 has 900 MiB free" in note
     )
     # The GPU's memory is nothing to a ring on the CPUs.
     assert fit_buffers(SETTINGS, LARGE, ranks, on_cpus(*ranks)).sizes == USUAL
