@@ -155,8 +155,10 @@ def await_routes(
     foreign = _Foreign(store, log)
 
     def routes() -> set[str] | None:
-        if not store.check(keys):
-            foreign.note(next(rank for rank, key in enumerate(keys) if not store.check([key])))
+        # One by one: the last may come between a look at all and a search for the missing one.
+        missing = next((rank for rank, key in enumerate(keys) if not store.check([key])), None)
+        if missing is not None:
+            foreign.note(missing)
             return None
         return {store.get(key).decode(errors="replace") for key in keys}
 

@@ -19,6 +19,7 @@ from packcast.launch import store as stores
 from packcast.launch.find_sender import (
     SenderAddress,
     await_address,
+    await_routes,
     hosts_of,
     leave_failed_join,
     publish_address,
@@ -236,6 +237,25 @@ def store() -> Store:
     from torch._C._distributed_c10d import HashStore
 
     return HashStore()
+
+
+def test_a_route_that_comes_between_two_looks_is_not_missed() -> None:
+    class Late:
+        """Whatever is asked for first comes right after."""
+
+        num_checks = 0
+
+        def check(self, keys: list[str], /) -> bool:
+            self.num_checks += 1
+            return self.num_checks > 1
+
+        def get(self, key: str, /) -> bytes:
+            return b"10.0.0.1"
+
+        def set(self, key: str, value: str, /) -> None: ...
+
+    launch = Launch("slurm", rank=0, world_size=2, local_rank=0, local_world_size=1)
+    assert await_routes(Late(), launch, 5.0, lambda _: None) == {"10.0.0.1"}
 
 
 def settle_all(
