@@ -34,6 +34,12 @@ ROW_TITLES = (
     *("waiting on", ">device", ">pinned"),
 )
 
+WRAPPED = ("from", "buffers", "of limit", "how")  # in a cell of these a line may be broken
+_FIRST_TO_GO = (
+    *(">pinned", ">device", ">cv", ">x", "waiting on"),
+    *("from", "to", ">wrong", "method", "of limit"),
+)
+
 Table = tuple[list[str], list[list[str]]]  # titles, and the cells of each row
 
 
@@ -49,6 +55,27 @@ def tables(results: Results) -> list[Table]:
         if rows:
             found.append(([titles[i] for i in kept], [[row[i] for i in kept] for row in rows]))
     return found
+
+
+def fitting(content: Table, width: int, *, gap: int) -> tuple[Table, list[str]]:
+    """The columns that `width` has room for, and the titles of the others."""
+    titles, rows = content
+    kept = list(range(len(titles)))
+
+    def least(i: int) -> int:
+        cells = [titles[i].removeprefix(">"), *(row[i] for row in rows)]
+        if titles[i] in WRAPPED:
+            cells = [word for cell in cells for word in cell.split()]
+        return max(map(len, cells))
+
+    left_out = []
+    for title in _FIRST_TO_GO:
+        if sum(map(least, kept)) + gap * (len(kept) - 1) <= width:
+            break
+        if title in titles:
+            kept.remove(titles.index(title))
+            left_out.append(title.removeprefix(">"))
+    return ([titles[i] for i in kept], [[row[i] for i in kept] for row in rows]), left_out
 
 
 def environment_lines(environment: Environment) -> list[tuple[str, str]]:

@@ -10,11 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -32,6 +32,7 @@ Mode = Literal["quiet", "none", "plain", "rich"]
 
 _REFRESH_PER_SECOND = 4
 _LEAST_SHARE = 0.05  # of the sweep, before the remaining time is estimated
+_GAP = 3  # between columns
 _WIDTH_OF_FILES = 240  # where the table goes to no terminal: nothing is cut off or wrapped
 
 
@@ -148,7 +149,7 @@ class BenchDisplay(BenchView):
             status += f", about {format_duration(left)} left"
         line = Text(status + ")", no_wrap=True)
         rows = [one for one in table.tables(self.results) if "method" in one[0]]
-        return Group(*(_table(one) for one in rows), Text(), line) if rows else line
+        return Group(*map(_Drawn, rows), Text(), line) if rows else line
 
     def _print_results(self) -> None:
         """On standard error where an export takes standard output."""
@@ -162,23 +163,37 @@ class BenchDisplay(BenchView):
                 console.print(Text(f"{what:<9} {printable(text)}", style="dim"))
         for one in table.tables(self.results):
             console.print()
-            console.print(_table(one))
+            console.print(_Drawn(one))
         console.print()
         for line in table.closing_lines(self.results):
             console.print(Text(printable(line)))
 
 
-def _table(content: table.Table) -> Table:
-    """The marked rows are bold."""
-    titles, rows = content
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for title in titles:
-        text = title.removeprefix(">")
-        drawn.add_column(text, justify="left" if text == title else "right", no_wrap=text != "how")
-    for row in rows:
-        style = "bold" if row[0] in ("*", "~") else ""
-        drawn.add_row(*(Text(printable(cell)) for cell in row), style=style)
-    return drawn
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A table as wide as the terminal allows, and the columns that it has no room for.
+
+    rich would squeeze all columns that must not wrap, short ones to nothing.
+    """
+
+    content: table.Table
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        (titles, rows), left_out = table.fitting(self.content, options.max_width, gap=_GAP)
+        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        for title in titles:
+            text = title.removeprefix(">")
+            drawn.add_column(
+                text,
+                justify="left" if text == title else "right",
+                no_wrap=title not in table.WRAPPED,
+            )
+        for row in rows:
+            style = "bold" if row[0] in ("*", "~") else ""  # the marked ones
+            drawn.add_row(*(Text(printable(cell)) for cell in row), style=style)
+        yield drawn
+        if left_out:
+            yield Text(f"no room for {', '.join(left_out)}: --export-csv has them")
 
 
 def _in_short(row: Row) -> str:

@@ -228,6 +228,32 @@ def test_a_terminal_is_told_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -
     assert "43.6" in text
 
 
+@pytest.mark.parametrize(
+    ("width", "left_out"),
+    [
+        (30, "waiting on, from, to, wrong, method, of limit:"),
+        (80, "no room for pinned, device, cv, x, waiting on:"),
+        (120, "no room for pinned:"),
+        (240, None),
+    ],
+)
+def test_a_narrow_terminal_has_fewer_columns_and_is_told_which(
+    width: int, left_out: str | None
+) -> None:
+    display = BenchDisplay("rich", "packcast bench", {})
+    display.results = GOOD
+    console = Console(file=io.StringIO(), width=width)
+    console.print(display.frame())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert {"buffers", "GB/s"} <= set(text.splitlines()[0].split())
+    assert any({"*", "16MiB", "43.6"} <= set(line.split()) for line in text.splitlines())
+    assert "…" not in text.rpartition("\n\n")[0]  # the status line may be cut off
+    if left_out is None:
+        assert "no room" not in text.replace("no room for 4 buffers", "")
+    else:
+        assert left_out in " ".join(text.split())
+
+
 def test_quiet_leaves_only_the_table(ranks: FakeBench, capsys: Capture) -> None:
     assert run(["bench", "-q"]) == 0
     captured = capsys.readouterr()
