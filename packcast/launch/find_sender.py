@@ -40,7 +40,7 @@ def _role_key(rank: int) -> str:
 
 
 def _route_key(rank: int) -> str:
-    return f"way/{rank}"
+    return f"route/{rank}"
 
 
 @dataclass(frozen=True, slots=True)
