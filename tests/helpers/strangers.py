@@ -205,7 +205,7 @@ class Strangers:
             "failure": json.dumps(failure),
             "address": json.dumps(address),
             **{f"role/{rank}": role for rank in range(3) for role in ("send", "recv", "")},
-            **{f"way/{rank}": "203.0.113.1" for rank in range(3)},
+            **{f"route/{rank}": "203.0.113.1" for rank in range(3)},
         }
         for _ in range(3):
             for key, value in told.items():

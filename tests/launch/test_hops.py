@@ -194,3 +194,17 @@ def test_many_more_pieces_than_a_socket_holds_messages_pass() -> None:
         work.wait(timedelta(seconds=20))
     receiving.join(20)
     assert received.equal(sent)
+
+
+def test_what_is_read_after_the_other_end_has_closed_does_not_count() -> None:
+    (_, after), (before, _) = open_all([0, 1], [0])
+    assert after is not None
+    assert before is not None
+    sent = torch.ones(100)
+    leaving = after.start(sent)
+    after.close()
+    sent.zero_()  # it may: nothing is under way any more
+    assert leaving.is_completed()
+    arriving = before.start(torch.zeros(100))
+    with pytest.raises(RuntimeError, match="next process on this host"):
+        arriving.wait(timedelta(seconds=5))

@@ -212,6 +212,16 @@ def test_closing_a_chain_wakes_whoever_waits_in_it() -> None:
         last.begin(memory, 0)
 
 
+def test_a_neighbour_that_takes_nothing_does_not_hold_up_a_close() -> None:
+    memory = torch.zeros(1000, dtype=torch.uint8)
+    first, last = chains_of_two()
+    for _ in range(400):  # more than a socket holds messages
+        first.carry(memory, 0)
+    closing = Waiter(first.close)
+    closing.result()
+    last.close()
+
+
 def test_the_connections_end_with_the_chain_though_a_slot_keeps_an_event_of_it() -> None:
     ends = open_all([0, 1], [0])
     hops = [hop for pair in ends for hop in pair if hop is not None]
