@@ -57,6 +57,13 @@ say_what_is_left()
 """
 
 
+@pytest.fixture(params=["auto", "gloo"], autouse=True)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Hops through memory, and as between hosts."""
+    monkeypatch.setenv("PACKCAST_HOPS", request.param)
+    return str(request.param)
+
+
 @pytest.mark.parametrize(("readers", "num_buffers"), [("all", 1), ("2", 3)])
 def test_every_worker_has_the_bytes_of_all_readers(
     commands: Commands, large: Path, tmp_path: Path, readers: str, num_buffers: int
