@@ -33,6 +33,13 @@ def _heard_signals() -> Iterator[None]:
         signal.signal(number, signal.SIG_IGN)
 
 
+@pytest.fixture(params=["auto", "gloo"])
+def kind_of_hops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The hops of a chain through memory, where the kernel allows it, and as between hosts."""
+    monkeypatch.setenv("PACKCAST_HOPS", request.param)
+    return str(request.param)
+
+
 @pytest.fixture
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     """Processes of packcast; none of them outlives the test."""

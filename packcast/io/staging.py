@@ -70,10 +70,9 @@ class Staging:
         return self._bytes[offset : offset + nbytes]
 
     def copy_to(self, slot: Slot, unit: ScheduledUnit) -> None:
-        """Give the copy of the unit into its slot to the current stream."""
-        if not self.is_slots:
-            there = slot.view(unit.slot_offset, unit.nbytes)
-            there.copy_(self._here(unit), non_blocking=True)
+        """Beside a GPU: give the copy of the unit into its slot to the current stream."""
+        there = slot.view(unit.slot_offset, unit.nbytes)
+        there.copy_(self._here(unit), non_blocking=True)
 
     def copy_from(self, slot: Slot, unit: ScheduledUnit) -> None:
         """Give the copy of the unit out of its slot to the current stream."""

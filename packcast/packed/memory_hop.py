@@ -122,7 +122,7 @@ def _peer(connection: socket.socket) -> tuple[int, int]:
     return pid, uid
 
 
-class PieceWork:
+class SharedPiece:
     """A piece on its way; as torch's Work. `wait` raises RuntimeError at its limit too."""
 
     def __init__(self, hop: GivingHop | TakingHop, index: int) -> None:
@@ -213,12 +213,12 @@ class GivingHop(_MemoryHop):
         with suppress(OSError):  # it has gone, and says so by not answering
             connection.send(probe, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 
-    def start(self, piece: torch.Tensor) -> PieceWork:
+    def start(self, piece: torch.Tensor) -> SharedPiece:
         """Offer the piece; it must stay as it is until the work is over."""
         nbytes = piece.numel() * piece.itemsize
         self._pieces.append(_PIECE.pack(self._num_started, piece.data_ptr(), nbytes))
         self._num_started += 1
-        work = PieceWork(self, self._num_started - 1)
+        work = SharedPiece(self, self._num_started - 1)
         work.is_completed()  # offers it, if it is its turn
         return work
 
@@ -250,11 +250,11 @@ class TakingHop(_MemoryHop):
         super().close()
         self._pieces.clear()
 
-    def start(self, piece: torch.Tensor) -> PieceWork:
+    def start(self, piece: torch.Tensor) -> SharedPiece:
         """Have the next piece copied to this memory."""
         self._pieces[self._num_started] = piece
         self._num_started += 1
-        return PieceWork(self, self._num_started - 1)
+        return SharedPiece(self, self._num_started - 1)
 
     def _step(self, deadline: float) -> bool:
         message = self._receive(_PIECE.size, deadline)

@@ -35,3 +35,11 @@ def open_all(order: list[int], roots: list[int], connections: int = 1) -> list[E
     for thread in threads:
         thread.join(30)
     return [ends[rank] for rank in sorted(order)]
+
+
+def open_pair(connections: int = 1) -> tuple[Hop, Hop]:
+    """The two ends of the hop from rank 0 to rank 1: that upstream, that downstream."""
+    (_, after), (before, _) = open_all([0, 1], [0], connections)
+    assert after is not None
+    assert before is not None
+    return after, before

@@ -18,16 +18,10 @@ from packcast.errors import RendezvousError, TransferError, UsageError
 from packcast.launch import hops
 from packcast.launch.hops import open_hops
 from packcast.packed import memory_hop
+from packcast.packed.chain import GlooHop
 from tests.helpers.commands import eventually
-from tests.helpers.hops import Ends, open_all
+from tests.helpers.hops import open_all, open_pair
 from tests.helpers.processes import num_descriptors
-
-
-@pytest.fixture(params=["auto", "gloo"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Hops through memory, and as between hosts."""
-    monkeypatch.setenv("PACKCAST_HOPS", request.param)
-    return str(request.param)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
@@ -47,10 +41,9 @@ def test_alone_there_is_no_hop() -> None:
     assert open_all([0], [0]) == [(None, None)]
 
 
-def test_pieces_pass_in_order_and_a_cut_ends_both_sides(kind: str) -> None:
-    (_, after), (before, _) = open_all([0, 1], [0], connections=3)
-    assert after is not None
-    assert before is not None
+@pytest.mark.usefixtures("kind_of_hops")
+def test_pieces_pass_in_order_and_a_cut_ends_both_sides() -> None:
+    after, before = open_pair(connections=3)
     sent = [torch.full((100,), i) for i in range(10)]
     received = [torch.zeros_like(tensor) for tensor in sent]
     leaving = [after.start(tensor) for tensor in sent]
@@ -123,17 +116,18 @@ def readable() -> None:
     assert found.value == b"secret"
 
 
-def kinds_of(ends: list[Ends]) -> list[str]:
-    return [type(hop).__name__ for pair in ends for hop in pair if hop is not None]
+def kinds() -> list[str]:
+    """Of the two ends of a hop."""
+    return [type(hop).__name__ for hop in open_pair()]
 
 
 @pytest.mark.usefixtures("readable")
 def test_ranks_of_one_host_share_memory_unless_they_are_told_not_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert kinds_of(open_all([0, 1], [0])) == ["GivingHop", "TakingHop"]
+    assert kinds() == ["GivingHop", "TakingHop"]
     monkeypatch.setenv("PACKCAST_HOPS", "gloo")
-    assert kinds_of(open_all([0, 1], [0])) == ["GlooHop", "GlooHop"]
+    assert kinds() == ["GlooHop", "GlooHop"]
     monkeypatch.setenv("PACKCAST_HOPS", "tcp")
     with pytest.raises(UsageError, match="PACKCAST_HOPS is 'tcp'"):
         open_own(dist.HashStore(), timeout_s=0.5)
@@ -154,17 +148,14 @@ def test_where_memory_cannot_be_read_gloo_connects(
         listen = memory_hop.listen
         monkeypatch.setattr(memory_hop, "listen", lambda: (listen()[0], "packcast-elsewhere"))
     num_before = num_descriptors()
-    ends = open_all([0, 1], [0])
-    assert kinds_of(ends) == ["GlooHop", "GlooHop"]
-    (_, after), (before, _) = ends
-    assert after is not None
-    assert before is not None
+    after, before = open_pair()
+    assert [type(after), type(before)] == [GlooHop, GlooHop]
     sent, received = torch.arange(100), torch.zeros(100, dtype=torch.int64)
     works = [after.start(sent), before.start(received)]
     for work in works:
         work.wait()
     assert received.equal(sent)
-    del works, work, after, before, ends, _
+    del works, work, after, before
     eventually(lambda: num_descriptors() <= num_before, "the connections' end")
 
 
@@ -173,14 +164,12 @@ def test_a_neighbour_on_another_host_is_connected_over_gloo(
 ) -> None:
     ids = iter(["one", "other"])
     monkeypatch.setattr(hops, "boot_id", lambda: next(ids))
-    assert kinds_of(open_all([0, 1], [0])) == ["GlooHop", "GlooHop"]
+    assert kinds() == ["GlooHop", "GlooHop"]
 
 
 @pytest.mark.usefixtures("readable")
 def test_a_piece_of_another_size_is_an_error_on_both_sides() -> None:
-    (_, after), (before, _) = open_all([0, 1], [0])
-    assert after is not None
-    assert before is not None
+    after, before = open_pair()
     leaving, arriving = after.start(torch.zeros(100)), before.start(torch.zeros(99))
     with pytest.raises(RuntimeError, match="piece 0 of 400 bytes"):
         arriving.wait()
@@ -192,9 +181,7 @@ def test_a_piece_of_another_size_is_an_error_on_both_sides() -> None:
 
 @pytest.mark.usefixtures("readable")
 def test_many_more_pieces_than_a_socket_holds_messages_pass() -> None:
-    (_, after), (before, _) = open_all([0, 1], [0])
-    assert after is not None
-    assert before is not None
+    after, before = open_pair()
     sent = torch.arange(2000)
     received = torch.zeros_like(sent)
     arriving = [before.start(piece) for piece in received.split(1)]
@@ -213,9 +200,7 @@ def test_many_more_pieces_than_a_socket_holds_messages_pass() -> None:
 
 @pytest.mark.usefixtures("readable")
 def test_what_is_read_after_the_other_end_has_closed_does_not_count() -> None:
-    (_, after), (before, _) = open_all([0, 1], [0])
-    assert after is not None
-    assert before is not None
+    after, before = open_pair()
     sent = torch.ones(100)
     leaving = after.start(sent)
     after.close()

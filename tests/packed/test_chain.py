@@ -25,6 +25,8 @@ from tests.helpers.hops import open_all
 from tests.helpers.waiting import Waiter
 from tests.packed.chain_rank import Case, Outcome
 
+pytestmark = pytest.mark.usefixtures("kind_of_hops")
+
 KIB = 1 << 10
 PROMPT_S = 10.0  # from the verdict to the last survivor's end; it takes about one
 
@@ -63,13 +65,6 @@ class Ranks:
         """The control channel of these ranks."""
         (self._folder / "partial").write_text(verdict)
         (self._folder / "partial").rename(self._folder / "verdict")
-
-
-@pytest.fixture(params=["auto", "gloo"], autouse=True)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Hops through memory, and as between hosts."""
-    monkeypatch.setenv("PACKCAST_HOPS", request.param)
-    return str(request.param)
 
 
 @pytest.fixture

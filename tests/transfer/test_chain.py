@@ -12,6 +12,8 @@ import pytest
 from tests.helpers.checkpoints import same_tree
 from tests.helpers.commands import Commands, free_port, rank_environment, wait_all
 
+pytestmark = pytest.mark.usefixtures("kind_of_hops")
+
 # Rank 2 fails once, in mid chain.
 PROGRAM = """
 import gc, os, sys, time
@@ -55,13 +57,6 @@ say_what_is_left()
 transfer("second")
 say_what_is_left()
 """
-
-
-@pytest.fixture(params=["auto", "gloo"], autouse=True)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Hops through memory, and as between hosts."""
-    monkeypatch.setenv("PACKCAST_HOPS", request.param)
-    return str(request.param)
 
 
 @pytest.mark.parametrize(("readers", "num_buffers"), [("all", 1), ("2", 3)])
