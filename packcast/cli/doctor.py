@@ -19,7 +19,7 @@ from typing import Literal
 
 import packcast
 from packcast.cli.result import count, ending
-from packcast.cli.selftest import self_test
+from packcast.cli.selftest import kernels_fault, self_test
 from packcast.cli.tables import Listing
 from packcast.cli.terminal import printable
 from packcast.control.addresses import (
@@ -85,6 +85,8 @@ def doctor(
     for look in looks:
         for found in look:
             take(found)
+    for found in kernels() if tests else ():
+        take(found)
     for backend in _backends() if tests else []:
         tell(f"      {'self-test':<11} two ranks over {backend} ...")
         text, failed = self_test(backend)
@@ -179,6 +181,19 @@ def devices() -> Iterator[Diagnosis]:
             "note" if short else "ok",
             f"cuda:{index} {found.name}, {room} of {format_size(found.total_memory)} free",
             f"{told}: {NEARLY_FULL_GPU}" if short else None,
+        )
+
+
+def kernels() -> Iterator[Diagnosis]:
+    """Whether the GPU kernels work here; the first try compiles them."""
+    if _has_gpus():
+        fault = kernels_fault()
+        text = f"none, so sums and small tensors take many times as long: {fault}"
+        fix = "Triton needs a C compiler (CC names one, without options) and a cache directory"
+        yield (
+            Diagnosis("GPU kernels", "note", text, fix)
+            if fault
+            else Diagnosis("GPU kernels", "ok", "compiled by Triton")
         )
 
 
@@ -314,13 +329,15 @@ def variables() -> Iterator[Diagnosis]:
 
 
 def _backends() -> list[str]:
-    found = ["gloo"]
-    if has_gpu_driver():
-        import torch
+    return ["gloo", "nccl"] if _has_gpus(2) else ["gloo"]
 
-        if torch.cuda.is_available() and torch.cuda.device_count() > 1:
-            found.append("nccl")
-    return found
+
+def _has_gpus(least: int = 1) -> bool:
+    if not has_gpu_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.device_count() >= least
 
 
 def version_line() -> str:

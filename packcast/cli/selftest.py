@@ -1,8 +1,10 @@
-"""A transfer of a small checkpoint to this machine itself, whose copy is compared."""
+"""Self-tests of `packcast doctor`: the GPU kernels, and a transfer of a small checkpoint to this
+machine itself, whose copy is compared."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,6 +20,18 @@ _LIMIT_S = 120.0
 # What would make it another transfer, or another launch.
 _FOREIGN = ("PACKCAST_", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC_")
 _KEPT = ("PACKCAST_POOL", "PACKCAST_HOPS")
+
+
+def kernels_fault() -> str | None:
+    """Why the kernels do not work on the current GPU; None if they do."""
+    import torch
+
+    from packcast.packed.gather import move_on
+    from packcast.packed.selftested import faults
+
+    logging.getLogger("packcast").addHandler(logging.NullHandler())  # the caller says it
+    works = move_on(torch.device("cuda", torch.cuda.current_device()))
+    return None if works else ", ".join(faults)
 
 
 def self_test(backend: str) -> tuple[str, PackcastError | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -9,13 +11,16 @@ import torch
 
 K = TypeVar("K")
 
+faults: list[str] = []  # why kernels are not used on a GPU of this process
+
 
 def self_tested(
     device: torch.device, load: Callable[[], K], is_right: Callable[[K, torch.device], bool]
 ) -> K | None:
     """The compiled kernel; None without a GPU or Triton, or if it fails its self-test.
 
-    The first call on a device takes a second or two and waits for the device.
+    The first call on a device takes a second or two and waits for the device. On a GPU it logs why
+    there is no kernel, once for each reason: sums and small tensors then take many times as long.
     """
     if device.type != "cuda":
         return None
@@ -23,8 +28,19 @@ def self_tested(
         with torch.cuda.device(device):
             kernel = load()
             # Twice: the first launch compiles it, later ones take another way.
-            return kernel if is_right(kernel, device) and is_right(kernel, device) else None
-    except Exception:
-        # Triton may find no C compiler, no cache directory or an unknown GPU, each with an error
-        # of its own. Plain torch operations work in all these cases.
-        return None
+            if is_right(kernel, device) and is_right(kernel, device):
+                return kernel
+            _report("they fail their self-test")
+    except Exception as error:
+        # Triton may find no C compiler (it uses CC), no cache directory or an unknown GPU, each
+        # with an error of its own. Plain torch operations work in all these cases.
+        _report((str(error).splitlines() or [type(error).__name__])[0])
+    return None
+
+
+@functools.cache
+def _report(reason: str) -> None:
+    faults.append(reason)
+    logging.getLogger("packcast").warning(
+        "packcast: no GPU kernels, so sums and small tensors take many times as long: %s", reason
+    )

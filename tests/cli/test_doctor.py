@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from packcast.cli import doctor, selftest
 from packcast.cli.app import run
 from packcast.cli.doctor import Diagnosis, line_of
 from packcast.errors import TransferError
 from packcast.io import native
+from packcast.packed import gather, selftested
 
 Capture = pytest.CaptureFixture[str]
 
@@ -47,6 +49,22 @@ def test_why_io_threads_are_pythons_comes_with_what_would_change_it(
     (not_compiled,) = doctor.pool()
     assert "it was not compiled" in not_compiled.text
     assert "C compiler" in str(not_compiled.fix)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_kernels_that_cannot_be_compiled_are_a_note_with_what_they_need(
+    works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "has_gpu_driver", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gather, "move_on", lambda _device: works or None)
+    monkeypatch.setattr(selftested, "faults", [] if works else ["no such file: 'gcc -O2'"])
+    (found,) = doctor.kernels()
+    assert found.state == ("ok" if works else "note")
+    assert works or "no such file: 'gcc -O2'" in found.text
+    assert works or "CC names one, without options" in str(found.fix)
 
 
 def test_two_ranks_send_to_each_other_and_the_copy_is_compared(capsys: Capture) -> None:
