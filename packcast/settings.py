@@ -30,7 +30,9 @@ SAFE_TOKEN_NBYTES = 16
 
 MIN_FITTING_SIZE, MAX_FITTING_SIZE = 16 * MIB, 64 * MIB  # that are chosen for a checkpoint
 DEFAULT_NUM_BUFFERS = 4
-DEFAULT_STAGING = 192 * MIB  # more is no faster
+# Six units. What two ranks stage has to fit into the processor's cache: 21.7 GB/s from files to
+# files, where eleven units each reach 18.4.
+DEFAULT_STAGING = 100 * MIB
 DEFAULT_JOIN_TIMEOUT_S = 300.0
 DEFAULT_HEARTBEAT_TIMEOUT_S = 3.0
 # Some call of a trainer may hold its interpreter for seconds, which is no death.

@@ -197,7 +197,7 @@ def receive_checkpoint(
     GPU would not be seen). Sidecars are checked and dropped. `on_tensor` runs in the calling
     thread; on a GPU the tensor is complete for every stream, and its memory belongs to the stream
     that was current when this was called. While it runs the transfer goes on until finished
-    tensors of `staging` bytes wait (the sender's, 192 MiB unless told otherwise), so one that
+    tensors of `staging` bytes wait (the sender's, 100 MiB unless told otherwise), so one that
     takes longer than the stall timeout ends the transfer. What it raises ends it too, and is
     raised here. Beside the tensors this needs the ring (`num_buffers` x `buffer_size`, of the
     sender), on a GPU 16 MiB more and 24 bytes for every tensor or every 64 KiB of one, and for

@@ -71,7 +71,7 @@ def test_an_error_about_a_value_names_the_variable_that_it_comes_from(
 def test_an_error_about_what_was_typed_names_no_variable(
     transfer: FakeTransfer, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setenv("PACKCAST_STAGING", "192MiB")
+    monkeypatch.setenv("PACKCAST_STAGING", "100MiB")
     assert run(["send", "c", "--staging=lots"]) == 2
     assert "PACKCAST_STAGING" not in capsys.readouterr().err
 

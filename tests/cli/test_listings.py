@@ -196,7 +196,7 @@ def test_a_dry_run_of_a_selection_counts_what_would_go(checkpoint: Path, capsys:
     assert found["checkpoint"]["tensors"] == 1
     assert found["checkpoint"]["bytes"] == sum(file["bytes"] for file in found["files"])
     assert found["chunks"] == 1
-    assert found["buffers"] == {"size": 16 << 20, "count": 4, "staging": 192 << 20}
+    assert found["buffers"] == {"size": 16 << 20, "count": 4, "staging": 100 << 20}
 
 
 def test_cells_stay_on_their_line_and_in_their_column() -> None:
