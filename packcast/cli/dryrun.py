@@ -177,6 +177,7 @@ def _text(found: DryRun) -> str:
     if memory.pinned:
         facts.append(("", f"about {format_size(CUDA_AND_NCCL_NBYTES)} more for CUDA and NCCL"))
         text = f"{format_size(memory.pinned)} on each rank that reads or writes files"
+        text += "" if settings.readers == 1 else ", twice that where it does both"
         facts.append(("pinned memory", text))
     for limit in memory.limits[:1]:
         facts.append(("available", f"{format_size(limit.free)}, which {limit.name} leaves"))

@@ -227,7 +227,12 @@ BufferSize = Annotated[
 NumBuffers = Annotated[int, option("--num-buffers", TUNING, "N", "Buffers on each device.")]
 Staging = Annotated[
     str,
-    option("--staging", TUNING, "SIZE", "Limit on pinned host memory between files and buffers."),
+    option(
+        "--staging",
+        TUNING,
+        "SIZE",
+        "Limit on pinned host memory for what a rank reads; as much for what it writes.",
+    ),
 ]
 BackendChoice = Annotated[
     Literal["auto", "nccl", "gloo"],

@@ -47,7 +47,7 @@ class BufferSizes:
 
     @property
     def pinned_nbytes(self) -> int:
-        """The most pinned memory of a rank with a GPU."""
+        """The most pinned memory of a rank with a GPU for what it reads, or for what it writes."""
         return pinned_nbytes(self.buffer_size, self.staging)
 
 
@@ -128,13 +128,14 @@ def fit_buffers(
         notes=notes,
     )
     if on_gpus:
+        num_ends = 1 if settings.readers == 1 else 2  # of a rank that reads and writes
         sizes = _settle(
             hosts,
             sizes,
             low=replace(sizes, staging=LOW_STAGING)
             if settings.staging == DEFAULT_STAGING
             else None,
-            need=lambda sizes: sizes.pinned_nbytes,
+            need=lambda sizes: num_ends * sizes.pinned_nbytes,
             say=lambda sizes: f"staging of {format_exact_size(sizes.staging)}",
             lower="--staging",
             notes=notes,

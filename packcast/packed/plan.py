@@ -168,7 +168,7 @@ def staging_count(buffer_size: int, staging_nbytes: int) -> int:
 
 
 def pinned_nbytes(buffer_size: int, staging_nbytes: int) -> int:
-    """Pinned memory of a rank with a GPU that reads or writes: at most `staging_nbytes`."""
+    """Pinned memory of a rank with a GPU that reads, or writes: at most `staging_nbytes`."""
     return staging_count(buffer_size, staging_nbytes) * staged_nbytes(buffer_size)
 
 

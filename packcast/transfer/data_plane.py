@@ -98,7 +98,7 @@ class DataPlane:
         self._buffers = Buffers(
             self._ring,
             offer.buffer_size,
-            staging_nbytes=staging_bound(offer) // max(1, staged),
+            staging_nbytes=staging_bound(offer, max(1, staged)),
             tag=transfer_tag(transfer_id),
         )
         self._landing: Landing | DeviceLanding | None = None

@@ -14,12 +14,13 @@ _KEPT_PROCESSORS = 2  # of a rank's share: for its loop, and for verification on
 _MAX_IO_THREADS = 24  # more do not pay, with a GPU's link as the limit
 
 
-def staging_bound(offer: Offer) -> int:
-    """The offered staging, or less: a rank pins at most its share of half the free memory."""
+def staging_bound(offer: Offer, num_ends: int = 1) -> int:
+    """The offered staging, for each of a rank's ends; or less: a rank pins at most its share of
+    half the free memory."""
     available = available_nbytes()
     if available is None:
         return offer.staging
-    return min(offer.staging, available // 2 // offer.assignment.ranks_on_host)
+    return min(offer.staging, available // 2 // offer.assignment.ranks_on_host // num_ends)
 
 
 def check_ring_fits(offer: Offer) -> None:

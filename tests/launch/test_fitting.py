@@ -140,6 +140,10 @@ def test_with_gpus_the_hosts_memory_limits_the_staging() -> None:
     fitted = fit_buffers(SETTINGS, LARGE, ranks, on_gpus(*ranks))
     assert (fitted.sizes, fitted.is_low) == (replace(USUAL, staging=LOW_STAGING), True)
     assert "staging of 48MiB instead of staging of 100MiB" in fitted.notes[0]
+    more = [rank(i, ("box", 1200), gpu_free=40 * GIB) for i in range(4)]
+    assert fit_buffers(SETTINGS, LARGE, more, on_gpus(*more)).sizes == USUAL
+    both = replace(SETTINGS, readers=2)  # one of them writes, too
+    assert fit_buffers(both, LARGE, more, on_gpus(*more)).sizes.staging == LOW_STAGING
     asked = replace(SETTINGS, staging=GIB)
     with pytest.raises(TransferError, match=r"the limit box leaves 700 MiB") as caught:
         fit_buffers(asked, LARGE, ranks, on_gpus(*ranks))
