@@ -5,6 +5,7 @@ By count of the caching allocator: allocated is what is in use, reserved what it
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -69,6 +70,7 @@ def peak(run: Callable[[], None]) -> int:
     dropped while a stream still needed it.
     """
     run()  # what libraries allocate once
+    gc.collect()  # memory in cycles of earlier tests would be freed meanwhile
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.empty(1, device=gpu())  # the allocator looks after what was dropped when it is asked
