@@ -133,7 +133,7 @@ class Ranks:
         """A barrier: returns on all ranks at about the same moment, with idle devices.
 
         GPUs first exchange something for a few milliseconds: after a pause, as there is while
-        another rank overwrites its targets, any broadcast takes 0.7 ms longer, a raw one too.
+        another rank overwrites its targets, a broadcast takes up to 0.7 ms longer, a raw one too.
         """
         self.synchronize()
         num_rounds = _WAKING_ROUNDS if self.on_gpu else 1
