@@ -186,15 +186,15 @@ def devices() -> Iterator[Diagnosis]:
 
 def kernels() -> Iterator[Diagnosis]:
     """Whether the GPU kernels work here; the first try compiles them."""
-    if _has_gpus():
-        fault = kernels_fault()
-        text = f"none, so sums and small tensors take many times as long: {fault}"
-        fix = "Triton needs a C compiler (CC names one, without options) and a cache directory"
-        yield (
-            Diagnosis("GPU kernels", "note", text, fix)
-            if fault
-            else Diagnosis("GPU kernels", "ok", "compiled by Triton")
-        )
+    if not _has_gpus():
+        return
+    fault = kernels_fault()
+    if fault is None:
+        yield Diagnosis("GPU kernels", "ok", "compiled by Triton")
+        return
+    text = f"none, so sums and small tensors take many times as long: {fault}"
+    fix = "Triton needs a C compiler (CC names one, without options) and a cache directory"
+    yield Diagnosis("GPU kernels", "note", text, fix)
 
 
 def network() -> Iterator[Diagnosis]:

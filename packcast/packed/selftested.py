@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import TypeVar
@@ -38,8 +37,9 @@ def self_tested(
     return None
 
 
-@functools.cache
 def _report(reason: str) -> None:
+    if reason in faults:
+        return
     faults.append(reason)
     logging.getLogger("packcast").warning(
         "packcast: no GPU kernels, so sums and small tensors take many times as long: %s", reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,13 +17,10 @@ SAID = "packcast: no GPU kernels, so sums and small tensors take many times as l
 
 
 @pytest.fixture(autouse=True)
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device is needed for what is claimed here, and nothing was said before."""
     monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
     monkeypatch.setattr(selftested, "faults", [])
-    selftested._report.cache_clear()
-    yield
-    selftested._report.cache_clear()
 
 
 def cannot(error: Exception) -> Callable[[], str]:
