@@ -80,6 +80,11 @@ class Interrupted(PackcastError):
         self.exit_code = 128 + signal_number
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, for a sentence; of one that says nothing, its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def out_of_descriptors(error: BaseException) -> TransferError | None:
     """The error for a limit of open files that is reached; None for any other error."""
     if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):

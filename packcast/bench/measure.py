@@ -26,7 +26,7 @@ from packcast.control.frames import Progress
 from packcast.control.messages import Commit, Message
 from packcast.control.rank_info import Rank
 from packcast.control.server import ControlServer
-from packcast.errors import PackcastError, RendezvousError, TransferError, UsageError
+from packcast.errors import PackcastError, RendezvousError, TransferError, UsageError, first_line
 from packcast.launch.devices import assign_devices
 from packcast.launch.exit import ProcessExit
 from packcast.launch.hops import open_hops
@@ -103,7 +103,7 @@ def run(settings: BenchSettings, view: BenchView, exit_handler: ProcessExit) -> 
         raise
     except RuntimeError as error:  # torch's own, of a collective or a copy
         cause = channel.wait_failure(_CAUSE_LIMIT_S) or TransferError(
-            f"the bench broke: {(str(error).splitlines() or ['?'])[0]}"
+            f"the bench broke: {first_line(error)}"
         )
         channel.fail(cause)
         raise cause from error

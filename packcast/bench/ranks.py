@@ -14,7 +14,7 @@ import torch
 
 from packcast.bench.model import SENDER
 from packcast.control.channel import Channel
-from packcast.errors import PackcastError, error_from_code
+from packcast.errors import PackcastError, error_from_code, first_line
 from packcast.launch import processgroup
 from packcast.launch.processgroup import Group
 from packcast.packed.chain import Chain
@@ -158,5 +158,5 @@ class Ranks:
 def _described(error: Exception) -> tuple[int, str, str | None]:
     """Exit code, first line, hint."""
     if isinstance(error, PackcastError):
-        return error.exit_code, error.message.splitlines()[0], error.hint
-    return PackcastError.exit_code, (str(error).splitlines() or [repr(error)])[0], None
+        return error.exit_code, first_line(error), error.hint
+    return PackcastError.exit_code, first_line(error), None

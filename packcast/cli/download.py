@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packcast.checkpoint.hub import HubModel, model_of, resolved
 from packcast.cli.parsing import path
-from packcast.errors import CheckpointError, UsageError
+from packcast.errors import CheckpointError, UsageError, first_line
 
 
 def checkpoint_path(
@@ -50,6 +50,6 @@ def _download(model: HubModel, say: Callable[[str], None] | None) -> Path:
         return Path(snapshot_download(model.name, revision=model.revision))
     except Exception as error:  # the library's own, of the network, of a gate
         raise CheckpointError(
-            f"{model.name}: cannot be downloaded: {str(error).splitlines()[0]}",
+            f"{model.name}: cannot be downloaded: {first_line(error)}",
             hint=f"`{model.command}` may say more",
         ) from error

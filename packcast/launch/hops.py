@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from packcast.control.rank_info import MAX_NAME_LENGTH, printable
 from packcast.control.time_limit import within
-from packcast.errors import RendezvousError, UsageError
+from packcast.errors import RendezvousError, UsageError, first_line
 from packcast.launch.devices import boot_id, host_name
 from packcast.launch.processgroup import gloo_options
 from packcast.launch.reach import await_key, ephemeral_ports, meet
@@ -79,7 +79,7 @@ def open_hops(
             except RuntimeError as error:  # torch's DistError and its kin
                 raise RendezvousError(
                     f"rank {upstream} and rank {downstream} could not be connected over gloo:"
-                    f" {str(error).splitlines()[0]}",
+                    f" {first_line(error)}",
                     hint="choose another network interface with GLOO_SOCKET_IFNAME",
                 ) from error
             if hop is None:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from packcast.control.time_limit import within
-from packcast.errors import PackcastError, RendezvousError
+from packcast.errors import PackcastError, RendezvousError, first_line
 from packcast.launch.reach import check_ring, ephemeral_ports
 from packcast.packed.unfinished import keep, release_ended
 
@@ -70,10 +70,9 @@ def open_process_group(
             return _nccl_group(own, rank, world_size, timeout, device, interface)
         return _gloo_group(own, rank, world_size, timeout, interface, check)
     except RuntimeError as error:  # torch's DistError and its kin
-        reason = str(error).splitlines()[0]
         where = f" over {interface}" if interface else ""
         raise RendezvousError(
-            f"the {backend} process group could not be created{where}: {reason}",
+            f"the {backend} process group could not be created{where}: {first_line(error)}",
             hint=f"choose another network interface with {_INTERFACE_VARIABLES[backend]}",
         ) from error
 

@@ -24,7 +24,7 @@ from packcast.control.addresses import (
     says_loopback,
 )
 from packcast.control.time_limit import within
-from packcast.errors import RendezvousError
+from packcast.errors import RendezvousError, first_line
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -166,7 +166,7 @@ def answer_in(limit_s: float, complaint: str, call: Callable[[], T]) -> T:
     try:
         result = within(limit_s + GRACE_S, "packcast-store", call)
     except RuntimeError as error:  # torch's DistError and its kin
-        raise RendezvousError(f"{complaint}: {str(error).splitlines()[0]}") from None
+        raise RendezvousError(f"{complaint}: {first_line(error)}") from None
     if result is None:
         raise RendezvousError(complaint)
     return result[0]

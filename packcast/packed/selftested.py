@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from packcast.errors import first_line
+
 K = TypeVar("K")
 
 faults: list[str] = []  # why kernels are not used on a GPU of this process
@@ -33,7 +35,7 @@ def self_tested(
     except Exception as error:
         # Triton may find no C compiler (it uses CC), no cache directory or an unknown GPU, each
         # with an error of its own. Plain torch operations work in all these cases.
-        _report((str(error).splitlines() or [type(error).__name__])[0])
+        _report(first_line(error))
     return None
 
 

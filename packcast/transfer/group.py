@@ -12,7 +12,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from packcast.control.channel import Channel
-from packcast.errors import PackcastError, RendezvousError, TransferError
+from packcast.errors import PackcastError, RendezvousError, TransferError, first_line
 from packcast.launch.fitting import NEARLY_FULL_GPU
 from packcast.launch.hops import open_hops
 from packcast.launch.processgroup import Group, broadcast_over, open_process_group
@@ -126,6 +126,6 @@ def cause_named(offer: Offer, channel: Channel, position: Callable[[], str]) -> 
         # The control channel often knows the cause a moment later, with the rank's name.
         is_full = offer.device != "cpu" and "out of memory" in str(error)
         raise channel.wait_failure(_FAILURE_WAIT_S) or TransferError(
-            f"{offer.backend} failed at {position()}: {str(error).splitlines()[0]}",
+            f"{offer.backend} failed at {position()}: {first_line(error)}",
             hint=NEARLY_FULL_GPU if is_full else None,
         ) from error
