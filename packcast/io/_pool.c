@@ -323,10 +323,11 @@ static int await_allowed(struct thread *me, int64_t unit)
     if (atomic_load_explicit(&pool->allowed, memory_order_acquire) > unit)
         return !atomic_load_explicit(&pool->stop, memory_order_relaxed);
     pthread_mutex_lock(&pool->mutex);
-    me->waits_for = unit;
     while (atomic_load_explicit(&pool->allowed, memory_order_acquire) <= unit &&
-           !atomic_load_explicit(&pool->stop, memory_order_relaxed))
+           !atomic_load_explicit(&pool->stop, memory_order_relaxed)) {
+        me->waits_for = unit;
         pthread_cond_wait(&me->wake, &pool->mutex);
+    }
     me->waits_for = -1;
     wake_some(pool);
     pthread_mutex_unlock(&pool->mutex);

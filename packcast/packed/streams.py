@@ -203,7 +203,8 @@ class StreamTimer:
     def span(
         self, stage: Stage, chunk: int, nbytes: int, begin: Completion | None, end: Completion
     ) -> None:
-        """Count `stage` from `begin` to `end` once the stream has passed them."""
+        """Count `stage` from `begin` to `end` once the stream has passed them: at a later span that
+        comes 5 ms after the last look, or when somebody calls `collect`."""
         if self._counters is not None and begin is not None:
             self._open.append((stage, chunk, nbytes, begin, end))
             if time.perf_counter() >= self._collect_at:

@@ -107,7 +107,7 @@ static void begin_round(struct round *round, enum task task)
     round->config = (struct config){
         .task = task,
         .flags = (int64_t)(dice() % 2) * FLAG_WRITEBACK,
-        .num_threads = 1 + (int64_t)(dice() % 4),
+        .num_threads = 1 + (int64_t)(dice() % (CAPACITY / BLOCK)),
         .num_units = num_units,
         .num_pieces = num_units,
         .pieces = round->pieces,
@@ -219,10 +219,15 @@ static int run(struct round *round, int is_stopped)
         EXPECT(pthread_create(&stopper, NULL, stop_later, &stopping) == 0);
     }
     for (int64_t unit = 0; unit < round->config.num_units && result == 1; unit++) {
+        /* One by one, or several at once, for which every thread may be asleep by now. */
+        int is_whole = dice() % 2;
         while (allowed < round->config.num_units && (allowed <= unit || dice() % 2)) {
-            prepare_unit(round, allowed);
-            packcast_pool_allow(pool, ++allowed);
+            prepare_unit(round, allowed++);
+            if (!is_whole)
+                packcast_pool_allow(pool, allowed);
         }
+        if (is_whole)
+            packcast_pool_allow(pool, allowed);
         /* Without the mutex, or with it. */
         for (int polls = dice() % 2 ? INT32_MAX : 0, n = 0; n < polls; n++)
             if ((result = packcast_pool_wait(pool, unit, 0)) != 0)
