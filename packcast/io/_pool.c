@@ -28,7 +28,7 @@
 #include <unistd.h>
 
 enum { POOL_ABI = 3 };
-enum { BLOCK = 1 << 20, DIGEST = 16, STACK_NBYTES = 256 << 10, WAKES_EACH = 2 };
+enum { BLOCK = 1 << 20, DIGEST = 16, STACK_NBYTES = 256 << 10 };
 enum task { TASK_READ = 0, TASK_WRITE = 1, TASK_COMPARE = 2 };
 enum flag { FLAG_TOLERANT = 1, FLAG_WRITEBACK = 2, FLAG_UNHASHED = 4 };
 enum kind { KIND_NONE = 0, KIND_ERRNO = 1, KIND_END_OF_FILE = 2, KIND_DAMAGED = 3 };
@@ -78,7 +78,7 @@ struct thread {
     struct pool *pool;
     pthread_t id;
     pthread_cond_t wake;
-    int64_t waits_for; /* the unit, or -1, also once it is woken; under the mutex */
+    int64_t waits_for; /* the unit, or -1; under the mutex */
     uint8_t *scratch;  /* a block, for TASK_COMPARE */
 };
 
@@ -117,21 +117,6 @@ static void wake_all(struct pool *pool) /* under the mutex */
     for (int64_t i = 0; i < pool->config.num_threads; i++)
         pthread_cond_signal(&pool->threads[i].wake);
     pthread_cond_broadcast(&pool->changed);
-}
-
-/* Wake a few of the threads whose units are allowed, under the mutex; each of them wakes as many.
-   To wake them all takes the caller as long as to begin the copies of two units. */
-static void wake_some(struct pool *pool)
-{
-    int64_t allowed = atomic_load_explicit(&pool->allowed, memory_order_relaxed);
-    for (int64_t i = 0, woken = 0; i < pool->config.num_threads && woken < WAKES_EACH; i++) {
-        struct thread *thread = &pool->threads[i];
-        if (thread->waits_for < 0 || thread->waits_for >= allowed)
-            continue;
-        thread->waits_for = -1;
-        pthread_cond_signal(&thread->wake);
-        woken++;
-    }
 }
 
 static void fail(struct pool *pool, struct failure failure)
@@ -323,13 +308,11 @@ static int await_allowed(struct thread *me, int64_t unit)
     if (atomic_load_explicit(&pool->allowed, memory_order_acquire) > unit)
         return !atomic_load_explicit(&pool->stop, memory_order_relaxed);
     pthread_mutex_lock(&pool->mutex);
+    me->waits_for = unit;
     while (atomic_load_explicit(&pool->allowed, memory_order_acquire) <= unit &&
-           !atomic_load_explicit(&pool->stop, memory_order_relaxed)) {
-        me->waits_for = unit;
+           !atomic_load_explicit(&pool->stop, memory_order_relaxed))
         pthread_cond_wait(&me->wake, &pool->mutex);
-    }
     me->waits_for = -1;
-    wake_some(pool);
     pthread_mutex_unlock(&pool->mutex);
     return !atomic_load_explicit(&pool->stop, memory_order_relaxed);
 }
@@ -395,7 +378,11 @@ void packcast_pool_allow(struct pool *pool, int64_t units)
 {
     pthread_mutex_lock(&pool->mutex);
     atomic_store_explicit(&pool->allowed, units, memory_order_release);
-    wake_some(pool);
+    for (int64_t i = 0; i < pool->config.num_threads; i++) {
+        int64_t unit = pool->threads[i].waits_for;
+        if (unit >= 0 && unit < units)
+            pthread_cond_signal(&pool->threads[i].wake);
+    }
     pthread_mutex_unlock(&pool->mutex);
 }
 

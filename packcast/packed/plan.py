@@ -1,4 +1,4 @@
-"""Which bytes ride in which chunk: pure functions over frozen data.
+"""Which bytes ride in which chunk: pure functions over frozen dataclasses.
 
 The plan is made from sizes alone, before any byte moves: every rank makes the same from one offer.
 """
@@ -10,7 +10,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import overload
 
 import xxhash
 
@@ -36,7 +36,8 @@ MAX_FILES_PER_CHUNK = 32  # they are open at the same time
 _SPARE_BLOCKS = 63
 
 
-class Extent(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Extent:
     """A run of bytes of one outgoing file, from a multiple of BLOCK to one or to the end."""
 
     file: int
@@ -203,10 +204,10 @@ class Chunks(Sequence[Chunk]):
             raise IndexError(at)
         index = at % len(self)
         begin, end = self.bounds[index : index + 2]
-        columns = [self.numbers[begin + field : end : 3] for field in range(3)]
+        files, offsets, sizes = (self.numbers[begin + field : end : 3] for field in range(3))
         root = self.roots[index % len(self.roots)]
-        extents = tuple(map(Extent._make, zip(*columns, strict=True)))
-        return Chunk(index, root, extents, sum(columns[2]), self._trailer_nbytes)
+        extents = tuple(map(Extent, files, offsets, sizes))
+        return Chunk(index, root, extents, sum(sizes), self._trailer_nbytes)
 
 
 def plan_chunks(file_nbytes: Sequence[int], buffer_size: int, roots: Sequence[int]) -> Chunks:

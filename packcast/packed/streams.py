@@ -13,7 +13,6 @@ import torch
 from packcast.packed.counters import Counters, Stage
 
 _POLL_S = 0.001
-_COLLECT_EVERY_S = 0.005  # one after the other they cost less than each between other work
 
 
 class Completion(Protocol):
@@ -198,21 +197,17 @@ class StreamTimer:
             self._base = StreamEvent(torch.cuda.current_stream(device))
             self._base.synchronize()
         self._base_at = time.perf_counter()
-        self._collect_at = 0.0
 
     def span(
         self, stage: Stage, chunk: int, nbytes: int, begin: Completion | None, end: Completion
     ) -> None:
-        """Count `stage` from `begin` to `end` once the stream has passed them: at a later span that
-        comes 5 ms after the last look, or when somebody calls `collect`."""
+        """Count `stage` from `begin` to `end` once the stream has passed them."""
         if self._counters is not None and begin is not None:
             self._open.append((stage, chunk, nbytes, begin, end))
-            if time.perf_counter() >= self._collect_at:
-                self.collect()
+            self.collect()
 
     def collect(self, *, wait: bool = False) -> None:
         """Count the spans that are over; with `wait`, all of them."""
-        self._collect_at = time.perf_counter() + _COLLECT_EVERY_S
         while self._counters and self._open:
             stage, chunk, nbytes, begin, end = self._open[0]
             if wait:

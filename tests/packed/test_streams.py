@@ -51,16 +51,6 @@ def test_a_span_that_is_not_over_waits_without_the_host_and_keeps_the_order() ->
     assert [event.stage for event in counters.trace()] == ["h2d", "d2h"]
 
 
-def test_a_span_counts_the_earlier_ones_where_the_last_look_was_a_while_ago() -> None:
-    counters = Counters(trace=True)
-    clock = StreamTimer(CPU, counters)
-    for chunk in range(3):
-        clock.span("h2d", chunk, 1, StreamEvent(None), StreamEvent(None))
-        time.sleep(0.006)
-    clock.span("h2d", 3, 1, StreamEvent(None), StreamEvent(None))
-    assert [event.chunk for event in counters.trace()] == [0, 1, 2, 3]
-
-
 def test_at_the_end_every_span_is_waited_for_and_counted_once() -> None:
     counters = Counters(trace=True)
     clock, late = StreamTimer(CPU, counters), [LateEvent(), LateEvent()]
