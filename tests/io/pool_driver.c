@@ -220,14 +220,12 @@ static int run(struct round *round, int is_stopped)
     }
     for (int64_t unit = 0; unit < round->config.num_units && result == 1; unit++) {
         /* One by one, or several at once, for which every thread may be asleep by now. */
-        int is_whole = dice() % 2;
         while (allowed < round->config.num_units && (allowed <= unit || dice() % 2)) {
             prepare_unit(round, allowed++);
-            if (!is_whole)
+            if (dice() % 2)
                 packcast_pool_allow(pool, allowed);
         }
-        if (is_whole)
-            packcast_pool_allow(pool, allowed);
+        packcast_pool_allow(pool, allowed);
         /* Without the mutex, or with it. */
         for (int polls = dice() % 2 ? INT32_MAX : 0, n = 0; n < polls; n++)
             if ((result = packcast_pool_wait(pool, unit, 0)) != 0)
